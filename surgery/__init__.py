@@ -1,0 +1,1 @@
+"""Checkpoint surgery: convert, inspect, verify, upcycle and merge large-language-model checkpoints."""

@@ -1,0 +1,88 @@
+"""Every error a user can meet, each saying what is wrong, where, and what to do.
+
+    SurgeryError            anything the user or the file got wrong; shown without a traceback, exit status 1
+    |-- FileError           a file is broken, hostile, truncated, missing, or not what its name says
+    |-- LayoutError         tensors and the format's table disagree: names, shapes, dtypes, divisibility
+    |-- ConfigError         a config file or key cannot be understood or cannot be represented in the target
+    |-- UsageError          flags or arguments do not fit together; exit status 2
+    |-- OutputError         the destination exists, is full, or cannot be written
+    `-- MismatchError       a verification found a difference
+
+Nothing else is raised on bad input.  `assert` is for our own mistakes only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+    """`what` went wrong, in which `file` (`member` of an archive, `byte` offset), and a `hint` what to do.
+
+    The text has one shape: `FILE!MEMBER @ byte N: WHAT`, then `hint: HINT` on a line of its own.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        member: str | None = None,
+        byte: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what)
+        self.what, self.member, self.byte, self.hint = what, member, byte, hint
+        self.file = None if file is None else os.fspath(file)
+
+    def __str__(self) -> str:
+        place = "" if self.file is None else self.file
+        if self.member is not None:
+            place += f"!{self.member}"
+        if self.byte is not None:
+            place += f" @ byte {self.byte}"
+        text = f"{place}: {self.what}" if place else self.what
+        return f"{text}\n  hint: {self.hint}" if self.hint else text
+
+
+class FileError(SurgeryError):
+    """A file is broken, hostile, truncated, missing, or not what its name says."""
+
+
+class LayoutError(SurgeryError):
+    """Tensors and the format's table disagree."""
+
+
+class ConfigError(SurgeryError):
+    """A config cannot be understood, or cannot be represented in the target format."""
+
+
+class UsageError(SurgeryError):
+    """Flags or arguments do not fit together."""
+
+
+class OutputError(SurgeryError):
+    """The destination exists, is full, or cannot be written."""
+
+
+class MismatchError(SurgeryError):
+    """A verification found a difference."""
+
+
+def show(value: object, limit: int = 80) -> str:
+    """A short ASCII text of a value that came from a file: no control characters, no giant integers."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 256:
+        return f"<integer of {value.bit_length()} bits>"
+    if isinstance(value, (str, bytes)):
+        return ascii(value[:limit])
+    if value is None or isinstance(value, (int, float, bool)):
+        return ascii(value)
+    return f"<{type(value).__name__}>"
+
+
+def some(names: Iterable[object], limit: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
+    names = list(names)
+    text = ", ".join(str(name) for name in names[:limit])
+    return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
