@@ -1,0 +1,64 @@
+# Two commands do all the set-up they need (Python 3.11+ and pip): `make demo` and `make test`.
+
+SHELL := /bin/bash -o pipefail
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+PYTEST_FLAGS ?= -n 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types pytest format bench venv clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=folder-or-hub-id for another)
+	@PATH="$(abspath $(BIN)):$$PATH" recipes/quickstart.sh $(if $(MODEL),"$(MODEL)")
+
+test: lint types pytest  ## set up, then lint, type-check and run every test
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+pytest: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready-dev  ## time and memory of a conversion, against cp
+	$(BIN)/python bench/convert.py
+
+venv: $(VENV)/.ready-dev  ## the pinned environment that the tests run in
+
+clean:  ## remove the environment, caches and build output
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and by its exact version: indexes that offer a CPU-only build give it for nothing else.
+define install
+	@$(BIN)/python -c '' 2>/dev/null || { \
+		[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }; \
+		echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned packages (once; some minutes on a slow connection)"
+	@$(BIN)/pip install --quiet "$$(grep -m1 '^torch==' constraints.txt)" -c constraints.txt
+	@$(BIN)/pip install --quiet -e '.[$(1)]' -c constraints.txt
+	@touch $@
+endef
+
+$(VENV)/.ready-demo: pyproject.toml constraints.txt
+	$(call install,demo)
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt
+	$(call install,dev$(comma)merge)
+	@touch $(VENV)/.ready-demo
+
+comma := ,
