@@ -11,6 +11,7 @@ before: planning and inspecting need only names, shapes and sizes.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -310,7 +311,10 @@ class Concat(Lazy):
 
         lo, hi = box[self.dim]
         pieces = []
-        for src, at in zip(self.srcs, self.starts, strict=False):
+        for i in range(bisect.bisect_right(self.starts, lo) - 1, len(self.srcs)):
+            at, src = self.starts[i], self.srcs[i]
+            if at >= hi:
+                break
             a, b = max(lo - at, 0), min(hi - at, src.shape[self.dim])
             if a < b:
                 pieces.append(src.read(box[: self.dim] + ((a, b),) + box[self.dim + 1 :]))
