@@ -1,0 +1,137 @@
+"""Let a converted model speak: the last proof that it is still the same model, and a nice one.
+
+    answer("SmolLM2-135M-Instruct/", "What is the capital of France?")  # -> "The capital of France is Paris."
+
+The folder is a Hugging Face one with safetensors weights.  Nothing is downloaded, no code and no pickle that comes
+with the model is run, and a weight that is missing is an error, where transformers alone would make one up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError, show, some
+
+
+def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
+    """The model's greedy reply of at most `max_new_tokens` tokens, through its chat template if it has one.
+
+    A model without a chat template continues the question.  Raises UsageError, FileError, ConfigError or LayoutError.
+    """
+    if not question.strip():
+        raise UsageError("the question is empty")
+    if max_new_tokens < 1:
+        raise UsageError(f"cannot answer in {show(max_new_tokens)} tokens; ask for at least 1")
+    folder = _folder(path)
+    with _quiet():
+        tokenizer, model = _load_tokenizer(folder), _load_model(folder)
+        return _reply(tokenizer, model, question, max_new_tokens, folder)
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileError("is no folder" if folder.exists() else "does not exist", file=folder)
+    if not (folder / "config.json").is_file():
+        raise FileError(
+            "has no config.json: only models in Hugging Face form can be asked",
+            file=folder,
+            hint=f"surgery convert {folder} NEW_FOLDER --to hf",
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise FileError(
+            "has no safetensors weights",
+            file=folder,
+            hint=f"pickled weights are not loaded here; surgery convert {folder} NEW_FOLDER --to hf",
+        )
+    return folder
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    with _explained("the tokenizer cannot be loaded", folder):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _load_model(folder: Path) -> Any:
+    with _explained("the model cannot be loaded", folder):
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
+        if names := info.get(kind):
+            raise LayoutError(f"{len(names)} weights {what}: {some(sorted(map(_name, names)))}", file=folder)
+    return model.eval()
+
+
+def _name(key: Any) -> str:
+    return show(key if isinstance(key, str) else key[0])
+
+
+def _reply(tokenizer: Any, model: Any, question: str, max_new_tokens: int, folder: Path) -> str:
+    with _explained("the model cannot answer", folder):
+        import torch
+
+        if tokenizer.chat_template:
+            inputs = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        else:
+            inputs = tokenizer(question, return_tensors="pt")
+        asked = inputs["input_ids"]
+        if asked.numel() == 0 or int(asked.max()) >= model.config.get_text_config().vocab_size:
+            raise ConfigError("the tokenizer does not belong to this model: its ids exceed the vocabulary", file=folder)
+        with torch.inference_mode():
+            tokens = model.generate(
+                input_ids=asked,
+                attention_mask=inputs["attention_mask"],
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+            )
+        return str(tokenizer.decode(tokens[0, asked.shape[1] :], skip_special_tokens=True)).strip()
+
+
+@contextlib.contextmanager
+def _explained(what: str, folder: Path) -> Iterator[None]:
+    """Whatever transformers raises on a bad folder (it may be anything) becomes one clear ConfigError."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except ImportError as error:
+        raise SurgeryError(
+            f"{what}: {show(str(error), 200)}", file=folder, hint="pip install 'checkpoint-surgery[tokenizers]'"
+        ) from None
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{what}: {type(error).__name__}: {show(text, 300)}", file=folder) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings and progress bars of transformers while we work; its settings are put back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
