@@ -1,0 +1,180 @@
+"""Open any checkpoint file by its content, and any set of files as one table of lazy tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.containers.records import Obj, Storage, TensorRecord
+from surgery.containers.safetensors import Safetensors
+from surgery.containers.text import read_json
+from surgery.containers.torch_legacy import TorchLegacy
+from surgery.containers.torch_zip import TorchZip, Tree
+from surgery.errors import FileError, show, some
+from surgery.files import File, plain_name
+from surgery.lazy import Lazy
+
+Container = TorchZip | TorchLegacy | Safetensors
+
+# (first bytes, what the file is, what to do)
+_REFUSED = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself", "run `git lfs pull`"),
+    (b"<", "is an HTML or XML page, not a checkpoint", "the download failed; download the file itself"),
+    (b"\x1f\x8b", "is compressed by gzip", "unpack it first"),
+    (b"BZh", "is compressed by bzip2", "unpack it first"),
+    (b"\xfd7zXZ\0", "is compressed by xz", "unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd", "unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive", "unpack it first"),
+    (b"Rar!", "is a RAR archive", "unpack it first"),
+    (b"PK\5\6", "is an empty zip archive", "the file is damaged; copy or download it again"),
+    (b"GGUF", "is a GGUF file", "convert it to safetensors first"),
+)
+_SINGLE_AND_INDEX = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+@dataclass(frozen=True)
+class TensorTable(Mapping[str, Lazy]):
+    """Tensors by name, the files that they lie in, and the names that their pickles mention."""
+
+    tensors: Mapping[str, Lazy]
+    files: tuple[File, ...]
+    globals: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Lazy:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def open_file(path: str | os.PathLike[str]) -> Container:
+    """One checkpoint file, whatever its name says.  Raises FileError, also for what is recognised but refused."""
+    file = File(path)
+    head = file.read(0, min(file.size, 512), "the first bytes")
+    if not file.size:
+        raise FileError("is empty", file=file.path, hint="copy or download it again")
+    for magic, what, hint in _REFUSED:
+        if head.startswith(magic):
+            raise FileError(what, file=file.path, byte=0, hint=hint)
+    if head[257:262] == b"ustar" or head.startswith(b"sys_info\0"):
+        hint = "if torch wrote it (before 0.4), load and save it again with an old torch in a sandbox; else unpack it"
+        raise FileError("is a tar archive", file=file.path, byte=0, hint=hint)
+    if not head.strip(b"\0"):
+        raise FileError("begins with zeros only", file=file.path, byte=0, hint="the copy or download is incomplete")
+    if head.startswith(b"PK\3\4"):
+        return TorchZip(file)
+    if head.startswith(b"\x80"):
+        size = int.from_bytes(head[:8], "little")
+        if head[8:9] != b"{" or size > file.size:  # a safetensors header of 128 bytes begins like a pickle
+            return TorchLegacy(file)
+    if head[8:9] == b"{":
+        return Safetensors(file)
+    hint = "supported: safetensors, torch.save (zip or legacy), folders with an index, DCP folders"
+    raise FileError(f"is no checkpoint that surgery knows; it begins with {show(head[:8])}", file=file.path, hint=hint)
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorTable:
+    """All tensors of a file, an index (`*.index.json`), a folder of either, or a DCP folder.  Raises FileError."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    if path.name == ".metadata":
+        return _open_folder(path.parent)
+    return _table([open_file(path)])
+
+
+def _open_folder(folder: Path) -> TensorTable:
+    for single, index in _SINGLE_AND_INDEX:
+        found = [name for name in (single, index) if os.path.lexists(folder / name)]
+        if len(found) == 2:
+            hint = f"pass {single} or {index} itself"
+            raise FileError(f"holds both {single} and {index}", file=folder, hint=hint)
+        if found:
+            return open_tensors(folder / found[0])
+    wanted = some((name for pair in _SINGLE_AND_INDEX for name in pair), 9)
+    raise FileError("holds no checkpoint that surgery knows", file=folder, hint=f"looked for {wanted}, .metadata")
+
+
+def _open_index(path: Path) -> TensorTable:
+    """A table over shards.  Each listed tensor must lie in its shard, and no shard may hold others.
+
+    Names of shards are plain, so nothing outside the folder is named; a shard itself may be a symbolic link to a
+    regular file, as in Hugging Face's cache.
+    """
+    index = read_json(path, "index")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FileError("has no weight_map", file=path, hint="an index maps tensor names to files in 'weight_map'")
+    names: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        names.setdefault(plain_name(shard, f"the entry of {show(name)}", path), []).append(name)
+    for shard in names:
+        if not os.path.lexists(path.parent / shard):
+            hint = "copy or download all shards"
+            raise FileError(f"shard {show(shard)} is missing", file=path, hint=hint)
+    table = _table([open_file(path.parent / shard) for shard in names])
+    owners = {name: Path(file.path).name for name, file in _owners(table).items()}
+    _compare(path, weight_map, owners)
+    return TensorTable({name: table[name] for name in weight_map}, table.files, table.globals, table.metadata)
+
+
+def _owners(table: TensorTable) -> dict[str, File]:
+    return {name: tensor.file for name, tensor in table.items()}  # type: ignore[attr-defined]
+
+
+def _compare(path: Path, listed: Mapping[str, str], owners: Mapping[str, str]) -> None:
+    wrong = [show(name) for name, shard in listed.items() if owners.get(name) != shard]
+    if wrong:
+        hint = "the index is from another save, or a shard is damaged"
+        raise FileError(f"lists tensors that are not in their shard: {some(wrong)}", file=path, hint=hint)
+    extra = [f"{show(name)} in {show(shard)}" for name, shard in owners.items() if name not in listed]
+    if extra:
+        hint = "the index is from another save; write a new one"
+        raise FileError(f"does not list tensors that its shards hold: {some(extra)}", file=path, hint=hint)
+
+
+def _table(files: list[Container]) -> TensorTable:
+    tensors: dict[str, Lazy] = {}
+    metadata: dict[str, str] = {}
+    for container in files:
+        if isinstance(container, Tree):
+            _only_plain(container)
+        for name, tensor in container.tensors.items():
+            if name in tensors:
+                raise FileError(f"tensor {show(name)} also lies in another shard", file=container.file.path)
+            tensors[name] = tensor
+        metadata |= getattr(container, "metadata", {})
+    names = tuple(sorted({name for container in files for name in container.globals}))
+    return TensorTable(tensors, tuple(container.file for container in files), names, metadata)
+
+
+def _only_plain(tree: Tree) -> None:
+    """Raise FileError if a leaf is a tensor that cannot be read as plain numbers: never skip one in silence."""
+    for name, leaf in tree.leaves.items():
+        if isinstance(leaf, Storage) or (isinstance(leaf, Obj) and _holds_data(leaf)):
+            kind = leaf.path if isinstance(leaf, Obj) else "torch.Storage"
+            raise FileError(
+                f"{show(name)} is no plain tensor but {show(kind)}",
+                file=tree.file.path,
+                hint="sparse, quantised, conjugated or wrapped tensors are not read; re-save them as plain ones",
+            )
+
+
+def _holds_data(record: Obj) -> bool:
+    """Whether a record is, or directly holds, something with elements."""
+    if "_rebuild_" in record.path and record.path.startswith("torch."):
+        return True
+    held: list[Any] = [*record.args, *record.state.values()]
+    return any(isinstance(x, (TensorRecord, Storage)) for x in held)

@@ -1,0 +1,92 @@
+"""safetensors files: a JSON header and tensors without holes.
+
+    st = Safetensors(File("model.safetensors"))
+    st.tensors["model.embed_tokens.weight"].shape
+
+Own header parsing, stricter than the library's: duplicate names, holes, overlaps and trailing bytes are errors.
+Source of the format: github.com/huggingface/safetensors, README "Format".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from surgery.containers.text import parse_json
+from surgery.errors import FileError, show
+from surgery.files import File
+from surgery.lazy import ITEMSIZE, Extent
+
+HEADER_LIMIT = 100_000_000
+KINDS = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+}  # fmt: skip
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+
+class Safetensors:
+    """`tensors` in the order of their bytes, and `metadata`, the header's `__metadata__`.  Raises FileError."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        self.globals: list[str] = []
+        header, self._data = self._header()
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or any(type(text) is not str for text in metadata.values()):
+            raise self._error("__metadata__ is not a map of text to text")
+        self.metadata: dict[str, str] = metadata
+        self.tensors: dict[str, Extent] = {}
+        entries = [(*self._entry(name, entry), name) for name, entry in header.items()]
+        entries.sort(key=lambda entry: entry[:2])
+        at = 0
+        for start, stop, kind, shape, name in entries:
+            if start != at:
+                what = f"tensor {show(name)} begins at {show(start)}, not at {show(at)}: a hole or an overlap"
+                raise self._error(what, self._data + at)
+            self.tensors[name] = Extent(file, self._data + start, shape, kind)
+            at = stop
+        if self._data + at != file.size:
+            raise self._error(f"the header describes {self._data + at} bytes, the file has {file.size}", file.size)
+
+    def _error(self, what: str, at: int = 8, hint: str | None = None) -> FileError:
+        return FileError(what, file=self.file.path, byte=at, hint=hint)
+
+    def _header(self) -> tuple[dict[str, Any], int]:
+        """The parsed header, and where the tensors' bytes begin"""
+        size = int.from_bytes(self.file.read(0, 8, "safetensors header"), "little")
+        if size > HEADER_LIMIT:
+            raise self._error(f"a header of {size} bytes is over the limit of {HEADER_LIMIT}", 0)
+        raw = self.file.read(8, size, "safetensors header")
+        if raw[:1] != b"{":
+            raise self._error("the header does not begin with '{'")
+        header = parse_json(raw, self.file.path, "the safetensors header", 8)
+        assert isinstance(header, dict)
+        return header, 8 + size
+
+    def _entry(self, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
+        """(start, stop, kind, shape) of a tensor"""
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+            raise self._error(f"the entry of {show(name)} is malformed")
+        kind = KINDS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if kind is None:
+            hint = "supported: " + ", ".join(sorted(KINDS))
+            raise self._error(f"tensor {show(name)} has the unknown dtype {show(entry['dtype'])}", hint=hint)
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
+            raise self._error(f"the shape or data_offsets of {show(name)} are malformed")
+        start, stop = offsets
+        need = math.prod(shape) * ITEMSIZE[kind]
+        if stop - start != need:
+            what = f"tensor {show(name)} of {need} bytes" if need < 1 << 63 else f"tensor {show(name)}"
+            raise self._error(f"{what} lies in data_offsets of {stop - start} bytes")
+        if self._data + stop > self.file.size:
+            self.file.check(self._data + start, need, f"tensor {show(name)}")
+        return start, stop, kind, tuple(shape)
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)

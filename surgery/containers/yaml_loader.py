@@ -1,0 +1,111 @@
+"""PyYAML's SafeLoader without what makes YAML dangerous or ambiguous in a config.
+
+parse_yaml(b"lr: 1e-05", "train.yaml", "config")       # {"lr": 1e-05}
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar
+
+import yaml
+
+from surgery.errors import FileError, show
+
+DEPTH_LIMIT = 64
+NODE_LIMIT = 100_000
+_SCALAR_LIMIT = 1 << 16
+_NUMBER_LIMIT = 64
+_PLAIN = "tag:yaml.org,2002:"
+_KNOWN_TAGS = {_PLAIN + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")  # YAML 1.1 wants "1.0e-05"
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Bad(Exception):
+    def __init__(self, what: str, mark: Any) -> None:
+        super().__init__(what)
+        self.what, self.mark = what, mark
+
+
+class _Loader(_Base):
+    """Plain scalars, lists and maps."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != _PLAIN + "timestamp"]
+        for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: ClassVar[dict[str, Any]] = {
+        tag: fn for tag, fn in _Base.yaml_constructors.items() if tag in _KNOWN_TAGS
+    }
+
+    def flatten_mapping(self, node: Any) -> None:
+        for key, _ in node.value:
+            if key.tag == _PLAIN + "merge":
+                raise _Bad("merge keys (<<) are not supported", key.start_mark)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        out: dict[Any, Any] = {}
+        self.flatten_mapping(node)
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _Bad("a key is not a scalar", key_node.start_mark)
+            key = self.construct_object(key_node)
+            if key in out:
+                raise _Bad(f"key {show(key)} appears twice", key_node.start_mark)
+            out[key] = self.construct_object(value_node, deep=deep)
+        return out
+
+    def construct_scalar(self, node: Any) -> Any:
+        number = node.tag in (_PLAIN + "int", _PLAIN + "float")
+        if len(node.value) > (_NUMBER_LIMIT if number else _SCALAR_LIMIT):
+            raise _Bad(f"a scalar of {len(node.value)} characters", node.start_mark)
+        return super().construct_scalar(node)
+
+    def construct_finite(self, node: Any) -> float:
+        value: float = self.construct_yaml_float(node)
+        if not math.isfinite(value):
+            raise _Bad(f"{show(node.value)} is not a finite number", node.start_mark)
+        return value
+
+    def construct_unknown(self, node: Any) -> Any:
+        raise _Bad(f"tag {show(node.tag)} is not supported", node.start_mark)
+
+
+_Loader.add_implicit_resolver(_PLAIN + "float", _FLOAT, list("-+0123456789"))
+_Loader.add_constructor(_PLAIN + "float", _Loader.construct_finite)
+_Loader.add_constructor(None, _Loader.construct_unknown)
+
+
+def parse_yaml(data: bytes, file: str, what: str) -> Any:
+    """The value of YAML text.  Raises FileError."""
+    try:
+        text = data.decode()
+        _check_events(text)
+        return yaml.load(text, Loader=_Loader)
+    except _Bad as error:
+        byte = getattr(error.mark, "index", None)
+        raise FileError(f"{what}: {error.what}", file=file, byte=byte) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = show(getattr(error, "problem", None) or "it cannot be parsed")
+        raise FileError(f"{what} is not valid YAML: {problem}", file=file, byte=mark and mark.index) from None
+    except UnicodeDecodeError as error:
+        raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
+    except (ValueError, RecursionError, OverflowError):
+        raise FileError(f"{what} holds a scalar that cannot be read", file=file) from None
+
+
+def _check_events(text: str) -> None:
+    """Aliases, depth and size, seen before anything is built."""
+    nodes = depth = 0
+    for event in yaml.parse(text, Loader=_Base):
+        nodes += isinstance(event, yaml.NodeEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise _Bad("aliases (*name) are not supported", event.start_mark)
+        if nodes > NODE_LIMIT:
+            raise _Bad(f"more than {NODE_LIMIT} values", event.start_mark)
+        if depth > DEPTH_LIMIT:
+            raise _Bad(f"nested deeper than {DEPTH_LIMIT} levels", event.start_mark)
