@@ -83,7 +83,7 @@ def _row_numbers(box: Box, shape: Shape) -> Any:
     """The row-major numbers of the rows of a box, as uint64."""
     import numpy as np
 
-    rows = np.zeros(1, np.uint64)
+    rows: Any = np.zeros(1, np.uint64)
     for (a, b), n in zip(box, shape, strict=True):
         rows = (rows[:, None] * np.uint64(n) + np.arange(a, b, dtype=np.uint64)).reshape(-1)
     return rows
@@ -153,7 +153,8 @@ class Ledger:
     @contextmanager
     def collect(self) -> Iterator[Counts]:
         """Gather what this thread reads through taps."""
-        before, seen = getattr(self._local, "seen", None), {}
+        before = getattr(self._local, "seen", None)
+        seen: Counts = {}
         self._local.seen = seen
         try:
             yield seen

@@ -1,0 +1,121 @@
+"""What a killed run had finished: lines of JSON, each with its own checksum, appended after the data are on disk.
+
+    journal, state = Journal.open(folder_fd, job="a sha256")     # state is None: nothing to go on from
+    journal.append([{"file": "a.bin", "done": 4096}])
+
+The first line names the job.  A line that is torn or damaged ends what is believed; it and all after it are cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+NAME = "journal.jsonl"
+FORMAT = 1
+Line = dict[str, Any]
+
+
+@dataclass
+class State:
+    """What the lines of a journal add up to.
+
+    done     finished files -> their sizes
+    file, region, offset   where in which unfinished file to go on: `offset` bytes into region number `region`
+    crcs     CRC-32 of that file's regions up to there
+    counts   of the ledger: part -> [fingerprint, elements]
+    """
+
+    job: str
+    done: dict[str, int] = field(default_factory=dict)
+    file: str | None = None
+    region: int = 0
+    offset: int = 0
+    crcs: dict[int, int] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def apply(self, line: Line) -> None:
+        """Take in one line.  Raises KeyError, TypeError or ValueError if it is none of ours."""
+        counts = {str(name): (int(a), int(b)) for name, (a, b) in line["counts"].items()}
+        crcs = {int(i): int(crc) for i, crc in line["crcs"]}
+        name = str(line["file"])
+        if "done" in line:
+            self.done[name] = int(line["done"])
+            self.file, self.region, self.offset, self.crcs = None, 0, 0, {}
+        else:
+            known = self.crcs if self.file == name else {}
+            self.file, self.region, self.offset = name, int(line["region"]), int(line["offset"])
+            self.crcs = known | crcs
+        self.counts |= counts
+
+
+class Journal:
+    """An open journal; `append` returns when the lines are on disk (if `durable`)."""
+
+    def __init__(self, fd: int, durable: bool) -> None:
+        self.fd, self.durable = fd, durable
+
+    @classmethod
+    def create(cls, folder: int, job: str, durable: bool) -> Journal:
+        """A new journal in the folder of descriptor `folder`, which must not have one."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        journal = cls(os.open(NAME, flags, 0o600, dir_fd=folder), durable)
+        journal.append([{"surgery-journal": FORMAT, "job": job}])
+        if durable:
+            os.fsync(folder)
+        return journal
+
+    @classmethod
+    def resume(cls, folder: int, durable: bool) -> tuple[Journal, State] | None:
+        """The journal in a folder and what it says; None if there is none, or none of ours."""
+        try:
+            fd = os.open(NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(os.dup(fd), "rb") as stream:
+            state, size = _replay(stream.read())
+        if state is None:
+            os.close(fd)
+            return None
+        os.ftruncate(fd, size)
+        os.lseek(fd, size, os.SEEK_SET)
+        return cls(fd, durable), state
+
+    def append(self, lines: list[Line]) -> None:
+        data = b"".join(map(_encode, lines))
+        while data:
+            data = data[os.write(self.fd, data) :]
+        if self.durable:
+            os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _encode(line: Line) -> bytes:
+    text = json.dumps(line, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _replay(data: bytes) -> tuple[State | None, int]:
+    """What the whole lines at the front of a journal say, and how many bytes they are."""
+    state, size = None, 0
+    for raw in data.splitlines(keepends=True):
+        try:
+            check, text = raw.removesuffix(b"\n").split(b" ", 1)
+            if not raw.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
+                break
+            line = json.loads(text)
+            if state is not None:
+                state.apply(line)
+            elif line["surgery-journal"] == FORMAT:
+                state = State(str(line["job"]))
+            else:
+                break
+        except (AttributeError, KeyError, TypeError, ValueError):
+            break
+        size += len(raw)
+    return state, size
