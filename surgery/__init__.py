@@ -1,1 +1,41 @@
-"""Checkpoint surgery: convert, inspect, verify, upcycle and merge large-language-model checkpoints."""
+"""Checkpoint surgery: convert, inspect and verify large-language-model checkpoints.
+
+    import surgery
+
+    surgery.convert("Llama-2-7b", "Llama-2-7b-hf", to="hf")
+    surgery.open_checkpoint("Llama-2-7b").parts["layers.0.attn.q"][:4]     # four rows, nothing else is read
+    surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
+
+Everything bad that a file or a flag can be raises `surgery.errors.SurgeryError`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import open_checkpoint
+    from surgery.containers import open_tensors
+    from surgery.conversion import convert
+    from surgery.dialect import Topology
+    from surgery.verify import compare as verify
+
+__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "verify"]
+
+_WHERE = {
+    "Topology": ("surgery.dialect", "Topology"),
+    "convert": ("surgery.conversion", "convert"),
+    "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
+    "open_tensors": ("surgery.containers", "open_tensors"),
+    "verify": ("surgery.verify", "compare"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import surgery` costs nothing."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _WHERE[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -45,7 +45,7 @@ class Spec:
     """A model's measures and the choices that its function depends on.  Frozen; `replace` makes a changed one."""
 
     family: str  # Hugging Face's model_type where there is one: a hint, the other fields decide
-    l: int  # noqa: E741
+    l: int
     h: int
     v: int
     g: int

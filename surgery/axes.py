@@ -177,7 +177,7 @@ class Named:
         if isinstance(src, Rearrange) and src.right == left and all(src.sizes[a] == self.sizes[a] for a in flat(left)):
             src, left = src.src, src.left  # two rearrangements are one
         have, want = set(flat(left)), set(flat(axes))
-        sizes = {**self.sizes, **{a: 1 for a in want - have}}
+        sizes = {**self.sizes, **dict.fromkeys(want - have, 1)}
         for a in sorted(have - want):
             if sizes[a] != 1:
                 raise LayoutError(f"axis {a!r} of size {sizes[a]} has no place in {pattern(axes)!r}")
@@ -226,4 +226,4 @@ class Named:
 def _merged(names: str, n: int) -> dict[str, int]:
     """Sizes for a narrowed or joined product of axes: the first carries all."""
     first, *others = names.split()
-    return {first: n, **{a: 1 for a in others}}
+    return {first: n, **dict.fromkeys(others, 1)}

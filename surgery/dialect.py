@@ -88,6 +88,9 @@ class Topology:
             yield Rank(tp, pp, ep, chunk)
 
 
+ONE_RANK = Topology()
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of a dialect: a tensor of the format, the parts that it is made of, and where its axes lie."""
@@ -99,6 +102,7 @@ class Row:
     pad: str = ""  # the axis that is padded with rows of zeros (the vocabulary)
     stage: int = 0  # pipeline stage of rows without {l}: 0 is the first, -1 the last
     copy: bool = False  # another row stores these parts too; this is the second copy
+    optional: bool = False  # read (and compared) where it is found, never written: an old or redundant copy
     summed: bool = False  # the ranks' tensors add up to the part (each is written as 1/tp of it)
     when: Callable[[Spec, Topology], bool] | None = None
 
@@ -136,13 +140,14 @@ def row(
     pad: str = "",
     stage: int = 0,
     copy: bool = False,
+    optional: bool = False,
     summed: bool = False,
     when: Callable[[Spec, Topology], bool] | None = None,
 ) -> Row:
     """A Row; parts inside layers are named without `layers.{l}.`, the layout is the first part's own by default."""
     full = tuple(full_template(p) for p in parts)
     axes = parse(layout) if layout is not None else PARTS[full[0]].layout
-    return Row(name, full, axes, cut, pad, stage, copy, summed, when)
+    return Row(name, full, axes, cut, pad, stage, copy or optional, optional, summed, when)
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,7 @@ def unshard(r: Row, pieces: Sequence[Lazy], sizes: Mapping[str, int], name: str)
     n = math.prod(sizes[a] for a in names)
     if n % tp and (r.cut != "g" or tp % n):
         raise LayoutError(_indivisible(r, n, tp))
-    local = {**sizes, **{a: 1 for a in names}, names[0]: max(n // tp, 1)}
+    local = {**sizes, **dict.fromkeys(names, 1), names[0]: max(n // tp, 1)}
     copies = max(tp // n, 1)  # neighbours that hold the same key/value head
     groups = [pieces[i : i + copies] for i in range(0, tp, copies)]
     each = [_named(name, Same(g, name) if len(g) > 1 else g[0], r.layout, local) for g in groups]
@@ -291,6 +296,8 @@ def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> di
     sizes = padded_sizes(dialect, spec, topology)
     errors, written = [], set()
     for r, bind in dialect.live(spec, topology):
+        if r.optional:
+            continue
         try:
             whole = weave(r, bind, parts, spec, sizes)
             for rank, name, first in _homes(r, bind, spec, topology):
@@ -313,6 +320,8 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
     claimed: dict[Rank, set[str]] = {rank: set() for rank in shards}
     errors: list[str] = []
     for r, bind in dialect.live(spec, topology):
+        if r.optional and not _present(r, bind, shards, spec, topology):
+            continue
         try:
             whole = _collect(r, bind, shards, spec, topology, claimed)
             for name, data in unweave(r, bind, whole, spec):
@@ -335,6 +344,10 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
             errors.append(f"no tensor holds {some(missing)}")
     _raise(errors)
     return Gathered({name: parts[name] for name in spec.part_names()}, ignored)
+
+
+def _present(r: Row, bind: Bind, shards: Shards, spec: Spec, topology: Topology) -> bool:
+    return any(name in shards.get(rank, {}) for rank, name, _ in _homes(r, bind, spec, topology))
 
 
 def _collect(

@@ -185,7 +185,7 @@ class Extent(Lazy):
             return torch.cat(steps, dim)
         if size > span and size > MAX_OVERLAP:
             raise FileError(
-                f"a view of shape {list(self.shape)} and strides {list(self.strides)} grows {span} stored bytes to {size}",
+                f"a view of {list(self.shape)} with strides {list(self.strides)} grows {span} stored bytes to {size}",
                 file=self.file.path,
                 hint="views that overlap themselves are read up to 64 MiB; re-save the tensor with .contiguous()",
             )

@@ -1,0 +1,295 @@
+"""The command line: each command parses, opens, calls one function and shows the result.
+
+Only click is imported here; everything else is imported by the command that needs it, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from surgery.dialect import Topology
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class Group(click.Group):
+    """Turns every SurgeryError into one message and an exit status: 2 for flags, 1 for everything else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from surgery.errors import SurgeryError
+
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            _fail(error)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def _fail(error: Exception) -> NoReturn:
+    from surgery.errors import UsageError
+
+    text = click.style("error: ", fg="red", bold=True) + str(error)
+    click.echo(text, err=True)
+    signum = getattr(error, "signum", None)
+    sys.exit(128 + signum if signum else 2 if isinstance(error, UsageError) else 1)
+
+
+@click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=False)
+@click.version_option(package_name="checkpoint-surgery", prog_name="surgery")
+def main() -> None:
+    """Convert, inspect and verify large-language-model checkpoints: bit for bit, in bounded memory, executing nothing.
+
+    \b
+    surgery inspect Llama-2-7b                              what is it?
+    surgery convert Llama-2-7b Llama-2-7b-hf --to hf        Meta -> Hugging Face
+    surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3   Hugging Face -> Meta, 3 ranks
+    surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
+    surgery formats meta                                    what can be chosen for a format?
+    """
+
+
+def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
+
+
+def _options_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "-O",
+        "options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="A choice of the format; see `surgery formats`. Repeatable.",
+    )(command)
+
+
+def _parse_options(pairs: tuple[str, ...]) -> dict[str, str]:
+    from surgery.errors import UsageError
+
+    out: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"-O {pair}: write -O NAME=VALUE")
+        if name in out:
+            raise UsageError(f"-O {name} is given twice")
+        out[name] = value
+    return out
+
+
+@main.command("inspect")
+@click.argument("path", type=click.Path())
+@click.option("--from", "from_", metavar="FORMAT", help="The format, where a folder holds several.")
+@click.option("--tensors", is_flag=True, help="List every part with its shape and dtype.")
+@click.option("--pickles", is_flag=True, help="List the names that pickles mention. None is ever imported.")
+@click.option("--scan", is_flag=True, help="Read all weights once and look for NaN and Inf.")
+@_options_flag
+@_json_flag
+def inspect_command(
+    path: str, from_: str | None, tensors: bool, pickles: bool, scan: bool, options: tuple[str, ...], as_json: bool
+) -> None:
+    """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
+    from surgery import inspect
+    from surgery.checkpoint import open_checkpoint
+    from surgery.conversion import default_memory
+
+    checkpoint = open_checkpoint(path, format=from_, options=_parse_options(options))
+    found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
+    if scan:
+        total = sum(p.nbytes for p in checkpoint.parts.values())
+        with _progress("scan", total, as_json) as advance:
+            found["scan"] = inspect.scan(checkpoint, default_memory(), advance)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        from surgery import show
+
+        show.inspection(found)
+
+
+@main.command("convert")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
+@click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
+@click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output.")
+@click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output.")
+@click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["keep", "bf16", "fp16", "fp32"]),
+    default="keep",
+    show_default=True,
+    help="Cast the weights; by default every bit is kept.",
+)
+@click.option("--vocab-size", type=click.IntRange(1), help="Cut padding rows of the vocabulary, or add rows of zeros.")
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory for weights, e.g. 512MiB. [default: a quarter of what is free, at most 2GiB]",
+)
+@click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]")
+@click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
+@click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
+@click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
+@click.option("--no-verify", is_flag=True, help="Do not read the output back.")
+@_options_flag
+@_json_flag
+def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
+    """Convert a checkpoint into another format, at any parallel sizes.
+
+    Each byte is read once and written once, in bounded memory. The output is read back and compared before it
+    appears under its name; it appears whole or not at all. A run that was killed goes on when it is repeated.
+    """  # fmt: skip
+    from surgery import conversion, show
+    from surgery.staging import check_free
+
+    plan = conversion.prepare(
+        src,
+        to=flags["to"],
+        from_=flags["from_"],
+        topology=_topology(flags),
+        dtype=flags["dtype"],
+        vocab_size=flags["vocab_size"],
+        tokenizer=flags["tokenizer"],
+        options=_shard_size(flags),
+        max_memory=_size(flags["max_memory"]),
+    )
+    if flags["dry_run"]:
+        planned = show.plan_data(plan)
+        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
+        return
+    from pathlib import Path
+
+    check_free(Path(dst), flags["force"])
+    verify = not flags["no_verify"]
+    weights = sum(p.nbytes for p in plan.source.parts.values())
+    with _progress("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
+        report = conversion.execute(
+            plan, dst, force=flags["force"], verify=verify, command=["surgery", *sys.argv[1:]], progress=advance
+        )
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps(asdict(report), indent=2))
+    else:
+        show.report(report)
+
+
+def _topology(flags: dict[str, Any]) -> Topology:
+    from surgery.dialect import Topology
+
+    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
+
+
+def _shard_size(flags: dict[str, Any]) -> dict[str, str]:
+    options = _parse_options(flags["options"])
+    if flags["shard_size"]:
+        from surgery.errors import UsageError
+
+        if flags["to"] != "hf":
+            raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
+        options["shard_size"] = flags["shard_size"]
+    return options
+
+
+def _size(text: str | None) -> int | None:
+    if text is None:
+        return None
+    from surgery.sizes import parse_size
+
+    return parse_size(text)
+
+
+@main.command("verify")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
+@click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB.")
+@_options_flag
+@_json_flag
+def verify_command(
+    a: str, b: str, logits: bool, max_memory: str | None, options: tuple[str, ...], as_json: bool
+) -> None:
+    """Are two checkpoints, in any two formats and parallel sizes, the same model?
+
+    Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
+    """
+    from surgery import show
+    from surgery.checkpoint import FORMATS, open_checkpoint, recognise
+    from surgery.conversion import default_memory
+    from surgery.errors import UsageError
+    from surgery.verify import compare
+
+    given, opened, used = _parse_options(options), [], set()
+    for path in (a, b):
+        mine = {k: v for k, v in given.items() if k in recognise(path).option_names("read")}
+        used |= mine.keys()
+        opened.append(open_checkpoint(path, options=mine))
+    if given.keys() - used:
+        raise UsageError(
+            f"no option {', '.join(sorted(given.keys() - used))} for reading either; formats: {', '.join(FORMATS)}"
+        )
+    memory = _size(max_memory) or default_memory()
+    total = sum(p.nbytes for c in opened for p in c.parts.values())
+    with _progress("verify", total, as_json) as advance:
+        result = compare(opened[0], opened[1], max_memory=memory, progress=advance)
+    same = show.comparison(result, as_json, logits=logits, paths=(a, b), options=given)
+    sys.exit(0 if same else 1)
+
+
+@main.command("formats")
+@click.argument("name", required=False)
+@_json_flag
+def formats_command(name: str | None, as_json: bool) -> None:
+    """List the formats, or the options of one, with their meaning and defaults."""
+    from surgery import show
+    from surgery.checkpoint import FORMATS
+    from surgery.errors import UsageError
+
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    chosen = [FORMATS[name]] if name else list(FORMATS.values())
+    data = show.formats_data(chosen)
+    click.echo(json.dumps(data, indent=2)) if as_json else show.formats(data)
+
+
+@main.command("ask")
+@click.argument("path", type=click.Path())
+@click.argument("question")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
+def ask_command(path: str, question: str, max_new_tokens: int) -> None:
+    """Let a Hugging Face checkpoint answer a question (greedily, on the CPU): the quickest sign of life."""
+    from surgery.talk import answer
+
+    click.echo(answer(path, question, max_new_tokens))
+
+
+@contextmanager
+def _progress(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, rate and remaining time on a terminal; nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda n: bar.advance(task, n)

@@ -1,0 +1,331 @@
+"""Convert a checkpoint of any format into any other: open, plan, stream, read back, publish.
+
+    report = convert("SmolLM2-135M", "SmolLM2-meta", to="meta", topology=Topology(tp=3))
+    report.verified, report.output_digest
+
+Each byte is read once and written once.  Digests of the parts are computed on the way; the output is then opened
+like any other checkpoint, read, and must give the same digests, before it appears under its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from surgery import stream
+from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind, to_vocab, with_tokenizer
+from surgery.containers.output import OutputFile, text_file
+from surgery.dialect import ONE_RANK, Topology
+from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
+from surgery.fingerprint import Ledger
+from surgery.formats import Checkpoint, Format, Options, Output
+from surgery.lazy import Lazy, Map, walk
+from surgery.staging import check_free, data_of
+
+PROVENANCE = "surgery.json"
+MEMORY = 2 << 30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion would do.  Sizes in bytes; `dropped` maps tensors of the source to why they are left out."""
+
+    source: Checkpoint
+    output: Output
+    to: Format
+    topology: Topology
+    ledger: Ledger
+    max_memory: int
+    dropped: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.size for f in self.output.files)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.  Digests are of the model's parts: equal for the same weights in any format."""
+
+    source: str
+    source_format: str
+    output: str
+    output_format: str
+    topology: Mapping[str, int]
+    files: int
+    bytes: int
+    read_bytes: int
+    resumed_bytes: int
+    seconds: float
+    verify_seconds: float
+    peak_memory: int
+    max_memory: int
+    content_digest: str
+    verified: bool
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def prepare(
+    src: str | os.PathLike[str],
+    *,
+    to: str,
+    from_: str | None = None,
+    topology: Topology = ONE_RANK,
+    dtype: str = "keep",
+    vocab_size: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    max_memory: int | None = None,
+) -> Plan:
+    """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
+    if to not in FORMATS:
+        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    target = FORMATS[to]
+    check_flags(target, topology)
+    reading, writing = _split(src, from_, target, options or {})
+    source = open_checkpoint(src, format=from_, options=reading)
+    if tokenizer is not None:
+        source = with_tokenizer(source, tokenizer)
+    if vocab_size is not None:
+        source = to_vocab(source, vocab_size)
+    if dtype != "keep":
+        source = to_kind(source, KINDS[dtype])
+    ledger = Ledger()
+    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
+    output = target.plan(tapped, topology, target.with_defaults(writing, "write"))
+    lost = _lost_facts(source, target)
+    notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
+    return Plan(source, output, target, topology, ledger, max_memory or default_memory(), source.ignored, notes)
+
+
+def check_flags(target: Format, topology: Topology) -> None:
+    """Raise UsageError for a parallel size that the format does not have."""
+    odd = [
+        f"--{name} {n}"
+        for name, n in asdict(topology).items()
+        if isinstance(n, int) and n != 1 and name not in target.flags
+    ]
+    if odd:
+        has = ", ".join(f"--{name}" for name in target.flags) or "no parallel sizes"
+        raise UsageError(f"{target.name} checkpoints have no {some(odd)}", hint=f"{target.name} has {has}")
+
+
+def _split(
+    src: str | os.PathLike[str], from_: str | None, target: Format, options: Options
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Options for the source's format and for the target's; one that neither has is an error."""
+    source = FORMATS[from_] if from_ in FORMATS else recognise(src)
+    reads, writes = source.option_names("read"), target.option_names("write")
+    unknown = [name for name in options if name not in reads | writes]
+    if unknown:
+        raise UsageError(f"neither reading {source.name} nor writing {target.name} has an option {some(unknown)}",
+                         hint="`surgery formats` lists the options of every format")  # fmt: skip
+    return ({k: v for k, v in options.items() if k in reads}, {k: v for k, v in options.items() if k in writes})
+
+
+def _lost_facts(source: Checkpoint, target: Format) -> list[str]:
+    """Config keys that only Hugging Face's config.json has a place for."""
+    if target.name == "hf" or not source.facts:
+        return []
+    keys = [
+        k
+        for k, v in source.facts.items()
+        if v is not None and k not in ("architectures", "transformers_version", "torch_dtype", "dtype")
+    ]
+    return (
+        [f"{target.name} has no place for these config keys, which do not change the logits: {some(keys, 20)}"]
+        if keys
+        else []
+    )
+
+
+def default_memory() -> int:
+    """A quarter of the machine's free memory, at most 2 GiB."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return max(64 << 20, min(MEMORY, int(line.split()[1]) * 1024 // 4))
+    except OSError:
+        pass
+    return MEMORY // 4
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    to: str,
+    from_: str | None = None,
+    topology: Topology = ONE_RANK,
+    dtype: str = "keep",
+    vocab_size: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
+    max_memory: int | None = None,
+    force: bool = False,
+    verify: bool = True,
+    command: Sequence[str] = (),
+    progress: stream.Progress | None = None,
+) -> Report:
+    """Write `src` as `dst` in the format `to`; every keyword is a flag of `surgery convert`.
+
+    dtype is keep, bf16, fp16 or fp32; max_memory is in bytes.  `dst` appears whole or not at all, and a run that
+    was killed goes on when it is repeated.  Raises SurgeryError; nothing half-written is left under `dst`.
+    """
+    check_free(Path(dst), force)
+    plan = prepare(
+        src, to=to, from_=from_, topology=topology, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer,
+        options=options, max_memory=max_memory,
+    )  # fmt: skip
+    return execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
+
+
+def execute(
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = True,
+    command: Sequence[str] = (),
+    progress: stream.Progress | None = None,
+) -> Report:
+    """Carry out a plan."""
+    dst = Path(dst)
+    _refuse_overlap(plan.source.path, dst)
+    report: list[Report] = []
+
+    def close(written: stream.Written) -> list[OutputFile]:
+        digest, began = plan.ledger.content_digest(), time.monotonic()
+        if verify:
+            _read_back(plan, dst, progress)
+        seconds = time.monotonic() - began if verify else 0.0
+        report.append(_report(plan, dst, written, digest, verify, seconds))
+        return [text_file(PROVENANCE, _provenance(plan, report[0], command))]
+
+    job = {
+        "surgery": version(),
+        "source": _identity(plan.source),
+        "to": plan.to.name,
+        "topology": asdict(plan.topology),
+    }
+    done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
+                        progress=progress, force=force, closing=close)  # fmt: skip
+    return replace(report[0], bytes=done.bytes, seconds=done.seconds, read_bytes=done.read_bytes, peak_memory=done.peak,
+                   notes=(*report[0].notes, *done.notes))  # fmt: skip
+
+
+def _refuse_overlap(src: Path, dst: Path) -> None:
+    a, b = src.resolve(), dst.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise OutputError(f"and the source {src} lie within each other", file=dst, hint="write to a folder beside it")
+
+
+def _read_back(plan: Plan, dst: Path, progress: stream.Progress | None) -> None:
+    """Open what was written as any reader would, and compare the digests of all parts."""
+    options = plan.to.with_defaults({}, "read")
+    again = plan.to.open(data_of(dst), options)
+    ledger = Ledger()
+    stream.read_through(again.parts, ledger, plan.max_memory, progress)
+    ours, theirs = plan.ledger, ledger
+    wrong = [n for n in ours.parts if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]
+    wrong += [n for n in theirs.parts if n not in ours.parts]
+    if wrong:
+        raise MismatchError(
+            f"{len(wrong)} parts read back differently from what was written: {some(wrong)}",
+            file=dst,
+            hint="the disk or the memory is faulty, or this is a mistake in surgery; the output was not published",
+        )
+    changed = _spec_changes(plan, again)
+    if changed:
+        raise ConfigError(f"the written config means another model: {changed}", file=dst)
+
+
+def _spec_changes(plan: Plan, again: Checkpoint) -> str:
+    """Fields of the Spec that did not survive the config of the target (what only names a family may change)."""
+    differences = plan.source.spec.differences(again.spec)
+    padded = plan.to.name != "hf"
+    skip = {"family", "v_true", "positions"} | ({"v"} if padded else set())
+    return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
+
+
+def _identity(source: Checkpoint) -> list[Any]:
+    """What tells whether the source is still the same when a killed run is repeated."""
+    stats = [(p, p.stat()) for p in source.files]
+    casts = (
+        sum(isinstance(n, Map) for part in source.parts.values() for n in walk(part))
+        if len(source.parts) < 10_000
+        else 0
+    )
+    return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats] + [casts]
+
+
+def _report(plan: Plan, dst: Path, written: stream.Written, digest: str, verified: bool, seconds: float) -> Report:
+    return Report(
+        source=str(plan.source.path),
+        source_format=plan.source.format,
+        output=str(dst),
+        output_format=plan.to.name,
+        topology={name: getattr(plan.topology, name) for name in plan.to.flags},
+        files=len(plan.output.files) + 1,
+        bytes=written.bytes,
+        read_bytes=written.read_bytes,
+        resumed_bytes=written.resumed_bytes,
+        seconds=written.seconds,
+        verify_seconds=seconds,
+        peak_memory=written.peak,
+        max_memory=plan.max_memory,
+        content_digest=digest,
+        verified=verified,
+        dropped=dict(plan.dropped),
+        notes=plan.notes,
+    )
+
+
+def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
+    """surgery.json: where an output comes from, and what was dropped, added or guessed on the way."""
+    record = {
+        "surgery": version(),
+        "command": list(command),
+        "source": {"path": report.source, "format": report.source_format, "topology": _sizes(plan.source.topology),
+                   "files": {p.name: p.stat().st_size for p in plan.source.files}},
+        "output": {"format": report.output_format, "topology": dict(report.topology),
+                   "files": {f.name: f.size for f in plan.output.files}},
+        "content_digest": report.content_digest,
+        "verified": report.verified,
+        "parts": len(plan.ledger.parts),
+        "parameters": plan.source.spec.parameters(),
+        "dropped": dict(report.dropped),
+        "notes": list(report.notes),
+        "versions": {"python": platform.python_version(), "torch": _torch_version()},
+    }  # fmt: skip
+    return (json.dumps(record, indent=2) + "\n").encode()
+
+
+def _sizes(topology: Topology) -> dict[str, int]:
+    return {k: v for k, v in asdict(topology).items() if isinstance(v, int)}
+
+
+def _torch_version() -> str:
+    torch = sys.modules.get("torch")
+    return str(torch.__version__) if torch else ""
+
+
+def version() -> str:
+    try:
+        return metadata.version("checkpoint-surgery")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def part_bytes(parts: Mapping[str, Lazy]) -> int:
+    return sum(p.nbytes for p in parts.values())
