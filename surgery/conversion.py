@@ -200,6 +200,8 @@ def execute(
     progress: stream.Progress | None = None,
 ) -> Report:
     """Carry out a plan."""
+    import torch  # noqa: F401  imported before the peak is measured, which is above the imports
+
     dst = Path(dst)
     _refuse_overlap(plan.source.path, dst)
     report: list[Report] = []
