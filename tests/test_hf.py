@@ -1,0 +1,171 @@
+"""Hugging Face: every family's table and config against transformers' own logits, through a plain reference model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from surgery.checkpoint import open_checkpoint
+from surgery.dialect import Dialect, Rank, Row, Topology, gather
+from surgery.dialects import hf
+from surgery.dialects.hf_config import FAMILIES, choose_family, misfits, read_config, write_config
+from surgery.errors import ConfigError, LayoutError, SurgeryError
+from surgery.formats import Checkpoint
+from tests import oracle, reference, tiny
+
+IDS = torch.randint(0, 264, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def truth(tiny_hf):
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = oracle.hf_logits(tiny_hf(family), IDS)
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_parts_and_config_compute_what_transformers_computes(family, tiny_hf, truth):
+    checkpoint = open_checkpoint(tiny_hf(family))
+    assert oracle.gap(reference.logits(checkpoint, IDS), truth(family)) < 2e-5
+    assert choose_family(checkpoint.spec) == checkpoint.spec.family
+
+
+def mutants(row: Row) -> list[Row]:
+    """The same row with a plausible mistake: parts in another order, axes in another order, another part."""
+    found = []
+    if len(row.parts) > 1:
+        found.append(dataclasses.replace(row, parts=(row.parts[1], row.parts[0], *row.parts[2:])))
+    for i, group in enumerate(row.layout):
+        if len(group) > 1:
+            turned = (*group[1:], group[0])
+            found.append(dataclasses.replace(row, layout=(*row.layout[:i], turned, *row.layout[i + 1 :])))
+    swaps = {"attn.k": "attn.v", "mlp.gate": "mlp.up", "attn_norm": "mlp_norm", "q_norm": "k_norm", ".gate": ".up",
+             "q_head_norm": "k_head_norm", "embed": "lm_head", "attn_post_norm": "mlp_post_norm"}  # fmt: skip
+    for old, new in swaps.items():
+        if len(row.parts) == 1 and row.parts[0].endswith(old):
+            found.append(dataclasses.replace(row, parts=(row.parts[0].removesuffix(old) + new,)))
+    return found
+
+
+def applicable(family: str, spec) -> list[Row]:
+    rows = hf.table(family).rows
+    return [r for r in rows if not r.optional and next(r.binds(spec), None) is not None]
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f not in ("llama3", "mistral")])
+def test_a_mistake_in_any_row_shows(family, tiny_hf, truth):
+    checkpoint = open_checkpoint(tiny_hf(family))
+    spec = checkpoint.spec
+    tensors = hf.open_tensors(tiny_hf(family))
+    tables = hf.table(spec.family)
+    tried = 0
+    for row in applicable(spec.family, spec):
+        for mutant in mutants(row):
+            tried += 1
+            rows = tuple(mutant if r is row else r for r in tables.rows)
+            try:
+                parts = gather(Dialect("hf", rows, hf.IGNORED), {Rank(): tensors}, spec, Topology()).parts
+            except SurgeryError:
+                continue
+            wrong = Checkpoint("hf", checkpoint.path, spec, parts)
+            assert oracle.gap(reference.logits(wrong, IDS), truth(family)) > 1e-3, f"{row.name} as {mutant}"
+    assert tried >= 5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_field_of_the_config_counts(family, tiny_hf, truth):
+    """A reader that ignored one of these keys would compute other logits: so the reference must react to them."""
+    config = json.loads((tiny_hf(family) / "config.json").read_text())
+    changes = {"rms_norm_eps": 0.3, "layer_norm_eps": 0.3, "clip_qkv": 0.1, "num_experts_per_tok": 1}
+    base = open_checkpoint(tiny_hf(family))
+    for key, value in changes.items():
+        if config.get(key) is not None:
+            spec, _, _ = read_config({**config, key: value}, "config.json")
+            assert oracle.gap(reference.logits(dataclasses.replace(base, spec=spec), IDS), truth(family)) > 1e-3, key
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_written_config_reads_the_same_and_transformers_accepts_it(model_type, tiny_hf):
+    from transformers import AutoConfig
+
+    family = {"llama": "llama3"}.get(model_type, model_type)
+    if family not in tiny.FAMILIES:
+        family = "olmo2"  # flex_olmo: a sparse relative
+    spec = open_checkpoint(tiny_hf(family)).spec
+    if model_type == "flex_olmo":
+        spec = spec.replace(family="flex_olmo", e=8, m=56, f=0, top_k=3)
+    config = write_config(spec, {}, "float32", model_type)
+    assert not misfits(spec, model_type)
+    theirs = AutoConfig.for_model(**config)
+    again, _, notes = read_config(json.loads(theirs.to_json_string()), "config.json")
+    assert not {k: v for k, v in spec.differences(again).items() if k not in ("v_true",)}
+    assert not [n for n in notes if "not understood" in n]
+
+
+def test_a_model_that_no_family_holds_is_refused(tiny_hf):
+    spec = open_checkpoint(tiny_hf("olmo2")).spec.replace(clip_qkv=3.0)
+    with pytest.raises(ConfigError, match="clip_qkv is 3.0"):
+        choose_family(spec)
+
+
+def test_unknown_families_and_quantised_weights_are_refused(tiny_hf):
+    config = json.loads((tiny_hf("llama") / "config.json").read_text())
+    with pytest.raises(ConfigError, match="model_type is 'made_up'"):
+        read_config({**config, "model_type": "made_up"}, "config.json")
+    with pytest.raises(ConfigError, match="quantised"):
+        read_config({**config, "quantization_config": {"bits": 4}}, "config.json")
+
+
+@pytest.mark.parametrize("bad", [{"hidden_size": -4}, {"num_attention_heads": 7}, {"vocab_size": "many"},
+                                 {"rms_norm_eps": 0}, {"num_hidden_layers": 1 << 40}, {"hidden_act": "magic"},
+                                 {"rope_parameters": 3}, {"num_key_value_heads": 0}])  # fmt: skip
+def test_senseless_values_are_refused(bad, tiny_hf):
+    config = json.loads((tiny_hf("llama") / "config.json").read_text())
+    with pytest.raises(ConfigError):
+        read_config({**config, **bad}, "config.json")
+
+
+def test_an_odd_key_is_named(tiny_hf):
+    config = json.loads((tiny_hf("llama") / "config.json").read_text())
+    _, _, notes = read_config({**config, "secret_sauce": 1}, "config.json")
+    assert any("secret_sauce" in n for n in notes)
+
+
+def test_missing_and_surplus_tensors_are_named(tiny_hf):
+    spec = open_checkpoint(tiny_hf("llama")).spec
+    tensors = dict(hf.open_tensors(tiny_hf("llama")))
+    odd = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    tensors["model.layers.2.mlp.up_proj.weigth"] = odd
+    with pytest.raises(LayoutError) as error:
+        gather(hf.table("llama"), {Rank(): tensors}, spec, Topology())
+    assert "model.layers.2.mlp.up_proj.weight is missing" in str(error.value)
+    assert "up_proj.weigth" in str(error.value)
+
+
+def test_fused_experts_are_read(tiny_hf, tmp_path):
+    """transformers 5 holds experts fused in memory; some tools save them so."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "fused"
+    folder.mkdir()
+    stored = load_file(tiny_hf("qwen3_moe") / "model.safetensors")
+    experts = tiny.SIZES["e"]
+    for layer in range(1, tiny.SIZES["l"]):
+        at = f"model.layers.{layer}.mlp.experts."
+        take = {k: [stored.pop(f"{at}{e}.{k}_proj.weight") for e in range(experts)] for k in ("gate", "up", "down")}
+        pairs = zip(take["gate"], take["up"], strict=True)
+        stored[f"{at}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        stored[f"{at}down_proj"] = torch.stack(take["down"])
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_bytes((tiny_hf("qwen3_moe") / "config.json").read_bytes())
+    one, other = open_checkpoint(tiny_hf("qwen3_moe")), open_checkpoint(folder)
+    assert one.parts.keys() == other.parts.keys()
+    assert all(oracle.same_bits(one.parts[n].full(), other.parts[n].full()) for n in one.parts)
