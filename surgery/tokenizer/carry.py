@@ -70,7 +70,8 @@ def _hf_to_hf(found: Tokenizer, max_length: int, ids: Mapping[str, int]) -> Carr
     if "tokenizer.json" not in found.files or "tokenizer_config.json" in found.files:
         return Carried(files, notes)
     text_of = {index: text for text, index in vocabulary(found)[0].items()}
-    tokens = {role: text_of[ids[role]] for role in ROLES if role in ids and ids[role] in text_of}
+    texts = {role: text_of.get(ids[role], "") for role in ROLES if role in ids}
+    tokens = {role: text for role, text in texts.items() if text and text.encode(errors="ignore").decode() == text}
     named = ", ".join(f"{role} {show(text)}" for role, text in tokens.items()) or "no special tokens"
     return Carried(
         (*files, text_file("tokenizer_config.json", _settings(tokens, max_length))),
@@ -95,7 +96,11 @@ def _tiktoken_to_hf(found: Tokenizer, max_length: int, release: str | None) -> C
     names = tiktoken.NAMES.get(release or "reference")
     if names is None:
         raise UsageError(f"the release {show(release)} is unknown; use {', '.join(tiktoken.NAMES)}")
-    data = tiktoken.tokenizer_json(tiktoken.read(found.native), names)
+    ranks = tiktoken.read(found.native)
+    if len(ranks) == tiktoken.LLAMA_4:
+        lacking = "no tokenizer.json was made: these are the ranks of Llama 4, whose pattern of words is not supported"
+        return Carried(_copies(found.files), (lacking,))
+    data = tiktoken.tokenizer_json(ranks, names)
     settings = _settings({"bos": names[0], "eos": names[1]}, max_length)
     told = f"those of release {release}" if release else "those of llama-models, Meta's current program"
     return Carried(

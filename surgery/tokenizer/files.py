@@ -10,6 +10,7 @@ they are carried, not interpreted.  What is no JSON, no protobuf and no rank fil
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,22 +82,22 @@ def find(folder: Path, *also: Path) -> Tokenizer | None:
     """
     folder = Path(folder)
     for place in (folder, *map(Path, also)):
-        files = {_name_of(place): place} if place.is_file() else listed(place)
+        files = {_name_of(place): place} if os.path.isfile(place) else listed(place)
         if found := describe(files):
             return found
     above = folder.resolve().parent / NATIVE
-    return describe({NATIVE: above}) if (folder / "params.json").exists() and above.is_file() else None
+    return describe({NATIVE: above}) if os.path.exists(folder / "params.json") and os.path.isfile(above) else None
 
 
 def listed(folder: Path) -> dict[str, Path]:
     """The tokenizer's files in a folder, by the names that they have beside an HF model."""
-    files = {name: folder / name for name in (*VOCABULARIES, *COMPANIONS, NATIVE) if (folder / name).is_file()}
-    if NATIVE not in files and (folder / HIDDEN).is_file():
+    files = {name: folder / name for name in (*VOCABULARIES, *COMPANIONS, NATIVE) if os.path.isfile(folder / name)}
+    if NATIVE not in files and os.path.isfile(folder / HIDDEN):
         files[HIDDEN] = folder / HIDDEN
-    foreign = sorted(folder.glob("*_tokenizer.json")) if folder.is_dir() else []
+    foreign = sorted(folder.glob("*_tokenizer.json")) if os.path.isdir(folder) else []
     if "tokenizer.json" not in files and len(foreign) == 1:  # NeoX: 20B_tokenizer.json
         files["tokenizer.json"] = foreign[0]
-    if NATIVE in files and (folder / "params.json").is_file() and native_kind(files[NATIVE]) == "tiktoken":
+    if NATIVE in files and os.path.exists(folder / "params.json") and native_kind(files[NATIVE]) == "tiktoken":
         files[HIDDEN] = files.pop(NATIVE)
     return files
 
@@ -132,8 +133,9 @@ def describe(files: dict[str, Path]) -> Tokenizer | None:
         raise FileError("is neither a SentencePiece model nor a tiktoken rank file", file=native, hint=hint)
     if kind == "tiktoken":
         size = len(tiktoken.read(native))
+        count = size + tiktoken.specials(size)
         rest = {HIDDEN: native, **{name: path for name, path in files.items() if path != native}}
-        return Tokenizer(kind, rest, native, kind, size + tiktoken.SPECIALS, {"bos": size, "eos": size + 1})
+        return Tokenizer(kind, rest, native, kind, count, {"bos": size, "eos": size + 1})
     model = sentencepiece.read(native)
     ids = {role: token[1] for role in ROLES if (token := model.control(role))}
     return Tokenizer(kind, files, native, kind, len(model.pieces), ids)

@@ -24,6 +24,7 @@ from surgery.tokenizer import bpe
 
 LARGEST = 64 << 20  # bytes; Llama 4's file of 200k ranks has 3.6 MB
 SPECIALS = 256
+LLAMA_4 = 200_000  # ranks of Llama 4, whose words and 2048 special tokens are others
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,6 +72,11 @@ def _letters() -> dict[int, str]:
 
 LETTER = _letters()
 BYTE = {letter: byte for byte, letter in LETTER.items()}
+
+
+def specials(size: int) -> int:
+    """How many special tokens Meta's programs append to `size` ranks."""
+    return 2048 if size == LLAMA_4 else SPECIALS
 
 
 def looks_like(head: bytes) -> bool:
