@@ -37,7 +37,7 @@ _MOVED_NAMES = {
 }
 NAME_LIMIT = 1024  # characters of a module or of a name
 _KEY_DEPTH = 4  # tuples in tuples in a dictionary key
-_TUPLE_KEYS = 8192  # tuples hash alike if a file wants them to: then each costs a comparison with all before
+_TUPLE_KEYS = 4096  # tuples hash alike if a file wants them to: then each costs a comparison with all before
 HALF_DONE = "the file is truncated or damaged; copy or download it again"
 
 
@@ -49,7 +49,7 @@ class Limits:
     """
 
     pickle_bytes: int = 256 << 20
-    budget: int = 128 << 20
+    budget: int = 32 << 20
     ratio: int = 48
     ceiling: int = 6 << 30
 

@@ -63,6 +63,8 @@ def open_file(path: str | os.PathLike[str]) -> Container:
     head = file.read(0, min(file.size, 512), "the first bytes")
     if not file.size:
         raise FileError("is empty", file=file.path, hint="copy or download it again")
+    if head[8:9] == b"{" and head[6:8] == b"\0\0":  # first: the length before it may begin like anything below
+        return Safetensors(file)
     for magic, what, hint in _REFUSED:
         if head.startswith(magic):
             raise FileError(what, file=file.path, byte=0, hint=hint)
@@ -74,9 +76,7 @@ def open_file(path: str | os.PathLike[str]) -> Container:
     if head.startswith(b"PK\3\4"):
         return TorchZip(file)
     if head.startswith(b"\x80"):
-        size = int.from_bytes(head[:8], "little")
-        if head[8:9] != b"{" or size > file.size:  # a safetensors header of 128 bytes begins like a pickle
-            return TorchLegacy(file)
+        return TorchLegacy(file)
     if head[8:9] == b"{":
         return Safetensors(file)
     hint = "supported: safetensors, torch.save (zip or legacy), folders with an index, DCP folders"

@@ -192,21 +192,25 @@ class NumpyArray:
         return f"<numpy array {list(self.shape or ())}>"
 
 
-def flatten(root: object, depth_limit: int = 64, node_limit: int = 2_000_000) -> Iterator[tuple[str, Any]]:
+def flatten(root: object, depth_limit: int = 64) -> Iterator[tuple[str, Any]]:
     """(dotted path, leaf) of every leaf below nested dicts, lists and tuples, front to back.
 
     Raises ValueError if containers are nested too deep or a shared one unfolds into too many leaves, as a
     structure that contains itself would.
     """
     todo: list[tuple[str, Any, int]] = [("", root, 0)]
-    nodes = 0
+    met: set[int] = set()
+    visits = distinct = 0
     while todo:
         path, node, depth = todo.pop()
         if not isinstance(node, (dict, list, tuple)):
             yield path, node
             continue
-        nodes += len(node)
-        if depth >= depth_limit or nodes > node_limit:
+        visits += len(node)
+        if id(node) not in met:
+            met.add(id(node))
+            distinct += len(node)
+        if depth >= depth_limit or visits > 100_000 + 8 * distinct:
             raise ValueError(f"dicts and lists are nested too deeply or repeated without end at {show(path)}")
         pairs: Iterable[tuple[Any, Any]] = node.items() if isinstance(node, dict) else enumerate(node)
         below = [(_join(path, key), value, depth + 1) for key, value in pairs]

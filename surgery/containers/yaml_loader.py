@@ -93,7 +93,7 @@ def parse_yaml(data: bytes, file: str, what: str) -> Any:
         raise FileError(f"{what} is not valid YAML: {problem}", file=file, byte=mark and mark.index) from None
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
-    except (ValueError, RecursionError, OverflowError):
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError):
         raise FileError(f"{what} holds a scalar that cannot be read", file=file) from None
 
 
