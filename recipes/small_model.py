@@ -99,6 +99,9 @@ def dequantize(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **at, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
+    for stray in ("_model_name_or_path", "unk_token_id"):  # left over from GGUF's metadata; no fields of a Llama
+        if hasattr(model.config, stray):
+            delattr(model.config, stray)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
