@@ -18,7 +18,7 @@ from attacks.build import Case, pkl
 from surgery.errors import SurgeryError
 
 CASES = [*payloads.CASES, *machine.CASES, *tensors.CASES, *archives.CASES, *tables.CASES]
-SECONDS = 6.0  # on a busy machine; the slowest takes about one
+SECONDS = 5.0  # of processor time; the slowest takes about one
 MEMORY = 1200 << 20  # bytes of address space, interpreter included
 
 
@@ -41,7 +41,7 @@ def run(case: Case, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     path = case.make(folder)
-    start = time.perf_counter()
+    start = time.process_time()
     if case.refused is None:
         values, names = case.read(path)
         assert values == case.values
@@ -51,7 +51,7 @@ def run(case: Case, tmp_path: Path) -> None:
             case.read(path)
         check_message(caught.value, tmp_path)
         assert re.search(case.refused, str(caught.value)), str(caught.value)
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert not (folder / "marker").exists()
 
 
@@ -92,7 +92,7 @@ def test_payloads_are_live(tmp_path: Path) -> None:
 
 
 BOMB_RUNNER = """
-import resource, sys
+import gc, resource, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_attacks import CASES, run
@@ -103,6 +103,7 @@ for number, case in enumerate(CASES):
         print(case.name, flush=True)
         (Path({folder!r}) / str(number)).mkdir()
         run(case, Path({folder!r}) / str(number))
+        gc.collect()
 print("survived")
 """
 

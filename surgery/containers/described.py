@@ -57,14 +57,19 @@ def describe(
     machine = Machine(data, start, storages, limits or Limits())
     collecting = gc.isenabled()
     gc.disable()  # millions of new containers: collections would only cost time
+    failure, end = None, 0
     try:
         end = _run(machine)
     except BadPickle as error:
-        kind = Truncated if error.hint == HALF_DONE else FileError
-        raise kind(error.what, file=file, member=member, byte=base + machine.at, hint=error.hint) from None
+        failure = (error.what, error.hint)
     finally:
         if collecting:
             gc.enable()
+    if failure:
+        what, hint = failure
+        byte = base + machine.at
+        del machine  # an error that is kept must not keep all objects alive
+        raise (Truncated if hint == HALF_DONE else FileError)(what, file=file, member=member, byte=byte, hint=hint)
     names = sorted(ascii(found.path)[1:-1] for found in machine.globals.values())
     return Description(machine.root, names, machine.storages, machine.tensors, end)
 
