@@ -1,12 +1,15 @@
 # Two commands do all the set-up they need (Python 3.11+ and pip): `make demo` and `make test`.
 
 SHELL := /bin/bash -o pipefail
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
-PYTEST_FLAGS ?= -n 2
+WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
+PYTEST_FLAGS ?= -n $(WORKERS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -29,7 +32,7 @@ types: $(VENV)/.ready-dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .

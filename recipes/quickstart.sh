@@ -36,6 +36,9 @@ for tp in 2 3 1; do
     surgery convert "$model" "$work/meta" --to meta --tp $tp --dry-run --force >/dev/null 2>&1 && break
 done
 
+# Meta's params.json has no place for the longest context: the way back is told.
+context=$(surgery inspect "$model" --json | python -c 'import json, sys; print(json.load(sys.stdin)["sizes"]["context"])')
+
 step "A model as Hugging Face stores it" \
     surgery inspect "$model"
 step "Convert it to Meta's format for $tp ranks" \
@@ -43,7 +46,7 @@ step "Convert it to Meta's format for $tp ranks" \
 step "Look at the new files without loading them; a pickle is described, never run" \
     surgery inspect "$work/meta" --pickles
 step "Convert it back" \
-    surgery convert "$work/meta" "$work/back" --to hf --force
+    surgery convert "$work/meta" "$work/back" --to hf -O "max_positions=$context" --force
 step "Is it still the same model?  Every tensor and every field of the config" \
     surgery verify "$model" "$work/back"
 step "And across formats: Meta's files against the original, down to the logits" \
