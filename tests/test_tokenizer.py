@@ -460,7 +460,7 @@ ANY = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=st.lists(st.integers(0, 20), max_size=5), value=ANY, config=ANY)
 def test_odd_json_is_carried_or_refused(path: list[int], value: object, config: object, tmp_path: Path) -> None:
     document = json.loads(ranked.tokenizer_json({bytes([i]): i for i in range(256)}, ranked.NAMES["3"][:3]))
@@ -478,13 +478,17 @@ def test_odd_json_is_carried_or_refused(path: list[int], value: object, config: 
     settings_file.unlink(missing_ok=True)
     if config:
         settings_file.write_text(json.dumps({"bos_token": config, "auto_map": config}))
-    found = tok.find(tmp_path)
-    assert found is not None and found.summary.isascii()
-    for carried in (tok.for_hf(found, vocab_size=9, max_length=9, ids={"bos": 3, "eos": 300}), tok.for_meta(found)):
-        assert all(note.isascii() for note in carried.notes)
+    try:
+        found = tok.find(tmp_path)
+        assert found is not None
+        words = (found.summary, *tok.for_meta(found).notes)
+        words += tok.for_hf(found, vocab_size=9, max_length=9, ids={"bos": 3, "eos": 300}).notes
+    except FileError as error:  # NaN, half a surrogate pair, a list instead of a mapping
+        words = (str(error),)
+    assert all(word.isascii() for word in words)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(MODELS), at=st.floats(0, 1), data=st.binary(max_size=6), cut=st.booleans())
 def test_damaged_files_never_end_in_another_error(name: str, at: float, data: bytes, cut: bool, tmp_path: Path) -> None:
     whole = (GOLDEN / name / "tokenizer.model").read_bytes()

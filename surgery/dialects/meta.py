@@ -88,7 +88,7 @@ def open_meta(folder: Path, options: Options) -> Checkpoint:
         params,
         str(folder / "params.json"),
         evidence,
-        tiktoken=tokens is not None and tokens.kind == "tiktoken",
+        tiktoken=tokens is not None and tokens.native_kind == "tiktoken",
         rope_factor=number(options, "rope_factor"),
         positions=number(options, "max_positions"),
     )

@@ -70,8 +70,7 @@ def _hf_to_hf(found: Tokenizer, max_length: int, ids: Mapping[str, int]) -> Carr
     if "tokenizer.json" not in found.files or "tokenizer_config.json" in found.files:
         return Carried(files, notes)
     text_of = {index: text for text, index in vocabulary(found)[0].items()}
-    texts = {role: text_of.get(ids[role], "") for role in ROLES if role in ids}
-    tokens = {role: text for role, text in texts.items() if text and text.encode(errors="ignore").decode() == text}
+    tokens = {role: text_of[ids[role]] for role in ROLES if role in ids and ids[role] in text_of}
     named = ", ".join(f"{role} {show(text)}" for role, text in tokens.items()) or "no special tokens"
     return Carried(
         (*files, text_file("tokenizer_config.json", _settings(tokens, max_length))),

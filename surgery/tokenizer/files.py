@@ -9,15 +9,15 @@ they are carried, not interpreted.  What is no JSON, no protobuf and no rank fil
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.containers import text
 from surgery.errors import FileError, show, some
-from surgery.files import File, read_small
+from surgery.files import File
 from surgery.tokenizer import sentencepiece, tiktoken
 
 NATIVE = "tokenizer.model"
@@ -39,7 +39,7 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
-LARGEST = 64 << 20  # bytes; the largest known tokenizer.json has 33 MB
+POINTER = b"version https://git-lfs"
 ROLES = ("bos", "eos", "pad", "unk")
 
 
@@ -165,10 +165,10 @@ def vocabulary(found: Tokenizer) -> tuple[dict[str, int], dict[int, str]]:
         vocab = [[piece.text] for piece in sentencepiece.read(found.native).pieces]
     if isinstance(vocab, list):  # Unigram: [token, score]
         vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry and _text(entry[0])}
-    known = {text: i for text, i in vocab.items() if _is_id(i)} if isinstance(vocab, dict) else {}
+    known = {token: i for token, i in vocab.items() if _is_id(i)} if isinstance(vocab, dict) else {}
     items = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
     added = {e["id"]: e["content"] for e in items if _is_id(e.get("id")) and isinstance(e.get("content"), str)}
-    return {**known, **{text: index for index, text in added.items()}}, added
+    return {**known, **{content: index for index, content in added.items()}}, added
 
 
 def _is_id(value: Any) -> bool:
@@ -185,17 +185,15 @@ def read_json(path: Path | None) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one if there is no file.  Raises FileError for anything else."""
     if path is None:
         return {}
-    data = read_small(path, LARGEST, "a tokenizer's JSON")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"is not JSON: {show(str(error))}", file=path, hint=_hint(data)) from None
+    if _head(path).startswith(POINTER):
+        raise FileError("holds a git-lfs pointer, not the file", file=path, hint=_hint(POINTER))
+    value = text.read_json(path, "a tokenizer's file")
     if not isinstance(value, dict):
         raise FileError(f"holds {show(value)} where a mapping is expected", file=path)
     return value
 
 
 def _hint(data: bytes) -> str:
-    if data.startswith(b"version https://git-lfs"):
+    if data.startswith(POINTER):
         return "this is a git-lfs pointer: run `git lfs pull`"
     return "the file is truncated or damaged; copy or download it again"
