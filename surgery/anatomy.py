@@ -68,6 +68,7 @@ class Spec:
     qkv_bias: bool = False
     o_bias: bool = False
     clip_qkv: float | None = None
+    clip_after_norm: bool = False  # clipped behind the query and key norms (Hugging Face's OLMoE), not before them
     # feed forward
     act: str = "silu"  # silu | gelu | gelu_tanh | relu | relu2
     glu: bool = True

@@ -175,7 +175,7 @@ class Named:
         """Reorder and regroup.  Axes of size one may come and go; all others must be the same on both sides."""
         src, left = self.data, self.axes
         if isinstance(src, Rearrange) and src.right == left and all(src.sizes[a] == self.sizes[a] for a in flat(left)):
-            src, left = src.src, src.left  # two rearrangements are one
+            left, src = src.left, src.src  # two rearrangements are one
         have, want = set(flat(left)), set(flat(axes))
         sizes = {**self.sizes, **dict.fromkeys(want - have, 1)}
         for a in sorted(have - want):

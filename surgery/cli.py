@@ -230,7 +230,8 @@ def verify_command(
     from surgery.errors import UsageError
     from surgery.verify import compare
 
-    given, opened, used = _parse_options(options), [], set()
+    given, opened = _parse_options(options), []
+    used: set[str] = set()
     for path in (a, b):
         mine = {k: v for k, v in given.items() if k in recognise(path).option_names("read")}
         used |= mine.keys()

@@ -1,7 +1,7 @@
 """Convert a checkpoint of any format into any other: open, plan, stream, read back, publish.
 
     report = convert("SmolLM2-135M", "SmolLM2-meta", to="meta", topology=Topology(tp=3))
-    report.verified, report.output_digest
+    report.verified, report.content_digest
 
 Each byte is read once and written once.  Digests of the parts are computed on the way; the output is then opened
 like any other checkpoint, read, and must give the same digests, before it appears under its name.
@@ -25,11 +25,12 @@ from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_ki
 from surgery.containers.output import OutputFile, text_file
 from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
-from surgery.fingerprint import Ledger
+from surgery.fingerprint import SOURCE, Ledger
 from surgery.formats import Checkpoint, Format, Options, Output
-from surgery.lazy import Lazy, Map, walk
+from surgery.lazy import Slice
 from surgery.staging import check_free, data_of
 
+VOCABULARY = ("embed", "lm_head")
 PROVENANCE = "surgery.json"
 MEMORY = 2 << 30
 
@@ -46,6 +47,8 @@ class Plan:
     max_memory: int
     dropped: Mapping[str, str]
     notes: tuple[str, ...]
+    options: Options = field(default_factory=dict)  # of the target
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for: an equal job may be resumed
 
     @property
     def bytes(self) -> int:
@@ -69,6 +72,7 @@ class Report:
     verify_seconds: float
     peak_memory: int
     max_memory: int
+    source_digest: str | None
     content_digest: str
     verified: bool
     dropped: Mapping[str, str] = field(default_factory=dict)
@@ -96,16 +100,21 @@ def prepare(
     source = open_checkpoint(src, format=from_, options=reading)
     if tokenizer is not None:
         source = with_tokenizer(source, tokenizer)
+    ledger = Ledger()
     if vocab_size is not None:
         source = to_vocab(source, vocab_size)
     if dtype != "keep":
+        if vocab_size is None:  # rows that are cut are never read, so the source as a whole has no digest then
+            parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
+            source = replace(source, parts=parts)
         source = to_kind(source, KINDS[dtype])
-    ledger = Ledger()
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
     output = target.plan(tapped, topology, target.with_defaults(writing, "write"))
     lost = _lost_facts(source, target)
     notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
-    return Plan(source, output, target, topology, ledger, max_memory or default_memory(), source.ignored, notes)
+    settings = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "options": options}
+    memory = max_memory or default_memory()
+    return Plan(source, output, target, topology, ledger, memory, source.ignored, notes, writing, settings)
 
 
 def check_flags(target: Format, topology: Topology) -> None:
@@ -124,7 +133,7 @@ def _split(
     src: str | os.PathLike[str], from_: str | None, target: Format, options: Options
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Options for the source's format and for the target's; one that neither has is an error."""
-    source = FORMATS[from_] if from_ in FORMATS else recognise(src)
+    source = FORMATS[from_] if from_ is not None and from_ in FORMATS else recognise(src)
     reads, writes = source.option_names("read"), target.option_names("write")
     unknown = [name for name in options if name not in reads | writes]
     if unknown:
@@ -207,19 +216,14 @@ def execute(
     report: list[Report] = []
 
     def close(written: stream.Written) -> list[OutputFile]:
-        digest, began = plan.ledger.content_digest(), time.monotonic()
+        digest, began = _digests(plan), time.monotonic()
         if verify:
             _read_back(plan, dst, progress)
         seconds = time.monotonic() - began if verify else 0.0
         report.append(_report(plan, dst, written, digest, verify, seconds))
         return [text_file(PROVENANCE, _provenance(plan, report[0], command))]
 
-    job = {
-        "surgery": version(),
-        "source": _identity(plan.source),
-        "to": plan.to.name,
-        "topology": asdict(plan.topology),
-    }
+    job = {"surgery": version(), "source": _identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=force, closing=close)  # fmt: skip
     return replace(report[0], bytes=done.bytes, seconds=done.seconds, read_bytes=done.read_bytes, peak_memory=done.peak,
@@ -234,12 +238,17 @@ def _refuse_overlap(src: Path, dst: Path) -> None:
 
 def _read_back(plan: Plan, dst: Path, progress: stream.Progress | None) -> None:
     """Open what was written as any reader would, and compare the digests of all parts."""
-    options = plan.to.with_defaults({}, "read")
-    again = plan.to.open(data_of(dst), options)
-    ledger = Ledger()
-    stream.read_through(again.parts, ledger, plan.max_memory, progress)
+    known = {k: v for k, v in plan.options.items() if k in plan.to.option_names("read")}
+    again = plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+    ledger, rows = Ledger(), plan.source.spec.v
+    parts = {  # rows that the target pads its vocabulary with are its own
+        name: Slice(part, 0, 0, rows) if name in VOCABULARY and part.shape[0] > rows else part
+        for name, part in again.parts.items()
+    }
+    stream.read_through(parts, ledger, plan.max_memory, progress)
     ours, theirs = plan.ledger, ledger
-    wrong = [n for n in ours.parts if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]
+    mine = [n for n in ours.parts if not n.startswith(SOURCE)]
+    wrong = [n for n in mine if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]
     wrong += [n for n in theirs.parts if n not in ours.parts]
     if wrong:
         raise MismatchError(
@@ -255,23 +264,29 @@ def _read_back(plan: Plan, dst: Path, progress: stream.Progress | None) -> None:
 def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     """Fields of the Spec that did not survive the config of the target (what only names a family may change)."""
     differences = plan.source.spec.differences(again.spec)
-    padded = plan.to.name != "hf"
-    skip = {"family", "v_true", "positions"} | ({"v"} if padded else set())
+    skip = {"family", "v_true", "positions"}
+    if again.spec.v > plan.source.spec.v:
+        skip.add("v")
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 
 def _identity(source: Checkpoint) -> list[Any]:
     """What tells whether the source is still the same when a killed run is repeated."""
     stats = [(p, p.stat()) for p in source.files]
-    casts = (
-        sum(isinstance(n, Map) for part in source.parts.values() for n in walk(part))
-        if len(source.parts) < 10_000
-        else 0
-    )
-    return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats] + [casts]
+    return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 
-def _report(plan: Plan, dst: Path, written: stream.Written, digest: str, verified: bool, seconds: float) -> Report:
+def _digests(plan: Plan) -> tuple[str | None, str]:
+    """Of the source and of the output: the same one if no weight was changed, none for a source that was cut."""
+    output = plan.ledger.content_digest()
+    if any(name.startswith(SOURCE) for name in plan.ledger.parts):
+        return plan.ledger.content_digest(SOURCE), output
+    return (None if plan.settings.get("vocab_size") else output), output
+
+
+def _report(
+    plan: Plan, dst: Path, written: stream.Written, digests: tuple[str | None, str], verified: bool, seconds: float
+) -> Report:
     return Report(
         source=str(plan.source.path),
         source_format=plan.source.format,
@@ -286,7 +301,8 @@ def _report(plan: Plan, dst: Path, written: stream.Written, digest: str, verifie
         verify_seconds=seconds,
         peak_memory=written.peak,
         max_memory=plan.max_memory,
-        content_digest=digest,
+        source_digest=digests[0],
+        content_digest=digests[1],
         verified=verified,
         dropped=dict(plan.dropped),
         notes=plan.notes,
@@ -302,9 +318,10 @@ def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
                    "files": {p.name: p.stat().st_size for p in plan.source.files}},
         "output": {"format": report.output_format, "topology": dict(report.topology),
                    "files": {f.name: f.size for f in plan.output.files}},
+        "source_digest": report.source_digest,
         "content_digest": report.content_digest,
         "verified": report.verified,
-        "parts": len(plan.ledger.parts),
+        "parts": len(plan.source.parts),
         "parameters": plan.source.spec.parameters(),
         "dropped": dict(report.dropped),
         "notes": list(report.notes),
@@ -327,7 +344,3 @@ def version() -> str:
         return metadata.version("checkpoint-surgery")
     except metadata.PackageNotFoundError:
         return "unknown"
-
-
-def part_bytes(parts: Mapping[str, Lazy]) -> int:
-    return sum(p.nbytes for p in parts.values())

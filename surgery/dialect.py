@@ -19,25 +19,21 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 from surgery.anatomy import PARTS, Spec, full_template
-from surgery.axes import STAR, Axes, Named, flat, parse, pattern
+from surgery.axes import STAR, Axes, Named, flat, parse, pattern, shape_of
 from surgery.errors import LayoutError, some
-from surgery.lazy import Fill, Lazy, Map, Same
+from surgery.lazy import Extent, Fill, Lazy, Map, Same
+from surgery.topology import ONE_RANK, Rank, Topology
+
+__all__ = ["ONE_RANK", "Dialect", "Gathered", "Rank", "Row", "Stored", "Topology", "gather", "row", "shard", "spread",
+           "unshard", "unweave", "weave"]  # fmt: skip
 
 Bind = dict[str, int]
+_MATRIX: Axes = (("row",), ("column",))
 Parts = Mapping[str, Lazy]
-
-
-class Rank(NamedTuple):
-    """Who stores a tensor: the tensor-, pipeline- and expert-parallel rank, and the virtual pipeline chunk."""
-
-    tp: int = 0
-    pp: int = 0
-    ep: int = 0
-    chunk: int = 0
 
 
 class Stored(NamedTuple):
@@ -48,47 +44,6 @@ class Stored(NamedTuple):
 
 
 Shards = Mapping[Rank, Mapping[str, Lazy]]
-
-
-@dataclass(frozen=True)
-class Topology:
-    """How many ranks share the tensors: tp divides the `cut` axes, pp the layers, ep the experts.
-
-    `vpp` chunks of layers per pipeline stage (interleaved schedule); `stages` gives, for uneven pipelines, how many
-    layers each (chunk, stage) holds, chunk by chunk in the order of the layers.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    vpp: int = 1
-    stages: tuple[int, ...] = ()
-
-    def layer_counts(self, layers: int) -> tuple[int, ...]:
-        """Layers per (chunk, stage), in the order of the layers."""
-        slots = self.pp * self.vpp
-        if self.stages:
-            if len(self.stages) != slots or sum(self.stages) != layers:
-                raise LayoutError(f"stages of {list(self.stages)} layers do not make {layers} layers on {slots} stages")
-            return self.stages
-        if layers % slots:
-            raise LayoutError(
-                f"cannot divide {layers} layers among {slots} pipeline stages", hint="choose another --pp"
-            )
-        return (layers // slots,) * slots
-
-    @cache  # noqa: B019  a frozen record of a few numbers: asked once per tensor, kept by the few topologies there are
-    def places(self, layers: int) -> list[tuple[int, int, int]]:
-        """For every layer: its pipeline stage, its chunk and its number there."""
-        counts = self.layer_counts(layers)
-        return [(slot % self.pp, slot // self.pp, i) for slot, count in enumerate(counts) for i in range(count)]
-
-    def ranks(self) -> Iterator[Rank]:
-        for pp, ep, tp, chunk in itertools.product(*(range(n) for n in (self.pp, self.ep, self.tp, self.vpp))):
-            yield Rank(tp, pp, ep, chunk)
-
-
-ONE_RANK = Topology()
 
 
 @dataclass(frozen=True)
@@ -105,6 +60,8 @@ class Row:
     optional: bool = False  # read (and compared) where it is found, never written: an old or redundant copy
     summed: bool = False  # the ranks' tensors add up to the part (each is written as 1/tp of it)
     when: Callable[[Spec, Topology], bool] | None = None
+    layers: Callable[[Spec, int], bool] | None = None  # which layers store the parts under this name; None: all
+    shape: Axes | None = None  # the two dimensions that the tensor claims, where they are not those of its memory
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -117,10 +74,20 @@ class Row:
         here = set(flat(self.layout))
         return tuple(tuple(a for a in flat(PARTS[p].layout) if a not in here) for p in self.parts)
 
+    @cached_property
+    def of_experts(self) -> bool:
+        """Whether the parts are the experts' own: the expert-parallel ranks divide them."""
+        return any("{e}" in p for p in self.parts)
+
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether one tensor holds all of a rank's experts."""
+        return self.of_experts and "e" not in self.keys
+
     def binds(self, spec: Spec) -> Iterator[Bind]:
         """The values of the name's placeholders for which the model has this tensor."""
         per_layer = any("{l}" in p for p in self.parts)
-        layers = [i for i in range(spec.l if per_layer else 1) if all(spec.has(p, i) for p in self.parts)]
+        layers = [i for i in range(spec.l if per_layer else 1) if self._holds(spec, i)]
         if "l" not in self.keys:
             if layers and (not per_layer or len(layers) == spec.l):  # a stack of layers holds all of them or none
                 yield from ({"e": e} for e in range(spec.e)) if "e" in self.keys else ({},)
@@ -130,6 +97,9 @@ class Row:
                 yield from ({"l": layer, "e": e} for e in range(spec.e))
             else:
                 yield {"l": layer}
+
+    def _holds(self, spec: Spec, layer: int) -> bool:
+        return all(spec.has(p, layer) for p in self.parts) and (self.layers is None or self.layers(spec, layer))
 
 
 def row(
@@ -143,11 +113,14 @@ def row(
     optional: bool = False,
     summed: bool = False,
     when: Callable[[Spec, Topology], bool] | None = None,
+    layers: Callable[[Spec, int], bool] | None = None,
+    shape: str | None = None,
 ) -> Row:
     """A Row; parts inside layers are named without `layers.{l}.`, the layout is the first part's own by default."""
     full = tuple(full_template(p) for p in parts)
     axes = parse(layout) if layout is not None else PARTS[full[0]].layout
-    return Row(name, full, axes, cut, pad, stage, copy or optional, optional, summed, when)
+    claimed = parse(shape) if shape is not None else None
+    return Row(name, full, axes, cut, pad, stage, copy or optional, optional, summed, when, layers, claimed)
 
 
 @dataclass(frozen=True)
@@ -236,28 +209,50 @@ def unweave(r: Row, bind: Bind, whole: Named, spec: Spec) -> Iterator[tuple[str,
 def shard(r: Row, whole: Named, rank: int, tp: int) -> Stored:
     """The piece of a whole tensor that tensor-parallel rank `rank` of `tp` stores."""
     if tp == 1:
-        return Stored(whole.data)
+        return Stored(_claimed(r, whole))
     if r.summed:
         return Stored(Map(lambda t: t / tp, (whole.data,)), rank > 0)
     if not r.cut:
-        return Stored(whole.data, rank > 0)
+        return Stored(_claimed(r, whole), rank > 0)
     n = math.prod(whole.sizes[a] for a in r.cut.split())
     if n % tp and (r.cut != "g" or tp % n):
         raise LayoutError(_indivisible(r, n, tp))
     if n < tp:
-        return Stored(whole.take(r.cut, rank * n // tp, rank * n // tp + 1).to(r.layout).data, rank % (tp // n) > 0)
-    return Stored(whole.take(r.cut, rank * n // tp, (rank + 1) * n // tp).to(r.layout).data)
+        return Stored(_claimed(r, whole.take(r.cut, rank * n // tp, rank * n // tp + 1)), rank % (tp // n) > 0)
+    return Stored(_claimed(r, whole.take(r.cut, rank * n // tp, (rank + 1) * n // tp)))
+
+
+def _claimed(r: Row, whole: Named) -> Lazy:
+    """The tensor in the layout of its row, under the dimensions that it claims."""
+    if r.shape is None:
+        return whole.to(r.layout).data
+    rows, columns = shape_of(r.shape, whole.sizes)
+    line = whole.to((flat(r.layout),))
+    return line.rename(line.axes[0], ("row", "column"), {"row": rows, "column": columns}).to(_MATRIX).data
+
+
+def _unclaimed(r: Row, name: str, data: Lazy, sizes: Mapping[str, int]) -> Named:
+    """The inverse of `_claimed`: a stored tensor in the layout of its row."""
+    if r.shape is None:
+        return _named(name, data, r.layout, sizes)
+    _named(name, data, r.shape, sizes)  # it must have the dimensions that it should claim
+    if isinstance(data, Extent) and data.strides is None:
+        data = Extent(data.file, data.offset, shape_of(r.layout, sizes), data.kind, None, data.swap)
+        return _named(name, data, r.layout, sizes)
+    matrix = Named(data, _MATRIX, dict(zip(("row", "column"), data.shape, strict=True)))
+    line = matrix.to((("row", "column"),))
+    return line.rename(("row", "column"), flat(r.layout), {a: sizes[a] for a in flat(r.layout)}).to(r.layout)
 
 
 def unshard(r: Row, pieces: Sequence[Lazy], sizes: Mapping[str, int], name: str) -> Named:
     """The ranks' pieces -> the whole tensor."""
     tp = len(pieces)
     if tp == 1:
-        return _named(name, pieces[0], r.layout, sizes)
+        return _unclaimed(r, name, pieces[0], sizes)
     if r.summed:
         return _named(name, Map(lambda *ts: sum(ts[1:], ts[0].float()).to(ts[0].dtype), pieces), r.layout, sizes)
     if not r.cut:
-        return _named(name, Same(pieces, name), r.layout, sizes)
+        return _unclaimed(r, name, Same(pieces, name), sizes)
     names = r.cut.split()
     n = math.prod(sizes[a] for a in names)
     if n % tp and (r.cut != "g" or tp % n):
@@ -265,7 +260,7 @@ def unshard(r: Row, pieces: Sequence[Lazy], sizes: Mapping[str, int], name: str)
     local = {**sizes, **dict.fromkeys(names, 1), names[0]: max(n // tp, 1)}
     copies = max(tp // n, 1)  # neighbours that hold the same key/value head
     groups = [pieces[i : i + copies] for i in range(0, tp, copies)]
-    each = [_named(name, Same(g, name) if len(g) > 1 else g[0], r.layout, local) for g in groups]
+    each = [_unclaimed(r, name, Same(g, name) if len(g) > 1 else g[0], local) for g in groups]
     joined = Named.cat(each, r.cut)
     return Named(joined.data, joined.axes, {**joined.sizes, **{a: sizes[a] for a in names}}).to(r.layout)
 
@@ -294,15 +289,17 @@ def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> di
     """What each rank's files hold, all lazy.  Raises LayoutError with every row that does not fit."""
     out: dict[Rank, dict[str, Stored]] = {rank: {} for rank in topology.ranks()}
     sizes = padded_sizes(dialect, spec, topology)
-    errors, written = [], set()
+    errors: list[str] = []
+    written: set[str] = set()
     for r, bind in dialect.live(spec, topology):
         if r.optional:
             continue
         try:
             whole = weave(r, bind, parts, spec, sizes)
-            for rank, name, first in _homes(r, bind, spec, topology):
-                piece = shard(r, whole, rank.tp, topology.tp)
-                out[rank][name] = piece._replace(copy=piece.copy or r.copy or not first)
+            for home in _homes(r, bind, spec, topology):
+                mine = _of_rank(r, whole, home.rank.ep, topology)
+                piece = shard(r, mine, home.piece, home.pieces)
+                out[home.rank][home.name] = piece._replace(copy=piece.copy or r.copy or not home.first)
         except LayoutError as error:
             errors.append(error.what)
         if not r.copy:
@@ -347,47 +344,80 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
 
 
 def _present(r: Row, bind: Bind, shards: Shards, spec: Spec, topology: Topology) -> bool:
-    return any(name in shards.get(rank, {}) for rank, name, _ in _homes(r, bind, spec, topology))
+    return any(home.name in shards.get(home.rank, {}) for home in _homes(r, bind, spec, topology))
 
 
 def _collect(
     r: Row, bind: Bind, shards: Shards, spec: Spec, topology: Topology, claimed: dict[Rank, set[str]]
 ) -> Named:
     """The whole tensor of a row from the ranks that hold it."""
-    found: dict[int, list[Lazy]] = {tp: [] for tp in range(topology.tp)}
+    homes = list(_homes(r, bind, spec, topology))
+    found: dict[tuple[int, int], list[Lazy]] = {(home.group, home.piece): [] for home in homes}
     missing = []
-    for rank, name, _ in _homes(r, bind, spec, topology):
-        tensor = shards.get(rank, {}).get(name)
+    for home in homes:
+        tensor = shards.get(home.rank, {}).get(home.name)
         if tensor is None:
-            missing.append(name)
+            missing.append(home.name)
             continue
-        claimed[rank].add(name)
-        found[rank.tp].append(tensor)
+        claimed[home.rank].add(home.name)
+        found[home.group, home.piece].append(tensor)
     name = r.name.format(**bind)
     if missing or not all(found.values()):
         where = "" if len(shards) == 1 else f" (on {len(missing)} of {len(shards)} ranks)"
         raise LayoutError(f"{name} is missing{where}")
-    pieces = [ts[0] if len(ts) == 1 else Same(ts, name) for ts in found.values()]
-    joined = sum(math.prod(spec.sizes[a] for a in star) for star in r.stars)
-    return unshard(r, pieces, {**spec.sizes, STAR: joined}, name)
+    sizes = {**spec.sizes, STAR: sum(math.prod(spec.sizes[a] for a in star) for star in r.stars)}
+    groups = sorted({home.group for home in homes})
+    if len(groups) > 1:
+        sizes["e"] = spec.e // len(groups)
+    whole = []
+    for group in groups:
+        pieces = [found[group, i] for i in range(homes[0].pieces)]
+        whole.append(unshard(r, [ts[0] if len(ts) == 1 else Same(ts, name) for ts in pieces], sizes, name))
+    return Named.cat(whole, "e") if len(whole) > 1 else whole[0]
 
 
-def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[tuple[Rank, str, bool]]:
-    """Every rank that stores a tensor, its name there, and whether it is the first (the others hold copies)."""
+class _Home(NamedTuple):
+    """A rank that stores a tensor, and under which name.
+
+    It stores piece `piece` of `pieces`; `group` says which experts of a stack.  `first`: the others hold copies.
+    """
+
+    rank: Rank
+    name: str
+    piece: int
+    pieces: int
+    group: int
+    first: bool
+
+
+def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home]:
+    """Every rank that stores a tensor."""
     local = dict(bind)
     pp, chunk = r.stage % topology.pp, (topology.vpp - 1 if r.stage < 0 else 0)
     if "l" in bind:
         pp, chunk, local["l"] = topology.places(spec.l)[bind["l"]]
-    eps: Iterable[int] = range(topology.ep)
+    if r.of_experts and spec.e % topology.ep:
+        raise LayoutError(f"cannot divide {spec.e} experts among {topology.ep} ranks", hint="choose another --ep")
+    owner = None
     if "e" in bind:
-        if spec.e % topology.ep:
-            raise LayoutError(f"cannot divide {spec.e} experts among {topology.ep} ranks", hint="choose another --ep")
-        ep, local["e"] = divmod(bind["e"], spec.e // topology.ep)
-        eps = (ep,)
+        owner, local["e"] = divmod(bind["e"], spec.e // topology.ep)
     name = r.name.format(**local)
-    for i, ep in enumerate(eps):
-        for tp in range(topology.tp):
-            yield Rank(tp, pp, ep, chunk), name, i == 0
+    pieces = topology.expert_tp if r.of_experts else topology.tp
+    seen = set()
+    for tp, ep in topology.grid():
+        if owner is None or ep == owner:
+            group = ep if r.stacks_experts else 0
+            what = (group, tp % pieces)
+            yield _Home(Rank(tp, pp, ep, chunk), name, tp % pieces, pieces, group, what not in seen)
+            seen.add(what)
+
+
+def _of_rank(r: Row, whole: Named, ep: int, topology: Topology) -> Named:
+    """Of a stack of experts, those that an expert-parallel rank stores."""
+    if not r.stacks_experts or topology.ep == 1:
+        return whole
+    n = whole.sizes["e"] // topology.ep
+    return whole.take("e", ep * n, (ep + 1) * n).to(r.layout)
 
 
 def _part_names(r: Row, bind: Bind, spec: Spec) -> Iterator[str]:

@@ -39,6 +39,8 @@ WORDS = 1 << 17  # words per step: half a MiB of data and a MiB of weights stay 
 COLUMNS = 1 << 16  # words of one row per step
 ROW_SEED, COLUMN_SEED = 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B
 
+SOURCE = "source/"  # begins the name of a part as it was before it was changed (cast)
+
 Counts = dict[str, tuple[int, int]]  # part -> (fingerprint, elements) of what was read so far
 
 
@@ -188,12 +190,14 @@ class Ledger:
         kind, shape = self.parts[name]
         return f"{kind}{json.dumps(list(shape))}:{self.counts.get(name, (0, 0))[0]:016x}"
 
-    def content_digest(self) -> str:
-        """A sha256 over the names, kinds, shapes and fingerprints of all parts, independent of their order.
+    def content_digest(self, prefix: str = "") -> str:
+        """A sha256 over the names, kinds, shapes and fingerprints of the parts, independent of their order.
 
-        Raises LayoutError if an element of a part was not counted, or was counted twice.
+        Of the parts whose name begins with `prefix`, which is not counted as part of the name; without one, of those
+        that are no part's source (see `SOURCE`).  Raises LayoutError if an element was not counted, or counted twice.
         """
         if gaps := self.gaps():
             raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}")
-        lines = (json.dumps([name, self.fingerprint(name)]) for name in sorted(self.parts))
+        chosen = [n for n in sorted(self.parts) if (n.startswith(prefix) if prefix else not n.startswith(SOURCE))]
+        lines = (json.dumps([name.removeprefix(prefix), self.fingerprint(name)]) for name in chosen)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

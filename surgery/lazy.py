@@ -88,7 +88,7 @@ def torch_dtype(kind: str) -> torch.dtype:
     dtype = getattr(torch, kind, None) if kind in ITEMSIZE else None
     if dtype is None:
         raise FileError(f"this torch has no dtype {kind}")
-    return dtype  # type: ignore[no-any-return]
+    return dtype
 
 
 def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
@@ -231,7 +231,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _byteswapped(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,9 +263,11 @@ class Slice(Lazy):
 
     def __init__(self, src: Lazy, dim: int, start: int, stop: int) -> None:
         assert 0 <= start <= stop <= src.shape[dim], (src, dim, start, stop)
+        at = 0
         if isinstance(src, Slice) and src.dim == dim:
-            src, start, stop = src.src, start + src.start, stop + src.start
-        self.src, self.dim, self.start, self.stop = src, dim, start, stop
+            at, src = src.start, src.src
+        self.src: Lazy = src
+        self.dim, self.start, self.stop = dim, at + start, at + stop
 
     @property
     def kind(self) -> str:  # type: ignore[override]
