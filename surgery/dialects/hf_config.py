@@ -118,7 +118,7 @@ INERT = frozenset(
     repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id
     suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_p
     torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    use_bfloat16 use_cache olmo_block_type olmo_block_group_size
     """.split()
 )
 _EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
@@ -154,6 +154,7 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     fields |= dict.fromkeys(family.bias, bool(keys.take("attention_bias"))) if family.bias else {}
     fields["windows"], windowed = _read_windows(family, keys)
     fields["rope"], fields["rope_local"] = _read_rope(family, keys, windowed)
+    fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
     if kind == "qwen3_moe":
         fields["moe_layers"] = _read_sparse(keys)
     spec = Spec(**{"family": family.model_type, **fields})  # type: ignore[arg-type]

@@ -1,0 +1,132 @@
+"""Where the tensors of an OLMo checkpoint are: five layouts on disk, one table of tensors with plain names.
+
+    stored = read_tensors(Path("step1000-unsharded"), config)
+    stored.tensors["transformer.blocks.0.att_proj.weight"]
+
+model.pt; model.safetensors, whose names are pickles; and the sharded ones: `model_and_optim/` (torch's distributed
+checkpoints), rankN.pt (ShardedTensor), model/rankN.pt (flat parameters of FSDP), model/rank_N.safetensors.
+Source: allenai/OLMo `olmo/checkpoint.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surgery.containers import TensorTable, open_tensors
+from surgery.errors import FileError, LayoutError, show, some
+from surgery.lazy import Lazy
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module|model)\.")
+_GROUPED = re.compile(r"(?<=transformer\.)block_groups\.(\d+)\.(\d+)\.")
+_BLOCK = re.compile(r"(?<=transformer\.)blocks\.(\d+)\.")
+_STEP = re.compile(r"step(\d+)(-unsharded)?$")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensors under the names of a model of single blocks, the files that hold them, and what was left out."""
+
+    tensors: Mapping[str, Lazy]
+    files: tuple[Path, ...]
+    globals: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of storing a checkpoint: the file by which it is known, and how it is read."""
+
+    name: str
+    mark: str
+    read: Callable[[Path], TensorTable]
+
+
+def _unsharded(folder: Path) -> TensorTable:
+    return open_tensors(folder / "model.pt")
+
+
+LAYOUTS: tuple[Layout, ...] = (Layout("unsharded", "model.pt", _unsharded),)
+
+
+def layout_of(folder: Path) -> Layout | None:
+    """The layout of a checkpoint's folder, None if it is none."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    return next((found for found in LAYOUTS if (folder / found.mark).is_file()), None)
+
+
+def locate(folder: Path) -> Path | None:
+    """The folder itself if it is a checkpoint, else the newest checkpoint of a run in it."""
+    if layout_of(folder):
+        return folder
+    steps = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (m := _STEP.match(path.name)) and layout_of(path):
+            steps.append((int(m[1]), bool(m[2]), path))
+    return max(steps)[2] if steps else None
+
+
+def choose(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint to read, and a note if it was chosen among several."""
+    place = locate(folder)
+    if place is None:
+        wanted = some((found.mark for found in LAYOUTS), 9)
+        raise FileError("holds no checkpoint of OLMo", file=folder, hint=f"looked for config.yaml and one of {wanted}")
+    return place, [] if place == folder else [f"the folder is a run's: its newest checkpoint {place.name} is read"]
+
+
+def read_tensors(folder: Path, config: Mapping[str, Any]) -> Stored:
+    """All tensors of the model in a checkpoint's folder.  Raises SurgeryError."""
+    found = layout_of(folder)
+    assert found is not None
+    table = found.read(folder)
+    tensors = {}
+    for name, tensor in table.items():
+        for new in plain(name):
+            if new in tensors:
+                raise LayoutError(f"{show(name)} and another tensor both mean {new}", file=folder)
+            tensors[new] = tensor
+    details: dict[str, object] = {"layout": found.name}
+    if m := _STEP.match(folder.resolve().name):
+        details["step"] = int(m[1])
+    return Stored(
+        ungrouped(tensors),
+        tuple(Path(f.path) for f in table.files),
+        table.globals,
+        details=details,
+        notes=tuple(_left_out(folder)),
+    )
+
+
+def _left_out(folder: Path) -> list[str]:
+    """What lies beside the weights and is not converted."""
+    kinds = {"optimizer": ("optim.pt", "optim.safetensors", "optim"), "trainer": ("train.pt", "train")}
+    found = [(kind, name) for kind, names in kinds.items() for name in names if (folder / name).exists()]
+    return [f"the {kind} state ({name}) is left out" for kind, name in found]
+
+
+def plain(name: str) -> list[str]:
+    """The names that a stored tensor has in a model that is not wrapped: two for the shared norm of old releases."""
+    name = _WRAPPERS.sub("", name)
+    if re.fullmatch(r"transformer\..*\.norm\.(weight|bias)", name):
+        return [re.sub(r"\.norm\.(\w+)$", rf".{new}.\1", name) for new in ("attn_norm", "ff_norm")]
+    return [name]
+
+
+def ungrouped(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """block_groups.G.I -> blocks.N, whatever the config says about the size of a group, as OLMo itself does."""
+    size = 1 + max((int(m[2]) for name in tensors if (m := _GROUPED.search(name))), default=0)
+    return {_GROUPED.sub(lambda m: f"blocks.{int(m[1]) * size + int(m[2])}.", k): t for k, t in tensors.items()}
+
+
+def grouped(name: str, size: int) -> str:
+    """blocks.N -> block_groups.G.I, the inverse, for groups of more than one block."""
+    if size == 1:
+        return name
+    return _BLOCK.sub(lambda m: "block_groups.{}.{}.".format(*divmod(int(m[1]), size)), name)
