@@ -33,7 +33,7 @@ def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gap(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference of logits, in standard deviations; padded vocabularies are compared where both have rows."""
+    """The largest difference of logits, in standard deviations, over the rows that both vocabularies have."""
     rows = min(got.shape[-1], want.shape[-1])
     return float((got[..., :rows] - want[..., :rows]).abs().max() / want[..., :rows].std())
 

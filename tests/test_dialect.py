@@ -111,9 +111,13 @@ def test_interleaved_stages():
 def test_fewer_heads_than_ranks_are_copied_and_compared():
     spec = dataclasses.replace(SPEC, g=2, n=6, e=0, moe_layers=())
     parts = random_parts(spec)
-    table = Dialect("d", tuple(
-        dataclasses.replace(r, cut="g n" if r.parts[0].endswith("attn.o") else r.cut) for r in TABLE.rows if "qkv" not in r.name
-    ) + (row("layers.{l}.q", "attn.q", cut="g n"), row("layers.{l}.k", "attn.k", cut="g"), row("layers.{l}.v", "attn.v", cut="g")))  # fmt: skip
+    heads = (
+        row("layers.{l}.q", "attn.q", cut="g n"),
+        row("layers.{l}.k", "attn.k", cut="g"),
+        row("layers.{l}.v", "attn.v", cut="g"),
+        row("layers.{l}.o", "attn.o", cut="g n"),
+    )
+    table = Dialect("d", (*(r for r in TABLE.rows if r.name not in ("layers.{l}.qkv", "layers.{l}.o")), *heads))
     shards = spread(table, parts, spec, Topology(tp=4))
     assert [shards[Rank(tp=i)]["layers.0.k"].copy for i in range(4)] == [False, True, False, True]
     assert torch.equal(shards[Rank(tp=3)]["layers.0.k"].tensor.full(), parts["layers.0.attn.k"].tensor[4:])
