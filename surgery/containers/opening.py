@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.containers.dcp import Dcp
 from surgery.containers.records import Obj, Storage, TensorRecord
 from surgery.containers.safetensors import Safetensors
 from surgery.containers.text import read_json
@@ -96,6 +97,9 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorTable:
 
 
 def _open_folder(folder: Path) -> TensorTable:
+    if os.path.lexists(folder / ".metadata"):
+        dcp = Dcp(folder)
+        return TensorTable(dcp.tensors, tuple(dcp.files.values()), tuple(dcp.globals))
     for single, index in _SINGLE_AND_INDEX:
         found = [name for name in (single, index) if os.path.lexists(folder / name)]
         if len(found) == 2:
@@ -155,9 +159,18 @@ def _table(files: list[Container]) -> TensorTable:
             if name in tensors:
                 raise FileError(f"tensor {show(name)} also lies in another shard", file=container.file.path)
             tensors[name] = tensor
-        metadata |= getattr(container, "metadata", {})
+        metadata |= _metadata(container)
     names = tuple(sorted({name for container in files for name in container.globals}))
     return TensorTable(tensors, tuple(container.file for container in files), names, metadata)
+
+
+def _metadata(container: Container) -> Mapping[str, str]:
+    if not isinstance(container, Safetensors):
+        return {}
+    if "DCP_SHARDING_INFO" in container.metadata:
+        hint = "consolidate the shards first (torch.distributed.checkpoint, consolidate_hf_safetensors_files)"
+        raise FileError("is a shard whose tensors are parts of others", file=container.file.path, hint=hint)
+    return container.metadata
 
 
 def _only_plain(tree: Tree) -> None:

@@ -82,11 +82,13 @@ class ZipDirectory:
         """(offset, size, entries) of the directory"""
         if self.length < _END.size:
             raise self.error(f"{self.length} bytes are too few for a zip archive", 0)
-        tail_size = min(self.length, _END.size + 0xFFFF)
-        tail_at = self.length - tail_size
-        tail = self.file.read(self.base + tail_at, tail_size, "zip end record")
-        found = [at for at in _find_all(tail, b"PK\5\6") if _ends_exactly(tail, at)]
-        if not found:
+        for tail_size in (_END.size, min(self.length, _END.size + 0xFFFF)):  # without a comment, as torch; with one
+            tail_at = self.length - tail_size
+            tail = self.file.read(self.base + tail_at, tail_size, "zip end record")
+            found = [at for at in _find_all(tail, b"PK\5\6") if _ends_exactly(tail, at)]
+            if found:
+                break
+        else:
             hint = "the file is truncated (an incomplete download or copy); copy or download it again"
             raise self.error("the end record of the zip archive is missing", self.length, hint)
         if len(found) > 1:
