@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion import convert
     from surgery.dialect import Topology
-    from surgery.verify import compare as verify
+    from surgery.verification import compare as verify
 
 __all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "verify"]
 
@@ -27,7 +27,7 @@ _WHERE = {
     "convert": ("surgery.conversion", "convert"),
     "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
-    "verify": ("surgery.verify", "compare"),
+    "verify": ("surgery.verification", "compare"),
 }
 
 

@@ -224,28 +224,32 @@ def verify_command(
 
     Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
     """
-    from surgery import show
-    from surgery.checkpoint import FORMATS, open_checkpoint, recognise
+    from surgery.checkpoint import open_checkpoint, recognise
     from surgery.conversion import default_memory
     from surgery.errors import UsageError
-    from surgery.verify import compare
+    from surgery.verification import compare
 
-    given, opened = _parse_options(options), []
-    used: set[str] = set()
-    for path in (a, b):
-        mine = {k: v for k, v in given.items() if k in recognise(path).option_names("read")}
-        used |= mine.keys()
-        opened.append(open_checkpoint(path, options=mine))
-    if given.keys() - used:
-        raise UsageError(
-            f"no option {', '.join(sorted(given.keys() - used))} for reading either; formats: {', '.join(FORMATS)}"
-        )
+    given = _parse_options(options)
+    mine = [{k: v for k, v in given.items() if k in recognise(path).option_names("read")} for path in (a, b)]
+    if unused := given.keys() - mine[0].keys() - mine[1].keys():
+        raise UsageError(f"reading neither has an option {', '.join(sorted(unused))}", hint="see `surgery formats`")
+    left, right = (open_checkpoint(path, options=own) for path, own in zip((a, b), mine, strict=True))
     memory = _size(max_memory) or default_memory()
-    total = sum(p.nbytes for c in opened for p in c.parts.values())
+    total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with _progress("verify", total, as_json) as advance:
-        result = compare(opened[0], opened[1], max_memory=memory, progress=advance)
-    same = show.comparison(result, as_json, logits=logits, paths=(a, b), options=given)
-    sys.exit(0 if same else 1)
+        result = compare(left, right, max_memory=memory, progress=advance)
+    run = None
+    if logits:
+        from surgery.verification.logits import compare_logits
+
+        run = compare_logits(a, b, options=given, max_memory=memory)
+    if as_json:
+        click.echo(json.dumps(result.to_json() | ({"logits": run.to_json()} if run else {}), indent=2))
+    else:
+        from surgery.verification import render
+
+        render.show(result, run)
+    sys.exit(0 if result.same and (run is None or run.same) else 1)
 
 
 @main.command("formats")
