@@ -28,12 +28,15 @@ class Record:
     """A named thing that loading resolves: the name itself, or (with `args`) the result of calling it.
 
     Record("torch", "bfloat16")   Record("torch", "Size", ((2, 3),))   Record("argparse", "Namespace", (), {"lr": 1})
+
+    `new`: the class's `__new__` is called instead of the class, so that only `state` fills the instance.
     """
 
     module: str
     name: str
     args: tuple[Any, ...] | None = None
     state: Any = None
+    new: bool = False
 
 
 def pickle_tree(tree: Any) -> tuple[bytes, list[Lazy]]:
@@ -147,7 +150,9 @@ class _Pickler:
         if value.args is None:
             self.name(value.module, value.name)
         elif not self.known(id(value)):
-            self.call(value.module, value.name, value.args)
+            self.name(value.module, value.name)
+            self.sequence(value.args)
+            self.put(b"\x81" if value.new else b"R")
             self.memoize(id(value))
             if value.state is not None:
                 self.save(value.state)
