@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from surgery import tokenizer
-from surgery.anatomy import Spec
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.safetensors_writer import safetensors_file
@@ -180,16 +179,8 @@ def _tokenizer(checkpoint: Checkpoint) -> tokenizer.Carried:
         checkpoint.tokenizer,
         vocab_size=spec.v,
         max_length=spec.positions or 2048,
-        release=_release(spec) if checkpoint.tokenizer.kind == "tiktoken" else None,
         ids={k: v for k, v in ids.items() if type(v) is int},
     )
-
-
-def _release(spec: Spec) -> str:
-    """Which Llama 3 release named the special tokens: those with a scaled rope are 3.1 or later."""
-    if spec.rope is None or not spec.rope.scaling:
-        return "3"
-    return "3.2" if spec.tied else "3.1"
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:
