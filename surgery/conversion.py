@@ -100,6 +100,34 @@ def prepare(
     source = open_checkpoint(src, format=from_, options=reading)
     if tokenizer is not None:
         source = with_tokenizer(source, tokenizer)
+    settings = {"read": reading, "tokenizer": None if tokenizer is None else str(tokenizer)}
+    return plan_for(
+        source, to=to, topology=topology, dtype=dtype, vocab_size=vocab_size, options=writing, max_memory=max_memory,
+        settings=settings,
+    )  # fmt: skip
+
+
+def plan_for(
+    source: Checkpoint,
+    *,
+    to: str,
+    topology: Topology = ONE_RANK,
+    dtype: str = "keep",
+    vocab_size: int | None = None,
+    options: Options | None = None,
+    max_memory: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan the output of a checkpoint that is open, or was made from others (upcycled, merged).
+
+    `options` are the target's; `settings` is whatever else tells this job from another one.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    target, writing = FORMATS[to], dict(options or {})
+    check_flags(target, topology)
+    if unknown := writing.keys() - target.option_names("write"):
+        raise UsageError(f"writing {to} has no option {some(sorted(unknown))}", hint=f"surgery formats {to}")
     ledger = Ledger()
     if vocab_size is not None:
         source = to_vocab(source, vocab_size)
@@ -112,9 +140,11 @@ def prepare(
     output = target.plan(tapped, topology, target.with_defaults(writing, "write"))
     lost = _lost_facts(source, target)
     notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
-    settings = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "options": options}
+    asked = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "write": writing}
     memory = max_memory or default_memory()
-    return Plan(source, output, target, topology, ledger, memory, source.ignored, notes, writing, settings)
+    return Plan(
+        source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**(settings or {}), **asked}
+    )
 
 
 def check_flags(target: Format, topology: Topology) -> None:
