@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from attacks import archives, machine, payloads, tables, tensors
+from attacks import archives, folders, machine, payloads, tables, tensors
 from attacks.build import Case, pkl
 from surgery.errors import SurgeryError
 
-CASES = [*payloads.CASES, *machine.CASES, *tensors.CASES, *archives.CASES, *tables.CASES]
+CASES = [*payloads.CASES, *machine.CASES, *tensors.CASES, *archives.CASES, *tables.CASES, *folders.CASES]
 SECONDS = 5.0  # of processor time; the slowest takes about one
 MEMORY = 1200 << 20  # bytes of address space, interpreter included
 

@@ -98,6 +98,9 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorTable:
 
 def _open_folder(folder: Path) -> TensorTable:
     if os.path.lexists(folder / ".metadata"):
+        others = [name for pair in _SINGLE_AND_INDEX for name in pair if os.path.lexists(folder / name)]
+        if others:
+            raise FileError(f"holds both .metadata and {others[0]}", file=folder, hint="pass the file itself")
         dcp = Dcp(folder)
         return TensorTable(dcp.tensors, tuple(dcp.files.values()), tuple(dcp.globals))
     for single, index in _SINGLE_AND_INDEX:
