@@ -1,0 +1,309 @@
+"""Are two checkpoints, in any formats and at any parallel sizes, the same model?  Part by part, then the configs.
+
+    result = compare(open_checkpoint("Llama-2-7b"), open_checkpoint("Llama-2-7b-hf"), max_memory=256 << 20)
+    result.same, result.verdict          # True, "the same model"
+    for part in result.parts: print(part.text)
+
+Every byte of both is read once, in blocks, while both content digests are computed.  (A model that is tied on one
+side only is the exception: that side's embedding is read again, to compare it with the other's head.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy import layout
+from surgery.errors import some
+from surgery.fingerprint import Ledger
+from surgery.formats import Checkpoint
+from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
+from surgery.stream import block_size, prefetched
+from surgery.verification.configs import Field, differences
+from surgery.verification.values import Tally, Values
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two checkpoints."""
+
+    path: str
+    format: str
+    family: str
+    parts: int
+    parameters: int
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Surplus:
+    """Rows of the vocabulary that only one side (`a` or `b`) has.
+
+    `harmless`: all zeros, or behind the last token that a tokenizer or config knows of.
+    """
+
+    side: str
+    start: int
+    stop: int
+    zeros: bool
+    harmless: bool
+
+    @property
+    def text(self) -> str:
+        kind = "zeros" if self.zeros else "padding behind the last token" if self.harmless else "not zeros"
+        return f"{self.side.upper()} alone has rows {self.start} to {self.stop - 1} ({kind})"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a part differs: missing on a `missing` side, by shape, dtype, values, or surplus rows.
+
+    `tied`: it is missing on a side because that side's embedding serves as its head; `values` is then how the two
+    compare.
+    """
+
+    name: str
+    missing: str = ""
+    tied: bool = False
+    shapes: tuple[Shape, Shape] | None = None
+    kinds: tuple[str, str] | None = None
+    values: Values | None = None
+    surplus: Surplus | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether the values differ, rather than only how they are stored."""
+        lost = bool(self.missing) and not self.tied
+        wrong_rows = self.surplus is not None and not self.surplus.harmless
+        return lost or self.shapes is not None or self.values is not None or wrong_rows
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        said = []
+        if self.tied:
+            said.append(f"{self.missing.upper()} has none, its embedding serves as one")
+        elif self.missing:
+            said.append(f"missing in {self.missing.upper()}")
+        if self.shapes:
+            said.append(f"shape {list(self.shapes[0])} and {list(self.shapes[1])}")
+        if self.kinds:
+            said.append(f"{self.kinds[0]} and {self.kinds[1]}")
+            if self.values is None and not self.missing:
+                said.append("all values are equal")
+        if self.surplus:
+            said.append(self.surplus.text)
+        if self.values:
+            said.append(self.values.text)
+        return f"{self.name}: {', '.join(said)}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.  `parts` and `fields` hold only what differs."""
+
+    a: Side
+    b: Side
+    parts: tuple[Part, ...]
+    fields: tuple[Field, ...]
+
+    @property
+    def same_weights(self) -> bool:
+        """Whether every value is the same (dtypes and padding may differ)."""
+        return not any(part.changes for part in self.parts)
+
+    @property
+    def same(self) -> bool:
+        """Whether the two are the same model: same values, same dtypes, and nothing that changes the function."""
+        return self.same_weights and not any(f.function for f in self.fields) and not self._kinds()
+
+    def _kinds(self) -> list[tuple[str, str]]:
+        return list(dict.fromkeys(p.kinds for p in self.parts if p.kinds))
+
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        config = some([f.name for f in self.fields if f.function])
+        kinds = some([f"{a} and {b}" for a, b in self._kinds()])
+        serious = [p for p in self.parts if p.changes]
+        if serious and all(p.values is not None and p.values.rounded and not p.shapes for p in serious):
+            return f"the same weights but for rounding: {kinds}" + (f"; different config: {config}" if config else "")
+        if serious:
+            parts = f"{len(serious)} part{'s' if len(serious) > 1 else ''}"
+            return f"different: {parts}" + (f", and the config: {config}" if config else "")
+        if config:
+            return f"same weights, different config: {config}" + (f"; different dtype: {kinds}" if kinds else "")
+        if kinds:
+            return f"same weights, different dtype: {kinds}"
+        stored = ["padding of the vocabulary"] if any(p.surplus for p in self.parts) else []
+        stored += ["one of them tied"] if any(p.tied for p in self.parts) else []
+        return "the same model" + (f" (stored differently: {' and '.join(stored)})" if stored else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the verdict, both digests, every difference with its line of text."""
+        return {
+            "same": self.same,
+            "verdict": self.verdict,
+            "same_weights": self.same_weights,
+            "a": asdict(self.a),
+            "b": asdict(self.b),
+            "parts": [{**asdict(p), "changes": p.changes, "text": p.text} for p in self.parts],
+            "config": [{**asdict(f), "text": f.text} for f in self.fields],
+        }
+
+
+def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress | None = None) -> Comparison:
+    """Compare two opened checkpoints in blocks that fit into `max_memory` bytes.
+
+    progress is called with the number of bytes read since it was called last.  Raises SurgeryError if a file turns
+    out to be broken.
+    """
+    ledgers = Ledger(), Ledger()
+    for ledger, side in zip(ledgers, (a, b), strict=True):
+        for name, part in side.parts.items():
+            ledger.tap(name, part)
+    tallies: dict[str, Tally] = {}
+    odd_rows: set[str] = set()  # parts whose surplus rows are not all zeros
+    with prefetched(_blocks(list(_pairs(a, b)), max_memory)) as read:
+        for pair, box, data in read:
+            for ledger, seen, count in zip(ledgers, data, pair.counted, strict=True):
+                if seen is not None and count:
+                    with ledger.collect() as counts:
+                        ledger.count(pair.name, seen, box)
+                    ledger.add(counts)
+                    if progress:
+                        progress(seen.nbytes)
+            x, y = data
+            if x is not None and y is not None:
+                tallies.setdefault(pair.name, Tally(*_kinds(pair))).add(x, y, box)
+            elif pair.surplus and any(t is not None and bool(t.count_nonzero()) for t in data):
+                odd_rows.add(pair.name)
+    found = {name: values for name, tally in tallies.items() if (values := tally.values())}
+    parts = (_part(name, a, b, found.get(name), name in odd_rows) for name in dict.fromkeys([*a.parts, *b.parts]))
+    return Comparison(
+        _side(a, ledgers[0]), _side(b, ledgers[1]), tuple(p for p in parts if p is not None), differences(a, b)
+    )
+
+
+def _side(checkpoint: Checkpoint, ledger: Ledger) -> Side:
+    spec, parts = checkpoint.spec, checkpoint.parts
+    nbytes = sum(part.nbytes for part in parts.values())
+    digest = ledger.content_digest()
+    return Side(str(checkpoint.path), checkpoint.format, spec.family, len(parts), spec.parameters(), nbytes, digest)
+
+
+# --------------------------------------------------------------------------------------------- what is read, in order
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A region to be read on one side or, in lockstep, on both; `counted` sides enter their digests."""
+
+    name: str
+    lazies: tuple[Lazy | None, Lazy | None]
+    region: Box
+    counted: tuple[bool, bool] = (True, True)
+    surplus: bool = False
+
+
+def _pairs(a: Checkpoint, b: Checkpoint) -> Iterator[_Pair]:
+    for name in dict.fromkeys([*a.parts, *b.parts]):
+        x, y = a.parts.get(name), b.parts.get(name)
+        if x is None or y is None:
+            yield from _alone(name, x, y, a, b)
+        elif x.shape == y.shape:
+            yield _Pair(name, (x, y), whole(x.shape))
+        elif _only_rows(name, x, y):
+            rows, rest = min(x.shape[0], y.shape[0]), whole(x.shape[1:])
+            longer = (x, None) if x.shape[0] > rows else (None, y)
+            yield _Pair(name, (x, y), ((0, rows), *rest))
+            yield _Pair(name, longer, ((rows, max(x.shape[0], y.shape[0])), *rest), surplus=True)
+        else:
+            yield _Pair(name, (x, None), whole(x.shape))
+            yield _Pair(name, (None, y), whole(y.shape))
+
+
+def _alone(name: str, x: Lazy | None, y: Lazy | None, a: Checkpoint, b: Checkpoint) -> Iterator[_Pair]:
+    """A part that only one side has; a head is compared with the embedding that takes its place."""
+    one, other = (x, b) if x is not None else (y, a)
+    assert one is not None
+    stand_in = other.parts["embed"] if _tied(name, a, b) else None
+    if stand_in is None or stand_in.shape != one.shape:
+        yield _Pair(name, (x, y), whole(one.shape))
+    elif x is not None:
+        yield _Pair(name, (x, stand_in), whole(one.shape), (True, False))
+    else:
+        yield _Pair(name, (stand_in, y), whole(one.shape), (False, True))
+
+
+def _tied(name: str, a: Checkpoint, b: Checkpoint) -> bool:
+    return name == "lm_head" and a.spec.tied != b.spec.tied
+
+
+def _only_rows(name: str, x: Lazy, y: Lazy) -> bool:
+    """Whether two shapes differ just in the size of the vocabulary."""
+    return layout(name)[:1] == (("v",),) and x.shape[1:] == y.shape[1:]
+
+
+def _kinds(pair: _Pair) -> tuple[str, str]:
+    x, y = pair.lazies
+    assert x is not None and y is not None
+    return x.kind, y.kind
+
+
+Block = tuple[_Pair, Box, tuple["torch.Tensor | None", "torch.Tensor | None"]]
+
+
+def _blocks(pairs: list[_Pair], max_memory: int) -> Iterator[Block]:
+    for pair in pairs:
+        both = [t for t in pair.lazies if t is not None]
+        item = max(ITEMSIZE[t.kind] for t in both)
+        limit = block_size(max_memory) // len(both)
+        if any(isinstance(n, Map) and n.whole for t in both for n in walk(t)):
+            limit = max(limit, *(t.nbytes for t in both))  # what is computed as a whole is computed once
+        shape = tuple(stop - start for start, stop in pair.region)
+        for part in boxes(shape, item, limit):
+            box = tuple((p + start, q + start) for (p, q), (start, _) in zip(part, pair.region, strict=True))
+            x, y = (None if t is None else t.read(box) for t in pair.lazies)
+            yield pair, box, (x, y)
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def _part(name: str, a: Checkpoint, b: Checkpoint, values: Values | None, odd_rows: bool) -> Part | None:
+    """The difference of a part, None if there is none."""
+    x, y = a.parts.get(name), b.parts.get(name)
+    if x is None or y is None:
+        one, other = (x, b) if x is not None else (y, a)
+        assert one is not None
+        tied = _tied(name, a, b) and other.parts["embed"].shape == one.shape
+        kinds = (one.kind, other.parts["embed"].kind) if tied and one.kind != other.parts["embed"].kind else None
+        return Part(name, "a" if x is None else "b", tied, None, kinds, values)
+    kinds = (x.kind, y.kind) if x.kind != y.kind else None
+    surplus = shapes = None
+    if x.shape != y.shape and _only_rows(name, x, y):
+        surplus = _surplus(a, b, x.shape[0], y.shape[0], not odd_rows)
+    elif x.shape != y.shape:
+        shapes = x.shape, y.shape
+    found = Part(name, "", False, shapes, kinds, values, surplus)
+    return None if found == Part(name) else found
+
+
+def _surplus(a: Checkpoint, b: Checkpoint, rows_a: int, rows_b: int, zeros: bool) -> Surplus:
+    known = [n for c in (a, b) for n in (c.spec.v_true, c.tokenizer.vocab_size if c.tokenizer else None) if n]
+    start, stop = sorted((rows_a, rows_b))
+    harmless = zeros or (bool(known) and max(known) <= start)
+    return Surplus("a" if rows_a > rows_b else "b", start, stop, zeros, harmless)
+
+
+def changed_parts(comparison: Comparison) -> Mapping[str, Part]:
+    """The parts whose values differ, by name."""
+    return {p.name: p for p in comparison.parts if p.changes}

@@ -1,0 +1,196 @@
+"""Compare what two checkpoints say besides their weights: the Spec field by field, facts, tokenizers.
+
+    for field in differences(a, b):
+        print(field.name, field.a, field.b, "changes the function" if field.function else "")
+
+Names are for people: `rope base`, not `rope_theta`.  A field has `function` set if the model computes something else
+because of it; what weights and shapes show by themselves (`tied`, the vocabulary) has not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy import Rope, Spec
+from surgery.errors import show
+from surgery.files import File
+from surgery.formats import Checkpoint
+from surgery.tokenizer import Tokenizer
+from surgery.tokenizer.files import vocabulary
+
+# field of Spec -> what people call it
+LABELS: Mapping[str, str] = {
+    "family": "family", "l": "layers", "h": "model width", "v": "vocabulary", "g": "key/value heads",
+    "n": "query heads per key/value head", "half": "half the head width", "two": "halves of a head", "f": "ffn width",
+    "e": "experts", "m": "expert ffn width", "s": "shared expert width", "p": "learned positions",
+    "norm": "kind of norm", "norm_at": "place of the norms", "norm_eps": "norm eps", "qk_norm": "query/key norm",
+    "rope": "rope", "rope_local": "rope of layers with a window", "windows": "sliding window",
+    "qkv_bias": "qkv bias", "o_bias": "attention output bias", "clip_qkv": "clip of q, k and v", "act": "activation",
+    "glu": "gated mlp", "mlp_bias": "mlp bias", "parallel": "parallel residual", "moe_layers": "layers with experts",
+    "top_k": "experts per token", "top_k_renormalised": "renormalised experts' weights", "router_bias": "router bias",
+    "shared_gate": "gate of the shared expert", "tied": "tied embeddings", "positions": "context",
+    "v_true": "tokens that are no padding",
+}  # fmt: skip
+SIZES = frozenset("l h v f e m s p two".split())  # the shapes of the parts show these
+HEADS = ("g", "n", "half")  # these they may not show: 4 heads of 16 look like 8 of 8
+HINTS = frozenset("family positions v_true v tied".split())
+_DULL = frozenset("transformers_version _name_or_path architectures dtype torch_dtype".split())
+
+
+@dataclass(frozen=True)
+class Field:
+    """One thing that two configs say differently; None on the side that does not say it."""
+
+    name: str
+    a: Any
+    b: Any
+    function: bool
+
+    @property
+    def text(self) -> str:
+        return f"{self.name}: {_shown(self.a)} and {_shown(self.b)}"
+
+
+def differences(a: Checkpoint, b: Checkpoint) -> tuple[Field, ...]:
+    """Every difference: of the specs, of the facts, of the tokenizers."""
+    return (*spec_fields(a.spec, b.spec), *_facts(a.facts, b.facts), *_tokenizers(a.tokenizer, b.tokenizer))
+
+
+def spec_fields(a: Spec, b: Spec) -> Iterator[Field]:
+    """The fields in which two specs differ, ropes taken apart."""
+    for name, (x, y) in a.differences(b).items():
+        if name in ("rope", "rope_local"):
+            yield from _rope(LABELS[name], x or a.rope, y or b.rope)
+        elif name in _SAME and _SAME[name](a) == _SAME[name](b):
+            continue
+        elif name == "half":
+            yield Field("head width", a.head_dim, b.head_dim, True)
+        else:
+            yield Field(LABELS.get(name, name), _plain(x), _plain(y), _changes_function(name, a, b))
+
+
+# Fields that may be written in several ways: how to tell that they mean the same.
+_SAME: Mapping[str, Callable[[Spec], Any]] = {
+    "moe_layers": lambda s: [s.is_moe(i) for i in range(s.l)],
+    "windows": lambda s: s.windows or (0,) * s.l,
+}
+
+
+def _changes_function(name: str, a: Spec, b: Spec) -> bool:
+    if name == "positions":  # a hint, but this scaling computes with it
+        return any(s.rope is not None and s.rope.scaling.get("type") == "dynamic" for s in (a, b))
+    if name == "f":
+        return any(not s.is_moe(i) for s in (a, b) for i in range(s.l))
+    if name in ("top_k", "top_k_renormalised"):
+        return a.e > 0 or b.e > 0
+    return name not in HINTS
+
+
+def _rope(label: str, x: object, y: object) -> Iterator[Field]:
+    if not isinstance(x, Rope) or not isinstance(y, Rope):
+        yield Field(label, _plain(x), _plain(y), x != y)
+        return
+    if x.base != y.base:
+        yield Field(f"{label} base", x.base, y.base, True)
+    if x.fraction != y.fraction:
+        yield Field(f"{label} fraction", x.fraction, y.fraction, True)
+    if dict(x.scaling) != dict(y.scaling):
+        keys = dict.fromkeys([*x.scaling, *y.scaling])
+        for key in keys if x.scaling and y.scaling else ["type"]:
+            if x.scaling.get(key) != y.scaling.get(key):
+                name = f"{label} scaling" + ("" if key == "type" else f" {key}")
+                yield Field(name, _plain(x.scaling.get(key)), _plain(y.scaling.get(key)), True)
+
+
+def _plain(value: object) -> Any:
+    """A value that JSON can hold."""
+    if isinstance(value, Rope):
+        return {"base": value.base, "fraction": value.fraction, "scaling": _plain(dict(value.scaling))}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if len(str(value)) <= 120 else str(value)[:117] + "..."
+
+
+def _facts(a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[Field]:
+    """Token ids that either says and other facts that both say.  A format without facts is no difference."""
+    if not a or not b:
+        return
+    for key in dict.fromkeys([*a, *b]):
+        one_sided = key not in a or key not in b
+        if key in _DULL or (one_sided and not key.endswith("_token_id")) or a.get(key) == b.get(key):
+            continue
+        yield Field(key, _plain(a.get(key)), _plain(b.get(key)), False)
+
+
+def _tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> Iterator[Field]:
+    """Ids first (another id for a word is another model), then the bytes of files that both have."""
+    if a is None or b is None:
+        return
+    if a.vocab_size is not None and b.vocab_size is not None and a.vocab_size != b.vocab_size:
+        yield Field("tokens of the tokenizer", a.vocab_size, b.vocab_size, False)
+    words_a, words_b = vocabulary(a)[0], vocabulary(b)[0]
+    moved = [t for t in words_a.keys() & words_b.keys() if words_a[t] != words_b[t]]
+    if moved:
+        one = min(moved, key=lambda t: words_a[t])
+        name = f"ids of the tokenizer ({len(moved)} tokens have another one, such as {show(one, 40)})"
+        yield Field(name, words_a[one], words_b[one], True)
+    for role in sorted(a.special.keys() & b.special.keys()):
+        if a.special[role] != b.special[role]:
+            yield Field(f"{role} token of the tokenizer", a.special[role], b.special[role], False)
+    for name in sorted(a.files.keys() & b.files.keys()):
+        one, other = _digest(a.files[name]), _digest(b.files[name])
+        if one != other:
+            yield Field(f"bytes of {name}", one[:16], other[:16], False)
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    file, digest = File(path), hashlib.sha256()
+    for at in range(0, file.size, 1 << 20):
+        digest.update(file.read(at, min(1 << 20, file.size - at), "a tokenizer"))
+    return digest.hexdigest()
+
+
+def one_from_other(a: Spec, b: Spec) -> list[tuple[str, Spec]]:
+    """B's spec with one thing from A each, for every thing that changes the function but no shape: (name, spec)."""
+    out: list[tuple[str, Spec]] = []
+    changed = [f.name for f in fields(Spec) if f.name in a.differences(b) and f.name not in HINTS | SIZES]
+    heads = [name for name in changed if name in HEADS]
+    if heads:
+        out.append(("number and width of heads", b.replace(**{n: getattr(a, n) for n in HEADS})))
+    for name in changed:
+        if name in ("rope", "rope_local"):
+            out += [(f"{LABELS[name]}{what}", b.replace(**{name: r})) for what, r in _ropes(a, b, name)]
+        elif name not in heads and not (name in _SAME and _SAME[name](a) == _SAME[name](b)):
+            out.append((LABELS.get(name, name), b.replace(**{name: getattr(a, name)})))
+    if len(changed) > 1:
+        everything = b.replace(**{name: getattr(a, name) for name in changed})
+        out.append(("all differences of the configs together", everything))
+    return out
+
+
+def _ropes(a: Spec, b: Spec, name: str) -> Iterator[tuple[str, Rope | None]]:
+    x, y = getattr(a, name), getattr(b, name)
+    if isinstance(x, Rope) and isinstance(y, Rope):
+        pairs = {"base": replace(y, base=x.base), "fraction": replace(y, fraction=x.fraction),
+                 "scaling": replace(y, scaling=x.scaling)}  # fmt: skip
+        each = [(f" {k}", rope) for k, rope in pairs.items() if rope != y]
+        yield from each
+        if len(each) > 1:
+            yield "", x
+    else:
+        yield "", x

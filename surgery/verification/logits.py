@@ -1,0 +1,183 @@
+"""Do two checkpoints compute the same logits?  If not: where do they part, and which one change of B mends it?
+
+    report = compare_logits("Llama-2-7b", "Llama-2-7b-hf")
+    report.same, report.max_diff, report.first, report.causes
+
+Both run through transformers in fp32, eagerly, on fixed tokens, one after the other; what is no Hugging Face folder
+with safetensors is converted into a temporary one first.  A cause is never guessed: B is changed (one config field
+from A, one layout undone, one part from A) and run again, and the change counts only if the difference shrinks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint import open_checkpoint, recognise
+from surgery.conversion import convert
+from surgery.errors import SurgeryError
+from surgery.formats import Checkpoint, Options
+from surgery.verification import running
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-5  # of the standard deviation of A's logits: what another order of fp32 sums may cost
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A module whose output differs: max |a - b| over the standard deviation of A's output."""
+
+    module: str
+    place: str
+    gap: float
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A change of B that brings it nearer to A: largest difference of the logits without and with it.
+
+    `kind` is config, layout or values; `places` are the modules that it mends.
+    """
+
+    cause: str
+    kind: str
+    places: tuple[str, ...]
+    before: float
+    after: float
+    explains: bool
+
+    @property
+    def text(self) -> str:
+        rest = "all of it" if self.explains else "part of it"
+        return f"{self.cause}: undone, the logits differ by {self.after:.2g} instead of {self.before:.2g} ({rest})"
+
+
+@dataclass(frozen=True)
+class LogitReport:
+    """How far the logits are apart.
+
+    max_diff   largest |a - b|;  relative  the same over the standard deviation of A's logits
+    kl         mean KL divergence of B's distribution from A's, in nats;  agreement  share of equal argmax
+    first      the first module, in the order of the run, whose output differs
+    alone      modules of B that differ even when they are given A's inputs: the places of the mistakes
+    causes     found by experiment, in the order they were found; `tried` counts the experiments
+    """
+
+    same: bool
+    bit_equal: bool
+    tokens: tuple[int, int]
+    vocabulary: int
+    tolerance: float
+    max_diff: float
+    relative: float
+    kl: float
+    agreement: float
+    first: Gap | None = None
+    alone: tuple[Gap, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    tried: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        if self.bit_equal:
+            return "the logits are equal, bit for bit"
+        if self.same:
+            return f"the logits are equal up to the noise of fp32 ({self.max_diff:.2g})"
+        where = f", first in {self.first.place}" if self.first else ""
+        return f"the logits differ by up to {self.max_diff:.3g} ({self.relative:.2g} of their spread){where}"
+
+    def to_json(self) -> dict[str, Any]:
+        causes = [{**asdict(c), "text": c.text} for c in self.causes]
+        return {"verdict": self.verdict, **asdict(self), "causes": causes}
+
+
+def compare_logits(
+    path_a: str | Path,
+    path_b: str | Path,
+    *,
+    options: Options | None = None,
+    max_memory: int | None = None,
+    tolerance: float = TOLERANCE,
+    tell: Tell | None = None,
+) -> LogitReport:
+    """Run two checkpoints of any formats, one after the other.  Needs 4 bytes of memory per parameter of the larger.
+
+    options are for reading either; max_memory bounds the conversion into temporary folders; tell is called with a
+    line of text before each step.  Raises SurgeryError if a side is broken, too large, or unknown to transformers.
+    """
+    from surgery.verification.causes import Search
+
+    say = tell or (lambda line: None)
+    with tempfile.TemporaryDirectory(prefix="surgery-logits-") as scratch:
+        sides = []
+        for name, path in (("a", path_a), ("b", path_b)):
+            say(f"reading {path}")
+            checkpoint = _open(path, options or {})
+            running.check_memory(checkpoint.spec.parameters(), checkpoint.path)
+            folder = _runnable(checkpoint, options or {}, Path(scratch) / name, max_memory)
+            sides.append((checkpoint, folder))
+        (a, folder_a), (b, folder_b) = sides
+        known = min(c.spec.v_true or c.spec.v for c in (a, b))
+        tokens = running.fixed_tokens(known)
+        say("running A")
+        trace = running.run(running.load(folder_a), tokens)
+        say("running B")
+        model = running.load(folder_b)
+        report = _report(trace, running.run(model, tokens), tokens, tolerance)
+        if report.same:
+            return report
+        return Search(a, b, folder_b, model, tokens, trace, tolerance, say).explain(report)
+
+
+def _open(path: str | Path, options: Options) -> Checkpoint:
+    mine = {k: v for k, v in options.items() if k in recognise(path).option_names("read")}
+    return open_checkpoint(path, options=mine)
+
+
+def _runnable(checkpoint: Checkpoint, options: Options, scratch: Path, max_memory: int | None) -> Path:
+    """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
+    if checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files):
+        return checkpoint.path
+    mine = {k: v for k, v in options.items() if k in recognise(checkpoint.path).option_names("read")}
+    convert(
+        checkpoint.path, scratch, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False
+    )
+    return scratch
+
+
+def _report(a: running.Trace, b: running.Trace, tokens: torch.Tensor, tolerance: float) -> LogitReport:
+    import torch
+
+    width = min(a.logits.shape[-1], b.logits.shape[-1])
+    x, y = a.logits[..., :width], b.logits[..., :width]
+    if not bool(x.isfinite().all()) and bool(x.isfinite().any()):
+        raise SurgeryError("the logits of A are not all finite: this model overflows in fp32")
+    relative = running.gap(x, y)
+    log_x, log_y = x.double().log_softmax(-1), y.double().log_softmax(-1)
+    kl = float((log_x.exp() * (log_x - log_y)).sum(-1).mean())
+    return LogitReport(
+        same=relative <= tolerance,
+        bit_equal=torch.equal(x, y),
+        tokens=(tokens.shape[0], tokens.shape[1]),
+        vocabulary=width,
+        tolerance=tolerance,
+        max_diff=float((x - y).abs().max()),
+        relative=relative,
+        kl=max(kl, 0.0),
+        agreement=float((x.argmax(-1) == y.argmax(-1)).double().mean()),
+        first=_first(a.outputs, b.outputs, tolerance),
+    )
+
+
+def _first(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tolerance: float) -> Gap | None:
+    for name, far in running.gaps(a, b).items():
+        if far > tolerance:
+            return Gap(name, running.place(name), far)
+    return None
