@@ -15,12 +15,12 @@ from pathlib import Path
 
 from surgery import tokenizer
 from surgery.anatomy import Spec
-from surgery.dialects import hf, meta, olmo
+from surgery.dialects import hf, megatron, meta, olmo
 from surgery.errors import FileError, LayoutError, UsageError, some
 from surgery.formats import Checkpoint, Format, Options
 from surgery.lazy import Concat, Fill, Lazy, Slice, cast
 
-FORMATS: Mapping[str, Format] = {f.name: f for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT)}
+FORMATS: Mapping[str, Format] = {f.name: f for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, megatron.FORMAT)}
 
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

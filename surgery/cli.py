@@ -123,6 +123,7 @@ def inspect_command(
 @click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output.")
 @click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output.")
+@click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output.")
 @click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output.")
 @click.option(
     "--dtype",
@@ -188,7 +189,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
 def _topology(flags: dict[str, Any]) -> Topology:
     from surgery.dialect import Topology
 
-    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
+    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"], vpp=flags["vpp"])
 
 
 def _shard_size(flags: dict[str, Any]) -> dict[str, str]:
