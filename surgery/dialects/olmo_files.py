@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.containers import TensorTable, open_tensors
+from surgery.containers.olmo_names import decode_names, is_encoded
+from surgery.dialects.olmo_sharded import read_flat_files, read_flat_params, read_sharded_tensors
 from surgery.errors import FileError, LayoutError, show, some
 from surgery.lazy import Lazy
 
@@ -47,11 +49,29 @@ class Layout:
     read: Callable[[Path], TensorTable]
 
 
-def _unsharded(folder: Path) -> TensorTable:
-    return open_tensors(folder / "model.pt")
+def _safetensors(folder: Path) -> TensorTable:
+    table = open_tensors(folder / "model.safetensors")
+    if not is_encoded(table.tensors):
+        return table
+    plain, pickled = decode_names(table.tensors, str(folder / "model.safetensors"))
+    if pickled:
+        raise FileError(f"holds {some(map(show, pickled))}, which are no tensors", file=folder / "model.safetensors")
+    return replace(table, tensors=plain)
 
 
-LAYOUTS: tuple[Layout, ...] = (Layout("unsharded", "model.pt", _unsharded),)
+def _distributed(folder: Path) -> TensorTable:
+    table = open_tensors(folder / "model_and_optim")
+    return replace(table, tensors={k: t for k, t in table.items() if not k.startswith("optim.")})
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("unsharded", "model.pt", lambda folder: open_tensors(folder / "model.pt")),
+    Layout("unsharded safetensors", "model.safetensors", _safetensors),
+    Layout("sharded: torch_new", "model_and_optim/.metadata", _distributed),
+    Layout("sharded: torch_legacy", "rank0.pt", read_sharded_tensors),
+    Layout("sharded: local", "model/rank0.pt", read_flat_params),
+    Layout("sharded: olmo_core", "model/metadata.json", lambda folder: read_flat_files(folder / "model")),
+)
 
 
 def layout_of(folder: Path) -> Layout | None:
