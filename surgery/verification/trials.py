@@ -76,7 +76,7 @@ def _layouts(weights: Weights, layers: list[int], hypotheses: Sequence[Hypothesi
         return {n: t for layer in layers for n, t in hypothesis.change(weights, layer).items()}
 
     for hypothesis in hypotheses if layers else ():
-        yield Trial(f"{hypothesis.cause} ({_numbers(layers)})", "layout", None, partial(undone, hypothesis))
+        yield Trial(f"{hypothesis.cause} ({running.numbers(layers)})", "layout", None, partial(undone, hypothesis))
 
 
 def _orders(a: Checkpoint, weights: Weights, layers: list[int]) -> Iterator[Trial]:
@@ -84,7 +84,7 @@ def _orders(a: Checkpoint, weights: Weights, layers: list[int]) -> Iterator[Tria
     if found:
         parts = {name: t for _, changed in found.values() for name, t in changed.items()}
         example = next(iter(found.values()))[0]
-        yield Trial(f"GQA order: {example} ({_numbers(list(found))})", "layout", None, lambda: parts)
+        yield Trial(f"GQA order: {example} ({running.numbers(list(found))})", "layout", None, lambda: parts)
 
 
 def _vocabulary(a: Checkpoint, weights: Weights, score: Score) -> Iterator[Trial]:
@@ -127,18 +127,12 @@ def _layers(score: Score, kind: str) -> list[int]:
     return sorted({int(n[1]) for n in found if kind in n[2]})
 
 
-def _numbers(layers: list[int]) -> str:
-    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
 def _called(template: str, names: list[str]) -> str:
     if "{l}" not in template:
         return template
     layers = sorted({int(n.split(".")[1]) for n in names})
     short = template.removeprefix("layers.{l}.").replace(".{e}.", ".*.")
-    return f"{short} in {_numbers(layers)}" if len(names) > 1 else names[0]
+    return f"{short} in {running.numbers(layers)}" if len(names) > 1 else names[0]
 
 
 def _differ(a: Lazy, b: Lazy) -> bool:
