@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from surgery.tokenizer import Tokenizer
 
 Options = Mapping[str, str]
+PROVENANCE = "surgery.json"  # what surgery wrote beside a checkpoint: where it comes from
+RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,8 @@ def number(options: Options, name: str) -> float | None:
 def joined(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """Several lists of notes as one, each note once."""
     return tuple(dict.fromkeys(note for group in notes for note in group))
+
+
+def run_of(details: Mapping[str, object]) -> dict[str, int]:
+    """How far a run had come, of a checkpoint's details: what a format may keep through another that does not."""
+    return {k: v for k, v in details.items() if k in RUN and type(v) is int and 0 <= v < 1 << 62}

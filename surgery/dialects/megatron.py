@@ -246,11 +246,12 @@ def own_factor(root: Mapping[Any, Any]) -> float | None:
 def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
     """The ranks' files and the tracker for a checkpoint of any format that Megatron's GPT model can be."""
     spec, carried = checkpoint.spec, checkpoint.details
-    norms, experts = chosen(options, "spec", carried.get("layer names")), chosen(options, "experts", carried.get("experts"))
+    norms = chosen(options, "spec", carried.get("layer names"))
+    experts = chosen(options, "experts", carried.get("experts"))
     check_heads(spec, topology.tp)
     dialect = table(norms, experts, whole_number(options, "vocab_multiple"))
     ranks = spread(dialect, checkpoint.parts, spec, topology)
-    iteration = folders.chosen_iteration(options, carried.get("iteration"))
+    iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))
     root = root_entries(checkpoint, topology, dialect, {"transformer_impl": _IMPL[norms], **_EXPERT_ARGS[experts],
                                                         "ckpt_format": "torch"}, iteration)  # fmt: skip
     where, text = folders.iteration_name(iteration)
