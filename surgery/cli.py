@@ -122,7 +122,7 @@ def inspect_command(
 @click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
 @click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output.")
-@click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output.")
+@click.option("--pp", type=click.IntRange(0), default=1, help="Pipeline stages of the output; 0: none (neox).")
 @click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output.")
 @click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output.")
 @click.option(

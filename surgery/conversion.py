@@ -151,7 +151,7 @@ def check_flags(target: Format, topology: Topology) -> None:
     odd = [
         f"--{name} {n}"
         for name, n in asdict(topology).items()
-        if isinstance(n, int) and n != 1 and name not in target.flags
+        if isinstance(n, int) and n != 1 and name not in (target.flags if n > 0 else target.zero)
     ]
     if odd:
         has = ", ".join(f"--{name}" for name in target.flags) or "no parallel sizes"

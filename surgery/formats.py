@@ -80,7 +80,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint format.  `flags` are the parallel sizes that it has: of tp, pp, vpp, ep."""
+    """A checkpoint format.  `flags` are the parallel sizes that it has: of tp, pp, vpp, ep; `zero`: which may be 0."""
 
     name: str
     title: str
@@ -89,6 +89,7 @@ class Format:
     recognise: Callable[[Path], bool]
     open: Callable[[Path, Options], Checkpoint]
     plan: Callable[[Checkpoint, Topology, Options], Output]
+    zero: tuple[str, ...] = ()
 
     def option_names(self, side: str) -> set[str]:
         return {o.name for o in self.options if o.side in (side, "both")}
