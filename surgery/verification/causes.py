@@ -159,7 +159,8 @@ class Search:
 
         assert self.weights is not None
         held = self.weights.parts
-        return {n: t for n, t in parts.items() if not torch.equal(held[n].full(), t.reshape(held[n].shape).float())}
+        flat = {n: t.reshape(held[n].shape).float() for n, t in parts.items()}
+        return {n: t.clone() for n, t in flat.items() if not torch.equal(held[n].full(), t)}  # t may be B's own memory
 
     def _rounding(self, score: Score) -> list[Cause]:
         """Whether one side is the other one in a narrower dtype: the wider one, rounded, must give the same logits."""

@@ -33,9 +33,11 @@ LABELS: Mapping[str, str] = {
     "glu": "gated mlp", "mlp_bias": "mlp bias", "parallel": "parallel residual", "moe_layers": "layers with experts",
     "top_k": "experts per token", "top_k_renormalised": "renormalised experts' weights", "router_bias": "router bias",
     "shared_gate": "gate of the shared expert", "clip_after_norm": "clip after the norms of q and k",
-    "router_scale": "scale of the experts' weights", "router_score": "router score", "tied": "tied embeddings", "positions": "context",
+    "router_scale": "scale of the experts' weights", "router_score": "router score", "tied": "tied embeddings",
+    "positions": "context",
     "v_true": "tokens that are no padding",
 }  # fmt: skip
+ALL = "all differences together"
 SIZES = frozenset("l h v f e m s p two".split())  # the shapes of the parts show these
 HEADS = ("g", "n", "half")  # these they may not show: 4 heads of 16 look like 8 of 8
 HINTS = frozenset("family positions v_true v tied".split())
@@ -182,7 +184,7 @@ def one_from_other(a: Spec, b: Spec) -> list[tuple[str, Spec]]:
             out.append((LABELS.get(name, name), b.replace(**{name: getattr(a, name)})))
     if len(changed) > 1:
         everything = b.replace(**{name: getattr(a, name) for name in changed})
-        out.append(("all differences of the configs together", everything))
+        out.append((ALL, everything))
     return out
 
 

@@ -18,7 +18,7 @@ from surgery.anatomy import PARTS, Spec, template_of
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
 from surgery.verification import running
-from surgery.verification.configs import one_from_other, spec_fields
+from surgery.verification.configs import ALL, one_from_other, spec_fields
 from surgery.verification.weights import ATTENTION, MLP, NORMS, Hypothesis, Weights, head_order, moved_padding
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Score:
 def config_trials(a: Spec, b: Spec) -> Iterator[Trial]:
     """One field of the config from A at a time, then all of them."""
     for name, changed in one_from_other(a, b):
-        yield Trial(f"{name}: {_said(a, changed, b)}", "config", changed, last=name.startswith("all "))
+        yield Trial(_said(a, changed, b), "config", changed, last=name == ALL)
 
 
 def weight_trials(a: Checkpoint, spec: Spec, weights: Weights | None, score: Score) -> Iterator[Trial]:
@@ -144,4 +144,4 @@ def _differ(a: Lazy, b: Lazy) -> bool:
 def _said(a: Spec, mended: Spec, b: Spec) -> str:
     """The values behind a config trial."""
     changed = {f.name for f in spec_fields(mended, b)}
-    return ", ".join(f.text.removeprefix(f"{f.name}: ") for f in spec_fields(a, b) if f.name in changed)
+    return "; ".join(f.text for f in spec_fields(a, b) if f.name in changed)
