@@ -16,12 +16,15 @@ from pathlib import Path
 from surgery import tokenizer
 from surgery.anatomy import Spec
 from surgery.containers.text import read_json
-from surgery.dialects import hf, megatron, meta, olmo
+from surgery.dialects import hf, megatron, megatron_dist, meta, neox, olmo, olmo_core
 from surgery.errors import FileError, LayoutError, UsageError, some
 from surgery.formats import PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.lazy import Concat, Fill, Lazy, Slice, cast
 
-FORMATS: Mapping[str, Format] = {f.name: f for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, megatron.FORMAT)}
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, olmo_core.FORMAT, megatron.FORMAT, megatron_dist.FORMAT, neox.FORMAT)
+}
 
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from surgery.containers.text import read_tracker
+from surgery.containers.text import read_json, read_tracker
 from surgery.dialect import Rank, Topology
 from surgery.errors import FileError, LayoutError, UsageError, show, some
 from surgery.formats import Options
@@ -27,7 +27,13 @@ def is_legacy(folder: Path) -> bool:
 
 def is_dist(folder: Path) -> bool:
     """Whether a folder is an iteration in one of the sharded formats (torch_dist, or an older one to be refused)."""
-    return (folder / "metadata.json").is_file() and not (folder / "config.json").exists()
+    if not (folder / "metadata.json").is_file():
+        return False
+    try:
+        found = read_json(folder / "metadata.json")
+    except FileError:
+        return (folder / "common.pt").is_file()
+    return isinstance(found, dict) and "sharded_backend" in found
 
 
 def latest(folder: Path) -> Path | None:
