@@ -123,7 +123,7 @@ def _handle_runs(handle: object, file: str) -> Iterator[tuple[str, Shape, Run]]:
     data, names, shapes = fields.get("data"), fields.get("_fqns"), fields.get("_shapes")
     if not isinstance(data, TensorRecord) or len(data.shape) != 1 or not _same_length(names, shapes):
         raise FileError("a flat parameter is malformed", file=file)
-    assert isinstance(names, (list, tuple)) and isinstance(shapes, (list, tuple))  # noqa: PT018
+    assert isinstance(names, (list, tuple)) and isinstance(shapes, (list, tuple))
     if fields.get("_shard_indices") is not None:
         pieces = list(_old_infos(fields, file))
     else:
@@ -229,14 +229,12 @@ def _sharded_tensor(name: str, value: object, file: str) -> tuple[Shape, list[tu
         fields = shard.state if isinstance(shard, Obj) else {}
         place = fields["metadata"].state if isinstance(fields.get("metadata"), Obj) else {}
         tensor, start = fields.get("tensor"), place.get("shard_offsets")
-        if (
-            not isinstance(tensor, TensorRecord)
-            or not _numbers(start)
-            or list(tensor.shape) != place.get("shard_sizes")
-        ):
+        if not isinstance(tensor, TensorRecord) or not isinstance(start, (list, tuple)) or not _numbers(start):
             raise FileError(f"a shard of {show(name)} is malformed", file=file)
+        if list(tensor.shape) != list(place.get("shard_sizes") or ()):
+            raise FileError(f"a shard of {show(name)} has another shape than its record says", file=file)
         shards.append((tuple(start), tensor))
-    return tuple(size), shards  # type: ignore[arg-type]
+    return size, shards
 
 
 # -------------------------------------------------------------------------- olmo_core 0.1: flat safetensors files
@@ -270,7 +268,8 @@ def _entry(name: str, entry: object, path: Path) -> tuple[Shape, Mapping[str, An
         specs = {file: {"flattened_offsets": _nested(spans)} for file, spans in fields[_OLD_SPECS].items()}
     if not _numbers(shape) or not isinstance(specs, dict):
         raise FileError(f"the entry of {show(name)} is malformed", file=path)
-    return tuple(shape), specs  # type: ignore[arg-type]
+    assert isinstance(shape, list)
+    return tuple(shape), specs
 
 
 def _nested(spans: Any) -> Any:
