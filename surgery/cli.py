@@ -225,16 +225,12 @@ def verify_command(
 
     Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
     """
-    from surgery.checkpoint import open_checkpoint, recognise
     from surgery.conversion import default_memory
-    from surgery.errors import UsageError
     from surgery.verification import compare
+    from surgery.verification.folders import open_both
 
     given = _parse_options(options)
-    mine = [{k: v for k, v in given.items() if k in recognise(path).option_names("read")} for path in (a, b)]
-    if unused := given.keys() - mine[0].keys() - mine[1].keys():
-        raise UsageError(f"reading neither has an option {', '.join(sorted(unused))}", hint="see `surgery formats`")
-    left, right = (open_checkpoint(path, options=own) for path, own in zip((a, b), mine, strict=True))
+    left, right = open_both(a, b, given)
     memory = _size(max_memory) or default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with _progress("verify", total, as_json) as advance:

@@ -275,7 +275,9 @@ class Slice(Lazy):
         if isinstance(src, Slice) and src.dim == dim:
             at, src = src.start, src.src
         self.src: Lazy = src
-        self.dim, self.start, self.stop = dim, at + start, at + stop
+        self.dim: int = dim
+        self.start: int = at + start
+        self.stop: int = at + stop
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -367,10 +369,11 @@ class Map(Lazy):
 class Same(Lazy):
     """One tensor that several files hold a copy of.  Reading it proves that the copies are equal, bit for bit."""
 
-    __slots__ = ("name", "srcs")
+    __slots__ = ("hint", "name", "srcs")
 
-    def __init__(self, srcs: Sequence[Lazy], name: str) -> None:
+    def __init__(self, srcs: Sequence[Lazy], name: str, hint: str = "") -> None:
         self.srcs, self.name = tuple(srcs), name
+        self.hint = hint or "the shards are from different saves, or one of them is damaged"
         if any((s.shape, s.kind) != (srcs[0].shape, srcs[0].kind) for s in srcs):
             raise LayoutError(f"the copies of {name} differ: {', '.join(map(repr, srcs))}")
 
@@ -391,7 +394,7 @@ class Same(Lazy):
             if not same_bits(first, other.read(box)):
                 raise LayoutError(
                     f"{self.name} should be the same on every rank, but copy {i} differs from copy 0",
-                    hint="the shards are from different saves, or one of them is damaged",
+                    hint=self.hint,
                 )
         return first
 

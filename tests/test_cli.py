@@ -45,7 +45,14 @@ def test_every_flag_is_explained():
 
 def test_inspect():
     text = good("inspect", META, "--pickles")
-    for words in ("meta, tp 2", "llama", "layers", "llama3 scaling (factor 8", "torch._utils._rebuild_tensor_v2", "note:"):
+    for words in (
+        "meta, tp 2",
+        "llama",
+        "layers",
+        "llama3 scaling (factor 8",
+        "torch._utils._rebuild_tensor_v2",
+        "note:",
+    ):
         assert words in text
     found = json.loads(good("inspect", META, "--json", "--tensors", "--scan"))
     assert found["format"] == "meta"
@@ -86,7 +93,12 @@ def test_scan_finds_nan(tiny_hf, tmp_path):
 
 def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path):
     text = good("convert", META, tmp_path / "out", "--to", "hf", "--dry-run")
-    for words in ("would convert", "model.safetensors", "config.json", "note: params.json does not say the rope's factor"):
+    for words in (
+        "would convert",
+        "model.safetensors",
+        "config.json",
+        "note: params.json does not say the rope's factor",
+    ):
         assert words in text
     plan = json.loads(good("convert", META, tmp_path / "out", "--to", "hf", "--dry-run", "--json"))
     assert not list(tmp_path.iterdir())

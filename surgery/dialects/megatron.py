@@ -199,6 +199,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     norms = entries.chosen(options, "spec", carried.get("layer names"))
     experts = entries.chosen(options, "experts", carried.get("experts"))
     entries.check_heads(spec, topology.tp)
+    topology = entries.with_experts(spec, topology, options)
     multiple = entries.whole_number(options, "vocab_multiple")
     ranks = spread(table(norms, experts, multiple), checkpoint.parts, spec, topology)
     iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))

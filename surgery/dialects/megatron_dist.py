@@ -138,6 +138,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     norms = entries.chosen(options, "spec", carried.get("layer names"))
     experts = entries.chosen(options, "experts", carried.get("experts"))
     entries.check_heads(spec, topology.tp)
+    topology = entries.with_experts(spec, topology, options)
     topology.layer_counts(spec.l)
     numbered = spec.e > 0 and not all(spec.is_moe(i) for i in range(spec.l))
     multiple = entries.whole_number(options, "vocab_multiple")

@@ -6,6 +6,7 @@ root_entries(checkpoint, topology, 128, {...}, iteration=7)     # {"args": Names
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ OPTIONS = (
            "auto", ("auto", "local", "te"), "write"),
     Option("experts", "sequential, grouped (GroupedMLP, core < 0.15) or te_grouped; auto: as the source, else "
            "sequential", "auto", ("auto", "sequential", "grouped", "te_grouped"), "write"),
+    Option("etp", "ranks that share the tensors of each expert, a divisor of tp; auto: tp", "auto", (), "write"),
     Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
     Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
@@ -113,6 +115,16 @@ def whole_number(options: Options, name: str) -> int:
     if not (text.isdigit() and 0 < int(text) < 1 << 20):
         raise UsageError(f"-O {name}={show(text)} is no positive whole number")
     return int(text)
+
+
+def with_experts(spec: Spec, topology: Topology, options: Options) -> Topology:
+    """The topology with -O etp.  Raises UsageError if it does not divide tp."""
+    if options.get("etp", "auto") == "auto":
+        return topology
+    etp = whole_number(options, "etp")
+    if topology.tp % etp or not spec.e:
+        raise UsageError(f"-O etp={etp} does not fit {spec.e} experts on {topology.tp} tensor-parallel ranks")
+    return replace(topology, etp=None if etp == topology.tp else etp)
 
 
 def root_entries(

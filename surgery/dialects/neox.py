@@ -26,13 +26,16 @@ from surgery.dialects.neox_config import Reading
 from surgery.dialects.neox_keys import INERT
 from surgery.dialects.neox_releases import NEWEST, RELEASES, Release
 from surgery.dialects.neox_rows import Spelling, table
-from surgery.errors import LayoutError
+from surgery.errors import LayoutError, show
 from surgery.formats import Checkpoint, Format, Option, Options, Output
-from surgery.lazy import Fill, Lazy, Map
+from surgery.lazy import Fill, Lazy, Map, Same
 
 if TYPE_CHECKING:
     import torch
 
+UNEQUAL = (
+    "runs of some releases let the norms of ranks drift apart; -O replicas=average takes their mean, as upstream does"
+)
 _LEFT_OUT = {
     "optimizer": "the optimizer's state", "lr_scheduler": "the learning rate scheduler's state",
     "random_rng_state": "state of random numbers", "np_rng_state": "state of random numbers",
@@ -61,7 +64,7 @@ def open_neox(folder: Path, options: Options) -> Checkpoint:
         format="neox",
         path=folder,
         spec=spec,
-        parts=gathered.parts,
+        parts={n: Same(p.srcs, p.name, UNEQUAL) if isinstance(p, Same) else p for n, p in gathered.parts.items()},
         topology=Topology(tp=opened.tp, pp=opened.pp),
         config=config,
         files=tuple(p for p in found.files if folder in p.parents),
@@ -97,14 +100,16 @@ def _details(found: neox_files.Found, opened: neox_files.Opened, reading: Readin
     if type(named["iteration"]) is not int and folder:
         named["iteration"] = int(folder[1])
     size = sum(p.stat().st_size for p in found.optimizer)
-    return {k: v for k, v in named.items() if type(v) in (int, str)} | {
-        "layout": "a file per layer" if found.layers else "a file per rank (sequential)",
-        "release": reading.release,
-        "query_key_value": f"layout {reading.qkv}",
-        "optimizer": f"{len(found.optimizer)} ZeRO files, {size} bytes" if found.optimizer else
-        "in the rank files" if state.get("optimizer") else "none",
-        "configs": ", ".join(p.name for p in found.configs),
-    }  # fmt: skip
+    out: dict[str, object] = {k: v if type(v) is int else show(v)[1:-1] for k, v in named.items()
+                              if type(v) in (int, str)}  # fmt: skip
+    out["layout"] = "a file per layer" if found.layers else "a file per rank (sequential)"
+    out["release"] = reading.release
+    out["query_key_value"] = f"layout {reading.qkv}"
+    out["optimizer"] = "in the rank files" if state.get("optimizer") else "none"
+    if found.optimizer:
+        out["optimizer"] = f"{len(found.optimizer)} ZeRO files, {size} bytes"
+    out["configs"] = ", ".join(p.name for p in found.configs)
+    return out
 
 
 def _rounding(checkpoint: Checkpoint, how: Spelling) -> Iterator[str]:
@@ -208,7 +213,7 @@ def _rank_files(
         module: dict[str, Lazy] | None = None
         copies: frozenset[str] = frozenset()
         if not pp:
-            stored = ranks[Rank(tp=number)]
+            stored = dict(sorted(ranks[Rank(tp=number)].items(), key=lambda item: int(item[0].split(".")[1])))
             module = OrderedDict((n, s.tensor) for n, s in stored.items())
             copies = frozenset(f"module.{n}" for n, s in stored.items() if s.copy)
         yield torch_file(f"{tag}/mp_rank_{number:02d}_model_states.pt", {"module": module, **state}, copies)

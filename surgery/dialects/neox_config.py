@@ -129,6 +129,8 @@ def read_config(config: Config, file: str, found: Evidence, *, qkv: str = "auto"
     layers, width, heads = keys.integer("num_layers"), keys.integer("hidden_size"), keys.integer("num_attention_heads")
     if width % heads or width // heads % 2:
         raise ConfigError(f"hidden_size {width} does not give {heads} heads of an even width", file=file)
+    if layers != found.layers:
+        raise ConfigError(f"num_layers is {layers}, but the files hold {found.layers} layers", file=file)
     dim = width // heads
     groups = _groups(keys, found, heads, dim)
     norm, eps = _norm(keys)
@@ -176,7 +178,7 @@ def _groups(keys: _Keys, found: Evidence, heads: int, dim: int) -> int:
         what = f"query_key_value has {found.qkv_rows} rows, which {heads} query heads of width {dim} do not explain"
         raise ConfigError(what, file=keys.file)
     kind = keys.config.get("attention_type")
-    said = keys.config.get("num_kv_heads")
+    said = keys.config.get("num_kv_heads") or None
     if kind == "multihead" or (said is None and kind is None):
         said = heads
     elif kind == "multiquery" and said is None:

@@ -215,7 +215,9 @@ def evidence(opened: Opened, folder: Path) -> Evidence:
     embedding = _matrix(first, f"{opened.prefix}0.word_embeddings.weight", folder)
     learned = first.get(f"{opened.prefix}0.position_embeddings.weight")
     buffer = first.get(f"{layer}attention.rotary_emb.inv_freq")
+    name = re.compile(re.escape(opened.prefix) + r"\d+\.attention\.dense\.weight")
     return Evidence(
+        layers=sum(1 for n in first if name.fullmatch(n)),
         mlp=mlp,
         gated=mlp == "w" or rows == 2 * inner,
         vocab=embedding[0] * opened.tp,

@@ -49,11 +49,12 @@ NEWEST = "2024-11"
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tensors show: how the mlp is named (w, dense, linear), sizes over all ranks, which tensors there are.
+    """What the tensors show: layers, how the mlp is named (w, dense, linear), sizes over all ranks, which there are.
 
     `mark` is the release that this program noted when it wrote the checkpoint; `buffer` the dtype of inv_freq.
     """
 
+    layers: int
     mlp: str
     gated: bool
     vocab: int
@@ -119,18 +120,21 @@ def writer(found: Evidence, layout: str, spec: Spec, config: Config) -> str:
 
 def ffn_width(config: Config, ffn: str, mlp: str, gated: bool, width: int) -> int | None:
     """The ffn width that a release makes of a configuration; None where it makes none."""
-    said, factor, multiple = (config.get(k) for k in ("intermediate_size", "expansion_factor", "mlp_multiple_of"))
+    said, factor, multiple = (
+        _sane(config.get(k)) for k in ("intermediate_size", "expansion_factor", "mlp_multiple_of")
+    )
     if ffn == "third":
-        multiple = multiple if type(multiple) is int and multiple > 0 else 1
-        total = said or (int(factor * width) if type(factor) in (int, float) else 0) or 4 * width  # type: ignore[operator]
-        if type(total) is not int:
-            return None
-        inner = int(total * 2 / 3) // 2 if gated else total
-        outer = int(total * 2 / 3) if gated else total
-        inner, outer = -(-inner // multiple) * multiple, -(-outer // (2 * multiple)) * 2 * multiple
+        total = int(said or (factor or 4) * width)
+        inner, outer = (int(total * 2 / 3) // 2, int(total * 2 / 3)) if gated else (total, total)
+        step = int(multiple or 1) or 1
+        inner, outer = -(-inner // step) * step, -(-outer // (2 * step)) * 2 * step
         return inner if outer == (2 * inner if gated else inner) else None
     if mlp == "dense":
         return 2 * width if gated else 4 * width
     if ffn == "plain" and said is not None:
-        return said if type(said) is int else None
+        return int(said)
     return -(-int(2 * width * 4 / 3) // 256) * 256
+
+
+def _sane(value: object) -> float | None:
+    return value if type(value) in (int, float) and 0 < value < 1 << 31 else None  # type: ignore[operator,return-value]

@@ -137,9 +137,9 @@ def _check(spec: Spec, release: Release, config: Json) -> None:
     """Whether reading what was written gives the model: a net under `_refuse_misfits`."""
     mlp = spelling_of_mlp(spec, release)
     rows = (spec.heads + 2 * spec.g) * spec.head_dim
-    seen = Evidence(mlp=mlp, gated=spec.glu, vocab=spec.v, ffn=spec.f, qkv_rows=rows, qkv_bias=spec.qkv_bias,
-                    o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied, positions=spec.p,
-                    mark=release.name)  # fmt: skip
+    seen = Evidence(layers=spec.l, mlp=mlp, gated=spec.glu, vocab=spec.v, ffn=spec.f, qkv_rows=rows,
+                    qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied,
+                    positions=spec.p, mark=release.name)  # fmt: skip
     gaps = spec.differences(read_config(config, "the configuration", seen).spec)
     for same in ("family", "v_true", "positions", *(() if any(spec.windows) else ("windows",))):
         gaps.pop(same, None)
