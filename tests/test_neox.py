@@ -701,3 +701,85 @@ def test_recognised_by_its_files_alone(tmp_path):
     (trainer.parent / "latest").write_text("global_step500")
     assert not neox.FORMAT.recognise(trainer.parent)
     assert not neox.FORMAT.recognise(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- which reading makes sense
+
+PROSE = " ".join(
+    f"The {animal} sat on the {place} and looked at the {thing}." for animal in ("cat", "dog", "owl")
+    for place in ("mat", "roof", "wall") for thing in ("moon", "rain", "road")
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A tiny model with grouped queries that has learnt a text by heart, as GPT-NeoX of 2024-09 packs it, unmarked."""
+    folder = tmp_path_factory.mktemp("taught")
+    (folder / "prose.txt").write_text(PROSE)
+    tokens = tiny_tokenizer(folder / "tokenizer.json")
+    torch.manual_seed(0)
+    model = tiny.model("llama", l=2, g=4, n=2, h=80, f=160)
+    optimizer, ids = torch.optim.AdamW(model.parameters(), 3e-3), torch.tensor([tokens.encode(PROSE).ids])
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(input_ids=ids[:, :128], labels=ids[:, :128]).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "hf")
+    surgery.convert(folder / "hf", folder / "run", to="neox", topology=Topology(tp=2, pp=0),
+                    tokenizer=folder / "tokenizer.json", options={"release": "2024-09"})  # fmt: skip
+    for path in (folder / "run/global_step0").glob("mp_rank_*"):
+        state = torch.load(path, weights_only=True)
+        torch.save({k: v for k, v in state.items() if k != neox_files.MARK}, path)
+    return folder
+
+
+def tiny_tokenizer(path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = sorted(set(PROSE.replace(".", " .").split()))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *words])}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+def test_a_text_tells_the_readings_apart(taught):
+    from click.testing import CliRunner
+
+    from surgery.cli import main
+    from surgery.verification.readings import try_readings
+
+    with pytest.raises(AmbiguousError):
+        open_checkpoint(taught / "run")
+    found = try_readings(taught / "run", taught / "prose.txt")
+    losses = {one.flags: one.loss for one in found.readings}
+    assert losses["-O release=2024-09"] < 1.2 < 2 < losses["-O release=2024-11"]
+    assert found.best.flags == "-O release=2024-09"
+    assert found.guess == pytest.approx(math.log(264))
+    reported = CliRunner().invoke(
+        main, ["inspect", str(taught / "run"), "--try-text", str(taught / "prose.txt"), "--json"]
+    )
+    assert json.loads(reported.stdout)["option"] == "-O release=2024-09"
+    assert json.loads(reported.stdout)["readings"][0]["loss"] == losses["-O release=2024-09"]
+    shown = CliRunner().invoke(main, ["inspect", str(taught / "run"), "--try-text", str(taught / "prose.txt"), "-O",
+                                      "release=2024-11"])  # fmt: skip
+    assert "release=2024-11" in shown.output
+    assert "release=2024-09" not in shown.output  # an option that is given is not doubted
+    alone = try_readings(taught / "hf", taught / "prose.txt", tokenizer=taught / "tokenizer.json")
+    assert alone.best.options == {}
+    assert alone.best.loss == losses["-O release=2024-09"]
+
+
+def test_no_reading_is_named_where_none_makes_sense(taught, tmp_path):
+    from surgery.verification.readings import try_readings
+
+    found = try_readings(golden(GQA), taught / "prose.txt")  # random weights
+    assert found.best is None
+    assert "no reading predicts this text" in found.verdict
+    with pytest.raises(SurgeryError, match="has no tokenizer"):
+        try_readings(taught / "hf", taught / "prose.txt")
+    (tmp_path / "empty").write_text(" \n")
+    with pytest.raises(FileError, match="holds no text"):
+        try_readings(golden(GQA), tmp_path / "empty")
+    with pytest.raises(FileError, match="is no file"):
+        try_readings(golden(GQA), tmp_path / "none")
