@@ -332,6 +332,6 @@ def choose_family(spec: Spec) -> str:
     for name in order:
         if not gaps[name]:
             return name
-    nearest = min(order, key=lambda name: len(gaps[name]))
+    nearest = min(order, key=lambda name: ("config" in gaps[name], len(gaps[name])))
     has = in_words(gaps[nearest])
     raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but the model has {has}")
