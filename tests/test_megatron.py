@@ -467,6 +467,9 @@ def test_extra_states_optimizers_and_shared_storages(tmp_path):
     assert all(same_bits(opened.parts[k].full(), part.full()) for k, part in want.parts.items())
     assert {"optimizer", "rng_state", "distrib_optim.pt"} <= opened.ignored.keys()
     assert any("_extra_state" in name for name in opened.ignored)
+    assert opened.details["optimizer"].startswith("1 x distrib_optim.pt, ")
+    assert want.details["optimizer"] == "none"
+    assert want.details["transformer_impl"] == "local"
 
 
 @pytest.mark.parametrize(
