@@ -17,6 +17,7 @@ HOLDS: Mapping[str, tuple[str, ...]] = {
     "olmo2": ("olmo", "olmo-core"),
     "olmo3": ("olmo-core",),
     "olmoe": ("olmo", "olmo-core"),
+    "flex_olmo": ("olmo-core",),
     "gpt_neox": ("neox",),
     "gpt2": ("neox", "megatron", "megatron-dist"),
 }
@@ -35,6 +36,8 @@ REASONS: Mapping[tuple[str, str], str] = {
     ("olmo3", "meta"): _QK, ("olmo3", "neox"): _QK, ("olmo3", "megatron"): _QK, ("olmo3", "megatron-dist"): _QK,
     ("olmo3", "olmo"): r"sliding windows",
     ("olmoe", "meta"): _QK, ("olmoe", "neox"): _QK, ("olmoe", "megatron"): _QK, ("olmoe", "megatron-dist"): _QK,
+    ("flex_olmo", "meta"): r"experts", ("flex_olmo", "neox"): r"experts", ("flex_olmo", "megatron"): _QK,
+    ("flex_olmo", "megatron-dist"): _QK, ("flex_olmo", "olmo"): r"norm_after: true",
     ("gpt_neox", "meta"): r"parallel residuals", ("gpt_neox", "megatron"): r"parallel residual",
     ("gpt_neox", "megatron-dist"): r"parallel residual", ("gpt_neox", "olmo"): r"biases",
     ("gpt_neox", "olmo-core"): r"activation is 'gelu'",
