@@ -14,6 +14,7 @@ missing, nothing may be left over, copies must be equal.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -24,7 +25,8 @@ from typing import NamedTuple
 from surgery.anatomy import PARTS, Spec
 from surgery.axes import STAR, Axes, Named, flat, pattern, shape_of
 from surgery.errors import LayoutError, some
-from surgery.lazy import Extent, Fill, Lazy, Map, Same
+from surgery.extent import Extent
+from surgery.lazy import Fill, Lazy, Map, Same
 from surgery.replicas import mean, share, total
 from surgery.rows import Bind, Dialect, Row, row
 from surgery.topology import ONE_RANK, Rank, Topology
@@ -313,14 +315,23 @@ def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home
     if "e" in bind:
         owner, local["e"] = divmod(bind["e"], spec.e // topology.ep)
     name = r.named(local)
-    pieces = topology.expert_tp if r.of_experts else topology.tp
-    seen = set()
+    for tp, ep, piece, pieces, group, first in _holders(topology, r.of_experts, r.stacks_experts, owner):
+        yield _Home(Rank(tp, pp, ep, chunk), name, piece, pieces, group, first)
+
+
+@functools.lru_cache(maxsize=4096)
+def _holders(
+    topology: Topology, of_experts: bool, stacked: bool, owner: int | None
+) -> tuple[tuple[int, int, int, int, int, bool], ...]:
+    """Which ranks of a pipeline stage store a tensor, and what of it: (tp, ep, piece, pieces, group, first)."""
+    pieces = topology.expert_tp if of_experts else topology.tp
+    out, seen = [], set()
     for tp, ep in topology.grid():
         if owner is None or ep == owner:
-            group = ep if r.stacks_experts else 0
-            what = (group, tp % pieces)
-            yield _Home(Rank(tp, pp, ep, chunk), name, tp % pieces, pieces, group, what not in seen)
+            what = ep if stacked else 0, tp % pieces
+            out.append((tp, ep, tp % pieces, pieces, what[0], what not in seen))
             seen.add(what)
+    return tuple(out)
 
 
 def _of_rank(r: Row, whole: Named, ep: int, topology: Topology) -> Named:

@@ -25,8 +25,9 @@ from surgery.dialects import megatron_folder as folders
 from surgery.dialects.megatron_args import read_args
 from surgery.dialects.megatron_rows import OLD_NAMES, precore_table, table
 from surgery.errors import ConfigError, FileError, LayoutError, show
+from surgery.extent import Extent
 from surgery.formats import Checkpoint, Format, Options, Output, number
-from surgery.lazy import Extent, Lazy
+from surgery.lazy import Lazy
 
 # modules that carry an _extra_state in every version; Transformer Engine's attention does so too
 _LINEAR = re.compile(r"^(.*\.(?:linear_qkv|linear_proj|linear_fc1|linear_fc2)|output_layer)\.weight\d*$")
