@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from surgery.anatomy import PARTS, Spec
-from surgery.axes import STAR, Axes, Named, flat, pattern, shape_of
+from surgery.anatomy import COUNTED, PARTS, Spec
+from surgery.axes import STAR, Axes, Named, flat, shape_of
 from surgery.errors import LayoutError, some
 from surgery.extent import Extent
 from surgery.lazy import Fill, Lazy, Map, Same
@@ -185,7 +185,8 @@ def _named(name: str, data: Lazy, axes: Axes, sizes: Mapping[str, int]) -> Named
 
 
 def _indivisible(r: Row, n: int, tp: int) -> str:
-    return f"cannot divide {n} x {r.cut!r} of {r.name} ({pattern(r.layout)}) among {tp} ranks"
+    what = " x ".join(COUNTED.get(axis, f"'{axis}'") for axis in r.cut.split())
+    return f"cannot divide {n} {what} of {r.name} among {tp} ranks"
 
 
 # ------------------------------------------------------------------------------------------- whole checkpoints
