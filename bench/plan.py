@@ -4,8 +4,8 @@
     python bench/plan.py --layers 8 --to megatron --profile
 
 The checkpoint is made of sparse files: real headers, no data (some 800 GB that take no room on the disk).  Each plan
-runs in a process of its own: `open` and `plan` are seconds without Python's imports, `peak` is the process's memory,
-imports included (`surgery` plans without torch).
+runs in a process of its own: `open` and `plan` are seconds without Python's imports, `cpu` is the processor time of both,
+`peak` is the process's memory, imports included (`surgery` plans without torch).
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ src, to, sizes, options, profile = json.loads(sys.argv[1])
 watch = cProfile.Profile()
 if profile:
     watch.enable()
-began = time.monotonic()
+began, cpu = time.monotonic(), time.process_time()
 checkpoint = open_checkpoint(src)
 opened = time.monotonic()
 plan = plan_for(checkpoint, to=to, topology=Topology(**sizes), options=options, max_memory=1 << 30)
-done = time.monotonic()
+done, cpu = time.monotonic(), time.process_time() - cpu
 watch.disable()
 if profile:
     pstats.Stats(watch, stream=sys.stderr).sort_stats("cumulative").print_stats(45)
@@ -56,7 +56,7 @@ if profile:
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"parts": len(checkpoint.parts), "files": len(plan.output.files), "bytes": plan.bytes,
                   "tensors": sum(len(f.regions) for f in plan.output.files), "open": opened - began,
-                  "plan": done - opened, "peak": peak, "torch": "torch" in sys.modules}))
+                  "plan": done - opened, "cpu": cpu, "peak": peak, "torch": "torch" in sys.modules}))
 """
 
 
@@ -124,13 +124,13 @@ def main() -> None:
         src = Path(scratch)
         make(src, given.layers)
         print(
-            f"{'to':24s} {'parts':>7s} {'tensors':>8s} {'files':>6s} {'GB':>6s} {'open s':>7s} {'plan s':>7s} peak MB"
+            f"{'to':24s} {'parts':>7s} {'tensors':>8s} {'files':>6s} {'GB':>6s} {'open s':>7s} {'plan s':>7s} {'cpu s':>6s} peak MB"
         )
         for name, flags in PLANS.items():
             if given.to is None or given.to in name:
                 r = measure(src, name, flags, given.profile)
                 print(f"{name:24s} {r['parts']:7d} {r['tensors']:8d} {r['files']:6d} {r['bytes'] / 1e9:6.0f} "
-                      f"{r['open']:7.1f} {r['plan']:7.1f} {r['peak'] / 1e6:7.0f}", flush=True)  # fmt: skip
+                      f"{r['open']:7.1f} {r['plan']:7.1f} {r['cpu']:6.1f} {r['peak'] / 1e6:7.0f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
