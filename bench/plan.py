@@ -4,8 +4,8 @@
     python bench/plan.py --layers 8 --to megatron --profile
 
 The checkpoint is made of sparse files: real headers, no data (some 800 GB that take no room on the disk).  Each plan
-runs in a process of its own: `open` and `plan` are seconds without Python's imports, `cpu` is the processor time of both,
-`peak` is the process's memory, imports included (`surgery` plans without torch).
+runs in a process of its own: `open` and `plan` are seconds without Python's imports, `cpu` is the processor time of
+both, `peak` is the process's memory, imports included (`surgery` plans without torch).
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="surgery-plan-", dir=given.dir) as scratch:
         src = Path(scratch)
         make(src, given.layers)
-        print(
-            f"{'to':24s} {'parts':>7s} {'tensors':>8s} {'files':>6s} {'GB':>6s} {'open s':>7s} {'plan s':>7s} {'cpu s':>6s} peak MB"
-        )
+        print(f"{'to':24s} {'parts':>7s} {'tensors':>8s} {'files':>6s} {'GB':>6s} {'open s':>7s} {'plan s':>7s} "
+              f"{'cpu s':>6s} peak MB")  # fmt: skip
         for name, flags in PLANS.items():
             if given.to is None or given.to in name:
                 r = measure(src, name, flags, given.profile)
                 print(f"{name:24s} {r['parts']:7d} {r['tensors']:8d} {r['files']:6d} {r['bytes'] / 1e9:6.0f} "
-                      f"{r['open']:7.1f} {r['plan']:7.1f} {r['cpu']:6.1f} {r['peak'] / 1e6:7.0f}", flush=True)  # fmt: skip
+                      f"{r['open']:7.1f} {r['plan']:7.1f} {r['cpu']:6.1f} {r['peak'] / 1e6:7.0f}",
+                      flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

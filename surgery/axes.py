@@ -226,6 +226,10 @@ class Named:
         if self.sizes[axis] != 1:
             raise LayoutError(f"axis {axis!r} of size {self.sizes[axis]} has no place in {pattern(axes)!r}")
 
+    def split(self, names: str) -> Named:
+        """With a dimension for each axis, `names` together: what `take` needs, made once for many."""
+        return self.to(_dimension(self.axes, names)[0])
+
     def take(self, names: str, start: int, stop: int) -> Named:
         """Narrow to [start, stop) along one axis, or along the product of adjacent ones ("g n")."""
         axes, at = _dimension(self.axes, names)

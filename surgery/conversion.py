@@ -316,6 +316,8 @@ def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     skip = {"family", "v_true", "positions"}
     if again.spec.v > plan.source.spec.v:
         skip.add("v")
+    if again.spec.e and not again.spec.moe_layers:
+        skip.add("f")  # no layer is dense
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 

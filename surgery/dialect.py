@@ -28,7 +28,7 @@ from surgery.errors import LayoutError, some
 from surgery.extent import Extent
 from surgery.lazy import Fill, Lazy, Map, Same
 from surgery.replicas import mean, share, total
-from surgery.rows import Bind, Dialect, Row, row
+from surgery.rows import Bind, Dialect, Row, placeholders, row
 from surgery.topology import ONE_RANK, Rank, Topology
 
 __all__ = ["ONE_RANK", "Dialect", "Gathered", "Rank", "Row", "Stored", "Topology", "gather", "row", "shard", "spread",
@@ -84,7 +84,7 @@ def weave(r: Row, bind: Bind, parts: Parts, spec: Spec, padded: Mapping[str, int
 
 def _strand(part: str, bind: Bind, parts: Parts, spec: Spec) -> Named:
     """One part; where the name of the row lacks a placeholder, all of its values stacked into an axis."""
-    free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+    free = [k for k in placeholders(part) if k not in bind]
     if not free:
         name = part.format(**bind)
         if name not in parts:
@@ -109,7 +109,7 @@ def unweave(r: Row, bind: Bind, whole: Named, spec: Spec) -> Iterator[tuple[str,
             at += width
             strand = strand.to(tuple((a,) for a in flat(strand.axes)))
             strand = strand.rename((STAR,), star, {a: sizes[a] for a in star})
-        free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+        free = [k for k in placeholders(part) if k not in bind]
         for values in itertools.product(*(range(spec.sizes[k]) for k in free)):
             one = strand
             for key, i in zip(free, values, strict=True):
@@ -209,6 +209,8 @@ def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> di
             continue
         try:
             whole = weave(r, bind, parts, spec, sizes)
+            if r.cut and topology.tp > 1:
+                whole = whole.split(r.cut)
             for home in _homes(r, bind, spec, topology):
                 mine = _of_rank(r, whole, home.rank.ep, topology)
                 piece = shard(r, mine, home.piece, home.pieces)
@@ -345,7 +347,7 @@ def _of_rank(r: Row, whole: Named, ep: int, topology: Topology) -> Named:
 
 def _part_names(r: Row, bind: Bind, spec: Spec) -> Iterator[str]:
     for part in r.parts:
-        free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+        free = [k for k in placeholders(part) if k not in bind]
         for values in itertools.product(*(range(spec.sizes[k]) for k in free)):
             yield part.format(**bind, **dict(zip(free, values, strict=True)))
 
