@@ -52,8 +52,8 @@ define install
 		[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }; \
 		echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned packages (once; some minutes on a slow connection)"
-	@$(BIN)/pip install --quiet "$$(grep -m1 '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install --quiet -e '.[$(1)]' -c constraints.txt
+	@$(BIN)/pip install -qq "$$(grep -m1 '^torch==' constraints.txt)" -c constraints.txt
+	@$(BIN)/pip install -qq -e '.[$(1)]' -c constraints.txt
 	@touch $@
 endef
 

@@ -16,10 +16,17 @@ command -v surgery >/dev/null || { echo "surgery is not installed: run make demo
 bold='' dim='' plain=''
 if [[ -t 1 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; fi
 count=0
-step() {  # step TITLE COMMAND...: announce the command, then run it
+step() {  # step TITLE COMMAND...: announce the command as one would type it, then run it
     count=$((count + 1))
     printf '\n%s%d. %s%s\n%s$' "$bold" "$count" "$1" "$plain" "$dim"
-    printf ' %q' "${@:2}"
+    local word
+    for word in "${@:2}"; do
+        case $word in
+            *[\"\$\`\\!]*) printf ' %q' "$word" ;;
+            *[!A-Za-z0-9_./:=@%+-]*) printf ' "%s"' "$word" ;;
+            *) printf ' %s' "$word" ;;
+        esac
+    done
     printf '%s\n' "$plain"
     "${@:2}"
 }
@@ -31,16 +38,16 @@ work=$(cd "$work" && pwd)
 if [[ $model == "$PWD"/* ]]; then model=${model#"$PWD"/}; fi
 if [[ $work == "$PWD"/* ]]; then work=${work#"$PWD"/}; fi
 
+step "A model as Hugging Face stores it" \
+    surgery inspect "$model"
+
 # Ranks share the attention heads evenly.  SmolLM2-135M has 9 heads in 3 groups: 2 ranks cannot share them, 3 can.
 for tp in 2 3 1; do
-    surgery convert "$model" "$work/meta" --to meta --tp $tp --dry-run --force >/dev/null 2>&1 && break
+    surgery convert "$model" "$work/meta" --to meta --tp $tp --dry-run >/dev/null 2>&1 && break
 done
-
 # Meta's params.json has no place for the longest context: the way back is told.
 context=$(surgery inspect "$model" --json | python -c 'import json, sys; print(json.load(sys.stdin)["sizes"]["context"])')
 
-step "A model as Hugging Face stores it" \
-    surgery inspect "$model"
 step "Convert it to Meta's format for $tp ranks" \
     surgery convert "$model" "$work/meta" --to meta --tp $tp --force
 step "Look at the new files without loading them; a pickle is described, never run" \

@@ -79,6 +79,8 @@ class Spec:
     top_k: int = 0
     top_k_renormalised: bool = False  # the chosen experts' weights are divided by their sum
     router_bias: bool = False  # a per-expert bias that only ranks (DeepSeek-V3, Megatron's expert_bias)
+    router_score: str = "softmax"  # softmax | sigmoid: what makes the router's logits weights
+    router_scale: float | None = None  # the chosen experts' weights are multiplied by it
     shared_gate: bool = False
     # the rest
     tied: bool = False

@@ -15,12 +15,16 @@ from pathlib import Path
 
 from surgery import tokenizer
 from surgery.anatomy import Spec
-from surgery.dialects import hf, meta, olmo
+from surgery.containers.text import read_json
+from surgery.dialects import hf, megatron, megatron_dist, meta, neox, olmo, olmo_core
 from surgery.errors import FileError, LayoutError, UsageError, some
-from surgery.formats import Checkpoint, Format, Options
+from surgery.formats import PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.lazy import Concat, Fill, Lazy, Slice, cast
 
-FORMATS: Mapping[str, Format] = {f.name: f for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT)}
+FORMATS: Mapping[str, Format] = {
+    f.name: f
+    for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, olmo_core.FORMAT, megatron.FORMAT, megatron_dist.FORMAT, neox.FORMAT)
+}
 
 KINDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -68,7 +72,17 @@ def open_checkpoint(
             f"reading {found.name} has no option {some(sorted(unknown))}", hint=f"surgery formats {found.name}"
         )
     checkpoint = found.open(Path(path), found.with_defaults(given, "read"))
-    return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)))
+    details = {**_carried(Path(path)), **checkpoint.details}
+    return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details)
+
+
+def _carried(folder: Path) -> dict[str, int]:
+    """How far the run had come from which surgery wrote this folder, if it did."""
+    if not (folder / PROVENANCE).is_file():
+        return {}
+    record = read_json(folder / PROVENANCE, PROVENANCE)
+    run = record.get("run") if isinstance(record, dict) else None
+    return run_of(run) if isinstance(run, dict) else {}
 
 
 # Operations: pure functions from checkpoint to checkpoint, lazy and composable.

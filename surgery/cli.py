@@ -122,7 +122,8 @@ def inspect_command(
 @click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
 @click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
 @click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output.")
-@click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output.")
+@click.option("--pp", type=click.IntRange(0), default=1, help="Pipeline stages of the output; 0: none (neox).")
+@click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output.")
 @click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output.")
 @click.option(
     "--dtype",
@@ -188,7 +189,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
 def _topology(flags: dict[str, Any]) -> Topology:
     from surgery.dialect import Topology
 
-    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
+    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"], vpp=flags["vpp"])
 
 
 def _shard_size(flags: dict[str, Any]) -> dict[str, str]:
@@ -224,16 +225,12 @@ def verify_command(
 
     Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
     """
-    from surgery.checkpoint import open_checkpoint, recognise
     from surgery.conversion import default_memory
-    from surgery.errors import UsageError
     from surgery.verification import compare
+    from surgery.verification.folders import open_both
 
     given = _parse_options(options)
-    mine = [{k: v for k, v in given.items() if k in recognise(path).option_names("read")} for path in (a, b)]
-    if unused := given.keys() - mine[0].keys() - mine[1].keys():
-        raise UsageError(f"reading neither has an option {', '.join(sorted(unused))}", hint="see `surgery formats`")
-    left, right = (open_checkpoint(path, options=own) for path, own in zip((a, b), mine, strict=True))
+    left, right = open_both(a, b, given)
     memory = _size(max_memory) or default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with _progress("verify", total, as_json) as advance:

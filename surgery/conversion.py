@@ -26,12 +26,11 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
 from surgery.fingerprint import SOURCE, Ledger
-from surgery.formats import Checkpoint, Format, Options, Output
+from surgery.formats import PROVENANCE, Checkpoint, Format, Options, Output, run_of
 from surgery.lazy import Slice
 from surgery.staging import check_free, data_of
 
 VOCABULARY = ("embed", "lm_head")
-PROVENANCE = "surgery.json"
 MEMORY = 2 << 30
 
 
@@ -152,7 +151,7 @@ def check_flags(target: Format, topology: Topology) -> None:
     odd = [
         f"--{name} {n}"
         for name, n in asdict(topology).items()
-        if isinstance(n, int) and n != 1 and name not in target.flags
+        if isinstance(n, int) and n != 1 and name not in (target.flags if n > 0 else target.zero)
     ]
     if odd:
         has = ", ".join(f"--{name}" for name in target.flags) or "no parallel sizes"
@@ -355,6 +354,7 @@ def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
         "parameters": plan.source.spec.parameters(),
         "dropped": dict(report.dropped),
         "notes": list(report.notes),
+        "run": run_of(plan.source.details),
         "versions": {"python": platform.python_version(), "torch": _torch_version()},
     }  # fmt: skip
     return (json.dumps(record, indent=2) + "\n").encode()

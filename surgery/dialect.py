@@ -25,6 +25,7 @@ from surgery.anatomy import PARTS, Spec
 from surgery.axes import STAR, Axes, Named, flat, pattern, shape_of
 from surgery.errors import LayoutError, some
 from surgery.lazy import Extent, Fill, Lazy, Map, Same
+from surgery.replicas import mean, share, total
 from surgery.rows import Bind, Dialect, Row, row
 from surgery.topology import ONE_RANK, Rank, Topology
 
@@ -59,12 +60,15 @@ class Gathered:
 def weave(r: Row, bind: Bind, parts: Parts, spec: Spec, padded: Mapping[str, int]) -> Named:
     """Canonical parts -> the whole tensor of the format (before it is cut for the ranks)."""
     axes = tuple((a,) for a in flat(r.layout))
+    sizes = r.measures(spec.sizes)
     strands = []
-    for part, star in zip(r.parts, r.stars, strict=True):
+    for part, view, star in zip(r.parts, r.layouts, r.stars, strict=True):
         strand = _strand(part, bind, parts, spec)
+        if r.views:
+            strand = Named(strand.data, view, sizes)
         if (STAR,) in axes:
             strand = strand.to(tuple(star if a == (STAR,) else a for a in axes))
-            strand = strand.rename(star, (STAR,), {STAR: math.prod(spec.sizes[a] for a in star)})
+            strand = strand.rename(star, (STAR,), {STAR: math.prod(sizes[a] for a in star)})
         strands.append(strand)
     whole = Named.cat(strands, STAR)
     extra = padded[r.pad] - whole.sizes[r.pad] if r.pad else 0
@@ -94,21 +98,22 @@ def unweave(r: Row, bind: Bind, whole: Named, spec: Spec) -> Iterator[tuple[str,
     """The whole tensor of the format -> its canonical parts: the exact inverse of `weave`, padding kept."""
     at = 0
     fused = STAR in flat(r.layout)
-    for part, star in zip(r.parts, r.stars, strict=True):
+    sizes = r.measures(spec.sizes)
+    for part, view, star in zip(r.parts, r.layouts, r.stars, strict=True):
         strand = whole
         if fused:
-            width = math.prod(spec.sizes[a] for a in star)
+            width = math.prod(sizes[a] for a in star)
             strand = whole.take(STAR, at, at + width)
             at += width
             strand = strand.to(tuple((a,) for a in flat(strand.axes)))
-            strand = strand.rename((STAR,), star, {a: spec.sizes[a] for a in star})
+            strand = strand.rename((STAR,), star, {a: sizes[a] for a in star})
         free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
         for values in itertools.product(*(range(spec.sizes[k]) for k in free)):
             one = strand
             for key, i in zip(free, values, strict=True):
                 one = one.take(key, i, i + 1)
             name = part.format(**bind, **dict(zip(free, values, strict=True)))
-            yield name, one.to(PARTS[part].layout).data
+            yield name, one.to(view).data
 
 
 def shard(r: Row, whole: Named, rank: int, tp: int) -> Stored:
@@ -116,7 +121,7 @@ def shard(r: Row, whole: Named, rank: int, tp: int) -> Stored:
     if tp == 1:
         return Stored(_claimed(r, whole))
     if r.summed:
-        return Stored(Map(lambda t: t / tp, (whole.data,)), rank > 0)
+        return Stored(Map(lambda t: share(t, rank, tp), (whole.data,)), rank > 0)
     if not r.cut:
         return Stored(_claimed(r, whole), rank > 0)
     n = math.prod(whole.sizes[a] for a in r.cut.split())
@@ -155,9 +160,9 @@ def unshard(r: Row, pieces: Sequence[Lazy], sizes: Mapping[str, int], name: str)
     if tp == 1:
         return _unclaimed(r, name, pieces[0], sizes)
     if r.summed:
-        return _named(name, Map(lambda *ts: sum(ts[1:], ts[0].float()).to(ts[0].dtype), pieces), r.layout, sizes)
+        return _named(name, Map(total, pieces), r.layout, sizes)
     if not r.cut:
-        return _unclaimed(r, name, Same(pieces, name), sizes)
+        return _unclaimed(r, name, Map(mean, pieces) if r.averaged else Same(pieces, name), sizes)
     names = r.cut.split()
     n = math.prod(sizes[a] for a in names)
     if n % tp and (r.cut != "g" or tp % n):
@@ -266,11 +271,12 @@ def _collect(
             continue
         claimed[home.rank].add(home.name)
         found[home.group, home.piece].append(tensor)
-    name = r.name.format(**bind)
+    name = r.named(bind)
     if missing or not all(found.values()):
         where = "" if len(shards) == 1 else f" (on {len(missing)} of {len(shards)} ranks)"
         raise LayoutError(f"{name} is missing{where}")
-    sizes = {**spec.sizes, STAR: sum(math.prod(spec.sizes[a] for a in star) for star in r.stars)}
+    sizes = dict(r.measures(spec.sizes))
+    sizes[STAR] = sum(math.prod(sizes[a] for a in star) for star in r.stars)
     groups = sorted({home.group for home in homes})
     if len(groups) > 1:
         sizes["e"] = spec.e // len(groups)
@@ -306,7 +312,7 @@ def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home
     owner = None
     if "e" in bind:
         owner, local["e"] = divmod(bind["e"], spec.e // topology.ep)
-    name = r.name.format(**local)
+    name = r.named(local)
     pieces = topology.expert_tp if r.of_experts else topology.tp
     seen = set()
     for tp, ep in topology.grid():

@@ -4,6 +4,7 @@
     |-- FileError           a file is broken, hostile, truncated, missing, or not what its name says
     |-- LayoutError         tensors and the format's table disagree: names, shapes, dtypes, divisibility
     |-- ConfigError         a config file or key cannot be understood or cannot be represented in the target
+    |   `-- AmbiguousError  the files can be read in several ways; `readings` are the options that decide
     |-- UsageError          flags or arguments do not fit together; exit status 2
     |-- OutputError         the destination exists, is full, or cannot be written
     `-- MismatchError       a verification found a difference
@@ -37,9 +38,9 @@ class SurgeryError(Exception):
         self.file = None if file is None else os.fspath(file)
 
     def __str__(self) -> str:
-        place = "" if self.file is None else self.file
+        place = "" if self.file is None else ascii(self.file)[1:-1]
         if self.member is not None:
-            place += f"!{self.member}"
+            place += f"!{ascii(self.member[:80])[1:-1]}"  # names inside a file are the file's
         if self.byte is not None:
             place += f" @ byte {self.byte}"
         text = f"{place}: {self.what}" if place else self.what
@@ -56,6 +57,21 @@ class LayoutError(SurgeryError):
 
 class ConfigError(SurgeryError):
     """A config cannot be understood, or cannot be represented in the target format."""
+
+
+class AmbiguousError(ConfigError):
+    """The files can be read in several ways that they do not tell apart; `readings` are the options that decide."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        readings: tuple[dict[str, str], ...],
+        file: str | os.PathLike[str] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(what, file=file, hint=hint)
+        self.readings = readings
 
 
 class UsageError(SurgeryError):

@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import FileError, show
@@ -98,6 +99,20 @@ class File:
             got += n
             IO["calls"] += 1
         IO["bytes"] += got
+
+    def read_runs(self, offsets: Iterable[int], size: int, out: memoryview, what: str = "data") -> None:
+        """Fill a writable buffer with runs of `size` bytes, one at each offset.  Raises FileError as `read_into`."""
+        handle, at, preadv = _handle(self.path), 0, os.preadv
+        try:
+            for offset in offsets:
+                if preadv(handle.fd, (out[at : at + size],), offset) != size:
+                    self.read_into(offset, out[at : at + size], what)  # the rest of a short read, or what is wrong
+                    IO["bytes"] -= size
+                at += size
+        except OSError as error:
+            raise FileError(f"{what}: reading failed: {error.strerror}", file=self.path) from None
+        IO["bytes"] += at
+        IO["calls"] += at // size
 
 
 def _handle(path: str) -> _Handle:

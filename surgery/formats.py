@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from surgery.tokenizer import Tokenizer
 
 Options = Mapping[str, str]
+PROVENANCE = "surgery.json"  # what surgery wrote beside a checkpoint: where it comes from
+RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint format.  `flags` are the parallel sizes that it has: of tp, pp, vpp, ep."""
+    """A checkpoint format.  `flags` are the parallel sizes that it has: of tp, pp, vpp, ep; `zero`: which may be 0."""
 
     name: str
     title: str
@@ -87,6 +89,7 @@ class Format:
     recognise: Callable[[Path], bool]
     open: Callable[[Path, Options], Checkpoint]
     plan: Callable[[Checkpoint, Topology, Options], Output]
+    zero: tuple[str, ...] = ()
 
     def option_names(self, side: str) -> set[str]:
         return {o.name for o in self.options if o.side in (side, "both")}
@@ -122,3 +125,8 @@ def number(options: Options, name: str) -> float | None:
 def joined(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
     """Several lists of notes as one, each note once."""
     return tuple(dict.fromkeys(note for group in notes for note in group))
+
+
+def run_of(details: Mapping[str, object]) -> dict[str, int]:
+    """How far a run had come, of a checkpoint's details: what a format may keep through another that does not."""
+    return {k: v for k, v in details.items() if k in RUN and type(v) is int and 0 <= v < 1 << 62}

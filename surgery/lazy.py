@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.errors import FileError, LayoutError
@@ -219,12 +219,20 @@ def _read_dense(file: File, offset: int, shape: Shape, kind: str, box: Box) -> t
         run *= lens[k]
     strides = [s * item for s in dense_strides(shape)]
     start = offset + (box[k][0] * strides[k] if k < len(lens) else 0)
-    view, at = bytes_of(out), 0
-    for index in itertools.product(*(range(a, b) for a, b in box[:k])):
-        where = start + sum(i * s for i, s in zip(index, strides, strict=False))
-        file.read_into(where, view[at : at + run], "tensor data")
-        at += run
+    if k == 0:
+        file.read_into(start, bytes_of(out), "tensor data")
+    else:
+        file.read_runs(_offsets(start, box[:k], strides), run, bytes_of(out), "tensor data")
     return out
+
+
+def _offsets(start: int, box: Box, strides: Sequence[int]) -> Iterable[int]:
+    """The bytes at which the runs of a box begin, in row-major order."""
+    if not box:
+        return (start,)
+    (a, b), stride = box[0], strides[0]
+    steps = range(start + a * stride, start + b * stride, stride)
+    return steps if len(box) == 1 else itertools.chain.from_iterable(_offsets(s, box[1:], strides[1:]) for s in steps)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -267,7 +275,9 @@ class Slice(Lazy):
         if isinstance(src, Slice) and src.dim == dim:
             at, src = src.start, src.src
         self.src: Lazy = src
-        self.dim, self.start, self.stop = dim, at + start, at + stop
+        self.dim: int = dim
+        self.start: int = at + start
+        self.stop: int = at + stop
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -359,10 +369,11 @@ class Map(Lazy):
 class Same(Lazy):
     """One tensor that several files hold a copy of.  Reading it proves that the copies are equal, bit for bit."""
 
-    __slots__ = ("name", "srcs")
+    __slots__ = ("hint", "name", "srcs")
 
-    def __init__(self, srcs: Sequence[Lazy], name: str) -> None:
+    def __init__(self, srcs: Sequence[Lazy], name: str, hint: str = "") -> None:
         self.srcs, self.name = tuple(srcs), name
+        self.hint = hint or "the shards are from different saves, or one of them is damaged"
         if any((s.shape, s.kind) != (srcs[0].shape, srcs[0].kind) for s in srcs):
             raise LayoutError(f"the copies of {name} differ: {', '.join(map(repr, srcs))}")
 
@@ -383,7 +394,7 @@ class Same(Lazy):
             if not same_bits(first, other.read(box)):
                 raise LayoutError(
                     f"{self.name} should be the same on every rank, but copy {i} differs from copy 0",
-                    hint="the shards are from different saves, or one of them is damaged",
+                    hint=self.hint,
                 )
         return first
 

@@ -9,7 +9,7 @@ What is done with rows is in `dialect`, which offers these names too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,6 +36,10 @@ class Row:
     when: Callable[[Spec, Topology], bool] | None = None
     layers: Callable[[Spec, int], bool] | None = None  # which layers store the parts under this name; None: all
     shape: Axes | None = None  # the two dimensions that the tensor claims, where they are not those of its memory
+    first: int = 0  # the number in the name of the first layer
+    views: tuple[Axes, ...] = ()  # the parts' own layouts, where axes have to be split to describe the tensor
+    sizes: tuple[tuple[str, int], ...] = ()  # of axes that only `views` and `layout` know
+    averaged: bool = False  # copies that differ between the ranks are averaged
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -46,7 +50,20 @@ class Row:
     def stars(self) -> tuple[tuple[str, ...], ...]:
         """For each part, its axes that have no place of their own in the layout: they are merged into `*`."""
         here = set(flat(self.layout))
-        return tuple(tuple(a for a in flat(PARTS[p].layout) if a not in here) for p in self.parts)
+        return tuple(tuple(a for a in flat(layout) if a not in here) for layout in self.layouts)
+
+    @cached_property
+    def layouts(self) -> tuple[Axes, ...]:
+        """The layouts of the parts, as far as this row needs to see into them."""
+        return self.views or tuple(PARTS[p].layout for p in self.parts)
+
+    def measures(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """The sizes of the model's axes and of those that only this row knows."""
+        return {**sizes, **dict(self.sizes)} if self.sizes else sizes
+
+    def named(self, bind: Mapping[str, int]) -> str:
+        """The tensor's name, layers numbered as the format does."""
+        return self.name.format(**{**bind, "l": bind["l"] + self.first} if "l" in bind else bind)
 
     @cached_property
     def of_experts(self) -> bool:
@@ -89,12 +106,21 @@ def row(
     when: Callable[[Spec, Topology], bool] | None = None,
     layers: Callable[[Spec, int], bool] | None = None,
     shape: str | None = None,
+    first: int = 0,
+    views: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
+    averaged: bool = False,
 ) -> Row:
-    """A Row; parts inside layers are named without `layers.{l}.`, the layout is the first part's own by default."""
+    """A Row; parts inside layers are named without `layers.{l}.`, the layout is the first part's own by default.
+
+    `views` give every part's layout with axes split further: "(g d) h" seen as "(g n x) h", x of the given `sizes`.
+    """
     full = tuple(full_template(p) for p in parts)
     axes = parse(layout) if layout is not None else PARTS[full[0]].layout
     claimed = parse(shape) if shape is not None else None
-    return Row(name, full, axes, cut, pad, stage, copy or optional, optional, summed, when, layers, claimed)
+    seen, own = tuple(parse(v) for v in views), tuple((sizes or {}).items())
+    return Row(name, full, axes, cut, pad, stage, copy or optional, optional, summed, when, layers, claimed, first,
+               seen, own, averaged)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,18 @@ class _Model:
         s, at = self.spec, f"layers.{i}."
         if not s.is_moe(i):
             return self.mlp(x, at + "mlp")
-        chances = self.linear(x, at + "router").softmax(-1)
-        weight, chosen = chances.topk(s.top_k, -1)
+        scores = x @ self.w[at + "router"].T
+        chances = scores.softmax(-1) if s.router_score == "softmax" else scores.sigmoid()
+        chosen = (chances + self.w.get(at + "router.bias", 0.0)).topk(s.top_k, -1).indices
+        weight = chances.gather(-1, chosen)
         if s.top_k_renormalised:
             weight = weight / weight.sum(-1, keepdim=True)
-        gates = torch.zeros_like(chances).scatter(-1, chosen, weight)
-        return sum(gates[..., e : e + 1] * self.mlp(x, f"{at}experts.{e}") for e in range(s.e))
+        gates = torch.zeros_like(chances).scatter(-1, chosen, weight * (s.router_scale or 1.0))
+        out = sum(gates[..., e : e + 1] * self.mlp(x, f"{at}experts.{e}") for e in range(s.e))
+        if s.s:
+            gate = (x @ self.w[at + "shared_gate"].T).sigmoid() if s.shared_gate else 1.0
+            out = out + gate * self.mlp(x, at + "shared")
+        return out
 
     def mlp(self, x: torch.Tensor, at: str) -> torch.Tensor:
         act = ACTS[self.spec.act]

@@ -128,7 +128,7 @@ def test_patterns():
     assert pattern(parse("(g * d) h")) == "(g * d) h"
     assert flat(parse("l e (* m) h")) == ("l", "e", "*", "m", "h")
     for bad in ("(g n", "g n) h", "g g", "g-n"):
-        with pytest.raises(ValueError, match="pattern|twice"):
+        with pytest.raises(ValueError, match=r"pattern|twice"):
             parse(bad)
 
 

@@ -53,7 +53,9 @@ def test_hf_to_itself_is_the_identity(family, tiny_hf, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(oracle.same_bits(ours[k], theirs[k]) for k in theirs)
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "copy", tiny_hf(family)))
-    assert {k: v for k, v in config.items() if "dtype" not in k} == {k: v for k, v in before.items() if "dtype" not in k}
+    assert {k: v for k, v in config.items() if "dtype" not in k} == {
+        k: v for k, v in before.items() if "dtype" not in k
+    }
     index = json.loads((tmp_path / "copy" / "model.safetensors.index.json").read_text())
     sizes = [p.stat().st_size for p in (tmp_path / "copy").glob("*.safetensors")]
     assert len(sizes) > 1
@@ -86,7 +88,9 @@ def test_a_cast_rounds_once_and_both_digests_are_told(flag, kind, tmp_path, tiny
     same = surgery.convert(tiny_hf("llama"), tmp_path / "same", to="hf")
     assert report.source_digest == same.content_digest
     assert report.content_digest != same.content_digest
-    assert json.loads((tmp_path / "cast" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix("torch.")
+    assert json.loads((tmp_path / "cast" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix(
+        "torch."
+    )
 
 
 def test_vocabularies_are_cut_and_padded(tmp_path, tiny_hf):
@@ -109,7 +113,9 @@ def test_provenance(tmp_path, tiny_hf):
     assert record["command"] == ["surgery", "convert"]
     assert record["source"]["format"] == "hf"
     spec = open_checkpoint(tmp_path / "out").spec
-    assert record["parameters"] == sum(math.prod(t.shape) for t in weights(tmp_path / "out").values()) == spec.parameters()
+    assert (
+        record["parameters"] == sum(math.prod(t.shape) for t in weights(tmp_path / "out").values()) == spec.parameters()
+    )
     for name, size in record["output"]["files"].items():
         assert (tmp_path / "out" / name).stat().st_size == size
 
@@ -159,7 +165,8 @@ def test_memory_stays_within_the_budget(tmp_path):
     assert (source / "model.safetensors").stat().st_size > 160e6
     code = (
         "import json, sys, surgery; from surgery.dialect import Topology\n"
-        f"r = surgery.convert({str(source)!r}, {str(tmp_path / 'out')!r}, to='meta', topology=Topology(tp=2), max_memory=32 << 20)\n"
+        f"paths = {str(source)!r}, {str(tmp_path / 'out')!r}\n"
+        "r = surgery.convert(*paths, to='meta', topology=Topology(tp=2), max_memory=32 << 20)\n"
         "print(r.peak_memory, r.bytes)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

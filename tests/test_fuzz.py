@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import struct
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 
 from attacks.archives import GOOD, zip64
 from attacks.build import legacy, torch_zip, u, weights
+from attacks.folders import Draft
 from attacks.payloads import PAYLOADS
 from attacks.tables import blob, entry
 from surgery.containers import open_tensors
+from surgery.containers.dcp import Dcp
 from surgery.containers.described import describe
 from surgery.containers.text import parse_json
 from surgery.containers.yaml_loader import parse_yaml
@@ -30,6 +33,7 @@ from surgery.errors import SurgeryError
 
 SECONDS = float(os.environ.get("SURGERY_FUZZ_SECONDS", "2"))
 INTERESTING = (0, 1, 0x7F, 0x80, 0xFF)
+SEPARATOR = b"---metadata above, shard below---"
 TREE = {"a": [1, 2.5, "x", b"y", (None, True)], "b": {"c": -1, 3: {}}, "d": {1, 2}}
 JSON = json.dumps({"weight_map": {"w": "a.safetensors"}, "n": [1, -2.5e3, None, "\u20ac"]}).encode()
 YAML = b"a: {b: [1, 2.5, 1e-05], c: null}\nd: |\n  text\n  more\ne: 'x'\n? f\n: [true, no]\n"
@@ -75,6 +79,27 @@ def read_pickle(data: bytes, folder: Path) -> None:
     describe(data, file="x")
 
 
+def read_dcp(data: bytes, folder: Path) -> None:
+    """Metadata and shard are damaged as one text, with a separator between them."""
+    metadata, _, shard = data.partition(SEPARATOR)
+    (folder / ".metadata").write_bytes(metadata)
+    (folder / "__0_0.distcp").write_bytes(shard)
+    dcp = Dcp(folder)
+    for lazy in dcp.tensors.values():
+        lazy.full()
+    for describe_object in dcp.objects.values():
+        describe_object()
+
+
+def dcp_seed() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Draft(Path(folder))
+        draft.place(1, relative_path="__0_0.distcp", offset=len(draft.blobs[0] + draft.object))
+        draft.write()
+        metadata = (Path(folder) / ".metadata").read_bytes()
+    return metadata + SEPARATOR + draft.blobs[0] + draft.object + draft.blobs[1]
+
+
 READERS: dict[str, tuple[Callable[[bytes, Path], object], list[bytes]]] = {
     "torch zip": (
         read_file,
@@ -88,6 +113,7 @@ READERS: dict[str, tuple[Callable[[bytes, Path], object], list[bytes]]] = {
             blob({"w": entry()}),
         ],
     ),
+    "dcp": (read_dcp, [dcp_seed()]),
     "pickle": (read_pickle, [pickle.dumps(TREE, protocol) for protocol in range(6)]),
     "json": (lambda data, folder: parse_json(data, "x"), [JSON]),
     "yaml": (lambda data, folder: parse_yaml(data, "x", "config"), [YAML]),

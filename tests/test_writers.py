@@ -248,6 +248,7 @@ def test_files_over_4_gib_are_zip64(tmp_path):
             assert member.read(3) == b"big"
 
 
+@pytest.mark.slow
 def test_more_members_than_16_bits_count(tmp_path):
     held = torch.arange(65_600, dtype=torch.int32)
     tree = [Fill((1,), "int32") for _ in held]

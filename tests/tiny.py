@@ -20,7 +20,7 @@ import torch
 SIZES = {"l": 6, "h": 120, "v": 264, "g": 4, "n": 3, "half": 5, "f": 144, "e": 8, "m": 56}
 WIDER = {"h": 104}  # families that say the width of a head: all heads together are wider than the model
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+          "original_max_position_embeddings": 8192}  # fmt: skip
 
 
 def _theta(base: float, **more: object) -> dict[str, object]:
@@ -32,8 +32,8 @@ _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 # name -> model_type, other sizes, further keys of the config
 FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
     "llama": ("llama", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 128, **_theta(10000.0)}),
-    "llama3": ("llama", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 512, "rope_parameters": LLAMA3}),
-    "llama_tied": ("llama", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 512, "tie_word_embeddings": True,
+    "llama3": ("llama", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "rope_parameters": LLAMA3}),
+    "llama_tied": ("llama", {}, {"rms_norm_eps": 1e-5, "max_position_embeddings": 16384, "tie_word_embeddings": True,
                                  "rope_parameters": {**LLAMA3, "factor": 32.0}}),
     "mistral": ("mistral", WIDER, {"rms_norm_eps": 1e-5, "sliding_window": 7, **_theta(20000.0)}),
     "qwen2": ("qwen2", {}, {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, **_theta(1e6)}),
@@ -53,6 +53,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
     "gpt_neox": ("gpt_neox", {}, {"layer_norm_eps": 1e-5, "use_parallel_residual": True, "hidden_act": "gelu",
                                   "attention_bias": True,
                                   **_theta(10000.0, partial_rotary_factor=0.4)}),
+    "gpt2": ("gpt2", {}, {"n_inner": "f", "n_positions": 128, "activation_function": "gelu_new",
+                          "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def config(family: str, **changes: Any) -> Any:
         "pad_token_id": None,
         "tie_word_embeddings": False,
     }
-    if model_type == "gpt_neox":
+    if model_type in ("gpt_neox", "gpt2"):
         del values["num_key_value_heads"]
     elif sizes:
         values["head_dim"] = 2 * axes["half"]

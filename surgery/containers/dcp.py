@@ -107,14 +107,14 @@ class Dcp:
             if what.get("transform_descriptors"):
                 hint = "save it again without compression extensions"
                 raise BadPickle(f"{show(name)} is stored in a transformed (compressed) form", hint)
-            start = where.get("offset")
-            key = name, None if start is None else counts(start, f"chunk offset of {show(name)}")
+            whose, start = show(name), where.get("offset")
+            key = name, None if start is None else counts(start, f"chunk offset of {whose}")
             if key in out:
-                raise BadPickle(f"two storage entries for {show(name)}, offset {_list(key[1])}")
+                raise BadPickle(f"two storage entries for {whose}, offset {_list(key[1])}")
             file = self._file(what.get("relative_path"), name)
-            offset = count(what.get("offset"), f"storage offset of {show(name)}")
-            length = count(what.get("length"), f"storage length of {show(name)}")
-            file.check(offset, length, f"the data of {show(name)}")
+            offset = count(what.get("offset"), f"storage offset of {whose}")
+            length = count(what.get("length"), f"storage length of {whose}")
+            file.check(offset, length, f"the data of {whose}")
             out[key] = Blob(file, offset, length)
         return out
 
@@ -136,14 +136,15 @@ class Dcp:
     # ---- tensors
 
     def _tensor(self, name: str, state: dict[Any, Any], blobs: dict[_Key, Blob]) -> Lazy:
-        kind, shape = _dtype(name, state.get("properties")), counts(state.get("size"), f"size of {show(name)}")
+        whose = show(name)
+        kind, shape = _dtype(name, state.get("properties")), counts(state.get("size"), f"size of {whose}")
         chunks, records = [], state.get("chunks")
         if not isinstance(records, (list, tuple)):
             raise BadPickle(f"the chunks of {show(name)} are {show(records)}")
         for record in records:
             fields = record.state if isinstance(record, Obj) else {}
-            start = counts(fields.get("offsets"), f"chunk offset of {show(name)}")
-            sizes = counts(fields.get("sizes"), f"chunk size of {show(name)}")
+            start = counts(fields.get("offsets"), f"chunk offset of {whose}")
+            sizes = counts(fields.get("sizes"), f"chunk size of {whose}")
             if len(start) != len(shape) or len(sizes) != len(shape):
                 raise BadPickle(f"a chunk of {show(name)} has {len(sizes)} dimensions, not {len(shape)}")
             blob = blobs.pop((name, start), None)

@@ -78,13 +78,13 @@ def _run(m: Machine) -> int:
     """Interpret up to STOP; the position after it.  Whatever goes wrong becomes BadPickle, at byte `m.at`."""
     if m.size > m.limits.pickle_bytes:
         raise BadPickle(f"a pickle of {m.size} bytes is over the limit of {m.limits.pickle_bytes}")
-    buf, at = m.buf, m.at
+    buf, at, table = m.buf, m.at, TABLE
     pos = at
     try:
         while True:
             for _ in _BLOCK:
                 at = pos
-                pos = TABLE[buf[pos]](m, pos + 1)
+                pos = table[buf[pos]](m, pos + 1)
             m.charge(0)
     except StopIteration:
         return at + 1

@@ -54,7 +54,10 @@ def counts(value: object, what: str) -> tuple[int, ...]:
     assert isinstance(value, (tuple, list))
     if len(value) > MAX_DIMS:
         raise BadPickle(f"{what} has {len(value)} dimensions, more than {MAX_DIMS}")
-    return tuple([count(n, what) for n in value])
+    for n in value:
+        if type(n) is not int or not 0 <= n < 1 << 63:
+            count(n, what)
+    return tuple(value)
 
 
 def torch_kind(value: object) -> str:

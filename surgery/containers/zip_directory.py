@@ -168,7 +168,7 @@ class ZipDirectory:
         ordered = sorted(self.members.values(), key=lambda m: m.header)
         for m, after in itertools.pairwise(ordered):
             self.ends[m.name] = after.header
-            if m.header + 30 + len(m.name) + m.packed > after.header:
+            if m.header + 30 + len(m.name.encode()) + m.packed > after.header:
                 raise self.error(f"zip members {show(m.name)} and {show(after.name)} overlap", after.header)
         if ordered:
             self.ends[ordered[-1].name] = directory

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from surgery import tokenizer
@@ -19,7 +20,8 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.text import read_json
 from surgery.dialect import Dialect, Rank, Row, Stored, Topology, gather, row, spread
-from surgery.dialects.hf_config import FAMILIES, choose_family, misfits, read_config, write_config
+from surgery.dialects.hf_config import choose_family, misfits, read_config, write_config
+from surgery.dialects.hf_families import FAMILIES
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint, Format, Option, Options, Output
 from surgery.sizes import parse_size
@@ -97,7 +99,32 @@ GPT_NEOX: tuple[Row, ...] = (
     row("embed_out.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
 )
 
+_G = "transformer.h.{l}."
+
+# Conv1D weights are [in, out]
+GPT2: tuple[Row, ...] = (
+    row("transformer.wte.weight", "embed", pad="v"),
+    row("transformer.wpe.weight", "positions"),
+    row(_G + "ln_1.weight", "attn_norm"),
+    row(_G + "ln_1.bias", "attn_norm.bias"),
+    row(_G + "attn.c_attn.weight", "attn.q", "attn.k", "attn.v", layout="h (* g d)"),
+    row(_G + "attn.c_attn.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout="(* g d)"),
+    row(_G + "attn.c_proj.weight", "attn.o", layout="(g n d) h"),
+    row(_G + "attn.c_proj.bias", "attn.o.bias"),
+    row(_G + "ln_2.weight", "mlp_norm"),
+    row(_G + "ln_2.bias", "mlp_norm.bias"),
+    row(_G + "mlp.c_fc.weight", "mlp.up", layout="h f"),
+    row(_G + "mlp.c_fc.bias", "mlp.up.bias"),
+    row(_G + "mlp.c_proj.weight", "mlp.down", layout="f h"),
+    row(_G + "mlp.c_proj.bias", "mlp.down.bias"),
+    row("transformer.ln_f.weight", "final_norm"),
+    row("transformer.ln_f.bias", "final_norm.bias"),
+    row("lm_head.weight", "lm_head", pad="v"),
+    row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
+)
+
 IGNORED = (
+    (r"^(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
     (r"rotary_emb\.inv_freq$", "a buffer that is computed from the rope base"),
     (r"^gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
 )
@@ -107,6 +134,10 @@ def table(model_type: str, names: Iterable[str] = ()) -> Dialect:
     """The table of a family; `names` of stored tensors decide how experts are spelled, else its published names."""
     if model_type == "gpt_neox":
         return Dialect("hf", GPT_NEOX, IGNORED)
+    if model_type == "gpt2":  # the first checkpoints were saved without the head, and without its prefix
+        bare = any(name.startswith("wte.") for name in names)
+        rows = [replace(r, name=r.name.removeprefix("transformer.")) for r in GPT2] if bare else GPT2
+        return Dialect("hf", tuple(rows), IGNORED)
     spelling = "w1" if model_type == "mixtral" else "gate_proj"
     first = next((n for n in names if ".experts." in n), "")
     if first:

@@ -10,129 +10,15 @@ and must give the same Spec.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from surgery.anatomy import Rope, Spec
+from surgery.dialects.hf_families import ACTS, EXTRA, FAMILIES, INERT, REFUSED, Family
 from surgery.errors import ConfigError, show
 
 Config = Mapping[str, object]
 Json = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One `model_type`.  `keys`: config key -> field of Spec; `absent`: what transformers takes for a missing key;
-    `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base."""
-
-    model_type: str
-    architecture: str
-    keys: Mapping[str, str]
-    absent: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    always: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    bias: tuple[str, ...] = ("qkv_bias", "o_bias")
-    window: str = ""  # "": none | all: `sliding_window` holds for every layer | qwen: from a layer on | types: by layer
-    theta: float = 10000.0
-    head_dim: bool = False  # the config may say how wide a head is
-    rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
-    fraction: float = 1.0
-
-
-_SIZES = {"hidden_size": "h", "num_hidden_layers": "l", "vocab_size": "v", "max_position_embeddings": "positions",
-          "hidden_act": "act", "tie_word_embeddings": "tied"}  # fmt: skip
-_DENSE = {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"}
-_MOE = {**_SIZES, "intermediate_size": "m", "rms_norm_eps": "norm_eps", "num_experts_per_tok": "top_k"}
-_OLMO_MOE = {**_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"}
-_POST = {"norm_at": "post", "qk_norm": "full"}
-_COMMON = {"hidden_act": "silu", "tie_word_embeddings": False}
-
-
-def _absent(**keys: object) -> Mapping[str, object]:
-    return MappingProxyType({**_COMMON, **keys})
-
-
-FAMILIES: Mapping[str, Family] = {
-    f.model_type: f
-    for f in (
-        Family("llama", "LlamaForCausalLM", {**_DENSE, "mlp_bias": "mlp_bias"},
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
-               head_dim=True),
-        Family("mistral", "MistralForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
-               bias=(), window="all", head_dim=True),
-        Family("qwen2", "Qwen2ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
-               {"qkv_bias": True}, bias=(), window="qwen"),
-        Family("qwen3", "Qwen3ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32, head_dim=128,
-                       attention_bias=False),
-               {"qk_norm": "head"}, window="qwen", head_dim=True),
-        Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "e"},
-               _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=2,
-                       num_local_experts=8),
-               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True),
-        Family("qwen3_moe", "Qwen3MoeForCausalLM",
-               {**_DENSE, "num_experts": "e", "moe_intermediate_size": "m", "num_experts_per_tok": "top_k",
-                "norm_topk_prob": "top_k_renormalised"},
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
-                       num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
-                       intermediate_size=6144),
-               {"qk_norm": "head"}, window="qwen", head_dim=True),
-        Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "f", "clip_qkv": "clip_qkv"},
-               _absent(max_position_embeddings=2048, attention_bias=False, clip_qkv=None),
-               {"norm": "none", "norm_eps": 1e-5}),
-        Family("olmo2", "Olmo2ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=False), _POST),
-        Family("olmo3", "Olmo3ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=False, sliding_window=4096),
-               _POST, window="types", theta=5e5),
-        Family("olmoe", "OlmoeForCausalLM", {**_OLMO_MOE, "clip_qkv": "clip_qkv"},
-               _absent(rms_norm_eps=1e-5, max_position_embeddings=4096, attention_bias=False, num_experts=64,
-                       num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
-               {"qk_norm": "full"}),
-        Family("flex_olmo", "FlexOlmoForCausalLM", _OLMO_MOE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=4096, attention_bias=False, num_experts=7,
-                       num_experts_per_tok=5, norm_topk_prob=False),
-               _POST, theta=5e5),
-        Family("gpt_neox", "GPTNeoXForCausalLM",
-               {**_SIZES, "intermediate_size": "f", "layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel"},
-               _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
-                       use_parallel_residual=True),
-               {"norm": "layer", "glu": False, "mlp_bias": True},
-               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25),
-    )
-}  # fmt: skip
-
-# Keys that cannot change the logits: carried along where the target is Hugging Face too.
-INERT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
-    aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder is_llama_config label2id length_penalty max_length max_sequence_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
-    use_bfloat16 use_cache olmo_block_type olmo_block_group_size
-    """.split()
-)
-_EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
-          "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
-          "use_sliding_window", "max_window_layers", "layer_types", "decoder_sparse_step", "mlp_only_layers",
-          "num_local_experts", "num_experts")  # fmt: skip
-_REFUSED = {
-    "quantization_config": "the weights are quantised; dequantise them first",
-    "compression_config": "the weights are compressed; decompress them first",
-    "rope_interleaved": "rotary pairs lie side by side, which no built-in family does",
-    "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
-}
-_ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-         "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip
 
 
 def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
@@ -144,9 +30,10 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         raise ConfigError(f"model_type is {show(kind)}", file=file, hint=f"known families: {', '.join(FAMILIES)}")
-    for key, why in _REFUSED.items():
+    for key, why in REFUSED.items():
         if config.get(key) and not (key == "auto_map" and family.architecture in _names(config)):
             raise ConfigError(f"{key} is set: {why}", file=file)
+    config = _usual(config, family, file)
     keys = _Keys(config, family, file)
     fields: Json = {name: keys.take(key) for key, name in family.keys.items()} | dict(family.always)
     fields["act"] = _act(fields["act"], file)
@@ -157,12 +44,26 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
     if kind == "qwen3_moe":
         fields["moe_layers"] = _read_sparse(keys)
+    fields["p"] = fields["positions"] if family.learned else 0
     spec = Spec(**{"family": family.model_type, **fields})  # type: ignore[arg-type]
     facts = {k: v for k, v in config.items() if k in INERT}
-    known = INERT | set(_EXTRA) | set(family.keys) | {"auto_map", *_REFUSED}
+    known = INERT | set(EXTRA) | set(family.keys) | {"auto_map", *REFUSED}
     odd = sorted(k for k in config if k not in known and config[k] is not None)
     notes = keys.notes + [f"config key {show(k)} is not understood and has no effect here" for k in odd]
     return spec, facts, notes
+
+
+def _usual(config: Config, family: Family, file: str) -> Config:
+    """The config under the usual names of its keys (transformers' attribute_map)."""
+    if not family.renamed:
+        return config
+    back = {own: usual for usual, own in family.renamed.items()}
+    out = {back.get(k, k): v for k, v in config.items() if back.get(k, k) == k or v is not None}
+    if out.get("intermediate_size") is None and type(out.get("hidden_size")) is int:
+        out["intermediate_size"] = 4 * out["hidden_size"]  # type: ignore[operator]
+    if out.pop("scale_attn_weights", True) is not True:
+        raise ConfigError("scale_attn_weights is false: attention is not scaled, which no other format does", file=file)
+    return out
 
 
 def _names(config: Config) -> tuple[str, ...]:
@@ -219,7 +120,7 @@ class _Keys:
         heads = self.integer("num_attention_heads", 0)
         width = self.integer("hidden_size", 0)
         default = self.family.absent.get("num_key_value_heads", heads)
-        groups = heads if "neox" in self.family.model_type else self.integer("num_key_value_heads", default)  # type: ignore[arg-type]
+        groups = heads if self.family.all_heads else self.integer("num_key_value_heads", default)  # type: ignore[arg-type]
         if not heads or not groups or heads % groups:
             raise ConfigError(f"{heads} attention heads cannot share {groups} key/value heads", file=self.file)
         dim = width // heads
@@ -233,9 +134,9 @@ class _Keys:
 
 
 def _act(value: object, file: str) -> str:
-    if value not in _ACTS:
-        raise ConfigError(f"hidden_act is {show(value)}", file=file, hint=f"known: {', '.join(_ACTS)}")
-    return _ACTS[str(value)]
+    if value not in ACTS:
+        raise ConfigError(f"hidden_act is {show(value)}", file=file, hint=f"known: {', '.join(ACTS)}")
+    return ACTS[str(value)]
 
 
 # ----------------------------------------------------------------------------------------------- windows and ropes
@@ -273,7 +174,9 @@ def _default_types(family: Family, keys: _Keys, layers: int) -> list[str]:
     return ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
 
 
-def _read_rope(family: Family, keys: _Keys, windowed: bool) -> tuple[Rope, Rope | None]:
+def _read_rope(family: Family, keys: _Keys, windowed: bool) -> tuple[Rope | None, Rope | None]:
+    if family.learned:
+        return None, None
     config, (base_key, fraction_key) = keys.config, family.rope_keys
     parameters = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
@@ -309,8 +212,28 @@ def _rope(family: Family, given: Config, top: Config, keys: _Keys) -> Rope:
         raise ConfigError(f"rope_type is {show(kind)}", file=keys.file)
     if kind in ("llama3", "yarn", "longrope") and keys.config.get("max_position_embeddings"):
         numbers.setdefault("original_max_position_embeddings", keys.config["max_position_embeddings"])
+    if kind == "yarn":
+        numbers = _plain_yarn(numbers)
     scaling = {} if kind == "default" else {"type": kind, **{k: v for k, v in numbers.items() if v is not None}}
     return Rope(float(base), float(fraction), scaling)  # type: ignore[arg-type]
+
+
+def _plain_yarn(numbers: Json) -> Json:
+    """YaRN's numbers without those that say what transformers computes anyway; the ends of the ramp always said."""
+    out = {"beta_fast": 32.0, "beta_slow": 1.0} | {k: v for k, v in numbers.items() if v is not None}
+    if out.get("truncate") is True:
+        del out["truncate"]
+    if out.get("attention_factor") is not None and out["attention_factor"] == _attention_factor(out):
+        del out["attention_factor"]
+    return out
+
+
+def _attention_factor(numbers: Config) -> float | None:
+    """What YaRN multiplies attention by unless told otherwise."""
+    factor = numbers.get("factor")
+    if type(factor) not in (int, float) or factor < 1 or "mscale" in numbers or "mscale_all_dim" in numbers:  # type: ignore[operator]
+        return None
+    return 0.1 * math.log(factor) + 1.0  # type: ignore[arg-type]
 
 
 def _read_sparse(keys: _Keys) -> tuple[int, ...]:
@@ -336,7 +259,7 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
         value = getattr(spec, name)
         config[key] = names.get(value, value) if name == "act" else value
     config["num_attention_heads"] = spec.heads
-    if "neox" not in family.model_type:
+    if not family.all_heads:
         config["num_key_value_heads"] = spec.g
     if family.head_dim:
         config["head_dim"] = spec.head_dim
@@ -347,7 +270,7 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
         config["decoder_sparse_step"] = 1
         config["mlp_only_layers"] = [i for i in range(spec.l) if not spec.is_moe(i)]
     config["torch_dtype"] = kind
-    return config
+    return {family.renamed.get(k, k): v for k, v in config.items()}
 
 
 def _write_windows(family: Family, spec: Spec) -> Json:
@@ -385,6 +308,8 @@ def _write_rope(family: Family, spec: Spec) -> Json:
 
 def _parameters(rope: Rope) -> Json:
     rest = {k: v for k, v in rope.scaling.items() if k != "type"}
+    if rope.scaling.get("type") == "yarn" and (factor := _attention_factor(rest)) is not None:
+        rest.setdefault("attention_factor", factor)
     return {"rope_type": rope.scaling.get("type", "default"), "rope_theta": rope.base, **rest}
 
 

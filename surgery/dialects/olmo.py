@@ -17,7 +17,7 @@ from surgery.containers.torch_writer import torch_file
 from surgery.dialect import Dialect, Rank, Row, Topology, gather, row, spread
 from surgery.dialects import olmo_config, olmo_files
 from surgery.dialects.olmo_files import grouped, locate
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, FileError
 from surgery.formats import Checkpoint, Format, Option, Options, Output, number
 
 _B = "transformer.blocks.{l}."
@@ -75,18 +75,22 @@ def open_olmo(folder: Path, options: Options) -> Checkpoint:
 
     Raises SurgeryError naming every tensor and key that does not fit.
     """
-    place, notes = olmo_files.choose(folder)
-    file = place / "config.yaml"
+    place = locate(folder)
+    if place is None:
+        raise FileError(
+            "holds no checkpoint of OLMo", file=folder, hint="looked for config.yaml beside model.pt or shards"
+        )
+    file = place.folder / "config.yaml"
     config = read_yaml(file, "config.yaml")
     if not isinstance(config, dict):
         raise ConfigError("holds no mapping", file=file)
     eos = number(options, "eos_token_id")
     found = olmo_config.read_model(config, str(file), None if eos is None else int(eos))
-    stored = olmo_files.read_tensors(place, config)
+    stored = olmo_files.read_tensors(place)
     gathered = gather(table(found.block_type), {Rank(): stored.tensors}, found.spec, Topology())
-    tokens = tokenizer.find(place)
+    tokens, notes = tokenizer.find(place.folder), [*place.notes, *found.notes, *stored.notes]
     if tokens is None and found.tokenizer:
-        notes = [*notes, f"config.yaml names the tokenizer {found.tokenizer!a}, which is not in the folder"]
+        notes.append(f"config.yaml names the tokenizer {found.tokenizer!a}, which is not in the folder")
     return Checkpoint(
         format="olmo",
         path=folder,
@@ -96,8 +100,8 @@ def open_olmo(folder: Path, options: Options) -> Checkpoint:
         facts=found.facts,
         files=stored.files,
         globals=stored.globals,
-        ignored={**gathered.ignored, **stored.ignored},
-        notes=(*notes, *found.notes, *stored.notes),
+        ignored=gathered.ignored,
+        notes=tuple(notes),
         details=stored.details,
         tokenizer=tokens,
     )

@@ -36,7 +36,7 @@ ABSENT_MOE: Mapping[str, Any] = {
 INERT = frozenset(
     """
     alibi_bias_max attention_dropout emb_init_std embedding_dropout flash_attention init_cutoff_factor init_device
-    init_fn init_std precision residual_dropout rope_full_precision scale_emb_init
+    init_fn init_std mlp_ratio precision residual_dropout rope_full_precision scale_emb_init
     moe_capacity_factor moe_lbl_in_fp32 moe_log_expert_assignment moe_loss_weight moe_mlp_impl moe_zloss_weight
     """.split()
 )
@@ -122,7 +122,8 @@ def _sizes(keys: TypedKeys, block: str) -> dict[str, Any]:
     width = keys.maybe_integer("mlp_hidden_size")
     return {
         "l": keys.integer("n_layers"), "h": h, "v": padded, "v_true": rows, "g": groups, "n": heads // groups,
-        "half": h // heads // 2, "width": width or keys.integer("mlp_ratio") * h, "clip_qkv": keys.maybe_real("clip_qkv"),
+        "half": h // heads // 2, "clip_qkv": keys.maybe_real("clip_qkv"),
+        "width": width or keys.integer("mlp_ratio") * h,
     }  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def write_config(spec: Spec, facts: Mapping[str, object], block: str, group: int
 
 def kept(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """From OLMo to itself, what a config says besides the model (and inert keys of the model) stays as it was."""
-    model = {k: v for k, v in old["model"].items() if k in INERT}
+    model = {k: v for k, v in old["model"].items() if k in INERT and k != "mlp_ratio"}
     return {**old, "model": {**new["model"], **model}}
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from surgery.containers import TensorTable, open_tensors
+from surgery.containers.olmo_names import decode_names, is_encoded
+from surgery.dialects.olmo_sharded import read_flat_files, read_flat_params, read_sharded_tensors
 from surgery.errors import FileError, LayoutError, show, some
 from surgery.lazy import Lazy
 
@@ -28,12 +29,11 @@ _STEP = re.compile(r"step(\d+)(-unsharded)?$")
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors under the names of a model of single blocks, the files that hold them, and what was left out."""
+    """Tensors under the names of a model of single blocks, the files that hold them, and what is known besides."""
 
     tensors: Mapping[str, Lazy]
     files: tuple[Path, ...]
     globals: tuple[str, ...] = ()
-    ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
 
@@ -47,11 +47,53 @@ class Layout:
     read: Callable[[Path], TensorTable]
 
 
-def _unsharded(folder: Path) -> TensorTable:
-    return open_tensors(folder / "model.pt")
+def _safetensors(folder: Path) -> TensorTable:
+    table = open_tensors(folder / "model.safetensors")
+    if not is_encoded(table.tensors):
+        return table
+    plain, pickled = decode_names(table.tensors, str(folder / "model.safetensors"))
+    if pickled:
+        raise FileError(f"holds {some(map(show, pickled))}, which are no tensors", file=folder / "model.safetensors")
+    return replace(table, tensors=plain)
 
 
-LAYOUTS: tuple[Layout, ...] = (Layout("unsharded", "model.pt", _unsharded),)
+def _distributed(folder: Path) -> TensorTable:
+    table = open_tensors(folder / "model_and_optim")
+    return replace(table, tensors={k: t for k, t in table.items() if not k.startswith("optim.")})
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("unsharded", "model.pt", lambda folder: open_tensors(folder / "model.pt")),
+    Layout("unsharded safetensors", "model.safetensors", _safetensors),
+    Layout("sharded: torch_new", "model_and_optim/.metadata", _distributed),
+    Layout("sharded: torch_legacy", "rank0.pt", read_sharded_tensors),
+    Layout("sharded: local", "model/rank0.pt", read_flat_params),
+    Layout("sharded: olmo_core", "model/metadata.json", lambda folder: read_flat_files(folder / "model")),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The checkpoint of a folder: itself, or the newest of a run; its step, if its name says one."""
+
+    folder: Path
+    step: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_place(folder: Path, is_checkpoint: Callable[[Path], bool]) -> Place | None:
+    """The folder itself if it is a checkpoint, else the one with the highest step in it; None if there is none."""
+    if is_checkpoint(folder):
+        m = _STEP.match(folder.resolve().name)
+        return Place(folder, int(m[1]) if m else None)
+    steps = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (m := _STEP.match(path.name)) and is_checkpoint(path):
+            steps.append((int(m[1]), bool(m[2]), path))
+    if not steps:
+        return None
+    step, _, newest = max(steps)
+    return Place(newest, step, (f"the folder is a run's: its newest checkpoint {newest.name} is read",))
 
 
 def layout_of(folder: Path) -> Layout | None:
@@ -61,47 +103,37 @@ def layout_of(folder: Path) -> Layout | None:
     return next((found for found in LAYOUTS if (folder / found.mark).is_file()), None)
 
 
-def locate(folder: Path) -> Path | None:
-    """The folder itself if it is a checkpoint, else the newest checkpoint of a run in it."""
-    if layout_of(folder):
-        return folder
-    steps = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if (m := _STEP.match(path.name)) and layout_of(path):
-            steps.append((int(m[1]), bool(m[2]), path))
-    return max(steps)[2] if steps else None
+def locate(folder: Path) -> Place | None:
+    """The checkpoint of OLMo in a folder, in any layout."""
+    return find_place(folder, lambda path: layout_of(path) is not None)
 
 
-def choose(folder: Path) -> tuple[Path, list[str]]:
-    """The checkpoint to read, and a note if it was chosen among several."""
-    place = locate(folder)
-    if place is None:
-        wanted = some((found.mark for found in LAYOUTS), 9)
-        raise FileError("holds no checkpoint of OLMo", file=folder, hint=f"looked for config.yaml and one of {wanted}")
-    return place, [] if place == folder else [f"the folder is a run's: its newest checkpoint {place.name} is read"]
-
-
-def read_tensors(folder: Path, config: Mapping[str, Any]) -> Stored:
+def read_tensors(place: Place) -> Stored:
     """All tensors of the model in a checkpoint's folder.  Raises SurgeryError."""
-    found = layout_of(folder)
+    found = layout_of(place.folder)
     assert found is not None
-    table = found.read(folder)
-    tensors = {}
-    for name, tensor in table.items():
-        for new in plain(name):
-            if new in tensors:
-                raise LayoutError(f"{show(name)} and another tensor both mean {new}", file=folder)
-            tensors[new] = tensor
+    table = found.read(place.folder)
     details: dict[str, object] = {"layout": found.name}
-    if m := _STEP.match(folder.resolve().name):
-        details["step"] = int(m[1])
+    if place.step is not None:
+        details["step"] = place.step
     return Stored(
-        ungrouped(tensors),
+        ungrouped(unwrapped(table, place.folder)),
         tuple(Path(f.path) for f in table.files),
         table.globals,
+        notes=tuple(_left_out(place.folder)),
         details=details,
-        notes=tuple(_left_out(folder)),
     )
+
+
+def unwrapped(tensors: Mapping[str, Lazy], folder: Path) -> dict[str, Lazy]:
+    """The tensors under the names that they have in a model that is not wrapped for training."""
+    out: dict[str, Lazy] = {}
+    for name, tensor in tensors.items():
+        for new in plain(name):
+            if new in out:
+                raise LayoutError(f"{show(name)} and another tensor both mean {show(new)}", file=folder)
+            out[new] = tensor
+    return out
 
 
 def _left_out(folder: Path) -> list[str]:

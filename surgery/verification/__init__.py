@@ -7,6 +7,7 @@ compare.py   part by part, then the configs      logits.py    both through trans
 values.py    how two tensors differ              causes.py    experiments that find out why
 configs.py   specs, facts, tokenizers            running.py   fp32 runs with every module watched
 render.py    text for people                     weights.py   a loaded model as parts that can be changed
+folders.py   `surgery.verify`: opens both         trials.py    one change at a time, run again
 """
 
 from surgery.verification.compare import Comparison, compare

@@ -10,7 +10,6 @@ the logits, so that two independent mistakes can be found one after the other.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +69,7 @@ class Search:
             if best is None:
                 break
             trial, after = best
-            mended = tuple(running.place(n) for n in score.alone if n not in after.alone)
+            mended = tuple(running.places(n for n in score.alone if n not in after.alone))
             solved = after.relative <= self.tolerance
             causes.append(Cause(trial.cause, trial.kind, mended, score.max_diff, after.max_diff, solved))
             score = self._keep(trial)
@@ -87,7 +86,7 @@ class Search:
         x, y = self.trace.logits[..., :width], free.logits[..., :width]
         gaps = running.gaps(self.trace.outputs, forced.outputs)
         alone = {n: g for n, g in gaps.items() if g > self.tolerance and not _whole_layer(n)}
-        return Score(float((x - y).abs().max()), running.gap(x, y), alone)
+        return Score(running.farthest(x, y), running.gap(x, y), alone)
 
     def _best(self, score: Score) -> Best:
         """The trial that helps most; the first one that mends everything ends the round."""
@@ -160,7 +159,8 @@ class Search:
 
         assert self.weights is not None
         held = self.weights.parts
-        return {n: t for n, t in parts.items() if not torch.equal(held[n].full(), t.reshape(held[n].shape).float())}
+        flat = {n: t.reshape(held[n].shape).float() for n, t in parts.items()}
+        return {n: t.clone() for n, t in flat.items() if not torch.equal(held[n].full(), t)}  # t may be B's own memory
 
     def _rounding(self, score: Score) -> list[Cause]:
         """Whether one side is the other one in a narrower dtype: the wider one, rounded, must give the same logits."""
@@ -179,8 +179,8 @@ class Search:
         relative = running.gap(other, logits)
         if relative > self.tolerance:
             return []
-        places = tuple(running.place(n) for n in score.alone)
-        after = float((other - logits).abs().max()) if other.shape == logits.shape else 0.0
+        places = tuple(running.places(score.alone))
+        after = running.farthest(other, logits) if other.shape == logits.shape else 0.0
         return [Cause(f"rounding: {names} in {kind}", "rounding", places, score.max_diff, after, True)]
 
     def _variant(self, spec: Spec) -> Any:
@@ -197,9 +197,8 @@ class Search:
 
     def _reconfigured(self, spec: Spec) -> Any:
         with tempfile.TemporaryDirectory(prefix="surgery-variant-") as scratch:
-            for path in self.folder.iterdir():
-                if path.name != "config.json" and path.is_file():
-                    os.symlink(path.resolve(), Path(scratch) / path.name)
+            running.link(self.folder, self.folder.glob("*.safetensors"), Path(scratch))
+            (Path(scratch) / "config.json").unlink()
             config = write_config(spec, self.b.facts, self.b.kind, choose_family(spec))
             (Path(scratch) / "config.json").write_text(json.dumps(config))
             return running.load(Path(scratch))

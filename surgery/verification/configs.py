@@ -32,9 +32,12 @@ LABELS: Mapping[str, str] = {
     "qkv_bias": "qkv bias", "o_bias": "attention output bias", "clip_qkv": "clip of q, k and v", "act": "activation",
     "glu": "gated mlp", "mlp_bias": "mlp bias", "parallel": "parallel residual", "moe_layers": "layers with experts",
     "top_k": "experts per token", "top_k_renormalised": "renormalised experts' weights", "router_bias": "router bias",
-    "shared_gate": "gate of the shared expert", "tied": "tied embeddings", "positions": "context",
+    "shared_gate": "gate of the shared expert", "clip_after_norm": "clip after the norms of q and k",
+    "router_scale": "scale of the experts' weights", "router_score": "router score", "tied": "tied embeddings",
+    "positions": "context",
     "v_true": "tokens that are no padding",
 }  # fmt: skip
+ALL = "all differences together"
 SIZES = frozenset("l h v f e m s p two".split())  # the shapes of the parts show these
 HEADS = ("g", "n", "half")  # these they may not show: 4 heads of 16 look like 8 of 8
 HINTS = frozenset("family positions v_true v tied".split())
@@ -85,8 +88,10 @@ def _changes_function(name: str, a: Spec, b: Spec) -> bool:
         return any(s.rope is not None and s.rope.scaling.get("type") == "dynamic" for s in (a, b))
     if name == "f":
         return any(not s.is_moe(i) for s in (a, b) for i in range(s.l))
-    if name in ("top_k", "top_k_renormalised"):
+    if name in ("top_k", "top_k_renormalised", "router_score", "router_scale"):
         return a.e > 0 or b.e > 0
+    if name == "clip_after_norm":
+        return a.clip_qkv is not None or b.clip_qkv is not None
     return name not in HINTS
 
 
@@ -179,7 +184,7 @@ def one_from_other(a: Spec, b: Spec) -> list[tuple[str, Spec]]:
             out.append((LABELS.get(name, name), b.replace(**{name: getattr(a, name)})))
     if len(changed) > 1:
         everything = b.replace(**{name: getattr(a, name) for name in changed})
-        out.append(("all differences of the configs together", everything))
+        out.append((ALL, everything))
     return out
 
 

@@ -10,6 +10,7 @@ from A, one layout undone, one part from A) and run again, and the change counts
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -91,11 +92,22 @@ class LogitReport:
         if self.same:
             return f"the logits are equal up to the noise of fp32 ({self.max_diff:.2g})"
         where = f", first in {self.first.place}" if self.first else ""
+        if not math.isfinite(self.max_diff):
+            return f"the logits of B are not all finite{where}"
         return f"the logits differ by up to {self.max_diff:.3g} ({self.relative:.2g} of their spread){where}"
 
     def to_json(self) -> dict[str, Any]:
         causes = [{**asdict(c), "text": c.text} for c in self.causes]
-        return {"verdict": self.verdict, **asdict(self), "causes": causes}
+        return _finite({"verdict": self.verdict, **asdict(self), "causes": causes})
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null where one stands."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare_logits(
@@ -144,7 +156,7 @@ def _open(path: str | Path, options: Options) -> Checkpoint:
 def _runnable(checkpoint: Checkpoint, options: Options, scratch: Path, max_memory: int | None) -> Path:
     """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
     if checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files):
-        return checkpoint.path
+        return running.link(checkpoint.path, checkpoint.files, scratch)
     mine = {k: v for k, v in options.items() if k in recognise(checkpoint.path).option_names("read")}
     convert(
         checkpoint.path, scratch, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False
@@ -157,20 +169,20 @@ def _report(a: running.Trace, b: running.Trace, tokens: torch.Tensor, tolerance:
 
     width = min(a.logits.shape[-1], b.logits.shape[-1])
     x, y = a.logits[..., :width], b.logits[..., :width]
-    if not bool(x.isfinite().all()) and bool(x.isfinite().any()):
-        raise SurgeryError("the logits of A are not all finite: this model overflows in fp32")
+    if not bool(x.isfinite().all()):
+        raise SurgeryError("the logits of A are not all finite", hint="surgery inspect --scan finds NaN in weights")
     relative = running.gap(x, y)
     log_x, log_y = x.double().log_softmax(-1), y.double().log_softmax(-1)
-    kl = float((log_x.exp() * (log_x - log_y)).sum(-1).mean())
+    kl = (log_x.exp() * (log_x - log_y)).sum(-1).mean().clamp_min(0)
     return LogitReport(
         same=relative <= tolerance,
         bit_equal=torch.equal(x, y),
         tokens=(tokens.shape[0], tokens.shape[1]),
         vocabulary=width,
         tolerance=tolerance,
-        max_diff=float((x - y).abs().max()),
+        max_diff=running.farthest(x, y),
         relative=relative,
-        kl=max(kl, 0.0),
+        kl=float(kl.nan_to_num(nan=math.inf)),
         agreement=float((x.argmax(-1) == y.argmax(-1)).double().mean()),
         first=_first(a.outputs, b.outputs, tolerance),
     )

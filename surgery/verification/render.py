@@ -5,13 +5,13 @@ show(compare(a, b, max_memory=1 << 28), compare_logits("A", "B"))
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from surgery.anatomy import template_of
+from surgery.errors import some
 from surgery.sizes import count, human
 from surgery.verification.compare import Comparison, Part, Side
 
@@ -30,7 +30,9 @@ def show(result: Comparison, logits: LogitReport | None = None, console: Console
         out.print(Text(f"   content {side.digest}", style="dim"))
     _parts(out, result.parts)
     for field in result.fields:
-        out.print(_line(field.text if field.function else f"{field.text} (the function is the same)", field.function))
+        out.print(
+            _line(field.text if field.function else f"{field.text} (the logits do not depend on it)", field.function)
+        )
     good = result.same
     if logits is not None:
         good = good and logits.same
@@ -77,13 +79,14 @@ def _logits(out: Console, logits: LogitReport) -> None:
         return
     out.print(_line(f"KL divergence {logits.kl:.3g} nats; the same best token in {logits.agreement:.0%}", True))
     if logits.alone:
-        out.print(_line(f"at fault by themselves, given A's inputs: {_listed(g.place for g in logits.alone)}", True))
+        out.print(_line(f"at fault by themselves, given A's inputs: {_alone(logits)}", True))
     for cause in logits.causes:
         out.print(Text(f"   cause: {cause.text}", style="bold"))
     for note in logits.notes:
         out.print(Text(f"   note: {note}", style="yellow"))
 
 
-def _listed(places: Iterable[str]) -> str:
-    names = list(places)
-    return "; ".join(names[:PLACES]) + (f" and {len(names) - PLACES} more" if len(names) > PLACES else "")
+def _alone(logits: LogitReport) -> str:
+    from surgery.verification.running import places
+
+    return some(places(gap.module for gap in logits.alone), PLACES)

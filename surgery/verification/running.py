@@ -12,7 +12,8 @@ With `forced`, an error does not travel: a module whose answer differs is itself
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,31 @@ def place(name: str) -> str:
     return f"layer {number}" + (f", {rest[0]}" if rest else "")
 
 
+def places(names: Iterable[str]) -> list[str]:
+    """Many modules, those of the same kind as one: "attention of layers 0 to 5"."""
+    kinds: dict[str, list[int]] = {}
+    for name in names:
+        at = name.split(".")
+        kinds.setdefault(at[-1] if at[0] == "layers" else name, []).extend([int(at[1])] if at[0] == "layers" else [])
+    return [f"{kind} of {numbers(layers)}" if layers else place(kind) for kind, layers in kinds.items()]
+
+
+def numbers(layers: Sequence[int]) -> str:
+    """ "layer 3", "layers 1, 4" or "layers 0 to 5"."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {some(layers, 12)}"
+
+
+def link(folder: Path, files: Iterable[Path], into: Path) -> Path:
+    """A folder with nothing but links to the config and these weight files (and their index) of another."""
+    into.mkdir(parents=True, exist_ok=True)
+    index = folder / "model.safetensors.index.json"
+    for path in (folder / "config.json", *files, *([index] if index.is_file() else [])):
+        (into / path.name).symlink_to(path.resolve())
+    return into
+
+
 def gaps(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """For every module of both, in the order of `a`: max |a - b| over the standard deviation of `a`."""
     return {name: gap(x, b[name]) for name, x in a.items() if name in b}
@@ -175,10 +201,15 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
             return float("inf")
         width = min(a.shape[-1], b.shape[-1])
         a, b = a[..., :width], b[..., :width]
-    if bool((a == b).all()):
+    return farthest(a, b) / max(float(a.std()), 1e-30)
+
+
+def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b|; infinite if either holds NaN."""
+    if a.equal(b):
         return 0.0
-    found = float((a - b).abs().max()) / max(float(a.std()), 1e-30)
-    return found if found == found else float("inf")
+    found = float((a - b).abs().max())
+    return float("inf") if math.isnan(found) else found
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from surgery.anatomy import PARTS, Spec, template_of
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
 from surgery.verification import running
-from surgery.verification.configs import one_from_other, spec_fields
+from surgery.verification.configs import ALL, one_from_other, spec_fields
 from surgery.verification.weights import ATTENTION, MLP, NORMS, Hypothesis, Weights, head_order, moved_padding
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Score:
 def config_trials(a: Spec, b: Spec) -> Iterator[Trial]:
     """One field of the config from A at a time, then all of them."""
     for name, changed in one_from_other(a, b):
-        yield Trial(f"{name}: {_said(a, changed, b)}", "config", changed, last=name.startswith("all "))
+        yield Trial(_said(a, changed, b), "config", changed, last=name == ALL)
 
 
 def weight_trials(a: Checkpoint, spec: Spec, weights: Weights | None, score: Score) -> Iterator[Trial]:
@@ -76,7 +76,7 @@ def _layouts(weights: Weights, layers: list[int], hypotheses: Sequence[Hypothesi
         return {n: t for layer in layers for n, t in hypothesis.change(weights, layer).items()}
 
     for hypothesis in hypotheses if layers else ():
-        yield Trial(f"{hypothesis.cause} ({_numbers(layers)})", "layout", None, partial(undone, hypothesis))
+        yield Trial(f"{hypothesis.cause} ({running.numbers(layers)})", "layout", None, partial(undone, hypothesis))
 
 
 def _orders(a: Checkpoint, weights: Weights, layers: list[int]) -> Iterator[Trial]:
@@ -84,7 +84,7 @@ def _orders(a: Checkpoint, weights: Weights, layers: list[int]) -> Iterator[Tria
     if found:
         parts = {name: t for _, changed in found.values() for name, t in changed.items()}
         example = next(iter(found.values()))[0]
-        yield Trial(f"GQA order: {example} ({_numbers(list(found))})", "layout", None, lambda: parts)
+        yield Trial(f"GQA order: {example} ({running.numbers(list(found))})", "layout", None, lambda: parts)
 
 
 def _vocabulary(a: Checkpoint, weights: Weights, score: Score) -> Iterator[Trial]:
@@ -127,18 +127,12 @@ def _layers(score: Score, kind: str) -> list[int]:
     return sorted({int(n[1]) for n in found if kind in n[2]})
 
 
-def _numbers(layers: list[int]) -> str:
-    if len(layers) > 2 and layers == list(range(layers[0], layers[-1] + 1)):
-        return f"layers {layers[0]} to {layers[-1]}"
-    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
 def _called(template: str, names: list[str]) -> str:
     if "{l}" not in template:
         return template
     layers = sorted({int(n.split(".")[1]) for n in names})
     short = template.removeprefix("layers.{l}.").replace(".{e}.", ".*.")
-    return f"{short} in {_numbers(layers)}" if len(names) > 1 else names[0]
+    return f"{short} in {running.numbers(layers)}" if len(names) > 1 else names[0]
 
 
 def _differ(a: Lazy, b: Lazy) -> bool:
@@ -150,4 +144,4 @@ def _differ(a: Lazy, b: Lazy) -> bool:
 def _said(a: Spec, mended: Spec, b: Spec) -> str:
     """The values behind a config trial."""
     changed = {f.name for f in spec_fields(mended, b)}
-    return ", ".join(f.text.removeprefix(f"{f.name}: ") for f in spec_fields(a, b) if f.name in changed)
+    return "; ".join(f.text for f in spec_fields(a, b) if f.name in changed)

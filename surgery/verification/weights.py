@@ -10,7 +10,7 @@ out in another way, and brought into the canonical one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,47 +143,57 @@ def _swapped(*pairs: tuple[str, str]) -> Change:
     return change
 
 
-def _retaken(parts: Sequence[str], wrong: str, right: str, inverse: bool) -> Change:
-    """Parts of a fused tensor that was taken apart as `wrong`, where it is `right`."""
-    layouts = (right, wrong) if inverse else (wrong, right)
-    put, take = (make_row("", *parts, layout=text) for text in layouts)
+def _retaken(wrong: str, right: str, inverse: bool) -> Change:
+    """Query, key and value of a fused tensor that was taken apart as `wrong`, where it is `right`; biases too."""
+    tables = []
+    for end, columns in (("", " h"), (".bias", "")):
+        parts = [f"attn.{x}{end}" for x in "qkv"]
+        layouts = (right, wrong) if inverse else (wrong, right)
+        tables.append(tuple(make_row("", *parts, layout=rows + columns) for rows in layouts))
 
     def change(weights: Weights, layer: int) -> dict[str, torch.Tensor]:
-        bind = {"l": layer}
-        names = [full_template(p).format(l=layer) for p in parts]
-        if any(n not in weights.parts for n in names):
-            return {}
-        held = {n: in_memory(weights.parts[n].full()) for n in names}
-        whole = weave(put, bind, held, weights.spec, weights.spec.sizes)
-        same = Named(whole.data, take.layout, whole.sizes)
-        return {name: lazy.full() for name, lazy in unweave(take, bind, same, weights.spec)}
+        out: dict[str, torch.Tensor] = {}
+        for put, take in tables:
+            names = [part.format(l=layer) for part in put.parts]
+            if all(name in weights.parts for name in names):
+                held = {name: in_memory(weights.parts[name].full()) for name in names}
+                whole = weave(put, {"l": layer}, held, weights.spec, weights.spec.sizes)
+                same = Named(whole.data, take.layout, whole.sizes)
+                out |= {n: t.full() for n, t in unweave(take, {"l": layer}, same, weights.spec)}
+        return out
 
     return change
 
 
-_Q_PAIRS = {"attn.q": "(g n half two) h", "attn.q.bias": "(g n half two)", "attn.q_norm": "(g n half two)",
-            "attn.q_head_norm": "(half two)"}  # fmt: skip
-_K_PAIRS = {"attn.k": "(g half two) h", "attn.k.bias": "(g half two)", "attn.k_norm": "(g half two)",
-            "attn.k_head_norm": "(half two)"}  # fmt: skip
+_Q = {"attn.q": "(g n half two) h", "attn.q.bias": "(g n half two)"}
+_K = {"attn.k": "(g half two) h", "attn.k.bias": "(g half two)"}
+_NORMS = {"attn.q_norm": "(g n half two)", "attn.k_norm": "(g half two)", "attn.q_head_norm": "(half two)",
+          "attn.k_head_norm": "(half two)"}  # fmt: skip
 _Q_HEADS = {"attn.q": "(n g d) h", "attn.q.bias": "(n g d)", "attn.q_norm": "(n g d)"}
 _O_HEADS = {"attn.o": "h (n g d)"}
+_PAIRS = "pairs lie side by side, as Meta stores them"
+_ACROSS = "query heads lie across the key/value groups"
 _LAYOUTS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    ("rotary layout of q and k: pairs lie side by side, as Meta stores them", {**_Q_PAIRS, **_K_PAIRS}),
-    ("rotary layout of q: pairs lie side by side, as Meta stores them", _Q_PAIRS),
-    ("rotary layout of k: pairs lie side by side, as Meta stores them", _K_PAIRS),
-    ("GQA order of q and o: query heads lie across the key/value groups", {**_Q_HEADS, **_O_HEADS}),
-    ("GQA order of q: query heads lie across the key/value groups", _Q_HEADS),
-    ("GQA order of o: query heads lie across the key/value groups", _O_HEADS),
+    (f"rotary layout of q and k: {_PAIRS}", {**_Q, **_K}),
+    (f"rotary layout of q, k and their norms: {_PAIRS}", {**_NORMS, **_Q, **_K}),
+    (f"rotary layout of q: {_PAIRS}", _Q),
+    (f"rotary layout of k: {_PAIRS}", _K),
+    (f"rotary layout of the norms of q and k: {_PAIRS}", _NORMS),
+    (f"GQA order of q and o: {_ACROSS}", {**_Q_HEADS, **_O_HEADS}),
+    (f"GQA order of q: {_ACROSS}", _Q_HEADS),
+    (f"GQA order of o: {_ACROSS}", _O_HEADS),
 )
-_QKV = ("attn.q", "attn.k", "attn.v")
-_FUSED = "fused query, key and value were taken apart as three blocks, but are woven by head group"
+_FUSED = (
+    "query, key and value were split as three blocks off a tensor that is woven by head group",
+    "query, key and value were taken as woven by head group out of a tensor of three blocks",
+)
 
 ATTENTION: tuple[Hypothesis, ...] = (
     *(Hypothesis(cause, _relabelled(layouts, False)) for cause, layouts in _LAYOUTS),
     *(Hypothesis(f"{cause} (the inverse)", _relabelled(layouts, True)) for cause, layouts in _LAYOUTS),
     Hypothesis("k and v are swapped", _swapped(("attn.k", "attn.v"), ("attn.k.bias", "attn.v.bias"))),
-    Hypothesis(_FUSED, _retaken(_QKV, "(* g d) h", "(g * d) h", False)),
-    Hypothesis(f"{_FUSED} (the inverse)", _retaken(_QKV, "(* g d) h", "(g * d) h", True)),
+    Hypothesis(_FUSED[0], _retaken("(* g d)", "(g * d)", False)),
+    Hypothesis(_FUSED[1], _retaken("(* g d)", "(g * d)", True)),
 )
 MLP: tuple[Hypothesis, ...] = (
     Hypothesis(

@@ -153,6 +153,7 @@ INDEX = [
         index(f"shard of type {type(shard).__name__}", {"w": shard}, "not a plain file name")
         for shard in (1, None, ["a.safetensors"], {"a": 1}, True)
     ),
+    index("shard named in another script", {"w": "\u202eabc\u00e9"}, "no checkpoint|names", {"\u202eabc\u00e9": b"nothing"}),
     index("shard missing", {"w": "b.safetensors"}, "shard 'b.safetensors' is missing"),
     index("shard is a device", W, "no regular file", {}, prepare=link("/dev/zero")),
     index("shard is a dangling link", W, "No such file", {}, prepare=link("gone")),

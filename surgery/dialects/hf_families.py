@@ -1,0 +1,145 @@
+"""Hugging Face's families as data: what the keys of a `config.json` mean, which are absent, inert or refused.
+
+    FAMILIES["llama"].keys["hidden_size"]      # "h", the field of Spec
+
+Source: transformers `models/<family>/configuration_<family>.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.  `keys`: config key -> field of Spec; `absent`: what transformers takes for a missing key;
+    `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base."""
+
+    model_type: str
+    architecture: str
+    keys: Mapping[str, str]
+    absent: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    always: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    bias: tuple[str, ...] = ("qkv_bias", "o_bias")
+    window: str = ""  # "": none | all: `sliding_window` holds for every layer | qwen: from a layer on | types: by layer
+    theta: float = 10000.0
+    head_dim: bool = False  # the config may say how wide a head is
+    rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    fraction: float = 1.0
+    learned: bool = False  # learned positions instead of rotary embeddings
+    renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # usual key -> this family's own
+
+    @property
+    def all_heads(self) -> bool:
+        """Whether every head has a key and a value of its own, so that the config does not count them."""
+        return self.model_type in ("gpt_neox", "gpt2")
+
+
+_SIZES = {"hidden_size": "h", "num_hidden_layers": "l", "vocab_size": "v", "max_position_embeddings": "positions",
+          "hidden_act": "act", "tie_word_embeddings": "tied"}  # fmt: skip
+_DENSE = {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"}
+_MOE = {**_SIZES, "intermediate_size": "m", "rms_norm_eps": "norm_eps", "num_experts_per_tok": "top_k"}
+_OLMO_MOE = {**_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"}
+_POST = {"norm_at": "post", "qk_norm": "full"}
+_COMMON = {"hidden_act": "silu", "tie_word_embeddings": False}
+
+
+def _absent(**keys: object) -> Mapping[str, object]:
+    return MappingProxyType({**_COMMON, **keys})
+
+
+FAMILIES: Mapping[str, Family] = {
+    f.model_type: f
+    for f in (
+        Family("llama", "LlamaForCausalLM", {**_DENSE, "mlp_bias": "mlp_bias"},
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
+               head_dim=True),
+        Family("mistral", "MistralForCausalLM", _DENSE,
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+               bias=(), window="all", head_dim=True),
+        Family("qwen2", "Qwen2ForCausalLM", _DENSE,
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
+               {"qkv_bias": True}, bias=(), window="qwen"),
+        Family("qwen3", "Qwen3ForCausalLM", _DENSE,
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32, head_dim=128,
+                       attention_bias=False),
+               {"qk_norm": "head"}, window="qwen", head_dim=True),
+        Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "e"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=2,
+                       num_local_experts=8),
+               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True),
+        Family("qwen3_moe", "Qwen3MoeForCausalLM",
+               {**_DENSE, "num_experts": "e", "moe_intermediate_size": "m", "num_experts_per_tok": "top_k",
+                "norm_topk_prob": "top_k_renormalised"},
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
+                       num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
+                       intermediate_size=6144),
+               {"qk_norm": "head"}, window="qwen", head_dim=True),
+        Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "f", "clip_qkv": "clip_qkv"},
+               _absent(max_position_embeddings=2048, attention_bias=False, clip_qkv=None),
+               {"norm": "none", "norm_eps": 1e-5}),
+        Family("olmo2", "Olmo2ForCausalLM", _DENSE,
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=False), _POST),
+        Family("olmo3", "Olmo3ForCausalLM", _DENSE,
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=False, sliding_window=4096),
+               _POST, window="types", theta=5e5),
+        Family("olmoe", "OlmoeForCausalLM", {**_OLMO_MOE, "clip_qkv": "clip_qkv"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=4096, attention_bias=False, num_experts=64,
+                       num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
+               {"qk_norm": "full"}),
+        Family("flex_olmo", "FlexOlmoForCausalLM", _OLMO_MOE,
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=4096, attention_bias=False, num_experts=7,
+                       num_experts_per_tok=5, norm_topk_prob=False),
+               _POST, theta=5e5),
+        Family("gpt_neox", "GPTNeoXForCausalLM",
+               {**_SIZES, "intermediate_size": "f", "layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel"},
+               _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
+                       use_parallel_residual=True),
+               {"norm": "layer", "glu": False, "mlp_bias": True},
+               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25),
+        Family("gpt2", "GPT2LMHeadModel",
+               {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=1024, vocab_size=50257, hidden_size=768,
+                       num_hidden_layers=12, hidden_act="gelu_new", tie_word_embeddings=True),
+               {"norm": "layer", "glu": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+               bias=(), learned=True,
+               renamed={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+                        "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
+                        "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"}),
+    )
+}  # fmt: skip
+
+# Keys that cannot change the logits: carried along where the target is Hugging Face too.
+INERT = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
+    aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config label2id length_penalty max_length max_sequence_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
+    attn_pdrop n_ctx reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj use_bfloat16 use_cache olmo_block_type olmo_block_group_size
+    """.split()
+)
+EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
+          "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
+          "use_sliding_window", "max_window_layers", "layer_types", "decoder_sparse_step", "mlp_only_layers",
+          "num_local_experts", "num_experts")  # fmt: skip
+REFUSED = {
+    "quantization_config": "the weights are quantised; dequantise them first",
+    "compression_config": "the weights are compressed; decompress them first",
+    "rope_interleaved": "rotary pairs lie side by side, which no built-in family does",
+    "scale_attn_by_inverse_layer_idx": "attention is scaled layer by layer, which no other format does",
+    "add_cross_attention": "the model also attends to an encoder",
+    "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
+}
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+         "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip
