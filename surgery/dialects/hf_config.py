@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 from surgery.anatomy import Rope, Spec
 from surgery.dialects.hf_families import ACTS, EXTRA, FAMILIES, INERT, REFUSED, Family
+from surgery.dialects.misfits import in_words
 from surgery.errors import ConfigError, show
 
 Config = Mapping[str, object]
@@ -332,5 +333,5 @@ def choose_family(spec: Spec) -> str:
         if not gaps[name]:
             return name
     nearest = min(order, key=lambda name: len(gaps[name]))
-    text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in list(gaps[nearest].items())[:4])
-    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but {text}")
+    has = in_words(gaps[nearest])
+    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but the model has {has}")
