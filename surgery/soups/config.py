@@ -110,14 +110,10 @@ class Recipe:
         return self.base or self.slices[0].sources[0].model
 
     def models(self) -> list[Reference]:
-        """Every model, the base first, then in the order of the file."""
+        """Every model that is merged, the base first, then in the order of the file."""
         named = [self.base] if self.base else []
         for s in self.slices:
             named += [source.model for source in s.sources] + ([s.base] if s.base else [])
-        extra = self.vocabulary
-        if extra:
-            named += [extra.source] if isinstance(extra.source, Reference) else []
-            named += [rule.model for rule in extra.rules.values() if rule.model]
         return list(dict.fromkeys(named))
 
 
@@ -177,7 +173,7 @@ class Reader:
     def choice(self, value: Any, at: str, choices: Iterable[str]) -> str | None:
         names = list(choices)
         if value is None or value in names:
-            return value  # type: ignore[no-any-return]
+            return value
         raise self.fail(at, f"is {show(value)}", suggest(value, names))
 
 
@@ -205,7 +201,7 @@ def parse_recipe(data: Any, file: str = "merge configuration", text: str = "") -
     r = Reader(file)
     top = r.mapping(data, "", _TOP)
     method = top.get("merge_method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise r.fail("merge_method", f"is {show(method)}", suggest(method, METHODS))
     chosen = METHODS[method]
     given = [key for key in ("models", "slices", "modules") if top.get(key)]
@@ -286,15 +282,15 @@ def _slice(r: Reader, item: Any, at: str, chosen: Any) -> OutputSlice:
     keys = r.mapping(item, at, ("sources", "base_model", "residual_weight", "parameters"))
     if keys.get("residual_weight") is not None:
         raise r.fail(at, "residual_weight has no effect in mergekit 0.1.5; remove it")
-    sources = []
+    sources: list[Source] = []
     for i, source in enumerate(r.items(keys.get("sources"), at + ".sources")):
         where = f"{at}.sources[{i}]"
         given = r.mapping(source, where, ("model", "layer_range", "parameters"))
         if "model" not in given:
             raise r.fail(where, "model is missing")
         span = given.get("layer_range")
-        ok = isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span) and 0 <= span[0] < span[1]
-        if not ok:
+        ints = isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span)
+        if not isinstance(span, list) or not ints or not 0 <= span[0] < span[1]:
             raise r.fail(where + ".layer_range", f"{span!r:.40} is no [first, behind the last]")
         settings = read_settings(given.get("parameters"), chosen.input_names(), r, where + ".parameters")
         sources.append(Source(r.reference(given["model"], where), (span[0], span[1]), settings))

@@ -20,9 +20,10 @@ from typing import Any
 
 from surgery.containers.output import copied_file, text_file
 from surgery.containers.text import read_json
-from surgery.conversion import MEMORY, PROVENANCE, Report, version
-from surgery.dialects.hf_config import FAMILIES
+from surgery.conversion import MEMORY, Report, version
+from surgery.dialects.hf_families import FAMILIES
 from surgery.errors import ConfigError, UsageError, show
+from surgery.formats import PROVENANCE
 from surgery.soups.config import Recipe
 from surgery.soups.references import locate
 

@@ -26,7 +26,7 @@ def linear(inputs: Inputs, options: Options) -> Ready:
 
     wide = torch.float64 if inputs.work == "float64" else torch.float32
     weights = torch.tensor(options["weight"], dtype=wide)
-    total = weights.reshape(1, -1).sum(dim=1)
+    total = weights.reshape(1, -1).sum(dim=1)[0]
     if options["normalize"] and float(total) == 0:
         raise ConfigError("the weights of a linear merge add up to zero", hint="set normalize: false for a plain sum")
 
@@ -101,5 +101,6 @@ def _ram(block: Block, epsilon: float, scales: torch.Tensor | None) -> torch.Ten
     for i, (delta, own) in enumerate(zip(deltas, changed, strict=True)):
         kept = delta * own
         alone = kept * unique
-        terms.append((alone if scales is None else alone * scales[i]) + kept * common / divisor)
+        # the scale is fp32 (a tensor, not a number), which makes the rest so
+        terms.append((alone if scales is None else alone * scales[i : i + 1]) + kept * common / divisor)
     return base + added(terms)

@@ -31,7 +31,7 @@ SILENT = ("norm_eps", "rope", "rope_local", "windows", "act", "clip_qkv", "clip_
           "top_k_renormalised", "parallel", "positions")  # fmt: skip
 FREE = ("family", "l", "v", "v_true", "tied", "moe_layers")
 Opened = Mapping[Reference, Checkpoint]
-Aligner = Callable[[str, Mapping[Reference, Lazy]], Mapping[Reference, Lazy]]
+Aligner = Callable[[Mapping[Reference, Lazy], Reference | None], Mapping[Reference, Lazy]]
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,15 @@ def _tensor(
     sources = {source.model: tensor for source, _, tensor in found}
     common = promoted(name, [recipe.dtype] if recipe.dtype else [s.kind for s in sources.values()])
     kind = recipe.out_dtype or common
+    work = common if arithmetic == "mergekit" else "float64" if common == "float64" else "float32"
+    named_base = part.base or recipe.base
     if align:
-        sources = dict(align(name, sources))
+        sources = dict(align({m: cast(s, work) for m, s in sources.items()}, named_base))
     if len({s.shape for s in sources.values()}) > 1:
         shapes = ", ".join(f"{m}: {list(s.shape)}" for m, s in sources.items())
         hint = "say which tokenizer to keep: tokenizer: {source: base}" if vocabulary else None
         raise LayoutError(f"{name} has different shapes: {shapes}", hint=hint)
-    base = None if method.base == "ignored" else part.base or recipe.base
+    base = None if method.base == "ignored" else named_base
     order = [m for m in sources if m == base] + [m for m in sources if m != base]
     if method.base == "ignored":
         order = list(sources)
@@ -189,7 +191,6 @@ def _tensor(
     lazies = [sources[m] for m in order]
     if recipe.method == "passthrough" and options["scale"] == [None]:
         return cast(lazies[0], kind)
-    work = common if arithmetic == "mergekit" else "float64" if common == "float64" else "float32"
     inputs = Inputs(name, lazies, 0 if base is not None else None, work, recipe.seed)
     return Merged(method, inputs, options, kind, engine)
 

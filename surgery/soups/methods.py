@@ -47,7 +47,9 @@ class Method:
         others = count - (based and self.base != "ignored")
         for n, (least, most), what in ((count, self.models, "models"), (others, self.others, "models beside the base")):
             if n < least or (most is not None and n > most):
-                wanted = f"exactly {least}" if least == most else f"at least {least}" if n < least else f"at most {most}"
+                wanted = (
+                    f"exactly {least}" if least == most else f"at least {least}" if n < least else f"at most {most}"
+                )
                 return f"takes {wanted} {what}, not {n}"
         return None
 

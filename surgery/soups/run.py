@@ -1,4 +1,4 @@
-"""A merge from its YAML to a checkpoint: open the models, assemble the merge lazily, plan and execute as any conversion.
+"""A merge from its YAML to a checkpoint: open the models, assemble the merge, plan and execute as any conversion.
 
     report = soup("merge_configs/three-seeds.yaml", "merged")                        # Hugging Face
     report = soup(recipe, "merged", to="meta", topology=Topology(tp=2))              # a Recipe or a mapping, too
@@ -92,35 +92,45 @@ def derive(
     recipe: Recipe, opened: Mapping[Reference, Checkpoint], arithmetic: str, engine: Engine, scratch: Path
 ) -> Checkpoint:
     """The merge as a lazy checkpoint: the donor's config and tokenizer, merged parts.  `scratch` is for a tokenizer."""
-    from surgery.soups.vocabulary import Alignment, templated
+    from surgery.soups.tokens import with_template
+    from surgery.soups.vocabulary import Alignment
 
     donor, notes = opened[recipe.donor], []
     if recipe.align:
         from surgery.soups.experts import aligned
 
-        opened, told = aligned(recipe, opened, engine)
+        opened, told = aligned(recipe, opened)
         notes += told
     alignment = Alignment.build(recipe, opened, scratch) if recipe.vocabulary else None
     spec, parts, told = layers.assemble(
-        recipe, opened, arithmetic, engine, alignment.apply if alignment else None, alignment.rows if alignment else None
+        recipe,
+        opened,
+        arithmetic,
+        engine,
+        alignment.apply if alignment else None,
+        alignment.rows if alignment else None,
     )
-    found = alignment.tokenizer if alignment else donor.tokenizer
-    if recipe.chat_template:
-        found = templated(recipe, opened, found, scratch)
+    notes += told
     why = "the base model" if recipe.base else "the first model named"
-    notes = [f"config and tokenizer are those of {recipe.donor}, {why}", *notes, *told]
+    what = "config" if alignment else "config and tokenizer"
+    notes.insert(0, f"{what} of {recipe.donor}, {why}")
+    found, facts, config = donor.tokenizer, dict(donor.facts), dict(donor.config)
     if alignment:
-        notes[0] = f"the config is that of {recipe.donor}, {why}"
         notes += alignment.notes
+        found, ids = alignment.tokenizer, alignment.ids(recipe.donor, facts)
+        facts, config = ({k: v for k, v in d.items() if not k.endswith("_token_id")} | ids for d in (facts, config))
+    if recipe.chat_template:
+        found, note = with_template(
+            found, recipe.chat_template, [c.tokenizer for c in opened.values()], scratch / "chat"
+        )
+        notes.append(note)
     for model, checkpoint in opened.items():
         notes += [f"{model}: {note}" for note in checkpoint.notes]
-    facts = donor.facts
-    if alignment:
-        facts = {**{k: v for k, v in facts.items() if not k.endswith("_token_id")}, **alignment.facts(facts)}
     return replace(
         donor,
         spec=spec,
         parts=parts,
+        config=config,
         facts=facts,
         tokenizer=found,
         files=tuple(dict.fromkeys(f for c in opened.values() for f in c.files)),

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-
 if TYPE_CHECKING:
     import torch
 
@@ -82,7 +81,9 @@ def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Foun
             below_equal[i] = (rank[i], int(counts[bin_]))
             prefix[i] = (prefix[i] << (above - shift)) | bin_
         above = shift
-    return [_locate(inputs, values, q, prefix[i], *below_equal[i], [c[i] for c in chunks]) for i, q in enumerate(queries)]
+    return [
+        _locate(inputs, values, q, prefix[i], *below_equal[i], [c[i] for c in chunks]) for i, q in enumerate(queries)
+    ]
 
 
 def _histograms(

@@ -106,8 +106,8 @@ def resolve(parameter: Parameter, scopes: Iterable[Settings], tensor: str, t: fl
                 return value
     if parameter.required:
         where = f" of {show(model)}" if model else ""
-        raise ConfigError(f"{parameter.name}{where} is not given for {tensor}",
-                          hint=f"set parameters: {{{parameter.name}: ...}}, or add an entry without a filter")  # fmt: skip
+        hint = f"set parameters: {{{parameter.name}: ...}}, or add an entry without a filter"
+        raise ConfigError(f"{parameter.name}{where} is not given for {tensor}", hint=hint)
     return parameter.default
 
 

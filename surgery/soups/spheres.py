@@ -76,10 +76,11 @@ def nuslerp(inputs: Inputs, options: Options) -> Ready:
         return _columns(inputs, t, vectors)
     lengths = norms(inputs, vectors)
     a_norm, b_norm = (n.clamp(min=1e-7) for n in lengths)
-    cos = sums(inputs, lambda block: [_times(*vectors(block), a_norm, b_norm)])[0]
+    cos = sums(inputs, lambda block: [_times(vectors(block), a_norm, b_norm)])[0]
 
     def apply(block: Block) -> torch.Tensor:
-        made = _arc(t, *vectors(block), a_norm, b_norm, cos)
+        a, b = vectors(block)
+        made = _arc(t, a, b, a_norm, b_norm, cos)
         return block.base + made if inputs.based else made
 
     return Ready(apply)
@@ -100,17 +101,18 @@ def _columns(inputs: Inputs, t: float, vectors: Any) -> Ready:
     a_norm, b_norm = (
         s.sqrt().to(dtype).clamp(min=1e-7) for s in add(lambda block: [v.square() for v in vectors(block)])
     )
-    cos = add(lambda block: [_times(*vectors(block), a_norm, b_norm)])[0].to(dtype)
+    cos = add(lambda block: [_times(vectors(block), a_norm, b_norm)])[0].to(dtype)
 
     def apply(block: Block) -> torch.Tensor:
-        made = _arc(t, *vectors(block), a_norm, b_norm, cos)
+        a, b = vectors(block)
+        made = _arc(t, a, b, a_norm, b_norm, cos)
         return block.base + made if inputs.based else made
 
     return Ready(apply, len(inputs.shape) - 1, 3 * a_norm.nbytes)
 
 
-def _times(a: torch.Tensor, b: torch.Tensor, a_norm: torch.Tensor, b_norm: torch.Tensor) -> torch.Tensor:
-    return (a / a_norm) * (b / b_norm)
+def _times(pair: list[torch.Tensor], a_norm: torch.Tensor, b_norm: torch.Tensor) -> torch.Tensor:
+    return (pair[0] / a_norm) * (pair[1] / b_norm)
 
 
 def _arc(t: float, a: torch.Tensor, b: torch.Tensor, a_norm: Any, b_norm: Any, cos: Any) -> torch.Tensor:
@@ -119,7 +121,7 @@ def _arc(t: float, a: torch.Tensor, b: torch.Tensor, a_norm: Any, b_norm: Any, c
 
     if cos is None:
         a_norm, b_norm = (torch.norm(v, dim=-1, keepdim=True).clamp(min=1e-7) for v in (a, b))
-        cos = torch.sum(_times(a, b, a_norm, b_norm), dim=-1, keepdim=True)
+        cos = torch.sum(_times([a, b], a_norm, b_norm), dim=-1, keepdim=True)
     cos = cos.clamp(-1, 1)
     straight = (1 - cos.square()) <= 1e-16
     theta = torch.acos(torch.where(straight, 0, cos))
@@ -251,7 +253,7 @@ def _karcher_span(inputs: Inputs, options: Options) -> Ready:
     def size(c: torch.Tensor) -> torch.Tensor:
         return (c @ gram @ c).clamp(min=0).sqrt()
 
-    mean = used * alpha  # coefficients of the unit vectors
+    mean = used.double() * alpha  # coefficients of the unit vectors
     mean = one[active[0]] if size(mean) < tol else mean / size(mean)
     for _ in range(options["max_iter"]):
         tangent = torch.zeros_like(mean)
