@@ -19,7 +19,7 @@ from surgery.anatomy import Rope, Spec
 from surgery.dialects.megatron_inert import is_inert
 from surgery.dialects.misfits import NAMES_ONLY, check_held
 from surgery.dialects.typed_keys import TypedKeys
-from surgery.errors import ConfigError, show, some
+from surgery.errors import AmbiguousError, ConfigError, show, some
 
 UPSTREAM = "megatron.training"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -184,11 +184,12 @@ def _scaling(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[st
         raise ConfigError("use_rope_scaling with rotary_seq_len_interpolation_factor is not supported", file=keys.file)
     said = keys.real("rope_scaling_factor")
     if factor is None and said != BUILT_IN_FACTOR:
-        raise ConfigError(
+        raise AmbiguousError(
             f"args say rope_scaling_factor {said:g}, but Megatron's pretrain_gpt.py computes with {BUILT_IN_FACTOR:g} "
             "whatever it says; only its newer config builders use it",
             file=keys.file,
             hint=f"-O rope_factor={BUILT_IN_FACTOR:g} if pretrain_gpt.py trained it, else -O rope_factor={said:g}",
+            readings=({"rope_factor": f"{BUILT_IN_FACTOR:g}"}, {"rope_factor": f"{said:g}"}),
         )
     return {"type": "llama3", "factor": factor or said, **LLAMA3}
 
