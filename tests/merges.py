@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,12 +67,13 @@ def ties_by_place() -> Iterator[None]:
         found = sort(values, descending=largest, stable=True)
         return found.values[:k], found.indices[:k]
 
-    with (
-        mock.patch("torch.sort", lambda x, dim=-1, descending=False: sort(x, dim=dim, descending=descending, stable=True)),
-        mock.patch("torch.argsort", lambda x, dim=-1, descending=False: argsort(x, dim=dim, descending=descending,
-                                                                              stable=True)),
-        mock.patch("torch.topk", topk),
-    ):  # fmt: skip
+    def stable(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, dim=-1, descending=False: original(x, dim=dim, descending=descending, stable=True)
+
+    patched = {"torch.sort": stable(sort), "torch.argsort": stable(argsort), "torch.topk": topk}
+    with ExitStack() as stack:
+        for name, function in patched.items():
+            stack.enter_context(mock.patch(name, function))
         yield
 
 

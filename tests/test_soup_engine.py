@@ -109,7 +109,8 @@ def numbers(key, count):
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "dare_linear", "della", "della_linear"])
-@pytest.mark.parametrize(("dtype", "shape"), [("float32", (30, 44)), ("bfloat16", (30, 44)), ("float32", (700,)), ("float32", (3, 14, 20))])  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(30, 44), (700,), (3, 14, 20)])
 def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape):
     """Its `torch.bernoulli` is given our numbers; the rest is its own code."""
     from mergekit.merge_methods.api import merge_tensors

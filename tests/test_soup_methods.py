@@ -24,14 +24,19 @@ def task(method, shared=None, **own):
     return {"merge_method": method, "base_model": A, "models": pair, "parameters": shared or {}}
 
 
+def based(method, **parameters):
+    return {"merge_method": method, "base_model": A, "models": several(B, C), "parameters": parameters}
+
+
 def pair(method, **parameters):
     return {"merge_method": method, "base_model": A, "models": several(A, B), "parameters": parameters}
 
 
-# name -> the YAML.  Ties are broken in mergekit by unstable sorts: those methods run with stable ones (see docs/soup.md)
+# name -> the YAML.  Ties are broken in mergekit by unstable sorts; stable ones are put in their place (docs/soup.md)
 CASES = {
     "linear": {"merge_method": "linear", "models": each("weight", (0.5, 0.3, 0.3))},
-    "linear_sum": {"merge_method": "linear", "models": each("weight", (0.5, 0.3, -0.1)), "parameters": {"normalize": False}},
+    "linear_sum": {"merge_method": "linear", "models": each("weight", (0.5, 0.3, -0.1)),
+                   "parameters": {"normalize": False}},
     "linear_one": {"merge_method": "linear", "models": each("weight", (0.7,))},
     "passthrough": {"merge_method": "passthrough", "models": several(B)},
     "passthrough_scaled": {"merge_method": "passthrough", "models": several(B, scale=0.9)},
@@ -41,7 +46,8 @@ CASES = {
     "nuslerp": {"merge_method": "nuslerp", "models": each("weight", (0.4, 0.9))},
     "nuslerp_zero": {"merge_method": "nuslerp", "models": each("weight", (0.5, -0.5))},
     "nuslerp_base": {"merge_method": "nuslerp", "base_model": A, "models": several(B, C, weight=0.4)},
-    "nuslerp_rows": {"merge_method": "nuslerp", "models": each("weight", (0.4, 0.9)), "parameters": {"nuslerp_flatten": False}},
+    "nuslerp_rows": {"merge_method": "nuslerp", "models": each("weight", (0.4, 0.9)),
+                     "parameters": {"nuslerp_flatten": False}},
     "nuslerp_columns": {"merge_method": "nuslerp", "base_model": A, "models": several(B, C, weight=1),
                         "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
     "multislerp": {"merge_method": "multislerp", "models": each("weight", (0.5, 0.3, 0.4))},
@@ -60,15 +66,15 @@ CASES = {
     "breadcrumbs_ties": task("breadcrumbs_ties", {"rescale": True}, density=0.5, gamma=0.02),
     "dare_whole": task("dare_ties", density=1.0),
     "della_whole": task("della_linear", density=1.0),
-    "model_stock": {"merge_method": "model_stock", "base_model": A, "models": several(B, C)},
-    "model_stock_rows": {"merge_method": "model_stock", "base_model": A, "models": several(B, C), "parameters": {"filter_wise": True}},
-    "sce": {"merge_method": "sce", "base_model": A, "models": several(B, C)},
-    "sce_topk": {"merge_method": "sce", "base_model": A, "models": several(B, C), "parameters": {"select_topk": 0.3, "int8_mask": True}},
-    "sce_nothing": {"merge_method": "sce", "base_model": A, "models": several(B, C), "parameters": {"select_topk": 0.0}},
+    "model_stock": based("model_stock"),
+    "model_stock_rows": based("model_stock", filter_wise=True),
+    "sce": based("sce"),
+    "sce_topk": based("sce", select_topk=0.3, int8_mask=True),
+    "sce_nothing": based("sce", select_topk=0.0),
     "nearswap": pair("nearswap", t=0.02),
     "arcee_fusion": pair("arcee_fusion"),
-    "ram": {"merge_method": "ram", "base_model": A, "models": several(B, C), "parameters": {"epsilon": 0.02}},
-    "ramplus_tl": {"merge_method": "ramplus_tl", "base_model": A, "models": several(B, C), "parameters": {"epsilon": 0.02, "r": 0.2, "alpha": 0.3}},
+    "ram": based("ram", epsilon=0.02),
+    "ramplus_tl": based("ramplus_tl", epsilon=0.02, r=0.2, alpha=0.3),
     "base_alone": {"merge_method": "task_arithmetic", "base_model": A, "models": several(A, weight=1)},
 }  # fmt: skip
 TIED = {"ties", "ties_masked", "breadcrumbs", "breadcrumbs_ties", "sce_topk"}

@@ -238,11 +238,18 @@ def parse_recipe(data: Any, file: str = "merge configuration", text: str = "") -
         chat_template=_text(r, top, "chat_template"),
         seed=_whole_number(r, top.get("seed", 0), "seed"),
         align=r.choice(top.get("align"), "align", ALIGN),
-        text=text,
+        text=text or _written(top),
         modules=modules,
     )
     _contract(r, recipe)
     return recipe
+
+
+def _written(data: Mapping[str, Any]) -> str:
+    """What was given as a mapping, as the YAML that means it."""
+    import yaml
+
+    return str(yaml.safe_dump(dict(data), sort_keys=False))
 
 
 def _dtype(r: Reader, top: Mapping[str, Any], key: str) -> str | None:
@@ -357,4 +364,5 @@ def _contract(r: Reader, recipe: Recipe) -> None:
         if method.base != "ignored" and base is not None and base not in models:
             raise r.fail(at, f"the base model {show(str(base))} is not among its sources")
         if problem := method.refuses(len(models), base is not None and base in models):
-            raise r.fail(at, f"{recipe.method} {problem}", None if base else "base_model names the base")
+            hint = "base_model names the base" if base is None and method.base != "ignored" else None
+            raise r.fail(at, f"{recipe.method} {problem}", hint)

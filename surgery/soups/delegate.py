@@ -66,13 +66,13 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, *, force: bool = False, com
             found = {str(m): m for m in super().referenced_models()}
             return [found[str(m)] for m in recipe.models() if str(m) in found]
 
-    began = time.monotonic()
+    began, text = time.monotonic(), recipe.text
     beside = dst.absolute().parent
     with tempfile.TemporaryDirectory(prefix=".surgery-mergekit-", dir=beside) as scratch:
         out = Path(scratch) / "out"
         options = MergeOptions(random_seed=recipe.seed, quiet=True, lora_merge_cache=str(Path(scratch) / "lora"))
         try:
-            run_merge(Ordered.model_validate(yaml.safe_load(recipe.text)), str(out), options, config_source=recipe.text)
+            run_merge(Ordered.model_validate(yaml.safe_load(text)), str(out), options, config_source=text)
         except Exception as error:
             raise ConfigError(f"mergekit could not do the merge either: {type(error).__name__}: {error}",
                               hint=why) from error  # fmt: skip

@@ -50,7 +50,7 @@ class Method:
                 wanted = (
                     f"exactly {least}" if least == most else f"at least {least}" if n < least else f"at most {most}"
                 )
-                return f"takes {wanted} {what}, not {n}"
+                return f"takes {wanted} {what if wanted[-2:] != ' 1' else what.replace('models', 'model')}, not {n}"
         return None
 
 

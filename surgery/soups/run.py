@@ -22,12 +22,13 @@ from surgery.checkpoint import FORMATS
 from surgery.containers.output import text_file
 from surgery.conversion import Plan, Report, default_memory, execute, plan_for
 from surgery.dialect import ONE_RANK, Topology
-from surgery.errors import OutputError, SurgeryError, UsageError
+from surgery.errors import OutputError, UsageError, some
 from surgery.formats import Checkpoint, Options
 from surgery.soups import layers
 from surgery.soups.config import Recipe, Reference, parse_recipe, read_recipe
 from surgery.soups.delegate import by_mergekit, reason_for_mergekit
 from surgery.soups.engine import Engine, cores
+from surgery.soups.padding import trimmed
 from surgery.soups.references import open_all
 from surgery.staging import check_free
 
@@ -80,7 +81,7 @@ def prepared(recipe: Recipe, settings: Settings) -> Iterator[Plan]:
             merged = derive(recipe, opened, settings.arithmetic, engine, Path(scratch))
             plan = plan_for(
                 merged, to=settings.to, topology=settings.topology, options=writing, max_memory=memory,
-                settings={"soup": recipe.text or repr(recipe), "arithmetic": settings.arithmetic, "derived": True},
+                settings={"soup": repr(recipe), "arithmetic": settings.arithmetic, "derived": True},
             )  # fmt: skip
             record = text_file(RECORD, _record(recipe, opened, settings))
             yield replace(plan, output=replace(plan.output, files=(*plan.output.files, record)))
@@ -95,7 +96,11 @@ def derive(
     from surgery.soups.tokens import with_template
     from surgery.soups.vocabulary import Alignment
 
-    donor, notes = opened[recipe.donor], []
+    notes: list[str] = []
+    if recipe.vocabulary is None:
+        opened, told = trimmed(opened)
+        notes += told
+    donor = opened[recipe.donor]
     if recipe.align:
         from surgery.soups.experts import aligned
 
@@ -165,8 +170,28 @@ def soup(
     if why := reason_for_mergekit(recipe, settings.to):
         return by_mergekit(recipe, Path(dst), why, force=force, command=command)
     with prepared(recipe, settings) as plan:
-        refuse_overlap(plan.source, Path(dst))
-        return execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
+        return carry_out(recipe, plan, dst, force=force, verify=verify, command=command, progress=progress)
+
+
+def carry_out(
+    recipe: Recipe,
+    plan: Plan,
+    dst: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    verify: bool = True,
+    command: Sequence[str] = (),
+    progress: stream.Progress | None = None,
+) -> Report:
+    """Write what `prepared` planned, while its context is open."""
+    refuse_overlap(plan.source, Path(dst))
+    report = execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
+    return replace(report, source=summary(recipe))
+
+
+def summary(recipe: Recipe) -> str:
+    """The merge in a few words: its method and its models."""
+    return f"{recipe.method} of {some(map(str, recipe.models()), 4)}"
 
 
 def refuse_overlap(source: Checkpoint, dst: Path) -> None:
@@ -179,9 +204,12 @@ def refuse_overlap(source: Checkpoint, dst: Path) -> None:
 
 def _record(recipe: Recipe, opened: Mapping[Reference, Checkpoint], settings: Settings) -> bytes:
     """soup.json: what was merged and how."""
+    given: dict[Reference, list[object]] = {}
+    for source in (source for s in recipe.slices for source in s.sources):
+        given.setdefault(source.model, []).append({"layers": source.layers, **source.settings})
     models = {
         str(m): {
-            "path": str(c.path), "format": c.format,
+            "path": str(c.path), "format": c.format, "parameters": given.get(m, []),
             "files": {p.name: p.stat().st_size for p in c.files},
         }
         for m, c in opened.items()
@@ -189,6 +217,3 @@ def _record(recipe: Recipe, opened: Mapping[Reference, Checkpoint], settings: Se
     record = {"method": recipe.method, "donor": str(recipe.donor), "models": models, "seed": recipe.seed,
               "arithmetic": settings.arithmetic, "config": recipe.text}  # fmt: skip
     return (json.dumps(record, indent=2) + "\n").encode()
-
-
-__all__ = ["Settings", "SurgeryError", "derive", "prepared", "read", "soup"]
