@@ -7,6 +7,7 @@ merges.differences(folder / "ours", folder / "theirs")          # [] if every te
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -47,14 +48,21 @@ def models(family: str, folder: Path, count: int, dtype: str = "bfloat16", **cha
 
 
 def mergekit(config: Mapping[str, Any], out: Path, **options: Any) -> Path:
-    """Merge with mergekit itself."""
+    """Merge with mergekit itself; the models, which it keeps in a set, come in the order of the file."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    text = json.dumps(config)
+
+    class Ordered(MergeConfiguration):
+        def referenced_models(self) -> list[Any]:
+            first = [self.base_model] if self.base_model else []
+            return first + sorted(set(super().referenced_models()) - set(first), key=lambda m: text.index(str(m.model)))
+
     logging.getLogger("mergekit").setLevel(logging.CRITICAL)
     known = {"quiet": True, "write_model_card": False, "copy_tokenizer": False, "random_seed": 0, **options}
-    run_merge(MergeConfiguration.model_validate(dict(config)), str(out), MergeOptions(**known))
+    run_merge(Ordered.model_validate(dict(config)), str(out), MergeOptions(**known))
     return out
 
 

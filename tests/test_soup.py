@@ -227,6 +227,26 @@ def test_the_same_yaml_gives_the_same_bytes(mixed, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_soup_that_was_stopped_goes_on(mixed, tmp_path):
+    hf, _ = mixed
+    config = {"merge_method": "ties", "base_model": hf[0],
+              "models": [{"model": m, "parameters": {"weight": 0.5, "density": 0.4}} for m in hf[1:]]}  # fmt: skip
+    done = 0
+
+    def stop(n):
+        nonlocal done
+        done += n
+        if done > 60_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        surgery.soup(config, tmp_path / "out", max_memory=1 << 18, progress=stop)
+    assert not (tmp_path / "out").exists()
+    report = surgery.soup(config, tmp_path / "out", max_memory=1 << 18)
+    assert 0 < report.resumed_bytes < report.bytes
+    assert report.content_digest == surgery.soup(config, tmp_path / "other").content_digest
+
+
 def test_the_donor_is_the_base_or_the_first_model(mixed, tmp_path):
     hf, _ = mixed
     for i, folder in enumerate(hf):

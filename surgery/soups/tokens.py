@@ -63,7 +63,7 @@ def union(
     for found, rows in others:
         special = {e["content"]: e for e in _entries(found) if e["id"] < rows}
         plain |= {text: None for text in known(found, rows) if text not in special and text not in tokens}
-        added = {**{k: e for k, e in special.items() if k not in own}, **added}
+        added |= {text: e for text, e in special.items() if text not in own and text not in added}
     wanted: dict[str, Mapping[str, Any]] = {text: PLAIN for text in plain if text not in added}
     wanted |= added
     wanted |= {text: PLAIN for text in extra if text not in tokens and text not in wanted}
