@@ -50,6 +50,7 @@ def models(family: str, folder: Path, count: int, dtype: str = "bfloat16", **cha
 def mergekit(config: Mapping[str, Any], out: Path, **options: Any) -> Path:
     """Merge with mergekit itself; the models, which it keeps in a set, come in the order of the file."""
     from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
@@ -60,6 +61,7 @@ def mergekit(config: Mapping[str, Any], out: Path, **options: Any) -> Path:
             first = [self.base_model] if self.base_model else []
             return first + sorted(set(super().referenced_models()) - set(first), key=lambda m: text.index(str(m.model)))
 
+    LoaderCache.loaders.clear()  # models by name, of earlier tests
     logging.getLogger("mergekit").setLevel(logging.CRITICAL)
     known = {"quiet": True, "write_model_card": False, "copy_tokenizer": False, "random_seed": 0, **options}
     run_merge(Ordered.model_validate(dict(config)), str(out), MergeOptions(**known))

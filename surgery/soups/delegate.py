@@ -56,6 +56,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, *, force: bool = False, com
 
     import yaml
     from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
@@ -71,6 +72,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, *, force: bool = False, com
     with tempfile.TemporaryDirectory(prefix=".surgery-mergekit-", dir=beside) as scratch:
         out = Path(scratch) / "out"
         options = MergeOptions(random_seed=recipe.seed, quiet=True, lora_merge_cache=str(Path(scratch) / "lora"))
+        LoaderCache.loaders.clear()  # what earlier merges of this process opened, by name
         try:
             run_merge(Ordered.model_validate(yaml.safe_load(text)), str(out), options, config_source=text)
         except Exception as error:
