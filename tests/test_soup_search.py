@@ -177,7 +177,7 @@ def test_permuted_experts_are_found(mixtures, tmp_path):
 
 def test_alignment_survives_noise_and_base_models(mixtures, tmp_path):
     """The noisy shuffled copy merged by task arithmetic equals the noisy copy in order."""
-    model, shuffled, orders = mixtures
+    model, _, orders = mixtures
     noisy = Path(tiny.save("mixtral", tmp_path / "noisy", "float32", **{**merges.SMALL, **tiny.WIDER, "h": 52}))
     merges.disturb(noisy, 4, 0.02)
     tensors, turned = load_file(noisy / "model.safetensors"), {}
