@@ -60,7 +60,7 @@ TP2 = Topology(tp=2)
 LOCAL = {"spec": "local"}
 PROGRAMS: Mapping[str, Program] = {
     "ai2-olmo": Program(
-        ("ai2-olmo==0.6.0", "datasets"),  # which it imports, but does not name
+        ("ai2-olmo==0.6.0", "datasets", "pyarrow<21"),  # imports datasets unsaid; wants numpy 1, newer pyarrow 2
         "load_olmo.py",
         (
             Case("olmo", "olmo"),
