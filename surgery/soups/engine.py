@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from surgery.soups.methods import Method
 
 T = TypeVar("T")
-CHUNK = 1 << 20  # elements of a chunk of a scan, for up to four sources
-BLOCK = 1 << 19  # elements of a block of a result: what stays in the cache of a core
+CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
+PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
+BLOCK = 1 << 18  # elements of a block of a result
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
 
@@ -84,7 +85,7 @@ class Inputs:
         self.shape: Shape = sources[0].shape
         self.numel = math.prod(self.shape)
         self.engine: Engine = ONE
-        self.chunk = CHUNK >> max(0, (len(sources) - 1).bit_length() - 2)
+        self.chunk = min(CHUNK, PIECE)
 
     @property
     def count(self) -> int:
@@ -93,17 +94,19 @@ class Inputs:
 
     @property
     def single(self) -> bool:
-        """Whether the tensor is one chunk, so that reductions are torch's own."""
-        return self.numel <= self.chunk
+        """Whether the tensor is small, so that reductions are torch's own."""
+        return self.numel <= CHUNK
 
-    def scan(self, fn: Callable[[Block], T], span: int = 0) -> list[T]:
+    def scan(self, fn: Callable[[Block], T], span: int = 0, size: int = 0) -> list[T]:
         """`fn` of every chunk of the tensor, in order.
 
-        span 0: chunks are flat, [n], and cut rows anywhere; else they keep the last `span` dimensions whole.
+        span 0: chunks are flat, [n], of `size` elements, and cut rows anywhere; else they keep the last `span`
+        dimensions whole.
         """
         if span == 0 or not self.shape:
-            starts = range(0, self.numel, self.chunk)
-            return self.engine.map(lambda at: fn(self.flat(at, min(at + self.chunk, self.numel))), list(starts))
+            step = size or self.chunk
+            starts = range(0, self.numel, step)
+            return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts))
         return self.engine.map(lambda box: fn(self.block(box)), list(spanned(whole(self.shape), span, self.chunk)))
 
     def all(self) -> Block:

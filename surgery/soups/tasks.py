@@ -54,7 +54,6 @@ def _kept(block: Block, i: int, delta: torch.Tensor, keep: Keep | None) -> torch
 
 def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
-    import torch
 
     from surgery.lazy import torch_dtype
 
@@ -62,12 +61,7 @@ def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]
         deltas = _deltas(block)
         return [x.abs() for i, d in enumerate(deltas) for x in (d, _kept(block, i, d, keep))]
 
-    if span == 0:
-        totals = sums(inputs, lengths)
-    else:
-        parts = inputs.scan(lambda block: [x.sum() if inputs.single else x.double().sum() for x in lengths(block)],
-                            span)  # fmt: skip
-        totals = [torch.stack(list(c)).sum() if len(c) > 1 else c[0] for c in zip(*parts, strict=True)]
+    totals = sums(inputs, lengths, span)
     kind = torch_dtype(inputs.work)
     out: list[torch.Tensor | None] = []
     for before, after in zip(totals[::2], totals[1::2], strict=True):
