@@ -159,7 +159,7 @@ def test_random_numbers_do_not_depend_on_how_they_are_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("chunk", [64, 1 << 12])
+@pytest.mark.parametrize("chunk", [64, 1 << 14])
 def test_selection_is_a_stable_sort(dtype, last, chunk, monkeypatch):
     """The n-th of values full of ties, and which element it is: by a bracket, or (too many ties) by histograms."""
     monkeypatch.setattr(engine, "CHUNK", chunk)
