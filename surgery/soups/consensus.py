@@ -97,7 +97,8 @@ def sce(inputs: Inputs, options: Options) -> Ready:
         deltas = vectors(block)
         up = added(deltas) >= 0
         # a zero has neither sign: it is erased everywhere
-        own = [w * torch.where(up, d > 0, d < 0) for w, d in zip(weights, deltas, strict=True)]
+        down = ~up
+        own = [w * (((d > 0) & up) | ((d < 0) & down)) for w, d in zip(weights, deltas, strict=True)]
         mixed = added([d * w for d, w in zip(deltas, own, strict=True)])
         return block.base + mixed / added(own).clamp(min=1e-6)
 

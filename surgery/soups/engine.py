@@ -11,6 +11,7 @@ order, so that the result is the same bits whatever the block size, the memory a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -33,6 +34,8 @@ T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
 BLOCK = 1 << 18  # elements of a block of a result
+HEAP = 4 << 20  # bytes; larger blocks are mapped and given back
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
 
@@ -68,9 +71,12 @@ class Block:
         """Random numbers in [0, 2^32), one per element: the same for an element whatever block it is read in."""
         import torch
 
-        runs = [(self.start, self.tensors[0].numel())] if self.box is None else masks.runs(self.inputs.shape, self.box)
-        drawn = masks.words((self.inputs.seed, self.inputs.name, source), runs)
+        drawn = masks.words((self.inputs.seed, self.inputs.name, source), self.runs())
         return torch.from_numpy(drawn).reshape(self.tensors[0].shape)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The (first element, how many) of the tensor's flat ranges that the block consists of, in order."""
+        return [(self.start, self.tensors[0].numel())] if self.box is None else masks.runs(self.inputs.shape, self.box)
 
 
 class Inputs:
@@ -183,6 +189,20 @@ def _alone() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def steady_heap() -> None:
+    """Let glibc give back what large blocks occupied.
+
+    Left to itself it takes ever larger blocks from the heap of each thread, where they lie scattered: merging with 60
+    MB of live tensors has been seen to occupy 700 MB.  What is below HEAP, the blocks of a merge, is still reused.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, HEAP)
+        libc.mallopt(M_TRIM_THRESHOLD, 4 * HEAP)
 
 
 def cores() -> int:

@@ -115,10 +115,11 @@ def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[
     ranges = []
     for q in queries:
         sample = torch.cat([bits_of(t[q.of]).reshape(-1) for t in taken]).sort().values
+        top = torch.iinfo(sample.dtype).max
         share, n = (q.rank + 0.5) / inputs.numel, len(sample)
         reach = 6 * (share * (1 - share) / n) ** 0.5 + 2 / n
         low, high = math.floor((share - reach) * n), math.ceil((share + reach) * n)
-        ranges.append((int(sample[low]) if low > 0 else 0, int(sample[high]) if high < n else 1 << 62))
+        ranges.append((int(sample[low]) if low > 0 else 0, int(sample[high]) if high < n else top))
     return ranges
 
 

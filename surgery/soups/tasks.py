@@ -94,7 +94,8 @@ def _mixer(
         divisor = total
         if agree:
             up = added(deltas) >= 0
-            agreed = [torch.where(up, d > 0, d < 0) for d in deltas]
+            down = ~up
+            agreed = [((d > 0) & up) | ((d < 0) & down) for d in deltas]
             mixed = added([d * a for d, a in zip(deltas, agreed, strict=True)])
             if options["normalize"]:
                 divisor = added([w * a for w, a in zip(weights, agreed, strict=True)])
@@ -140,8 +141,12 @@ def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -
     equal = bits == found.bits
     more = bits > found.bits
     if equal.any():
-        index = block.index()
-        more |= equal & ((index <= found.index) if first_wins else (index >= found.index))
+        flat, at = equal.contiguous().view(-1), 0
+        for start, count in block.runs():  # of what is equal, only what lies on the right side of the element
+            cut = min(max(found.index + first_wins - start, 0), count)
+            flat[slice(at + cut, at + count) if first_wins else slice(at, at + cut)] = False
+            at += count
+        more |= flat.view(more.shape)
     return more
 
 
