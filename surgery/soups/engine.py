@@ -34,7 +34,7 @@ T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
 BLOCK = 1 << 18  # elements of a block of a result
-HEAP = 4 << 20  # bytes; larger blocks are mapped and given back
+HEAP = 5 << 18  # bytes: a little more than a block in fp32; larger ones are mapped and given back
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
@@ -202,7 +202,7 @@ def steady_heap() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, HEAP)
-        libc.mallopt(M_TRIM_THRESHOLD, 4 * HEAP)
+        libc.mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
 
 
 def cores() -> int:
