@@ -14,13 +14,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from surgery import stream
+from surgery import allowances, stream
 from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind, to_vocab, with_tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.dialect import ONE_RANK, Topology
@@ -89,6 +89,7 @@ def prepare(
     tokenizer: str | os.PathLike[str] | None = None,
     options: Options | None = None,
     max_memory: int | None = None,
+    allow: Collection[str] = (),
 ) -> Plan:
     """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
     if to not in FORMATS:
@@ -102,7 +103,7 @@ def prepare(
     settings = {"read": reading, "tokenizer": None if tokenizer is None else str(tokenizer)}
     return plan_for(
         source, to=to, topology=topology, dtype=dtype, vocab_size=vocab_size, options=writing, max_memory=max_memory,
-        settings=settings,
+        settings=settings, allow=allow,
     )  # fmt: skip
 
 
@@ -116,11 +117,31 @@ def plan_for(
     options: Options | None = None,
     max_memory: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
 ) -> Plan:
     """Plan the output of a checkpoint that is open, or was made from others (upcycled, merged).
 
-    `options` are the target's; `settings` is whatever else tells this job from another one.
+    `options` are the target's; `settings` is whatever else tells this job from another one.  `allow` names what is
+    left out if the target cannot hold it and the logits do not depend on it (`allowances.RULES`).
     """
+    more = {**(settings or {}), "allow": sorted(allow)}
+
+    def plan(checkpoint: Checkpoint) -> Plan:
+        return _plan(checkpoint, to, topology, dtype, vocab_size, options, max_memory, more)
+
+    allowances.check_names(allow, source)
+    try:
+        return plan(source)
+    except ConfigError as error:
+        slim = allowances.without(source, allow, error, plan)
+    cut = slim.parts.keys() != source.parts.keys()
+    return _plan(slim, to, topology, dtype, vocab_size, options, max_memory, {**more, "cut": cut})
+
+
+def _plan(
+    source: Checkpoint, to: str, topology: Topology, dtype: str, vocab_size: int | None, options: Options | None,
+    max_memory: int | None, settings: Mapping[str, Any],
+) -> Plan:  # fmt: skip
     if to not in FORMATS:
         raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
     target, writing = FORMATS[to], dict(options or {})
@@ -141,9 +162,7 @@ def plan_for(
     notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
     asked = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "write": writing}
     memory = max_memory or default_memory()
-    return Plan(
-        source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**(settings or {}), **asked}
-    )
+    return Plan(source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**settings, **asked})
 
 
 def check_flags(target: Format, topology: Topology) -> None:
@@ -212,6 +231,7 @@ def convert(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    allow: Collection[str] = (),
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
 ) -> Report:
@@ -223,7 +243,7 @@ def convert(
     check_free(Path(dst), force)
     plan = prepare(
         src, to=to, from_=from_, topology=topology, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer,
-        options=options, max_memory=max_memory,
+        options=options, max_memory=max_memory, allow=allow,
     )  # fmt: skip
     return execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
 
@@ -296,6 +316,8 @@ def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     skip = {"family", "v_true", "positions"}
     if again.spec.v > plan.source.spec.v:
         skip.add("v")
+    if again.spec.e and not again.spec.moe_layers:
+        skip.add("f")  # no layer is dense
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 
@@ -308,6 +330,8 @@ def _identity(source: Checkpoint) -> list[Any]:
 def _digests(plan: Plan) -> tuple[str | None, str]:
     """Of the source and of the output: the same one if no weight was changed, none if the source is another model."""
     output = plan.ledger.content_digest()
+    if plan.settings.get("cut"):
+        return None, output
     if any(name.startswith(SOURCE) for name in plan.ledger.parts):
         return plan.ledger.content_digest(SOURCE), output
     other = plan.settings.get("vocab_size") or plan.settings.get("derived")  # cut, or made from several

@@ -50,6 +50,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
                                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}}),
     "olmoe": ("olmoe", {}, {"rms_norm_eps": 1e-5, "intermediate_size": "m", "num_experts": "e", **_MOE,
                             "norm_topk_prob": False, **_theta(10000.0)}),
+    "flex_olmo": ("flex_olmo", {}, {"rms_norm_eps": 1e-6, "intermediate_size": "m", "num_experts": "e", **_MOE,
+                                    "norm_topk_prob": True, **_theta(500000.0)}),
     "gpt_neox": ("gpt_neox", {}, {"layer_norm_eps": 1e-5, "use_parallel_residual": True, "hidden_act": "gelu",
                                   "attention_bias": True,
                                   **_theta(10000.0, partial_rotary_factor=0.4)}),

@@ -270,6 +270,7 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
     if model_type == "qwen3_moe":
         config["decoder_sparse_step"] = 1
         config["mlp_only_layers"] = [i for i in range(spec.l) if not spec.is_moe(i)]
+        config["intermediate_size"] = spec.f or spec.m  # which no layer has if all have experts
     config["torch_dtype"] = kind
     return {family.renamed.get(k, k): v for k, v in config.items()}
 
@@ -320,8 +321,8 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
         return {"config": (str(error), None)}
-    differences = spec.differences(back)
-    return {k: v for k, v in differences.items() if k not in ("family", "v_true")}
+    unused = ("f",) if spec.e and not spec.moe_layers else ()
+    return {k: v for k, v in spec.differences(back).items() if k not in ("family", "v_true", *unused)}
 
 
 def choose_family(spec: Spec) -> str:
@@ -332,6 +333,6 @@ def choose_family(spec: Spec) -> str:
     for name in order:
         if not gaps[name]:
             return name
-    nearest = min(order, key=lambda name: len(gaps[name]))
+    nearest = min(order, key=lambda name: ("config" in gaps[name], len(gaps[name])))
     has = in_words(gaps[nearest])
     raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but the model has {has}")
