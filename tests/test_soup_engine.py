@@ -159,9 +159,13 @@ def test_random_numbers_do_not_depend_on_how_they_are_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("last", [True, False])
-def test_selection_is_a_stable_sort(dtype, last, monkeypatch):
-    """The n-th of values full of ties, and which element it is."""
-    monkeypatch.setattr(engine, "CHUNK", 64)
+@pytest.mark.parametrize("chunk", [64, 1 << 14])
+def test_selection_is_a_stable_sort(dtype, last, chunk, monkeypatch):
+    """The n-th of values full of ties, and which element it is: by a bracket, or (too many ties) by histograms."""
+    monkeypatch.setattr(engine, "CHUNK", chunk)
+    answers = []
+    bracketed = select._bracketed
+    monkeypatch.setattr(select, "_bracketed", lambda *a: answers.extend(found := bracketed(*a)) or found)
     generator = torch.Generator().manual_seed(4)
     values = (torch.randint(0, 40, (13, 29), generator=generator) / 8).to(dtype)
     inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0)
@@ -172,6 +176,7 @@ def test_selection_is_a_stable_sort(dtype, last, monkeypatch):
         found = select.order(inputs, lambda block: [t.abs() for t in block.tensors], [select.Query(0, rank, last)])[0]
         assert found.value == float(flat[order[rank]])
         assert found.index == int(order[rank])
+    assert (None in answers) == (chunk == 64)
 
 
 def test_boxes_of_flat_ranges_cover_them_in_order():

@@ -2,7 +2,7 @@
 
     added([a, b, c])          # ((0 + a) + b) + c in fp32 or wider, rounded to the dtype of a once
 
-A tensor of one chunk is summed by torch's own reduction; of more, every chunk is summed in fp64 and the sums are
+A small tensor is summed by torch's own reduction; of a larger one every chunk is summed in fp64, and the sums are
 added in the order of the chunks.
 """
 
@@ -30,18 +30,25 @@ def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return out.to(first.dtype)
 
 
-def sums(inputs: Inputs, values: Values) -> list[torch.Tensor]:
-    """The sum of each of the tensors that `values` makes of a flat block, as scalars of the working dtype."""
+def sums(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
+    """The sum of each of the tensors that `values` makes of a block, as scalars of the working dtype."""
     import torch
 
     from surgery.lazy import torch_dtype
 
-    single = inputs.single
-    parts = inputs.scan(lambda block: [v.sum() if single else v.double().sum() for v in values(block)])
-    if single and parts:
-        return parts[0]
+    if inputs.single and inputs.numel:
+        return [v.sum() for v in whole(inputs, values, span)]
+    parts = inputs.scan(lambda block: [v.double().sum() for v in values(block)], span)
     dtype = torch_dtype(inputs.work)
     return [torch.stack(list(column)).sum().to(dtype) for column in zip(*parts, strict=True)]
+
+
+def whole(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
+    """What `values` makes of all blocks, joined: for small tensors, whose reductions are torch's own."""
+    import torch
+
+    parts = inputs.scan(lambda block: [v.reshape(-1) for v in values(block)], span)
+    return [torch.cat(list(column)) for column in zip(*parts, strict=True)]
 
 
 def norms(inputs: Inputs, values: Values) -> list[torch.Tensor]:
@@ -50,8 +57,8 @@ def norms(inputs: Inputs, values: Values) -> list[torch.Tensor]:
 
     from surgery.lazy import torch_dtype
 
-    if inputs.single:
-        return inputs.scan(lambda block: [torch.linalg.vector_norm(v.reshape(-1), dim=-1) for v in values(block)])[0]
+    if inputs.single and inputs.numel:
+        return [torch.linalg.vector_norm(v, dim=-1) for v in whole(inputs, values)]
     parts = inputs.scan(lambda block: [v.double().square().sum() for v in values(block)])
     dtype = torch_dtype(inputs.work)
     return [torch.stack(list(column)).sum().sqrt().to(dtype) for column in zip(*parts, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.soups.arithmetic import added, norms, sums
+from surgery.soups.arithmetic import added, norms, sums, whole
 from surgery.soups.engine import Block, Inputs, Ready
 from surgery.soups.select import Query, bits_of, order
 
@@ -85,8 +85,8 @@ def sce(inputs: Inputs, options: Options) -> Ready:
         mask = chosen(block, deltas) if chosen else None
         return deltas if mask is None else [d * mask for d in deltas]
 
-    if inputs.single:
-        means = inputs.scan(lambda block: torch.stack(vectors(block)).square().mean(dim=1))[0]
+    if inputs.single and inputs.numel:
+        means = torch.stack(whole(inputs, vectors)).square().mean(dim=1)
     else:
         squares = sums(inputs, lambda block: [v.double().square() for v in vectors(block)])
         means = torch.stack([s / inputs.numel for s in squares]).to(dtype)
@@ -97,7 +97,8 @@ def sce(inputs: Inputs, options: Options) -> Ready:
         deltas = vectors(block)
         up = added(deltas) >= 0
         # a zero has neither sign: it is erased everywhere
-        own = [w * torch.where(up, d > 0, d < 0) for w, d in zip(weights, deltas, strict=True)]
+        down = ~up
+        own = [w * (((d > 0) & up) | ((d < 0) & down)) for w, d in zip(weights, deltas, strict=True)]
         mixed = added([d * w for d, w in zip(deltas, own, strict=True)])
         return block.base + mixed / added(own).clamp(min=1e-6)
 

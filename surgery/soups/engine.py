@@ -11,6 +11,7 @@ order, so that the result is the same bits whatever the block size, the memory a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -30,8 +31,11 @@ if TYPE_CHECKING:
     from surgery.soups.methods import Method
 
 T = TypeVar("T")
-CHUNK = 1 << 20  # elements of a chunk of a scan, for up to four sources
-BLOCK = 1 << 19  # elements of a block of a result: what stays in the cache of a core
+CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
+PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
+BLOCK = 1 << 18  # elements of a block of a result
+HEAP = 5 << 18  # bytes: a little more than a block in fp32; larger ones are mapped and given back
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
 
@@ -67,9 +71,12 @@ class Block:
         """Random numbers in [0, 2^32), one per element: the same for an element whatever block it is read in."""
         import torch
 
-        runs = [(self.start, self.tensors[0].numel())] if self.box is None else masks.runs(self.inputs.shape, self.box)
-        drawn = masks.words((self.inputs.seed, self.inputs.name, source), runs)
+        drawn = masks.words((self.inputs.seed, self.inputs.name, source), self.runs())
         return torch.from_numpy(drawn).reshape(self.tensors[0].shape)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The (first element, how many) of the tensor's flat ranges that the block consists of, in order."""
+        return [(self.start, self.tensors[0].numel())] if self.box is None else masks.runs(self.inputs.shape, self.box)
 
 
 class Inputs:
@@ -84,7 +91,7 @@ class Inputs:
         self.shape: Shape = sources[0].shape
         self.numel = math.prod(self.shape)
         self.engine: Engine = ONE
-        self.chunk = CHUNK >> max(0, (len(sources) - 1).bit_length() - 2)
+        self.chunk = min(CHUNK, PIECE)
 
     @property
     def count(self) -> int:
@@ -93,17 +100,19 @@ class Inputs:
 
     @property
     def single(self) -> bool:
-        """Whether the tensor is one chunk, so that reductions are torch's own."""
-        return self.numel <= self.chunk
+        """Whether the tensor is small, so that reductions are torch's own."""
+        return self.numel <= CHUNK
 
-    def scan(self, fn: Callable[[Block], T], span: int = 0) -> list[T]:
+    def scan(self, fn: Callable[[Block], T], span: int = 0, size: int = 0) -> list[T]:
         """`fn` of every chunk of the tensor, in order.
 
-        span 0: chunks are flat, [n], and cut rows anywhere; else they keep the last `span` dimensions whole.
+        span 0: chunks are flat, [n], of `size` elements, and cut rows anywhere; else they keep the last `span`
+        dimensions whole.
         """
         if span == 0 or not self.shape:
-            starts = range(0, self.numel, self.chunk)
-            return self.engine.map(lambda at: fn(self.flat(at, min(at + self.chunk, self.numel))), list(starts))
+            step = size or self.chunk
+            starts = range(0, self.numel, step)
+            return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts))
         return self.engine.map(lambda box: fn(self.block(box)), list(spanned(whole(self.shape), span, self.chunk)))
 
     def all(self) -> Block:
@@ -180,6 +189,20 @@ def _alone() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def steady_heap() -> None:
+    """Let glibc give back what large blocks occupied.
+
+    Left to itself it takes ever larger blocks from the heap of each thread, where they lie scattered: merging with 60
+    MB of live tensors has been seen to occupy 700 MB.  What is below HEAP, the blocks of a merge, is still reused.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, HEAP)
+        libc.mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
 
 
 def cores() -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError
 from surgery.soups.arithmetic import added, norms, sums
-from surgery.soups.engine import Block, Inputs, Ready
+from surgery.soups.engine import CHUNK, Block, Inputs, Ready
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def slerp(inputs: Inputs, options: Options) -> Ready:
     def lengths(block: Block) -> list[torch.Tensor]:
         return [torch.linalg.vector_norm(x.to(wide).reshape(1, -1), dim=1, keepdim=True) for x in block.tensors]
 
-    parts = inputs.scan(lengths)
+    parts = inputs.scan(lengths, size=CHUNK)
     norm = [torch.linalg.vector_norm(torch.stack([p[i] for p in parts]), dim=0) for i in range(2)]
     a_norm, b_norm = (torch.where(n > 1e-8, n, 1) for n in norm)
 
@@ -43,7 +43,7 @@ def slerp(inputs: Inputs, options: Options) -> Ready:
         a, b = (x.to(wide).reshape(1, -1) for x in block.tensors)
         return (a / a_norm * (b / b_norm)).sum(dim=1, keepdim=True)
 
-    dot = torch.stack(inputs.scan(product)).sum(dim=0).clamp(-1, 1)
+    dot = torch.stack(inputs.scan(product, size=CHUNK)).sum(dim=0).clamp(-1, 1)
     straight = dot.abs() > COLINEAR
     theta = torch.acos(torch.where(straight, 0, dot))
     sin = torch.sin(theta)

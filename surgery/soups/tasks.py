@@ -54,7 +54,6 @@ def _kept(block: Block, i: int, delta: torch.Tensor, keep: Keep | None) -> torch
 
 def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
-    import torch
 
     from surgery.lazy import torch_dtype
 
@@ -62,12 +61,7 @@ def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]
         deltas = _deltas(block)
         return [x.abs() for i, d in enumerate(deltas) for x in (d, _kept(block, i, d, keep))]
 
-    if span == 0:
-        totals = sums(inputs, lengths)
-    else:
-        parts = inputs.scan(lambda block: [x.sum() if inputs.single else x.double().sum() for x in lengths(block)],
-                            span)  # fmt: skip
-        totals = [torch.stack(list(c)).sum() if len(c) > 1 else c[0] for c in zip(*parts, strict=True)]
+    totals = sums(inputs, lengths, span)
     kind = torch_dtype(inputs.work)
     out: list[torch.Tensor | None] = []
     for before, after in zip(totals[::2], totals[1::2], strict=True):
@@ -100,7 +94,8 @@ def _mixer(
         divisor = total
         if agree:
             up = added(deltas) >= 0
-            agreed = [torch.where(up, d > 0, d < 0) for d in deltas]
+            down = ~up
+            agreed = [((d > 0) & up) | ((d < 0) & down) for d in deltas]
             mixed = added([d * a for d, a in zip(deltas, agreed, strict=True)])
             if options["normalize"]:
                 divisor = added([w * a for w, a in zip(weights, agreed, strict=True)])
@@ -146,8 +141,12 @@ def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -
     equal = bits == found.bits
     more = bits > found.bits
     if equal.any():
-        index = block.index()
-        more |= equal & ((index <= found.index) if first_wins else (index >= found.index))
+        flat, at = equal.contiguous().view(-1), 0
+        for start, count in block.runs():  # of what is equal, only what lies on the right side of the element
+            cut = min(max(found.index + first_wins - start, 0), count)
+            flat[slice(at + cut, at + count) if first_wins else slice(at, at + cut)] = False
+            at += count
+        more |= flat.view(more.shape)
     return more
 
 
