@@ -92,16 +92,38 @@ def _parse_options(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--tensors", is_flag=True, help="List every part with its shape and dtype.")
 @click.option("--pickles", is_flag=True, help="List the names that pickles mention. None is ever imported.")
 @click.option("--scan", is_flag=True, help="Read all weights once and look for NaN and Inf.")
+@click.option("--try-text", type=click.Path(), metavar="FILE", help="Where the files can be read in several ways: "
+              "which reading predicts this text? Converts and runs each.")  # fmt: skip
+@click.option("--tokenizer", type=click.Path(), help="Of --try-text, where the checkpoint has none.")
 @_options_flag
 @_json_flag
 def inspect_command(
-    path: str, from_: str | None, tensors: bool, pickles: bool, scan: bool, options: tuple[str, ...], as_json: bool
+    path: str,
+    from_: str | None,
+    tensors: bool,
+    pickles: bool,
+    scan: bool,
+    try_text: str | None,
+    tokenizer: str | None,
+    options: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
     from surgery import inspect
     from surgery.checkpoint import open_checkpoint
     from surgery.conversion import default_memory
+    from surgery.errors import UsageError
 
+    if tokenizer and not try_text:
+        raise UsageError("--tokenizer goes with --try-text")
+    if try_text:
+        from surgery.verification import readings, render
+
+        tried = readings.try_readings(
+            path, try_text, format=from_, options=_parse_options(options), tokenizer=tokenizer
+        )
+        click.echo(json.dumps(tried.to_json(), indent=2)) if as_json else render.readings(tried)
+        return
     checkpoint = open_checkpoint(path, format=from_, options=_parse_options(options))
     found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
     if scan:

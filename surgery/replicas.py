@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def total(*shares: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks in fp32 (fp64 for doubles), in their order, rounded once."""
-    out = _wide(shares[0])
-    for share_ in shares[1:]:
-        out = out + _wide(share_)
-    return out.to(shares[0].dtype)
+    """The sum over ranks in fp32 (fp64 for doubles), of neighbours, then of their sums, ..., rounded once at the end.
+
+    In this order 2, 4, 8 ... equal shares add up without rounding.
+    """
+    terms = [_wide(s) for s in shares]
+    while len(terms) > 1:
+        pairs = zip(terms[::2], terms[1::2], strict=False)
+        terms = [a + b for a, b in pairs] + terms[len(terms) // 2 * 2 :]
+    return terms[0].to(shares[0].dtype)
 
 
 def share(tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:

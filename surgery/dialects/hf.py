@@ -23,6 +23,7 @@ from surgery.containers.text import read_json
 from surgery.dialect import Dialect, Rank, Row, Stored, Topology, gather, row, spread
 from surgery.dialects.hf_config import choose_family, misfits, read_config, write_config
 from surgery.dialects.hf_families import FAMILIES
+from surgery.dialects.misfits import in_words
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint, Format, Option, Options, Output
 from surgery.sizes import parse_size
@@ -231,8 +232,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     if family == "auto":
         family = choose_family(spec)
     elif gaps := misfits(spec, family):
-        text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in list(gaps.items())[:4])
-        raise ConfigError(f"a {family} cannot hold this model: {text}")
+        raise ConfigError(f"a {family} cannot hold this model: it has {in_words(gaps)}")
     found = checkpoint.tokenizer
     facts = {**(found.ids() if found else {}), **checkpoint.facts}
     tokens = _tokenizer(checkpoint)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from surgery.anatomy import Rope, Spec
 from surgery.dialects.hf_families import ACTS, EXTRA, FAMILIES, INERT, REFUSED, Family
 from surgery.dialects.hf_moe import read_moe, write_moe
+from surgery.dialects.misfits import in_words
 from surgery.errors import ConfigError, show
 
 Config = Mapping[str, object]
@@ -324,6 +325,6 @@ def choose_family(spec: Spec) -> str:
     for name in order:
         if not gaps[name]:
             return name
-    nearest = min(order, key=lambda name: len(gaps[name]))
-    text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in list(gaps[nearest].items())[:4])
-    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but {text}")
+    nearest = min(order, key=lambda name: ("config" in gaps[name], len(gaps[name])))
+    has = in_words(gaps[nearest])
+    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but the model has {has}")

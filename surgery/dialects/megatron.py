@@ -201,10 +201,10 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     entries.check_heads(spec, topology.tp)
     topology = entries.with_experts(spec, topology, options)
     multiple = entries.whole_number(options, "vocab_multiple")
-    ranks = spread(table(norms, experts, multiple), checkpoint.parts, spec, topology)
     iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))
     args = {"transformer_impl": entries.IMPL[norms], **entries.EXPERT_ARGS[experts], "ckpt_format": "torch"}
     root = entries.root_entries(checkpoint, topology, multiple, args, iteration)
+    ranks = spread(table(norms, experts, multiple), checkpoint.parts, spec, topology)
     where, text = folders.iteration_name(iteration)
     files = []
     for rank in ranks:

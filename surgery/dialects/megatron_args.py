@@ -17,8 +17,9 @@ from typing import Any
 
 from surgery.anatomy import Rope, Spec
 from surgery.dialects.megatron_inert import is_inert
+from surgery.dialects.misfits import NAMES_ONLY, check_held
 from surgery.dialects.typed_keys import TypedKeys
-from surgery.errors import ConfigError, show, some
+from surgery.errors import AmbiguousError, ConfigError, show, some
 
 UPSTREAM = "megatron.training"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -183,11 +184,12 @@ def _scaling(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[st
         raise ConfigError("use_rope_scaling with rotary_seq_len_interpolation_factor is not supported", file=keys.file)
     said = keys.real("rope_scaling_factor")
     if factor is None and said != BUILT_IN_FACTOR:
-        raise ConfigError(
+        raise AmbiguousError(
             f"args say rope_scaling_factor {said:g}, but Megatron's pretrain_gpt.py computes with {BUILT_IN_FACTOR:g} "
             "whatever it says; only its newer config builders use it",
             file=keys.file,
             hint=f"-O rope_factor={BUILT_IN_FACTOR:g} if pretrain_gpt.py trained it, else -O rope_factor={said:g}",
+            readings=({"rope_factor": f"{BUILT_IN_FACTOR:g}"}, {"rope_factor": f"{said:g}"}),
         )
     return {"type": "llama3", "factor": factor or said, **LLAMA3}
 
@@ -294,7 +296,7 @@ def write_args(spec: Spec) -> dict[str, Any]:
         "num_layers": spec.l, "encoder_num_layers": spec.l, "hidden_size": spec.h,
         "ffn_hidden_size": spec.f or spec.m, "num_attention_heads": spec.heads, "kv_channels": spec.head_dim,
         "group_query_attention": spec.n > 1, "num_query_groups": spec.g if spec.n > 1 else 1,
-        "normalization": {v: k for k, v in _NORMS.items()}.get(spec.norm, spec.norm),
+        "normalization": {v: k for k, v in _NORMS.items()}.get(spec.norm, "LayerNorm"),
         "norm_epsilon": spec.norm_eps, "layernorm_epsilon": spec.norm_eps, "apply_layernorm_1p": False,
         "layernorm_zero_centered_gamma": False, "qk_layernorm": spec.qk_norm == "head",
         "untie_embeddings_and_output_weights": not spec.tied, "add_bias_linear": bias, "add_qkv_bias": spec.qkv_bias,
@@ -306,13 +308,12 @@ def write_args(spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
     if spec.e:
         args |= _write_experts(spec)
-    back = read_args(args, "args", spec.v, rope_factor=_own_factor(spec)).spec
-    gaps = {k: pair for k, pair in spec.differences(back).items() if k not in ("family", "v_true", "positions")}
-    if spec.e and not spec.moe_layers:
-        gaps.pop("f", None)  # no layer is dense
-    if gaps:
-        text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in list(gaps.items())[:4])
-        raise ConfigError(f"Megatron cannot hold this {spec.family}: {text}")
+    try:
+        back = read_args(args, "args", spec.v, rope_factor=_own_factor(spec)).spec
+    except ConfigError as error:
+        raise ConfigError(f"Megatron cannot hold this {spec.family}: {error.what}") from None
+    no_dense_layer = spec.e > 0 and not spec.moe_layers
+    check_held("Megatron", spec, back, (*NAMES_ONLY, *(("f",) if no_dense_layer else ())))
     return args
 
 

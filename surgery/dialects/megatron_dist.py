@@ -142,13 +142,13 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     topology.layer_counts(spec.l)
     numbered = spec.e > 0 and not all(spec.is_moe(i) for i in range(spec.l))
     multiple = entries.whole_number(options, "vocab_multiple")
-    stored_norms = "te" if norms == "te" else "local_dist"
-    dialect = dist_table(stored_norms, (), multiple * topology.tp, numbered=numbered)
-    tensors = {name: s.tensor for name, s in spread(dialect, checkpoint.parts, spec, ONE_RANK)[Rank()].items()}
     iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))
     args = {"transformer_impl": entries.IMPL[norms], **entries.EXPERT_ARGS[experts], "ckpt_format": "torch_dist",
             "use_dist_ckpt": True}  # fmt: skip
     root = entries.root_entries(checkpoint, topology, multiple, args, iteration)
+    stored_norms = "te" if norms == "te" else "local_dist"
+    dialect = dist_table(stored_norms, (), multiple * topology.tp, numbered=numbered)
+    tensors = {name: s.tensor for name, s in spread(dialect, checkpoint.parts, spec, ONE_RANK)[Rank()].items()}
     where, text = folders.iteration_name(iteration)
     files = [
         text_file(folders.TRACKER, text.encode()),

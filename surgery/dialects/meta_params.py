@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from surgery.anatomy import Rope, Spec
+from surgery.dialects.misfits import say
 from surgery.errors import ConfigError, show
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -167,9 +168,9 @@ def refuse_misfits(spec: Spec) -> None:
     plain = {k: v for k, v in rope.scaling.items() if k not in ("type", "factor")}
     problems = {
         "experts": spec.e > 0,
-        f"{spec.norm} norms": spec.norm != "rms",
+        say("norm", spec.norm): spec.norm != "rms",
         "norms after the layers": spec.norm_at != "pre",
-        f"query and key norms ({spec.qk_norm})": bool(spec.qk_norm),
+        say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
         "biases": spec.qkv_bias or spec.o_bias or spec.mlp_bias,
         "clipped queries, keys and values": spec.clip_qkv is not None,
         f"activation {spec.act}": spec.act != "silu" or not spec.glu,
@@ -177,7 +178,7 @@ def refuse_misfits(spec: Spec) -> None:
         "sliding windows": bool(spec.windows),
         "no rotary embeddings": spec.rope is None or spec.p > 0,
         f"rotary embeddings on {rope.fraction:g} of a head": rope.fraction != 1.0,
-        f"rope scaling {dict(rope.scaling)}": bool(rope.scaling)
+        say("rope", rope): bool(rope.scaling)
         and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
         f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
         != spec.h,

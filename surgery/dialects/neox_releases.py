@@ -98,7 +98,8 @@ def choose_qkv(
         f"grouped queries, keys and values can be read in two ways that the files do not tell apart: {readings[0]}, "
         f"each query head with its share of k and v, or {readings[1]}, all q, all k, all v",
         file=file,
-        hint="say which with -O release=2024-09 or -O release=2024-11; the wrong one gives a model that talks nonsense",
+        hint="say which with -O release=2024-09 or -O release=2024-11; the wrong one gives a model that talks "
+        "nonsense, and `surgery inspect PATH --try-text FILE` measures which that is",
         readings=({"release": "2024-09"}, {"release": "2024-11"}),
     )
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 
 from surgery.anatomy import Spec
+from surgery.dialects.misfits import NAMES_ONLY, check_held, say
 from surgery.dialects.neox_config import NORMS, read_config
 from surgery.dialects.neox_releases import Evidence, Release, ffn_width
 from surgery.errors import ConfigError
@@ -57,9 +58,9 @@ def _refuse_misfits(spec: Spec, release: Release) -> None:
     problems = {
         "experts": spec.e > 0,
         "norms after the layers": spec.norm_at != "pre",
-        f"{spec.norm} norms": spec.norm not in (v[0] for v in NORMS.values()),
-        f"{spec.norm} norms (since 2025 only)": spec.norm == "none" and release.name != "2024-11",
-        f"query and key norms ({spec.qk_norm})": bool(spec.qk_norm),
+        say("norm", spec.norm): spec.norm not in (v[0] for v in NORMS.values()),
+        f"{say('norm', spec.norm)} (since 2025 only)": spec.norm == "none" and release.name != "2024-11",
+        say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
         "clipped queries, keys and values": spec.clip_qkv is not None,
         "biases for queries, keys and values only": spec.qkv_bias != spec.o_bias,
         f"activation {spec.act}{', gated' if spec.glu else ''}": spec.act not in (_GATED if spec.glu else _PLAIN),
@@ -73,7 +74,7 @@ def _refuse_misfits(spec: Spec, release: Release) -> None:
         f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
         != spec.h,
         "a rope per kind of layer": spec.rope_local is not None,
-        f"rope scaling {dict(rope.scaling) if rope else ''}": rope is not None and bool(rope.scaling),
+        say("rope", rope): rope is not None and bool(rope.scaling),
         f"a rope base of {rope.base if rope else 0} (a whole number is needed)": rope is not None
         and rope.base != int(rope.base),
         "both a rope and learned positions": rope is not None and spec.p > 0,
@@ -140,12 +141,8 @@ def _check(spec: Spec, release: Release, config: Json) -> None:
     seen = Evidence(layers=spec.l, mlp=mlp, gated=spec.glu, vocab=spec.v, ffn=spec.f, qkv_rows=rows,
                     qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied,
                     positions=spec.p, mark=release.name)  # fmt: skip
-    gaps = spec.differences(read_config(config, "the configuration", seen).spec)
-    for same in ("family", "v_true", "positions", *(() if any(spec.windows) else ("windows",))):
-        gaps.pop(same, None)
-    if gaps:
-        text = ", ".join(f"{k} {a!r} would become {b!r}" for k, (a, b) in gaps.items())
-        raise ConfigError(f"GPT-NeoX {release.name} cannot hold this {spec.family}: {text}")
+    back = read_config(config, "the configuration", seen).spec
+    check_held(f"GPT-NeoX {release.name}", spec, back, (*NAMES_ONLY, *(() if any(spec.windows) else ("windows",))))
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

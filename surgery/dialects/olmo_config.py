@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.anatomy import Rope, Spec
+from surgery.dialects.misfits import check_held
 from surgery.dialects.typed_keys import TypedKeys
 from surgery.errors import ConfigError, show
 
@@ -203,10 +204,7 @@ def write_config(spec: Spec, facts: Mapping[str, object], block: str, group: int
         back = read_model(config, "config.yaml").spec
     except ConfigError as error:
         raise ConfigError(f"OLMo cannot hold this {spec.family}: {error.what}") from None
-    gaps = {k: pair for k, pair in spec.differences(back).items() if k not in ("family", "v_true", "positions")}
-    if gaps:
-        text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in gaps.items())
-        raise ConfigError(f"OLMo cannot hold this {spec.family}: {text}")
+    check_held("OLMo", spec, back)
     return config
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.anatomy import Spec
+from surgery.dialects.misfits import check_held
 from surgery.dialects.olmo_core_config import read_model
 from surgery.dialects.olmo_core_rope import CLASS, write_rope, write_window
 from surgery.errors import ConfigError
@@ -33,10 +34,7 @@ def write_config(
         back = read_model(config, "config.json", spec.positions).spec
     except ConfigError as error:
         raise ConfigError(f"OLMo-core cannot hold this {spec.family}: {error.what}") from None
-    gaps = {k: pair for k, pair in spec.differences(back).items() if k not in ("family", "v_true", "positions")}
-    if gaps:
-        text = ", ".join(f"{k} is {a!r} (it can hold {b!r})" for k, (a, b) in gaps.items())
-        raise ConfigError(f"OLMo-core cannot hold this {spec.family}: {text}")
+    check_held("OLMo-core", spec, back)
     return config
 
 

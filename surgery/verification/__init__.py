@@ -8,6 +8,7 @@ values.py    how two tensors differ              causes.py    experiments that f
 configs.py   specs, facts, tokenizers            running.py   fp32 runs with every module watched
 render.py    text for people                     weights.py   a loaded model as parts that can be changed
 folders.py   `surgery.verify`: opens both         trials.py    one change at a time, run again
+readings.py  which reading of the files predicts a text
 """
 
 from surgery.verification.compare import Comparison, compare

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from surgery.anatomy import template_of
@@ -17,6 +18,7 @@ from surgery.verification.compare import Comparison, Part, Side
 
 if TYPE_CHECKING:
     from surgery.verification.logits import LogitReport
+    from surgery.verification.readings import Readings
 
 FEW = 12  # lines of parts that are printed; --json has all of them
 PLACES = 8
@@ -90,3 +92,18 @@ def _alone(logits: LogitReport) -> str:
     from surgery.verification.running import places
 
     return some(places(gap.module for gap in logits.alone), PLACES)
+
+
+def readings(found: Readings, console: Console | None = None) -> None:
+    """`surgery inspect --try-text`: a line per reading, then which one it is."""
+    out = console or Console(highlight=False, soft_wrap=True)
+    out.print(Text(f"{found.path} on {found.tokens} tokens of {found.text}", style="bold"))
+    table = Table.grid(padding=(0, 2))
+    table.add_row(*(Text(t, style="dim") for t in ("reading", "loss", "best token right", "")))
+    for one in found.readings:
+        loss = "-" if one.loss is None else f"{one.loss:.3f}"
+        right = "-" if one.right is None else f"{one.right:.1%}"
+        table.add_row(one.flags or "as it is", loss, right, Text(one.error or "", style="red"))
+    table.add_row("guessing blindly", f"{found.guess:.3f}", "", "")
+    out.print(table)
+    out.print(Text(found.verdict, style="bold green" if found.best else "bold yellow"))

@@ -48,7 +48,7 @@ def load(folder: Path) -> Any:
 
     Raises ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
     """
-    with explained("transformers cannot load the model", folder), _quiet():
+    with explained("transformers cannot load the model", folder), quiet():
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -225,7 +225,7 @@ def explained(what: str, folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings and progress bars of transformers while we work; its settings are put back after."""
     from transformers.utils import logging
 

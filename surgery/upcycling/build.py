@@ -1,0 +1,146 @@
+"""From a dense checkpoint to a mixture of experts: parts -> parts, all of them lazy.
+
+    result = upcycled(open_checkpoint("SmolLM2-135M"), Settings(experts=64, top_k=8))
+    result.checkpoint.spec.e, result.layout.losses, result.target.family
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgery.anatomy import PARTS, Spec, template_of
+from surgery.axes import shape_of
+from surgery.errors import ConfigError, UsageError
+from surgery.formats import Checkpoint
+from surgery.lazy import Fill, Lazy
+from surgery.upcycling.nodes import scaled, taken
+from surgery.upcycling.resolve import Layout, resolve
+from surgery.upcycling.routers import check_router, router
+from surgery.upcycling.settings import Settings
+from surgery.upcycling.strategies import Piece, pieces
+from surgery.upcycling.targets import Target, fitted
+
+_PLACE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.|shared\.)?(\w+)$")
+NEURONS = {"gate": 0, "up": 0, "down": 1}  # the dimension of each matrix that its neurons lie along
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """The result before it is written, and everything that was decided on the way."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+    layout: Layout
+    target: Target
+    pieces: Mapping[int, tuple[Piece | None, Sequence[Piece]]]  # by layer: the shared expert and the routed ones
+
+    @property
+    def exact(self) -> bool:
+        return not self.layout.losses
+
+    def to_json(self) -> dict[str, Any]:
+        """What surgery.json says about it."""
+        layout, spec = self.layout, self.checkpoint.spec
+        return {
+            "settings": self.settings.to_json(),
+            "strategy": layout.strategy,
+            "target": self.target.family,
+            "experts": layout.experts,
+            "top_k": layout.top_k,
+            "granularity": layout.granularity,
+            "copies": layout.copies,
+            "expert_width": layout.m,
+            "shared_width": spec.s,
+            "dense_layers": list(layout.dense),
+            "factors": {"gate": layout.gate, "up": layout.up, "down": layout.down, "router": layout.weight},
+            "exact": self.exact,
+            "losses": list(layout.losses),
+            "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)},
+        }
+
+
+def upcycled(source: Checkpoint, wanted: Settings) -> Upcycled:
+    """Raises UsageError if the settings do not fit the model, ConfigError if no family holds the result, and
+    UsageError with the reasons if the function would change and that was not allowed."""
+    dense = source.spec
+    layout = resolve(wanted, dense)
+    check_router(wanted, layout)
+    spec, target = fitted(layout, dense, wanted.target, wanted.normalise)
+    if layout.losses and not wanted.force_lossy:
+        raise UsageError(
+            f"the result would compute another function: {'; '.join(layout.losses)}",
+            hint="--force-lossy allows it; the proof then says how far apart they are",
+        )
+    cut = {i: pieces(layout, wanted, i, dense.f) for i in range(dense.l) if spec.is_moe(i)}
+    maker = _Maker(source, spec, layout, wanted, cut)
+    parts = {name: maker.part(name) for name in spec.part_names()}
+    notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout)]
+    made = replace(source, spec=spec, parts=parts, notes=tuple(dict.fromkeys(notes)))
+    return Upcycled(made, wanted, layout, target, cut)
+
+
+def _notes(dense: Spec, spec: Spec, layout: Layout) -> list[str]:
+    out = []
+    if dense.tied and not spec.tied:
+        out.append(f"the output head is written out: readers of {spec.family} do not tie it to the embedding")
+    if spec.qkv_bias and not dense.qkv_bias:
+        out.append(f"queries, keys and values get biases of zero, which readers of {spec.family} expect")
+    if spec.s and not layout.s:
+        out.append(f"a {spec.family} always has a shared expert: it gets {spec.s} neurons whose output is zero")
+    return out
+
+
+class _Maker:
+    """Makes the parts of the result, one by one."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        spec: Spec,
+        layout: Layout,
+        wanted: Settings,
+        cut: Mapping[int, tuple[Piece | None, Sequence[Piece]]],
+    ) -> None:
+        self.source, self.spec, self.layout, self.wanted, self.cut = source, spec, layout, wanted, cut
+
+    def part(self, name: str) -> Lazy:
+        """A part of the result by its name."""
+        match = _PLACE.match(name)
+        template = template_of(name)
+        if match and ".experts." in name:
+            return self.matrix(int(match[1]), self.cut[int(match[1])][1][int(match[2])], match[3])
+        if match and ".shared." in name:
+            return self.shared(int(match[1]), match[3])
+        if template == "layers.{l}.router" and match:
+            kind = self.source.parts[f"layers.{match[1]}.mlp.gate"].kind
+            return router(self.wanted, self.layout, int(match[1]), self.spec.h, kind)
+        if name == "lm_head" and name not in self.source.parts:
+            return self.source.parts["embed"]
+        if name in self.source.parts:
+            return self.source.parts[name]
+        return self.zeros(name, template)
+
+    def zeros(self, name: str, template: str) -> Lazy:
+        """Parts of the family that change nothing: the router's bias, q, k and v biases, the shared expert's gate."""
+        if not template.endswith((".router.bias", ".q.bias", ".k.bias", ".v.bias", ".shared_gate")):
+            raise ConfigError(f"the model has no {name}")
+        shape = shape_of(PARTS[template].layout, self.spec.sizes)
+        kind = "float32" if template.endswith(".router.bias") else self.source.parts["layers.0.attn.q"].kind
+        return Fill(shape, kind)
+
+    def matrix(self, layer: int, piece: Piece, which: str) -> Lazy:
+        """gate, up or down of an expert."""
+        dense = self.source.parts[f"layers.{layer}.mlp.{which}"]
+        factor = {"gate": piece.gate, "up": piece.up, "down": piece.down}[which]
+        cut = taken(dense, NEURONS[which], piece.neurons)
+        return Fill(cut.shape, cut.kind) if factor == 0.0 else scaled(cut, factor)
+
+    def shared(self, layer: int, which: str) -> Lazy:
+        """gate, up or down of the shared expert; a gate of zero lets half of it through."""
+        piece = self.cut[layer][0] or Piece(range(self.spec.s), down=0.0)
+        if self.spec.shared_gate:
+            piece = replace(piece, down=2.0 * piece.down)
+        return self.matrix(layer, piece, which)
