@@ -5,6 +5,7 @@
     surgery.convert("Llama-2-7b", "Llama-2-7b-hf", to="hf")
     surgery.open_checkpoint("Llama-2-7b").parts["layers.0.attn.q"][:4]     # four rows, nothing else is read
     surgery.verify("Llama-2-7b", "Llama-2-7b-hf").verdict                  # "the same model"
+    surgery.upcycle("SmolLM2", "SmolLM2-moe", experts=64, top_k=8).proof.verdict     # "exact"
     surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
 
 Everything bad that a file or a flag can be raises `surgery.errors.SurgeryError`.
@@ -19,15 +20,17 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion import convert
     from surgery.dialect import Topology
+    from surgery.upcycling.run import upcycle
     from surgery.verification.folders import verify
 
-__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "verify"]
+__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "upcycle", "verify"]
 
 _WHERE = {
     "Topology": ("surgery.dialect", "Topology"),
     "convert": ("surgery.conversion", "convert"),
     "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
+    "upcycle": ("surgery.upcycling.run", "upcycle"),
     "verify": ("surgery.verification.folders", "verify"),
 }
 

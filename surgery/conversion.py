@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from surgery.staging import check_free, data_of
 
 VOCABULARY = ("embed", "lm_head")
 MEMORY = 2 << 30
+Prove = Callable[[Checkpoint], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,13 @@ def execute(
     verify: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
+    prove: Prove | None = None,
 ) -> Report:
-    """Carry out a plan."""
+    """Carry out a plan.
+
+    `prove` is shown the complete output, opened, before it is published: what it answers joins surgery.json, and if it
+    raises, the output does not appear.
+    """
     import torch  # noqa: F401  imported before the peak is measured, which is above the imports
 
     dst = Path(dst)
@@ -246,17 +252,21 @@ def execute(
 
     def close(written: stream.Written) -> list[OutputFile]:
         digest, began = _digests(plan), time.monotonic()
-        if verify:
-            _read_back(plan, dst, progress)
+        again = _again(plan, dst) if verify or prove else None
+        if verify and again:
+            _read_back(plan, again, dst, progress)
         seconds = time.monotonic() - began if verify else 0.0
+        proof = prove(again) if prove and again else {}
         report.append(_report(plan, dst, written, digest, verify, seconds))
-        return [text_file(PROVENANCE, _provenance(plan, report[0], command))]
+        return [text_file(PROVENANCE, _provenance(plan, report[0], command, proof))]
 
     job = {"surgery": version(), "source": _identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=force, closing=close)  # fmt: skip
-    return replace(report[0], bytes=done.bytes, seconds=done.seconds, read_bytes=done.read_bytes, peak_memory=done.peak,
-                   notes=(*report[0].notes, *done.notes))  # fmt: skip
+    first = report[0]
+    peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
+    return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,
+                   notes=(*first.notes, *done.notes))  # fmt: skip
 
 
 def _refuse_overlap(src: Path, dst: Path) -> None:
@@ -265,10 +275,14 @@ def _refuse_overlap(src: Path, dst: Path) -> None:
         raise OutputError(f"and the source {src} lie within each other", file=dst, hint="write to a folder beside it")
 
 
-def _read_back(plan: Plan, dst: Path, progress: stream.Progress | None) -> None:
-    """Open what was written as any reader would, and compare the digests of all parts."""
+def _again(plan: Plan, dst: Path) -> Checkpoint:
+    """What was written, opened as any reader would."""
     known = {k: v for k, v in plan.options.items() if k in plan.to.option_names("read")}
-    again = plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+    return plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+
+
+def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
+    """Compare the digests of all parts of what was written with those of what should have been."""
     ledger, rows = Ledger(), plan.source.spec.v
     parts = {  # rows that the target pads its vocabulary with are its own
         name: Slice(part, 0, 0, rows) if name in VOCABULARY and part.shape[0] > rows else part
@@ -310,7 +324,8 @@ def _digests(plan: Plan) -> tuple[str | None, str]:
     output = plan.ledger.content_digest()
     if any(name.startswith(SOURCE) for name in plan.ledger.parts):
         return plan.ledger.content_digest(SOURCE), output
-    return (None if plan.settings.get("vocab_size") else output), output
+    changed = plan.settings.get("vocab_size") or plan.settings.get("derived")
+    return (None if changed else output), output
 
 
 def _report(
@@ -338,7 +353,7 @@ def _report(
     )
 
 
-def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
+def _provenance(plan: Plan, report: Report, command: Sequence[str], proof: Mapping[str, Any]) -> bytes:
     """surgery.json: where an output comes from, and what was dropped, added or guessed on the way."""
     record = {
         "surgery": version(),
@@ -356,7 +371,7 @@ def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
         "notes": list(report.notes),
         "run": run_of(plan.source.details),
         "versions": {"python": platform.python_version(), "torch": _torch_version()},
-    }  # fmt: skip
+    } | dict(proof)  # fmt: skip
     return (json.dumps(record, indent=2) + "\n").encode()
 
 

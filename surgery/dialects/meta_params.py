@@ -178,8 +178,7 @@ def refuse_misfits(spec: Spec) -> None:
         "sliding windows": bool(spec.windows),
         "no rotary embeddings": spec.rope is None or spec.p > 0,
         f"rotary embeddings on {rope.fraction:g} of a head": rope.fraction != 1.0,
-        say("rope", rope): bool(rope.scaling)
-        and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
+        say("rope", rope): bool(rope.scaling) and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
         f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
         != spec.h,
     }

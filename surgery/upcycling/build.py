@@ -1,7 +1,7 @@
 """From a dense checkpoint to a mixture of experts: parts -> parts, all of them lazy.
 
-    result = upcycled(open_checkpoint("SmolLM2-135M"), Settings(experts=64, top_k=8))
-    result.checkpoint.spec.e, result.layout.losses, result.target.family
+result = upcycled(open_checkpoint("SmolLM2-135M"), Settings(experts=64, top_k=8))
+result.checkpoint.spec.e, result.layout.losses, result.target.family
 """
 
 from __future__ import annotations

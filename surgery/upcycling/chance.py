@@ -1,7 +1,7 @@
 """Random numbers that are a function of the seed, a name and their place: the same in blocks of any size.
 
-    Random((64, 576), "float32", "layers.0.router", seed=0, std=0.02).read(box)
-    permutation(seed=0, name="layers.0", n=1536)       # a fixed order of 0 ... 1535
+Random((64, 576), "float32", "layers.0.router", seed=0, std=0.02).read(box)
+permutation(seed=0, name="layers.0", n=1536)       # a fixed order of 0 ... 1535
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Lazy pieces that upcycling needs: rows or columns by an index, and factors.
 
-    taken(gate, 0, range(0, 96))            # a slice
-    taken(down, 1, (5, 900, 17))            # columns in any order, read in windows of bounded size
-    scaled(down, 8.0)                       # multiplied in fp32, rounded once
+taken(gate, 0, range(0, 96))            # a slice
+taken(down, 1, (5, 900, 17))            # columns in any order, read in windows of bounded size
+scaled(down, 8.0)                       # multiplied in fp32, rounded once
 """
 
 from __future__ import annotations

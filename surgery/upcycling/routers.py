@@ -1,6 +1,6 @@
 """What a router starts from: rows [experts, model width], the same for all experts of a virtual group.
 
-    router(settings, layout, layer=3, width=576, kind="bfloat16")
+router(settings, layout, layer=3, width=576, kind="bfloat16")
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from surgery.anatomy import Spec
 from surgery.dialects.hf_config import misfits
 from surgery.dialects.hf_families import COUNTED, FAMILIES
+from surgery.dialects.misfits import in_words
 from surgery.errors import ConfigError, UsageError
 from surgery.upcycling.resolve import Layout
 
@@ -41,29 +42,15 @@ TARGETS: Mapping[str, Target] = {
         Target("granitemoeshared", about="Llama with a shared expert"),
         Target("granitemoe", about="Llama"),
         Target("qwen2_moe", shared=True, biases=True, about="Llama and Qwen2; layers may stay dense"),
-        Target("glm4_moe", shared=True, untied=True, exact_router=True, about="Llama; a factor on the router's weights"),
-        Target("ernie4_5_moe", exact_router=True, about="Llama; a bias for balancing"),
         Target("qwen3_moe", about="Qwen3; layers may stay dense"),
         Target("flex_olmo", about="OLMo 2"),
         Target("olmoe", about="models that norm all of q and k, norms in front"),
+        Target(
+            "glm4_moe", shared=True, untied=True, exact_router=True, about="Llama; a factor on the router's weights"
+        ),
+        Target("ernie4_5_moe", exact_router=True, about="Llama; a bias for balancing"),
     )
 }
-
-REASONS = {
-    "qk_norm": "it {has} a norm on queries and keys, and the model {had}",
-    "norm_at": "its norms stand {can} attention and mlp, the model's {is}",
-    "qkv_bias": "its queries, keys and values have {can} biases",
-    "o_bias": "its attention output has {can} bias",
-    "windows": "it has no sliding windows like the model's",
-    "moe_layers": "it cannot keep these layers dense",
-    "s": "it has no place for a shared expert {is} wide (it could have {can})",
-    "top_k_renormalised": "it always normalises the chosen experts' weights",
-    "router_scale": "it has no factor on the router's weights",
-    "half": "its heads are as wide as the model's width divided by their number",
-    "norm": "it has another kind of norm ({can}, not {is})",
-    "clip_qkv": "it does not clip queries, keys and values",
-}
-_WORDS = {"pre": "in front of", "post": "behind", True: "", False: "no", "": "none", None: "none"}
 
 
 def fitted(layout: Layout, dense: Spec, target: str, normalise: bool) -> tuple[Spec, Target]:
@@ -78,7 +65,7 @@ def fitted(layout: Layout, dense: Spec, target: str, normalise: bool) -> tuple[S
         if gaps := misfits(found, target):
             fits = [name for name, t in TARGETS.items() if not misfits(candidate(layout, dense, t, normalise), name)]
             raise ConfigError(
-                f"a {target} cannot hold this model: {why(gaps)}",
+                f"a {target} cannot hold this model: it has {why(gaps)}",
                 hint=f"these can: {', '.join(fits)}" if fits else "no family can with these settings",
             )
         return found, TARGETS[target]
@@ -119,15 +106,7 @@ def candidate(layout: Layout, dense: Spec, target: Target, normalise: bool) -> S
 
 
 def why(gaps: Mapping[str, tuple[object, object]]) -> str:
-    """In words what a family cannot hold.  `gaps` are pairs of what the model is and what the family would make it."""
-    out = []
-    for name, (is_, can) in list(gaps.items())[:3]:
-        text = REASONS.get(name)
-        if text is None:
-            out.append(str(is_) if name == "config" else f"{name} is {is_!r}, it can hold {can!r}")
-            continue
-        has, had = ("always has" if can else "has no"), ("has none" if not is_ else "has one of its own kind")
-        text = text.replace("has no a norm", "has no norm")
-        words = {"has": has, "had": had, "is": _WORDS.get(is_, is_) or is_, "can": _WORDS.get(can, can) or "always"}  # type: ignore[call-overload]
-        out.append(text.format(**words).replace("has no a", "has no"))
-    return "; ".join(out)
+    """In words what a family cannot hold.  `gaps` are pairs of what the model has and what the family would make it."""
+    if "moe_layers" in gaps:
+        gaps = {name: pair for name, pair in gaps.items() if name != "f"}
+    return in_words(gaps, 3)
