@@ -165,7 +165,7 @@ def settled(values: Mapping[str, Any], file: str | None = None) -> Settings:
     for name in ("experts", "top_k"):
         if values.get(name) is None:
             raise UsageError(f"{flag(name)} is missing", hint="for example --experts 8 --top-k 2")
-    plain = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         return Settings(**plain)
     except SurgeryError as error:
