@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from surgery.upcycling.command import upcycle_command
+from surgery.upcycling.command import experts_command, upcycle_command
 
 if TYPE_CHECKING:
     from surgery.dialect import Topology
@@ -307,6 +307,7 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
 
 
 main.add_command(upcycle_command)
+main.add_command(experts_command)
 
 
 @contextmanager

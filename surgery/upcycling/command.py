@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-OWN = ("recipe", "dense_layers", "sources")
 
 _SETTINGS: tuple[Decorator, ...] = (
     click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
@@ -50,18 +49,23 @@ _SETTINGS: tuple[Decorator, ...] = (
                  help="mix: a further dense model of the same shape. Repeatable."),
     click.option("--attention", metavar="HOW", help="mix: average all that is no expert, or take the first model's. "
                  "[default: average]"),
+    click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
+                 "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
+                 "(weighted by use on a text)."),
     click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
 )  # fmt: skip
 
+_RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
+_DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
+                      help="Cast the weights before anything else.")  # fmt: skip
 _OUTPUT: tuple[Decorator, ...] = (
-    click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it."),
+    _RECIPE,
     click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
     click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
     click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
     click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
-    click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
-                 help="Cast the weights before anything else."),
+    _DTYPE,
     click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
     click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
@@ -102,11 +106,69 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
+    from surgery.upcycling import run
+
+    shape = {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
+             "max_memory": _size(flags["max_memory"])}  # fmt: skip
+    if flags["collapse"]:
+        ready = run.prepare_change(src, _collapse(flags), asked={"collapse": flags["collapse"]}, **shape)
+    else:
+        ready = run.prepare(src, _settings(flags), dtype=flags["dtype"], **shape)
+    _finish(ready, dst, flags)
+
+
+@click.command("experts")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@click.option("--keep", metavar="E,E", help="Only these experts, in this order: 0,3-5.")
+@click.option("--prune", metavar="E,E", help="All but these.")
+@click.option("--duplicate", type=click.IntRange(2), metavar="TIMES", help="Every expert so many times, and as many "
+              "times more of them chosen: exact, a larger model to train on.")  # fmt: skip
+@click.option("--merge", metavar="E+E,E", help="Means of experts: 0+1,2+3 makes two of four.")
+@click.option("--permute", metavar="E,E", help="All experts in another order: exact.")
+@click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses.")
+@click.option("--force-lossy", is_flag=True, help="Allow what does not preserve the function.")
+@_flags(tuple(option for option in _OUTPUT if option is not _DTYPE and option is not _RECIPE))
+def experts_command(src: str, dst: str, **flags: Any) -> None:
+    """Prune, keep, duplicate, merge or permute the experts of a mixture, or change how many are chosen.
+
+    \b
+    surgery experts Mixtral-8x7B small --keep 0,2,5,7 --force-lossy
+    surgery experts moe twice --duplicate 2          exact: copies share the weight of what they are copies of
+    surgery experts moe fewer --top-k 1 --force-lossy
+
+    The proof says how far the result is from the source; what changes the function needs --force-lossy.
+    """
+    from surgery.errors import UsageError
+    from surgery.upcycling import experts, run
+
+    names = ("keep", "prune", "duplicate", "merge", "permute")
+    asked = {name: flags[name] for name in names if flags[name] is not None}
+    if not asked and not flags["top_k"]:
+        raise UsageError("nothing is asked for", hint="--keep, --prune, --duplicate, --merge, --permute or --top-k")
+
+    def change(source: Any) -> Any:
+        groups, copies = experts.groups_of(source.spec.e, **asked)
+        return experts.changed_experts(source, groups, flags["top_k"], copies, flags["force_lossy"])
+
+    ready = run.prepare_change(
+        src, change, to=flags["to"], topology=_topology(flags), options=_options(flags),
+        max_memory=_size(flags["max_memory"]), asked={**asked, "top_k": flags["top_k"]},
+    )  # fmt: skip
+    _finish(ready, dst, flags)
+
+
+def _collapse(flags: dict[str, Any]) -> Any:
+    from surgery.upcycling.collapse import collapsed
+
+    return lambda source: collapsed(source, flags["collapse"], bool(flags["force_lossy"]))
+
+
+def _finish(ready: Any, dst: str, flags: dict[str, Any]) -> None:
+    """Show the plan, or carry it out and show the outcome."""
     from surgery.staging import check_free
     from surgery.upcycling import render, run
 
-    ready = run.prepare(src, _settings(flags), to=flags["to"], topology=_topology(flags), dtype=flags["dtype"],
-                        options=_options(flags), max_memory=_size(flags["max_memory"]))  # fmt: skip
     if flags["dry_run"]:
         data = render.plan_data(ready)
         click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
