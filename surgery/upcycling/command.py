@@ -28,14 +28,19 @@ _SETTINGS: tuple[Decorator, ...] = (
                  "qwen2_moe, qwen3_moe, flex_olmo, olmoe, glm4_moe, ernie4_5_moe. "
                  "[default: the first that holds the model exactly]"),
     click.option("--router", metavar="START", help="What the router starts from: normal[:STD], kaiming, zeros (all "
-                 "experts tie). Experts of a virtual group share their rows. [default: normal:0.02]"),
+                 "experts tie), kmeans (centres of what it sees on a text), prompts:FILE or domains:FILE (a YAML list "
+                 "with the texts, or files of texts, of every expert). Experts of a virtual group share their rows. "
+                 "[default: normal:0.02]"),
     click.option("--scale", metavar="WHERE", help="Where the factor G goes that makes up for the shards: down, "
                  "up-down, router (a factor of the config), cbrt (on gate, up and down: published, not preserving), "
                  "none, or a NUMBER on down. [default: down]"),
     click.option("--shared", metavar="NEURONS", help="Neurons of an expert that is always on: a share (0.5), a number, "
                  "or dense for the whole mlp beside experts that add nothing at first. [default: 0]"),
-    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential or random. "
-                 "[default: sequential]"),
+    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of "
+                 "their weights), co-activation, or gradient (important for the same tokens). [default: sequential]"),
+    click.option("--sharing", is_flag=True, default=None, help="gradient: every expert takes its own best neurons."),
+    click.option("--text", type=click.Path(), help="What co-activation, gradient and kmeans read. "
+                 "[default: built-in prose]"),
     click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
     click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
                  "[default], or take softmax, then top-k (exact only with --router zeros)."),

@@ -143,7 +143,7 @@ def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
     ids = encoded(source, PROSE)
     length = min(LENGTH, count)
     batch = max(1, count // length)
-    if ids is None:
+    if ids is None or len(set(ids)) < 2:
         return fixed_tokens(source.spec.v_true or source.spec.v, batch, length), "random tokens"
     while len(ids) < batch * length:
         ids = ids + ids
@@ -161,7 +161,7 @@ def encoded(source: Checkpoint, text: str) -> list[int] | None:
         ids = [int(i) for i in PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(text)]
     except Exception:  # whatever it raises on a strange file: the proof works with other tokens as well
         return None
-    return ids if len(ids) > 1 and max(ids) < source.spec.v else None
+    return ids if ids and max(ids) < source.spec.v else None
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:

@@ -6,13 +6,17 @@ router(settings, layout, layer=3, width=576, kind="bfloat16")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from surgery.errors import UsageError, show
-from surgery.lazy import Fill, Lazy
+from surgery.lazy import Fill, Lazy, Map, torch_dtype
 from surgery.upcycling.chance import Random
 from surgery.upcycling.nodes import Gather
 from surgery.upcycling.resolve import Layout
 from surgery.upcycling.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 Start = Callable[[str, tuple[int, int], str, str, int], Lazy]  # argument, shape, kind, name, seed -> rows
 
@@ -48,11 +52,17 @@ def check_router(wanted: Settings, layout: Layout) -> None:
         )
 
 
-def router(wanted: Settings, layout: Layout, layer: int, width: int, kind: str) -> Lazy:
-    """The rows of one layer's router."""
+def router(
+    wanted: Settings, layout: Layout, layer: int, width: int, kind: str, guide: torch.Tensor | None = None
+) -> Lazy:
+    """The rows of one layer's router; `guide` are rows that a text gave."""
     start, argument = wanted.router_kind
     rows = layout.copies if layout.grouped else layout.experts
-    found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
+    if guide is None:
+        found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
+    else:
+        held = guide.to(torch_dtype(kind))
+        found = Map(lambda: held, (), kind, tuple(held.shape), whole=True)
     if not layout.grouped:
         return found
     return Gather(found, 0, [i // layout.granularity for i in range(layout.experts)])

@@ -17,8 +17,8 @@ from surgery.errors import ConfigError, SurgeryError, UsageError, show
 
 STRATEGIES = ("auto", "copy", "virtual-group", "partition", "drop", "mix")
 SCALES = ("auto", "down", "up-down", "router", "cbrt", "none")
-ORDERS = ("sequential", "random")
-ROUTERS = ("normal", "kaiming", "zeros")
+ORDERS = ("sequential", "random", "clustering", "co-activation", "gradient")
+ROUTERS = ("normal", "kaiming", "zeros", "kmeans", "prompts", "domains")
 LARGEST = 1 << 16
 
 
@@ -30,10 +30,12 @@ class Settings:
     strategy         which neurons each expert starts with; auto: virtual-group if possible, else copy
     granularity      into how many shards each copy of the mlp is cut (virtual-group); None: top_k
     target           the family of the result; auto: the first that can hold it exactly
-    router           normal[:STD] | kaiming | zeros
+    router           normal[:STD] | kaiming | zeros | kmeans | prompts:FILE | domains:FILE
     scale            where the factor goes that makes up for the shards: down | up-down | router | cbrt | none | NUMBER
     shared           neurons of an expert that is always on: a share below 1, a number, or "dense" for a whole copy
-    order            which neurons go together: sequential | random
+    order            which neurons go together: sequential | random | clustering | co-activation | gradient
+    sharing          with gradient: every expert takes its own best neurons, whoever else has them
+    text             what is read for co-activation, gradient and kmeans; "": built-in prose
     dense_layers     layers that keep their dense mlp; negative ones count from the end
     normalise        the chosen experts' weights are divided by their sum (False: softmax, then top-k)
     reinit           share of an expert's neurons that are drawn anew (drop)
@@ -53,6 +55,8 @@ class Settings:
     scale: str = "auto"
     shared: str = "0"
     order: str = "sequential"
+    sharing: bool = False
+    text: str = ""
     dense_layers: tuple[int, ...] = ()
     normalise: bool = True
     reinit: float = 0.5
@@ -74,12 +78,13 @@ class Settings:
             _check(type(value) in (int, float) and 0 <= value <= (1 if name == "reinit" else 1e3), name, value)
         for name, choices in CHOICES.items():
             _one_of(getattr(self, name), choices, name)
-        for name in ("normalise", "force_lossy"):
+        for name in ("normalise", "force_lossy", "sharing"):
             _check(type(getattr(self, name)) is bool, name, getattr(self, name))
         for name, kind in (("dense_layers", int), ("sources", str)):
             value = getattr(self, name)
             _check(isinstance(value, tuple) and all(type(x) is kind for x in value), name, value)
-        _check(isinstance(self.target, str), "target", self.target)
+        for name in ("target", "text"):
+            _check(isinstance(getattr(self, name), str), name, getattr(self, name))
         _one_of(self.router_kind[0], ROUTERS, "router")
         if self.scale not in SCALES and self.scale_number is None:
             _one_of(self.scale, SCALES, "scale")

@@ -60,8 +60,17 @@ def redrawn_places(wanted: Settings, layer: int, expert: int, which: str, m: int
     return permutation(wanted.seed, name, m)[: round(wanted.reinit * m)]
 
 
-def pieces(layout: Layout, wanted: Settings, layer: int, f: int) -> tuple[Piece | None, list[Piece]]:
-    """The shared expert (None without one) and the routed ones of a layer whose mlp has `f` neurons."""
+def pieces(
+    layout: Layout, wanted: Settings, layer: int, f: int, guide: tuple[Sequence[int], Sequence[Sequence[int]]] | None
+) -> tuple[Piece | None, list[Piece]]:
+    """The shared expert (None without one) and the routed ones of a layer whose mlp has `f` neurons.
+
+    `guide` is what a text says they should be: the shared neurons, and those of each different expert.
+    """
+    if guide is not None:
+        shared, sets = guide
+        routed = [Piece(sets[i % len(sets)], 0, layout.gate, layout.up, layout.down) for i in range(layout.experts)]
+        return (Piece(shared) if layout.s else None), routed
     order: Sequence[int] = range(f)
     if wanted.order == "random":
         order = permutation(wanted.seed, f"layers.{layer}.order", f)
