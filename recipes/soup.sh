@@ -10,16 +10,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-command -v surgery >/dev/null || PATH="$root/.venv/bin:$PATH"
-
-bold='' dim='' plain=''
-if [[ -t 1 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; fi
-step() {  # step TITLE COMMAND...: announce the command as one would type it, then run it
-    local line
-    printf -v line ' %q' "${@:2}"
-    printf '\n%s%s%s\n%s$%s%s\n' "$bold" "$1" "$plain" "$dim" "$line" "$plain"
-    "${@:2}"
-}
+source "$root/recipes/step.sh"
 near() { if [[ $1 == "$PWD"/* ]]; then printf '%s' "${1#"$PWD"/}"; else printf '%s' "$1"; fi; }
 
 model=$(near "$(python "$root/recipes/small_model.py" "${1:-}")")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from surgery.soups.flags import soup_flags
+from surgery.upcycling.command import experts_command, upcycle_command
 
 if TYPE_CHECKING:
     from surgery.dialect import Topology
@@ -56,6 +57,7 @@ def main() -> None:
     surgery convert Llama-2-7b Llama-2-7b-hf --to hf        Meta -> Hugging Face
     surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3   Hugging Face -> Meta, 3 ranks
     surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
+    surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
     surgery formats meta                                    what can be chosen for a format?
     """
 
@@ -343,6 +345,10 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
     from surgery.talk import answer
 
     click.echo(answer(path, question, max_new_tokens))
+
+
+main.add_command(upcycle_command)
+main.add_command(experts_command)
 
 
 @contextmanager

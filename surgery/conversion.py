@@ -9,14 +9,10 @@ like any other checkpoint, read, and must give the same digests, before it appea
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +22,14 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
 from surgery.fingerprint import SOURCE, Ledger
-from surgery.formats import PROVENANCE, Checkpoint, Format, Options, Output, run_of
+from surgery.formats import PROVENANCE, Checkpoint, Format, Options, Output
 from surgery.lazy import Slice
+from surgery.provenance import provenance, version
 from surgery.staging import check_free, data_of
 
 VOCABULARY = ("embed", "lm_head")
 MEMORY = 2 << 30
+Prove = Callable[[Checkpoint], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -256,39 +254,53 @@ def execute(
     verify: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
+    prove: Prove | None = None,
 ) -> Report:
-    """Carry out a plan."""
+    """Carry out a plan.
+
+    `prove` is shown the complete output, opened, before it is published: what it answers joins surgery.json, and if it
+    raises, the output does not appear.
+    """
     import torch  # noqa: F401  imported before the peak is measured, which is above the imports
 
     dst = Path(dst)
-    _refuse_overlap(plan.source.path, dst)
+    refuse_overlap(plan.source.path, dst)
     report: list[Report] = []
 
     def close(written: stream.Written) -> list[OutputFile]:
         digest, began = _digests(plan), time.monotonic()
-        if verify:
-            _read_back(plan, dst, progress)
+        again = _again(plan, dst) if verify or prove else None
+        if verify and again:
+            _read_back(plan, again, dst, progress)
         seconds = time.monotonic() - began if verify else 0.0
+        proof = prove(again) if prove and again else {}
         report.append(_report(plan, dst, written, digest, verify, seconds))
-        return [text_file(PROVENANCE, _provenance(plan, report[0], command))]
+        return [text_file(PROVENANCE, provenance(plan, report[0], command, proof))]
 
-    job = {"surgery": version(), "source": _identity(plan.source), **plan.settings}
+    job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=force, closing=close)  # fmt: skip
-    return replace(report[0], bytes=done.bytes, seconds=done.seconds, read_bytes=done.read_bytes, peak_memory=done.peak,
-                   notes=(*report[0].notes, *done.notes))  # fmt: skip
+    first = report[0]
+    peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
+    return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,
+                   notes=(*first.notes, *done.notes))  # fmt: skip
 
 
-def _refuse_overlap(src: Path, dst: Path) -> None:
+def refuse_overlap(src: Path, dst: Path) -> None:
+    """Raise OutputError if one of two folders lies in the other."""
     a, b = src.resolve(), dst.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise OutputError(f"and the source {src} lie within each other", file=dst, hint="write to a folder beside it")
 
 
-def _read_back(plan: Plan, dst: Path, progress: stream.Progress | None) -> None:
-    """Open what was written as any reader would, and compare the digests of all parts."""
+def _again(plan: Plan, dst: Path) -> Checkpoint:
+    """What was written, opened as any reader would."""
     known = {k: v for k, v in plan.options.items() if k in plan.to.option_names("read")}
-    again = plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+    return plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+
+
+def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
+    """Compare the digests of all parts of what was written with those of what should have been."""
     ledger, rows = Ledger(), plan.source.spec.v
     parts = {  # rows that the target pads its vocabulary with are its own
         name: Slice(part, 0, 0, rows) if name in VOCABULARY and part.shape[0] > rows else part
@@ -321,7 +333,7 @@ def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 
-def _identity(source: Checkpoint) -> list[Any]:
+def identity(source: Checkpoint) -> list[Any]:
     """What tells whether the source is still the same when a killed run is repeated."""
     stats = [(p, p.stat()) for p in source.files]
     return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
@@ -330,7 +342,7 @@ def _identity(source: Checkpoint) -> list[Any]:
 def _digests(plan: Plan) -> tuple[str | None, str]:
     """Of the source and of the output: the same one if no weight was changed, none if the source is another model."""
     output = plan.ledger.content_digest()
-    if plan.settings.get("cut"):
+    if plan.settings.get("cut") or plan.settings.get("derived"):
         return None, output
     if any(name.startswith(SOURCE) for name in plan.ledger.parts):
         return plan.ledger.content_digest(SOURCE), output
@@ -361,41 +373,3 @@ def _report(
         dropped=dict(plan.dropped),
         notes=plan.notes,
     )
-
-
-def _provenance(plan: Plan, report: Report, command: Sequence[str]) -> bytes:
-    """surgery.json: where an output comes from, and what was dropped, added or guessed on the way."""
-    record = {
-        "surgery": version(),
-        "command": list(command),
-        "source": {"path": report.source, "format": report.source_format, "topology": _sizes(plan.source.topology),
-                   "files": {p.name: p.stat().st_size for p in plan.source.files}},
-        "output": {"format": report.output_format, "topology": dict(report.topology),
-                   "files": {f.name: f.size for f in plan.output.files}},
-        "source_digest": report.source_digest,
-        "content_digest": report.content_digest,
-        "verified": report.verified,
-        "parts": len(plan.source.parts),
-        "parameters": plan.source.spec.parameters(),
-        "dropped": dict(report.dropped),
-        "notes": list(report.notes),
-        "run": run_of(plan.source.details),
-        "versions": {"python": platform.python_version(), "torch": _torch_version()},
-    }  # fmt: skip
-    return (json.dumps(record, indent=2) + "\n").encode()
-
-
-def _sizes(topology: Topology) -> dict[str, int]:
-    return {k: v for k, v in asdict(topology).items() if isinstance(v, int)}
-
-
-def _torch_version() -> str:
-    torch = sys.modules.get("torch")
-    return str(torch.__version__) if torch else ""
-
-
-def version() -> str:
-    try:
-        return metadata.version("checkpoint-surgery")
-    except metadata.PackageNotFoundError:
-        return "unknown"

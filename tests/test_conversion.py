@@ -144,14 +144,14 @@ def test_a_damaged_output_is_not_published(tmp_path, tiny_hf, monkeypatch):
     """Flip a bit of the written file before it is read back."""
     original = conversion._read_back
 
-    def spoil(plan, dst, progress):
+    def spoil(plan, again, dst, progress):
         path = conversion.data_of(dst) / "model.safetensors"
         with path.open("r+b") as f:
             f.seek(path.stat().st_size // 2)
             byte = f.read(1)
             f.seek(-1, os.SEEK_CUR)
             f.write(bytes([byte[0] ^ 0x10]))
-        original(plan, dst, progress)
+        original(plan, again, dst, progress)
 
     monkeypatch.setattr(conversion, "_read_back", spoil)
     with pytest.raises(SurgeryError, match="read back differently"):

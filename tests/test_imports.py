@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "surgery"
 # Each module knows only what stands before it.  Packages count as one.
 ORDER = ["errors", "sizes", "memory", "files", "lazy", "extent", "axes", "anatomy", "topology", "rows", "replicas",
          "dialect", "containers", "fingerprint", "journal", "staging", "sink", "stream", "tokenizer", "formats",
-         "dialects", "checkpoint", "allowances", "conversion"]  # fmt: skip
+         "dialects", "checkpoint", "allowances", "provenance", "conversion"]  # fmt: skip
 LATE = {"cli": set(), "show": {"cli"}, "inspect": {"cli", "show"}}  # who may import these
 
 

@@ -134,7 +134,7 @@ def build(folder: Path, heads: int, groups: int) -> None:
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=heads * 8,
-        intermediate_size=60,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=groups,
@@ -168,8 +168,8 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
         (work / name / "stale").write_text("old")
     result = quickstart(model, work, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    titles = re.findall(r"^\d\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
-    assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"]
+    titles = re.findall(r"^\d+\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
+    assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"] + ["upcycle"] * 2 + ["ask"]
     assert '$ surgery inspect "a model"' in result.stdout
     losses = re.findall(r"^  (\d+\.\d+)  (\S.*)$", result.stdout, re.MULTILINE)
     assert [Path(name).name for _, name in losses] == ["copy-1", "copy-2", "copy-3", "soup"]
@@ -178,6 +178,7 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     assert sorted(f.name for f in (work / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
     assert not list(work.rglob("stale"))
     assert tree(model) == before
+    assert result.stdout.count("proof  exact") == 2
     assert tree(work / "back")["tokenizer.json"] == before["tokenizer.json"]
     old, new = (load_file(folder / "model.safetensors") for folder in (model, work / "back"))
     assert old.keys() == new.keys()

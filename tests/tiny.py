@@ -28,6 +28,7 @@ def _theta(base: float, **more: object) -> dict[str, object]:
 
 
 _MOE = {"num_experts_per_tok": 3}
+_GRANITE = {"rms_norm_eps": 1e-5, "intermediate_size": "m", "num_local_experts": "e", "attention_multiplier": 10**-0.5}
 _SLIDING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 # name -> model_type, other sizes, further keys of the config
 FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
@@ -42,6 +43,20 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
                                    **_theta(1e6)}),
     "qwen3_moe": ("qwen3_moe", WIDER, {"rms_norm_eps": 1e-6, "num_experts": "e", "moe_intermediate_size": "m", **_MOE,
                                        "norm_topk_prob": True, "mlp_only_layers": [0], **_theta(1e6)}),
+    "qwen2_moe": ("qwen2_moe", {}, {"rms_norm_eps": 1e-6, "num_experts": "e", "moe_intermediate_size": "m", **_MOE,
+                                    "shared_expert_intermediate_size": 40, "norm_topk_prob": False,
+                                    "mlp_only_layers": [0, 4], **_theta(1e6)}),
+    "granitemoe": ("granitemoe", {}, {**_GRANITE, **_MOE, **_theta(20000.0)}),
+    "granitemoeshared": ("granitemoeshared", {}, {**_GRANITE, **_MOE, "shared_intermediate_size": 40,
+                                                  **_theta(20000.0)}),
+    "glm4_moe": ("glm4_moe", WIDER, {"rms_norm_eps": 1e-5, "n_routed_experts": "e", "moe_intermediate_size": "m",
+                                     **_MOE, "n_shared_experts": 2, "routed_scaling_factor": 2.5, "n_group": 1,
+                                     "first_k_dense_replace": 2, "num_nextn_predict_layers": 0,
+                                     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                         "partial_rotary_factor": 0.6}}),
+    "ernie4_5_moe": ("ernie4_5_moe", {}, {"rms_norm_eps": 1e-5, "moe_num_experts": "e", "moe_intermediate_size": "m",
+                                          "moe_k": 3, "moe_num_shared_experts": 2, "moe_layer_start_index": 1,
+                                          "moe_layer_end_index": 4, **_theta(5e5)}),
     "olmo": ("olmo", {}, {"clip_qkv": 2.0, **_theta(10000.0)}),
     "olmo2": ("olmo2", {}, {"rms_norm_eps": 1e-6, **_theta(500000.0)}),
     "olmo3": ("olmo3", {}, {"rms_norm_eps": 1e-6, "sliding_window": 9, "layer_types": _SLIDING,

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from surgery import tokenizer
@@ -58,6 +59,8 @@ LLAMA_LIKE: tuple[Row, ...] = (
     row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
 )
 
+_GRANITE = _L + "block_sparse_moe."
+
 EXPERTS: Mapping[str, tuple[Row, ...]] = {
     "w1": (
         row(_L + "block_sparse_moe.gate.weight", "router"),
@@ -76,7 +79,37 @@ EXPERTS: Mapping[str, tuple[Row, ...]] = {
         row(_L + "mlp.experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
         row(_L + "mlp.experts.down_proj", "experts.{e}.down", layout="e h m"),
     ),
+    "granite": (
+        row(_GRANITE + "router.layer.weight", "router"),
+        row(_GRANITE + "input_linear.weight", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
+        row(_GRANITE + "output_linear.weight", "experts.{e}.down", layout="e h m"),
+        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
+        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
+    ),
+    "granite_fused": (  # as transformers 5 has them in memory
+        row(_GRANITE + "router.weight", "router"),
+        row(_GRANITE + "experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
+        row(_GRANITE + "experts.down_proj", "experts.{e}.down", layout="e h m"),
+        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
+        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
+    ),
 }
+
+
+def _shared(module: str) -> tuple[Row, ...]:
+    return tuple(row(f"{_L}mlp.{module}.{x}_proj.weight", f"shared.{x}") for x in ("gate", "up", "down"))
+
+
+# What single families have besides.  transformers 5 holds Ernie's statistics inside the router.
+EXTRA_ROWS: Mapping[str, tuple[Row, ...]] = {
+    "qwen2_moe": (*_shared("shared_expert"), row(_L + "mlp.shared_expert_gate.weight", "shared_gate")),
+    "glm4_moe": (*_shared("shared_experts"), row(_L + "mlp.gate.e_score_correction_bias", "router.bias")),
+    "ernie4_5_moe": (
+        *_shared("shared_experts"),
+        row(_L + "mlp.moe_statics.e_score_correction_bias", "router.bias", layout="u e"),
+    ),
+}
+PAIRS = {"attn.q": "(g n half two) h", "attn.k": "(g half two) h"}
 
 _N = "gpt_neox.layers.{l}."
 
@@ -139,12 +172,26 @@ def table(model_type: str, names: Iterable[str] = ()) -> Dialect:
         bare = any(name.startswith("wte.") for name in names)
         rows = [replace(r, name=r.name.removeprefix("transformer.")) for r in GPT2] if bare else GPT2
         return Dialect("hf", tuple(rows), IGNORED)
-    spelling = "w1" if model_type == "mixtral" else "gate_proj"
+    family = FAMILIES.get(model_type)
+    spelling = family.experts if family else "gate_proj"
     first = next((n for n in names if ".experts." in n), "")
-    if first:
+    if re.search(r"\.experts\.(gate_up_proj|down_proj)$", first):
+        spelling = "granite_fused" if spelling == "granite" else "fused"
+    elif first and spelling != "granite":
         spelling = "w1" if ".w1." in first or ".w2." in first or ".w3." in first else "gate_proj"
-        spelling = "fused" if re.search(r"\.experts\.(gate_up_proj|down_proj)$", first) else spelling
-    return Dialect("hf", LLAMA_LIKE + EXPERTS[spelling], IGNORED)
+    rows = LLAMA_LIKE + EXPERTS[spelling] + EXTRA_ROWS.get(model_type, ())
+    if any(".mlp.gate.moe_statics." in n for n in names):
+        rows = tuple(replace(r, name=r.name.replace("mlp.moe_statics", "mlp.gate.moe_statics")) for r in rows)
+    if family and family.interleaved:
+        rows = tuple(_paired(r) for r in rows)
+    return Dialect("hf", rows, IGNORED)
+
+
+@cache
+def _paired(r: Row) -> Row:
+    """The row of a family whose rotary pairs lie side by side."""
+    part = r.parts[0].removeprefix("layers.{l}.")
+    return row(r.name, part, layout=PAIRS[part]) if part in PAIRS else r
 
 
 def recognise(folder: Path) -> bool:

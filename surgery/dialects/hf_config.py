@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 from surgery.anatomy import Rope, Spec
 from surgery.dialects.hf_families import ACTS, EXTRA, FAMILIES, INERT, REFUSED, Family
+from surgery.dialects.hf_moe import read_moe, write_moe
 from surgery.dialects.misfits import in_words
 from surgery.errors import ConfigError, show
 
@@ -43,12 +44,12 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     fields["windows"], windowed = _read_windows(family, keys)
     fields["rope"], fields["rope_local"] = _read_rope(family, keys, windowed)
     fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
-    if kind == "qwen3_moe":
-        fields["moe_layers"] = _read_sparse(keys)
+    fields |= read_moe(family, config, fields, file)
     fields["p"] = fields["positions"] if family.learned else 0
     spec = Spec(**{"family": family.model_type, **fields})  # type: ignore[arg-type]
     facts = {k: v for k, v in config.items() if k in INERT}
-    known = INERT | set(EXTRA) | set(family.keys) | {"auto_map", *REFUSED}
+    own = {*family.keys, *family.fixed, *family.switches, *family.aliases.values(), *(family.shared or ())[:1]}
+    known = INERT | set(EXTRA) | own | {"auto_map", *REFUSED}
     odd = sorted(k for k in config if k not in known and config[k] is not None)
     notes = keys.notes + [f"config key {show(k)} is not understood and has no effect here" for k in odd]
     return spec, facts, notes
@@ -78,7 +79,7 @@ class _Keys:
     # transformers 5 renamed one
     _ALIASES: Mapping[str, str] = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
     _INTS = frozenset("l h v f m e top_k positions".split())
-    _FLAGS = frozenset("tied mlp_bias parallel top_k_renormalised".split())
+    _FLAGS = frozenset("tied mlp_bias parallel top_k_renormalised qkv_bias".split())
 
     def __init__(self, config: Config, family: Family, file: str) -> None:
         self.config, self.family, self.file = config, family, file
@@ -103,7 +104,7 @@ class _Keys:
             fits = type(value) is int and 0 < value < 1 << 31
         elif name in self._FLAGS:
             fits = type(value) is bool
-        elif name in ("norm_eps", "clip_qkv"):
+        elif name in ("norm_eps", "clip_qkv", "router_scale"):
             fits = value is None or (type(value) in (int, float) and 0 < value < 1e9)  # type: ignore[operator]
         if not fits:
             raise ConfigError(f"{key} is {show(value)}, which is no sensible value", file=self.file)
@@ -168,6 +169,9 @@ def _read_windows(family: Family, keys: _Keys) -> tuple[tuple[int, ...], bool]:
 
 def _default_types(family: Family, keys: _Keys, layers: int) -> list[str]:
     """The layers with a window where the config does not list them, as transformers decides it."""
+    if family.model_type == "qwen2_moe":  # every other layer up to the first so many
+        last = keys.integer("max_window_layers", 28)
+        return ["full_attention" if i % 2 or i >= last else "sliding_attention" for i in range(layers)]
     first = keys.integer("max_window_layers", 28) if family.window == "qwen" and family.model_type != "qwen3_moe" else 0
     sliding: Callable[[int], bool] = (
         (lambda i: (i + 1) % 4 != 0) if family.window == "types" else (lambda i: i >= first)
@@ -237,16 +241,6 @@ def _attention_factor(numbers: Config) -> float | None:
     return 0.1 * math.log(factor) + 1.0  # type: ignore[arg-type]
 
 
-def _read_sparse(keys: _Keys) -> tuple[int, ...]:
-    """Which layers of a Qwen3-MoE have experts: every decoder_sparse_step-th but the mlp_only_layers."""
-    layers, step = keys.integer("num_hidden_layers", 0), keys.integer("decoder_sparse_step", 1)
-    dense = keys.config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
-        raise ConfigError("mlp_only_layers is no list of layers", file=keys.file)
-    sparse = tuple(i for i in range(layers) if i not in dense and step and (i + 1) % step == 0)
-    return () if len(sparse) == layers else sparse
-
-
 # ------------------------------------------------------------------------------------------------------- writing
 
 
@@ -267,9 +261,9 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
     if family.bias:
         config["attention_bias"] = bool(getattr(spec, family.bias[0]))
     config |= _write_windows(family, spec) | _write_rope(family, spec)
-    if model_type == "qwen3_moe":
-        config["decoder_sparse_step"] = 1
-        config["mlp_only_layers"] = [i for i in range(spec.l) if not spec.is_moe(i)]
+    config |= write_moe(family, spec)
+    config |= {also: config[key] for key, also in family.aliases.items()}
+    if {"f", "m"} <= set(family.keys.values()):
         config["intermediate_size"] = spec.f or spec.m  # which no layer has if all have experts
     config["torch_dtype"] = kind
     return {family.renamed.get(k, k): v for k, v in config.items()}

@@ -15,7 +15,8 @@ from types import MappingProxyType
 @dataclass(frozen=True)
 class Family:
     """One `model_type`.  `keys`: config key -> field of Spec; `absent`: what transformers takes for a missing key;
-    `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base."""
+    `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base;
+    `sparse`, `shared`, `fixed`, `switches`: see `hf_moe`; `aliases`: keys that are written under a second name too."""
 
     model_type: str
     architecture: str
@@ -30,6 +31,13 @@ class Family:
     fraction: float = 1.0
     learned: bool = False  # learned positions instead of rotary embeddings
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # usual key -> this family's own
+    sparse: str = ""  # how the config lists the layers with experts: steps | first | range; "": all have them
+    shared: tuple[str, int] | None = None  # the key of the shared expert's width, and what its absence means
+    fixed: Mapping[str, tuple[object, object]] = field(default_factory=lambda: MappingProxyType({}))
+    switches: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    experts: str = "gate_proj"  # how the tensors of experts are named: a key of `hf.EXPERTS`
+    interleaved: bool = False  # rotary pairs lie side by side
 
     @property
     def all_heads(self) -> bool:
@@ -41,8 +49,16 @@ _SIZES = {"hidden_size": "h", "num_hidden_layers": "l", "vocab_size": "v", "max_
           "hidden_act": "act", "tie_word_embeddings": "tied"}  # fmt: skip
 _DENSE = {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"}
 _MOE = {**_SIZES, "intermediate_size": "m", "rms_norm_eps": "norm_eps", "num_experts_per_tok": "top_k"}
+_FINE_MOE = {**_DENSE, "moe_intermediate_size": "m", "num_experts_per_tok": "top_k"}
 _OLMO_MOE = {**_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"}
 _POST = {"norm_at": "post", "qk_norm": "full"}
+COUNTED = ("n_shared_experts", "moe_num_shared_experts")  # widths that are given as a number of experts
+PER_HEAD = "head_dim**-0.5"
+_GRANITE = {"embedding_multiplier": (1.0, 1.0), "logits_scaling": (1.0, 1.0), "residual_multiplier": (1.0, 1.0),
+            "attention_multiplier": (PER_HEAD, 1.0)}  # fmt: skip
+_GRANITE_ABSENT = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False,
+                   "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+_NUM_EXPERTS = {"num_experts": "num_local_experts"}  # transformers 5 renamed it
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False}
 
 
@@ -69,14 +85,41 @@ FAMILIES: Mapping[str, Family] = {
         Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "e"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=2,
                        num_local_experts=8),
-               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True),
+               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True, experts="w1"),
+        Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, "num_local_experts": "e"}, _absent(**_GRANITE_ABSENT),
+               {"top_k_renormalised": True}, fixed=_GRANITE, experts="granite"),
+        Family("granitemoeshared", "GraniteMoeSharedForCausalLM", {**_MOE, "num_local_experts": "e"},
+               _absent(**_GRANITE_ABSENT), {"top_k_renormalised": True}, shared=("shared_intermediate_size", 0),
+               fixed=_GRANITE, experts="granite"),
+        Family("qwen2_moe", "Qwen2MoeForCausalLM",
+               {**_FINE_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
+               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16, num_experts=60,
+                       num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False, qkv_bias=True,
+                       intermediate_size=5632),
+               {"shared_gate": True}, bias=(), window="qwen", sparse="steps",
+               shared=("shared_expert_intermediate_size", 5632), aliases=_NUM_EXPERTS),
+        Family("glm4_moe", "Glm4MoeForCausalLM",
+               {**_FINE_MOE, "n_routed_experts": "e", "norm_topk_prob": "top_k_renormalised",
+                "routed_scaling_factor": "router_scale"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=8,
+                       moe_intermediate_size=1408, n_routed_experts=128, norm_topk_prob=True,
+                       routed_scaling_factor=1.0, attention_bias=False, intermediate_size=10944),
+               {"router_score": "sigmoid", "router_bias": True}, bias=("qkv_bias",), head_dim=True, fraction=0.5,
+               sparse="first", shared=("n_shared_experts", 1), switches=("use_qk_norm",),
+               fixed={"n_group": (1, 1), "topk_group": (1, 1)}),
+        Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
+               {**_DENSE, "moe_intermediate_size": "m", "moe_num_experts": "e", "moe_k": "top_k"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=4, moe_num_experts=64,
+                       moe_k=6, moe_intermediate_size=1536, intermediate_size=12288, tie_word_embeddings=True),
+               {"router_bias": True, "top_k_renormalised": True}, bias=(), theta=5e5, sparse="range",
+               shared=("moe_num_shared_experts", 2), fixed={"use_bias": (False, False), "moe_norm_min": (1e-12, 1e-12)},
+               aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True),
         Family("qwen3_moe", "Qwen3MoeForCausalLM",
-               {**_DENSE, "num_experts": "e", "moe_intermediate_size": "m", "num_experts_per_tok": "top_k",
-                "norm_topk_prob": "top_k_renormalised"},
+               {**_FINE_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
                        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
                        intermediate_size=6144),
-               {"qk_norm": "head"}, window="qwen", head_dim=True),
+               {"qk_norm": "head"}, window="qwen", head_dim=True, sparse="steps", aliases=_NUM_EXPERTS),
         Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "f", "clip_qkv": "clip_qkv"},
                _absent(max_position_embeddings=2048, attention_bias=False, clip_qkv=None),
                {"norm": "none", "norm_eps": 1e-5}),
@@ -88,11 +131,11 @@ FAMILIES: Mapping[str, Family] = {
         Family("olmoe", "OlmoeForCausalLM", {**_OLMO_MOE, "clip_qkv": "clip_qkv"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=4096, attention_bias=False, num_experts=64,
                        num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
-               {"qk_norm": "full"}),
+               {"qk_norm": "full"}, aliases=_NUM_EXPERTS),
         Family("flex_olmo", "FlexOlmoForCausalLM", _OLMO_MOE,
                _absent(rms_norm_eps=1e-6, max_position_embeddings=4096, attention_bias=False, num_experts=7,
                        num_experts_per_tok=5, norm_topk_prob=False),
-               _POST, theta=5e5),
+               _POST, theta=5e5, aliases=_NUM_EXPERTS),
         Family("gpt_neox", "GPTNeoXForCausalLM",
                {**_SIZES, "intermediate_size": "f", "layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel"},
                _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
@@ -127,12 +170,14 @@ INERT = frozenset(
     torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
     attn_pdrop n_ctx reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj use_bfloat16 use_cache olmo_block_type olmo_block_group_size
+    num_nextn_predict_layers num_mtp_layers
     """.split()
 )
 EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
           "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
           "use_sliding_window", "max_window_layers", "layer_types", "decoder_sparse_step", "mlp_only_layers",
-          "num_local_experts", "num_experts")  # fmt: skip
+          "num_local_experts", "num_experts", "num_experts_per_tok",
+          "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")  # fmt: skip
 REFUSED = {
     "quantization_config": "the weights are quantised; dequantise them first",
     "compression_config": "the weights are compressed; decompress them first",

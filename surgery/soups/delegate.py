@@ -20,10 +20,11 @@ from typing import Any
 
 from surgery.containers.output import copied_file, text_file
 from surgery.containers.text import read_json
-from surgery.conversion import MEMORY, Report, version
+from surgery.conversion import MEMORY, Report
 from surgery.dialects.hf_families import FAMILIES
 from surgery.errors import ConfigError, UsageError, show
 from surgery.formats import PROVENANCE
+from surgery.provenance import version
 from surgery.soups.config import Recipe
 from surgery.soups.references import locate
 

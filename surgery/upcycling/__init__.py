@@ -1,0 +1,10 @@
+"""Upcycling: a dense checkpoint of any format becomes a mixture of experts of any format, with a proof.
+
+surgery.upcycle("SmolLM2-135M", "SmolLM2-moe", experts=64, top_k=8)
+
+settings.py     what can be asked for, from flags or a YAML recipe      resolve.py     and what that means for a model
+strategies.py   which neurons of the dense mlp each expert gets         routers.py     what the router starts from
+targets.py      which families can hold the result, and why not         build.py       parts -> parts, all lazy
+random.py       numbers that depend on their place alone                nodes.py       lazy gathers and factors
+proof.py        source and result run side by side                      run.py         plan, write, prove
+"""

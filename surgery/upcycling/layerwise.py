@@ -1,0 +1,264 @@
+"""Run a checkpoint of any format through transformers, one layer in memory at a time.
+
+    run = forward(checkpoint, tokens, "float32")
+    run.logits                       # [batch, length, vocabulary]
+    run.routes[3].chosen             # [tokens, top_k] experts of layer 3
+
+transformers builds the model without memory (on the `meta` device); a layer's weights are read when its turn comes and
+let go when it is done.  They are the checkpoint's parts, woven as the model holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy import Spec
+from surgery.dialect import ONE_RANK, Rank, spread
+from surgery.dialects.hf import table
+from surgery.dialects.hf_config import choose_family, misfits, write_config
+from surgery.errors import ConfigError
+from surgery.formats import Checkpoint
+from surgery.lazy import Lazy
+from surgery.verification.running import explained, quiet
+
+if TYPE_CHECKING:
+    import torch
+
+Watch = Callable[[str, Any, Any], None]  # name of a module, its input, its output
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a router sent every token: its logits [tokens, experts] and the chosen experts [tokens, top_k]."""
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+
+
+@dataclass
+class Run:
+    """What a model said."""
+
+    logits: torch.Tensor
+    routes: dict[int, Route] = field(default_factory=dict)
+
+
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watch | None = None) -> Run:
+    """One pass over tokens [batch, length] in a dtype.  `watch` sees every mlp (and module inside) as it is run.
+
+    The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
+    """
+    import torch
+
+    if misfits(checkpoint.spec, checkpoint.spec.family):
+        spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
+        checkpoint = replace(checkpoint, spec=spec)
+    with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
+        model = _empty(checkpoint, kind)
+        found = Run(torch.empty(0))
+        with _layer_by_layer(model, checkpoint, kind), _observed(model, found, watch):
+            found.logits = model(input_ids=tokens, use_cache=False).logits.float()
+        return found
+
+
+def backward(checkpoint: Checkpoint, tokens: torch.Tensor, seen: Callable[[int, Any, Any, Any], None]) -> None:
+    """The slope of the next-token loss, layer by layer from the last: `seen` gets the number of a layer, what goes into
+    its mlp [tokens, width], what goes into `down` [tokens, neurons], and the loss's slope there.
+
+    Only the inputs of the layers are kept; each layer is run again, with gradients, when its turn comes.
+    """
+    import torch
+
+    with explained("transformers cannot run the model", checkpoint.path), quiet():
+        model = _empty(checkpoint, "float32")
+        calls: dict[int, tuple[Any, dict[str, Any]]] = {}
+        layers = model.base_model.layers
+        keep = [layer.register_forward_pre_hook(_keeper(i, calls), with_kwargs=True) for i, layer in enumerate(layers)]
+        with _layer_by_layer(model, checkpoint, "float32"):
+            with torch.no_grad():
+                last = model.base_model(input_ids=tokens, use_cache=False)
+            for handle in keep:
+                handle.remove()
+            x = last.last_hidden_state.detach().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(model.lm_head(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            (slope,) = torch.autograd.grad(loss, x)
+            final, (given, more) = model.base_model.norm, calls.pop(len(layers) - 1)
+            slope = _final_slope(layers[-1], final, given, more, slope, seen, len(layers) - 1)
+            for i in reversed(range(len(layers) - 1)):
+                slope = _layer_slope(layers[i], *calls.pop(i), slope, seen, i)
+
+
+def _keeper(number: int, calls: dict[int, tuple[Any, dict[str, Any]]]) -> Any:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        calls[number] = (hidden.detach(), {k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+    return hook
+
+
+def _final_slope(layer: Any, norm: Any, given: Any, more: Any, slope: Any, seen: Any, number: int) -> Any:
+    """Through the final norm and the last layer."""
+    import torch
+
+    with torch.no_grad():
+        out = _first(layer(given, **more))
+    out = out.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(norm(out), out, slope)
+    return _layer_slope(layer, given, more, slope, seen, number)
+
+
+def _layer_slope(layer: Any, given: Any, more: Any, slope: Any, seen: Any, number: int) -> Any:
+    """The slope at a layer's input, from that at its output."""
+    import torch
+
+    held: dict[str, Any] = {}
+
+    def note(name: str) -> Any:
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            held[name] = args[0]
+
+        return hook
+
+    handles = [layer.mlp.register_forward_pre_hook(note("x")),
+               layer.mlp.down_proj.register_forward_pre_hook(note("h"))]  # fmt: skip
+    given = given.clone().requires_grad_()
+    out = _first(layer(given, **more))
+    for handle in handles:
+        handle.remove()
+    before, inside = torch.autograd.grad(out, (given, held["h"]), slope)
+    seen(number, held["x"].detach().flatten(0, -2), held["h"].detach().flatten(0, -2), inside.flatten(0, -2))
+    return before
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _empty(checkpoint: Checkpoint, kind: str) -> Any:
+    """The model without memory for its weights, but with its tables of angles."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    spec = checkpoint.spec
+    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation=_experts(spec)
+        )
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set and not list(module.children()):
+            if "Rotary" not in type(module).__name__:
+                raise ConfigError(f"{name} of a {spec.family} holds a table that is not known here")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(config))
+    return model.eval()
+
+
+def _experts(spec: Spec) -> str:
+    """Grouped products where torch has them for rows of this size, else a loop over the experts."""
+    import torch
+
+    aligned = spec.e and spec.m % 8 == 0 and spec.h % 8 == 0  # rows of 16 bytes
+    return "grouped_mm" if aligned and hasattr(torch.nn.functional, "grouped_mm") else "eager"
+
+
+def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
+    """What every parameter and buffer of the model should hold."""
+    names = list(model.state_dict())
+    woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+    found = {name: s.tensor for name, s in woven.items()}
+    if "lm_head.weight" not in found:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    if missing := [n for n in names if n not in found]:
+        raise ConfigError(f"the model wants {missing[0]}, which the checkpoint does not give")
+    return {name: found[name] for name in names}
+
+
+@contextmanager
+def _layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str) -> Iterator[None]:
+    """The model can be run: each unit gets its weights before it and loses them after it."""
+    weights = _weights(model, checkpoint)
+    base = model.base_model
+    units = {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
+    units |= {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm, "lm_head": model.lm_head}
+    handles = []
+    for prefix, unit in units.items():
+        mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
+        handles.append(unit.register_forward_pre_hook(_filler(mine, kind)))
+        handles.append(unit.register_forward_hook(_emptier(mine)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _filler(weights: Mapping[str, Lazy], kind: str) -> Any:
+    def hook(unit: Any, _: Any) -> None:
+        import torch
+
+        for name, lazy in weights.items():
+            owner, leaf = _owner(unit, name)
+            if leaf in owner._buffers:  # statistics keep their own dtype
+                owner._buffers[leaf] = lazy.full().to(owner._buffers[leaf].dtype)
+                continue
+            data = lazy.full().to(getattr(torch, kind))
+            owner._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
+
+    return hook
+
+
+def _emptier(weights: Mapping[str, Lazy]) -> Any:
+    def hook(unit: Any, _: Any, __: Any) -> None:
+        import torch
+
+        for name in weights:
+            owner, leaf = _owner(unit, name)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = owner._buffers[leaf].to("meta")
+            else:
+                owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)
+
+    return hook
+
+
+def _owner(unit: Any, name: str) -> tuple[Any, str]:
+    path, _, leaf = name.rpartition(".")
+    return unit.get_submodule(path), leaf
+
+
+@contextmanager
+def _observed(model: Any, found: Run, watch: Watch | None) -> Iterator[None]:
+    """Note what the routers choose; show `watch` what goes into and out of the mlp of every layer."""
+    import torch
+
+    handles = []
+
+    def router(layer: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            logits, _, chosen = output
+            found.routes[layer] = Route(logits.detach().float(), chosen.detach())
+
+        return hook
+
+    def seen(name: str) -> Any:
+        def hook(_: Any, args: Any, output: Any) -> None:
+            first = args[0] if isinstance(args[0], torch.Tensor) else None
+            watch(name, first, output) if watch else None
+
+        return hook
+
+    for i, layer in enumerate(model.base_model.layers):
+        for name, module in layer.named_modules():
+            if type(module).__name__.endswith("Router"):
+                handles.append(module.register_forward_hook(router(i)))
+            if watch and name.partition(".")[0] == "mlp":
+                handles.append(module.register_forward_hook(seen(f"layers.{i}.{name}")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,197 @@
+"""The proof: source and result run on the same tokens, and what lies between their logits.
+
+    proof = prove(source, result, claim, 256)
+    proof.verdict            # "exact", "exact up to bf16 ties", "not preserving, as asked" ...
+
+In fp32 an exact upcycling differs by the order of sums (about 1e-4); 1e-3 is the limit.  In a 16-bit dtype the dense
+model itself differs from its fp32 logits: that is the noise floor, beside which the result is shown.  There, experts of
+a virtual group may tie with those of another, so that incomplete groups are chosen; they are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import MismatchError, SurgeryError
+from surgery.formats import Checkpoint
+from surgery.lazy import Slice
+from surgery.upcycling.claim import Claim
+from surgery.upcycling.layerwise import Route, forward
+from surgery.upcycling.prose import PROSE
+from surgery.verification.running import farthest, fixed_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+LIMIT = 1e-3  # of max |difference| of logits in fp32
+LENGTH = 128  # tokens per sequence
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between two runs: max |a - b| of the logits, mean KL divergence in nats, and both perplexities."""
+
+    max_diff: float
+    kl: float
+    perplexity: float
+    reference_perplexity: float
+
+
+@dataclass(frozen=True)
+class Ties:
+    """Of all choices (a token in a layer): in how many the last chosen and the first left out tie, and in how many a
+    virtual group was chosen in part."""
+
+    choices: int
+    tied: int
+    incomplete: int
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was measured.
+
+    fp32      result against source, both in fp32          stored   the same in the dtype of the weights
+    floor     source in the dtype of the weights against source in fp32: its own rounding
+    ties      in the dtype of the weights                  intact   share of neurons that are the source's
+    promised  whether the strategy is exact                text     what the tokens are
+    """
+
+    verdict: str
+    promised: bool
+    tokens: int
+    text: str
+    kind: str
+    fp32: Distance
+    stored: Distance | None
+    floor: Distance | None
+    ties: Ties
+    intact: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return _finite(asdict(self))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256) -> Proof:
+    """Measure.  `result` is what was written, opened; `claim` says what should be in it.
+
+    Raises MismatchError if the strategy is exact and the result is not.
+    """
+    began = time.monotonic()
+    tokens, text = prose_tokens(source, count)
+    dense, moe = source, _same_rows(result, claim)
+    kind = source.kind
+    wide = forward(dense, tokens, "float32").logits
+    run = forward(moe, tokens, "float32")
+    fp32 = distance(run.logits, wide, tokens)
+    stored = floor = None
+    if kind in ("bfloat16", "float16"):
+        del run
+        narrow = forward(dense, tokens, kind).logits
+        floor = distance(narrow, wide, tokens)
+        del wide
+        run = forward(moe, tokens, kind)
+        stored = distance(run.logits, narrow, tokens)
+    ties = _ties(run.routes, claim)
+    intact = claim.intact(moe) if claim.intact else None
+    proof = Proof("", claim.exact, tokens.numel(), text, kind, fp32, stored, floor, ties, intact,
+                  time.monotonic() - began)  # fmt: skip
+    return replace(proof, verdict=_verdict(proof, claim))
+
+
+def _verdict(proof: Proof, claim: Claim) -> str:
+    name = SHORT.get(proof.kind, proof.kind)
+    if proof.fp32.max_diff <= LIMIT:
+        return f"exact up to {name} ties" if proof.stored and proof.ties.incomplete else "exact"
+    if not claim.exact:
+        return "not preserving, as asked"
+    if proof.floor and claim.rounds and proof.fp32.kl <= 2 * proof.floor.kl:
+        return f"exact up to rounding to {name}"
+    raise MismatchError(
+        f"{claim.name} should preserve the function, but the logits differ by {proof.fp32.max_diff:.3g}"
+        f" (KL {proof.fp32.kl:.3g}) in fp32",
+        hint="this is a mistake in surgery; the output was not published",
+    )
+
+
+def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
+    """The result as the planned model: rows that a format pads its vocabulary with are left out."""
+    spec = claim.spec
+    parts = {
+        name: Slice(part, 0, 0, spec.v) if name in ("embed", "lm_head") and part.shape[0] > spec.v else part
+        for name, part in result.parts.items()
+    }
+    return replace(result, spec=spec, parts=parts)
+
+
+def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
+    """Ids [batch, length] of prose, or random ones without a tokenizer."""
+    import torch
+
+    ids = encoded(source, PROSE)
+    length = min(LENGTH, count)
+    batch = max(1, count // length)
+    if ids is None or len(set(ids)) < 2:
+        return fixed_tokens(source.spec.v_true or source.spec.v, batch, length), "random tokens"
+    while len(ids) < batch * length:
+        ids = ids + ids
+    return torch.tensor(ids[: batch * length]).reshape(batch, length), "English prose"
+
+
+def encoded(source: Checkpoint, text: str) -> list[int] | None:
+    """The text's ids by the checkpoint's tokenizer.json; None if it has none that can be used."""
+    path = source.tokenizer.files.get("tokenizer.json") if source.tokenizer else None
+    if path is None:
+        return None
+    try:
+        from transformers import PreTrainedTokenizerFast
+
+        ids = [int(i) for i in PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(text)]
+    except Exception:  # whatever it raises on a strange file: the proof works with other tokens as well
+        return None
+    return ids if ids and max(ids) < source.spec.v else None
+
+
+def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:
+    """Of logits `a` from the reference `b`, [batch, length, vocabulary]."""
+    if not bool(b.isfinite().all()):
+        raise SurgeryError("the source's logits are not all finite", hint="surgery inspect --scan finds NaN in weights")
+    kl = losses_a = losses_b = 0.0
+    for x, y, ids in zip(a, b, tokens, strict=True):  # one sequence at a time: in double precision they are large
+        p, q = y.double().log_softmax(-1), x.double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        losses_a -= float(q[:-1].gather(1, ids[1:, None]).sum())
+        losses_b -= float(p[:-1].gather(1, ids[1:, None]).sum())
+    predicted = max(1, tokens.shape[0] * (tokens.shape[1] - 1))
+    return Distance(farthest(a, b), max(0.0, kl / tokens.numel()), _exp(losses_a / predicted),
+                    _exp(losses_b / predicted))  # fmt: skip
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _ties(routes: Mapping[int, Route], claim: Claim) -> Ties:
+    g, k = claim.group, claim.spec.top_k
+    choices = tied = incomplete = 0
+    for route in routes.values():
+        choices += len(route.chosen)
+        if k < route.logits.shape[1]:
+            best = route.logits.topk(k + 1, -1).values
+            tied += int((best[:, k - 1] == best[:, k]).sum())
+        if g > 1:
+            hits = (route.chosen // g).sort(-1).values.unflatten(-1, (-1, g)) if k % g == 0 else None
+            incomplete += len(route.chosen) if hits is None else int((hits[..., :1] != hits).any(-1).any(-1).sum())
+    return Ties(choices, tied, incomplete)

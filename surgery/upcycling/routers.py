@@ -1,0 +1,68 @@
+"""What a router starts from: rows [experts, model width], the same for all experts of a virtual group.
+
+router(settings, layout, layer=3, width=576, kind="bfloat16")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from surgery.errors import UsageError, show
+from surgery.lazy import Fill, Lazy, Map, torch_dtype
+from surgery.upcycling.chance import Random
+from surgery.upcycling.nodes import Gather
+from surgery.upcycling.resolve import Layout
+from surgery.upcycling.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+Start = Callable[[str, tuple[int, int], str, str, int], Lazy]  # argument, shape, kind, name, seed -> rows
+
+
+def _normal(argument: str, shape: tuple[int, int], kind: str, name: str, seed: int) -> Lazy:
+    try:
+        std = float(argument or 0.02)
+    except ValueError:
+        std = -1.0
+    if not 0 < std < 100:
+        raise UsageError(f"--router normal:{show(argument)} is no standard deviation", hint="--router normal:0.02")
+    return Random(shape, kind, name, seed, std=std)
+
+
+def _kaiming(argument: str, shape: tuple[int, int], kind: str, name: str, seed: int) -> Lazy:
+    """Uniform within 1 / sqrt(width), as torch initialises linear layers."""
+    return Random(shape, kind, name, seed, bound=shape[1] ** -0.5)
+
+
+def _zeros(argument: str, shape: tuple[int, int], kind: str, name: str, seed: int) -> Lazy:
+    return Fill(shape, kind)
+
+
+STARTS: Mapping[str, Start] = {"normal": _normal, "kaiming": _kaiming, "zeros": _zeros}
+
+
+def check_router(wanted: Settings, layout: Layout) -> None:
+    """Raise UsageError for a router that starts with ties, unless it is asked for in full."""
+    if wanted.router == "zeros" and layout.top_k < layout.experts and not wanted.force_lossy:
+        raise UsageError(
+            "--router zeros: every token ties, and all of them choose the same experts, which then learn alone",
+            hint="--router normal:0.02, or --force-lossy if that is what you want",
+        )
+
+
+def router(
+    wanted: Settings, layout: Layout, layer: int, width: int, kind: str, guide: torch.Tensor | None = None
+) -> Lazy:
+    """The rows of one layer's router; `guide` are rows that a text gave."""
+    start, argument = wanted.router_kind
+    rows = layout.copies if layout.grouped else layout.experts
+    if guide is None:
+        found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
+    else:
+        held = guide.to(torch_dtype(kind))
+        found = Map(lambda: held, (), kind, tuple(held.shape), whole=True)
+    if not layout.grouped:
+        return found
+    return Gather(found, 0, [i // layout.granularity for i in range(layout.experts)])
