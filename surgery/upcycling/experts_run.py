@@ -1,0 +1,62 @@
+"""`surgery experts` from folder to folder: open, choose, plan, stream, read back, compare.
+
+done = experts("Mixtral-8x7B", "Mixtral-4x7B", keep="0-3", top_k=2)
+done.report.bytes, done.comparison.verdict
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from surgery import conversion
+from surgery.containers.text import read_yaml
+from surgery.errors import UsageError
+from surgery.formats import Checkpoint
+from surgery.staging import check_free
+from surgery.upcycling.derived import Outcome, Target, opened, plan_derived, write_derived
+from surgery.upcycling.experts import Chosen, chosen
+from surgery.upcycling.selection import HOWS, Selection, from_flags, from_recipe
+
+
+def selection(flags: dict[str, Any], recipe: str | None = None) -> Selection:
+    """What is asked for, by flags or by a recipe, not by both.  Raises UsageError or ConfigError."""
+    if recipe is None:
+        return from_flags(flags)
+    names = (*HOWS, "duplicate", "top_k", "by", "force_lossy")
+    if given := [name for name in names if flags.get(name) not in (None, (), False)]:
+        raise UsageError(f"--{given[0].replace('_', '-')} goes into the recipe, where one is given")
+    return from_recipe(read_yaml(recipe, "recipe"), recipe)
+
+
+def prepare(
+    src: str | os.PathLike[str], wanted: Selection, target: Target
+) -> tuple[Checkpoint, Chosen, conversion.Plan]:
+    """Open and plan; nothing is written, and only routers (of `--by weight-norm` all experts) are read."""
+    source = opened(src, target)
+    made = chosen(source, wanted)
+    return source, made, plan_derived(made.checkpoint, "experts", made.to_json(), target)
+
+
+def experts(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    recipe: str | None = None,
+    target: Target | None = None,
+    force: bool = False,
+    verify: bool = True,
+    **flags: Any,
+) -> Outcome:
+    """Change the experts of a checkpoint; `flags` are those of `surgery experts`, `keep="0-3"` or `keep=("0-3", ...)`.
+
+    Raises SurgeryError; `dst` appears whole, read back and compared, or not at all.
+    """
+    more = {k: flags.pop(k) for k in ("verify_tokens", "command", "progress") if k in flags}
+    given = {k: (v,) if k in HOWS and isinstance(v, (str, int)) else v for k, v in flags.items()}
+    wanted = selection(given, recipe)
+    check_free(Path(dst), force)
+    source, made, plan = prepare(src, wanted, target or Target())
+    return write_derived(source, plan, dst, record={"experts": made.to_json()}, exact=made.exact, force=force,
+                         verify=verify, **more)  # fmt: skip
