@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from surgery.upcycling.experts_flags import experts_flags
+from surgery.upcycling.command import upcycle_command
+from surgery.upcycling.experts_command import experts_command
 
 if TYPE_CHECKING:
     from surgery.dialect import Topology
-    from surgery.upcycling.derived import Outcome
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -57,6 +57,7 @@ def main() -> None:
     surgery convert Llama-2-7b Llama-2-7b-hf --to hf        Meta -> Hugging Face
     surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3   Hugging Face -> Meta, 3 ranks
     surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
+    surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
     surgery formats meta                                    what can be chosen for a format?
     """
 
@@ -211,60 +212,6 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         show.report(report)
 
 
-@main.command("experts")
-@experts_flags
-@_options_flag
-@_json_flag
-def experts_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
-    """Prune, keep, duplicate, average or reorder the experts of a mixture, or change its top-k; any format to any.
-
-    \b
-    surgery experts MOE SMALL --prune 4                      the four experts that the router weighs most
-    surgery experts MOE SMALL --keep 0-3 --keep 5:4-7        0 to 3, but in layer 5 those from 4 to 7
-    surgery experts MOE LARGE --duplicate 2                  every expert twice, top-k doubled: the same function
-    surgery experts MOE SMALL --merge 0+1,2+3,4+5,6+7        averages of pairs
-
-    Rows and biases of the router follow. Both models are run at the end, and how far apart they are is told.
-    """
-    from pathlib import Path
-
-    from surgery import show
-    from surgery.staging import check_free
-    from surgery.upcycling import experts_run
-    from surgery.upcycling.derived import Target, write_derived
-
-    target = Target(flags["to"], _topology(flags), flags["dtype"], _shard_size(flags), _size(flags["max_memory"]))
-    wanted = experts_run.selection(flags, flags["recipe"])
-    source, made, plan = experts_run.prepare(src, wanted, target)
-    if flags["dry_run"]:
-        planned = {**show.plan_data(plan), "experts": made.to_json()}
-        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
-        return
-    check_free(Path(dst), flags["force"])
-    verify = not flags["no_verify"]
-    weights = sum(p.nbytes for p in plan.source.parts.values())
-    with _progress("experts", plan.bytes + (weights if verify else 0), as_json) as advance:
-        done = write_derived(
-            source, plan, dst, record={"experts": made.to_json()}, exact=made.exact, force=flags["force"],
-            verify=verify, verify_tokens=flags["verify_tokens"], command=["surgery", *sys.argv[1:]], progress=advance,
-        )  # fmt: skip
-    _show_derived(done, as_json)
-
-
-def _show_derived(done: Outcome, as_json: bool) -> None:
-    """What `experts` and `upcycle --collapse` did."""
-    from surgery import show
-
-    if as_json:
-        click.echo(json.dumps(done.to_json(), indent=2))
-        return
-    show.report(done.report)
-    if done.comparison:
-        c = done.comparison
-        click.echo(f"  {c.verdict}: max |logit difference| {c.fp32.max_diff:.3g}, KL {c.fp32.kl:.3g}, perplexity "
-                   f"{c.fp32.reference_perplexity:.4g} -> {c.fp32.perplexity:.4g} on {c.tokens} tokens")  # fmt: skip
-
-
 def _topology(flags: dict[str, Any]) -> Topology:
     from surgery.dialect import Topology
 
@@ -353,6 +300,10 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
     from surgery.talk import answer
 
     click.echo(answer(path, question, max_new_tokens))
+
+
+main.add_command(upcycle_command)
+main.add_command(experts_command)
 
 
 @contextmanager

@@ -247,7 +247,7 @@ def execute(
     import torch  # noqa: F401  imported before the peak is measured, which is above the imports
 
     dst = Path(dst)
-    _refuse_overlap(plan.source.path, dst)
+    refuse_overlap(plan.source.path, dst)
     report: list[Report] = []
 
     def close(written: stream.Written) -> list[OutputFile]:
@@ -260,7 +260,7 @@ def execute(
         report.append(_report(plan, dst, written, digest, verify, seconds))
         return [text_file(PROVENANCE, _provenance(plan, report[0], command, proof))]
 
-    job = {"surgery": version(), "source": _identity(plan.source), **plan.settings}
+    job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=force, closing=close)  # fmt: skip
     first = report[0]
@@ -269,7 +269,8 @@ def execute(
                    notes=(*first.notes, *done.notes))  # fmt: skip
 
 
-def _refuse_overlap(src: Path, dst: Path) -> None:
+def refuse_overlap(src: Path, dst: Path) -> None:
+    """Raise OutputError if one of two folders lies in the other."""
     a, b = src.resolve(), dst.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise OutputError(f"and the source {src} lie within each other", file=dst, hint="write to a folder beside it")
@@ -313,7 +314,7 @@ def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 
-def _identity(source: Checkpoint) -> list[Any]:
+def identity(source: Checkpoint) -> list[Any]:
     """What tells whether the source is still the same when a killed run is repeated."""
     stats = [(p, p.stat()) for p in source.files]
     return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]

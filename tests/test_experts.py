@@ -236,6 +236,8 @@ def test_the_command(tiny_hf, tmp_path):
     again = run("--keep", "0-3")
     assert again.exit_code == 1
     assert "exists" in again.output
-    both = run("--keep", "0-3", "--recipe", str(tmp_path / "r.yaml"))
-    assert both.exit_code == 2
-    assert "goes into the recipe" in both.output
+    words = ("--keep", "3:0,2,4-7", "--top-k", "1", "--recipe", str(tmp_path / "r.yaml"), "--dry-run", "--json")
+    both = json.loads(run(*words).output)["experts"]  # flags win
+    assert both["top_k"] == 1
+    assert both["layers"]["3"] == [[0], [2], [4], [5], [6], [7]]
+    assert both["layers"]["2"] == [[0, 1], [2, 3], [4], [5], [6], [7]]

@@ -13,14 +13,16 @@ from typing import Any
 
 from surgery.anatomy import PARTS, Spec, template_of
 from surgery.axes import shape_of
+from surgery.dialects.misfits import NAMES_ONLY, in_words
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
-from surgery.lazy import Fill, Lazy
+from surgery.lazy import Fill, Lazy, Map
 from surgery.upcycling.nodes import scaled, taken
+from surgery.upcycling.noise import Noisy, Redrawn
 from surgery.upcycling.resolve import Layout, resolve
 from surgery.upcycling.routers import check_router, router
 from surgery.upcycling.settings import Settings
-from surgery.upcycling.strategies import Piece, pieces
+from surgery.upcycling.strategies import Piece, pieces, redrawn_places
 from surgery.upcycling.targets import Target, fitted
 
 _PLACE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.|shared\.)?(\w+)$")
@@ -36,6 +38,7 @@ class Upcycled:
     layout: Layout
     target: Target
     pieces: Mapping[int, tuple[Piece | None, Sequence[Piece]]]  # by layer: the shared expert and the routed ones
+    models: Sequence[Checkpoint]  # the dense models that the pieces come from
 
     @property
     def exact(self) -> bool:
@@ -62,10 +65,13 @@ class Upcycled:
         }
 
 
-def upcycled(source: Checkpoint, wanted: Settings) -> Upcycled:
-    """Raises UsageError if the settings do not fit the model, ConfigError if no family holds the result, and
+def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] = ()) -> Upcycled:
+    """`others` are the further models of a mix, opened.
+
+    Raises UsageError if the settings do not fit the model, ConfigError if no family holds the result, and
     UsageError with the reasons if the function would change and that was not allowed."""
     dense = source.spec
+    check_mix(source, wanted, others)
     layout = resolve(wanted, dense)
     check_router(wanted, layout)
     spec, target = fitted(layout, dense, wanted.target, wanted.normalise)
@@ -75,11 +81,11 @@ def upcycled(source: Checkpoint, wanted: Settings) -> Upcycled:
             hint="--force-lossy allows it; the proof then says how far apart they are",
         )
     cut = {i: pieces(layout, wanted, i, dense.f) for i in range(dense.l) if spec.is_moe(i)}
-    maker = _Maker(source, spec, layout, wanted, cut)
+    maker = _Maker((source, *others), spec, layout, wanted, cut)
     parts = {name: maker.part(name) for name in spec.part_names()}
     notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout)]
     made = replace(source, spec=spec, parts=parts, notes=tuple(dict.fromkeys(notes)))
-    return Upcycled(made, wanted, layout, target, cut)
+    return Upcycled(made, wanted, layout, target, cut, (source, *others))
 
 
 def _notes(dense: Spec, spec: Spec, layout: Layout) -> list[str]:
@@ -98,30 +104,36 @@ class _Maker:
 
     def __init__(
         self,
-        source: Checkpoint,
+        models: Sequence[Checkpoint],
         spec: Spec,
         layout: Layout,
         wanted: Settings,
         cut: Mapping[int, tuple[Piece | None, Sequence[Piece]]],
     ) -> None:
-        self.source, self.spec, self.layout, self.wanted, self.cut = source, spec, layout, wanted, cut
+        self.models, self.spec, self.layout, self.wanted, self.cut = models, spec, layout, wanted, cut
+        self.source = models[0]
 
     def part(self, name: str) -> Lazy:
         """A part of the result by its name."""
         match = _PLACE.match(name)
         template = template_of(name)
         if match and ".experts." in name:
-            return self.matrix(int(match[1]), self.cut[int(match[1])][1][int(match[2])], match[3])
+            return self.expert(int(match[1]), int(match[2]), match[3])
         if match and ".shared." in name:
             return self.shared(int(match[1]), match[3])
         if template == "layers.{l}.router" and match:
             kind = self.source.parts[f"layers.{match[1]}.mlp.gate"].kind
             return router(self.wanted, self.layout, int(match[1]), self.spec.h, kind)
         if name == "lm_head" and name not in self.source.parts:
-            return self.source.parts["embed"]
-        if name in self.source.parts:
-            return self.source.parts[name]
-        return self.zeros(name, template)
+            name = "embed"
+        return self.common(name) if name in self.source.parts else self.zeros(name, template)
+
+    def common(self, name: str) -> Lazy:
+        """A part that is no expert's: the source's own, or the mean of the models of a mix."""
+        parts = [model.parts[name] for model in self.models]
+        if len(parts) == 1 or self.wanted.attention == "first":
+            return parts[0]
+        return Map(_mean, parts)
 
     def zeros(self, name: str, template: str) -> Lazy:
         """Parts of the family that change nothing: the router's bias, q, k and v biases, the shared expert's gate."""
@@ -131,16 +143,57 @@ class _Maker:
         kind = "float32" if template.endswith(".router.bias") else self.source.parts["layers.0.attn.q"].kind
         return Fill(shape, kind)
 
-    def matrix(self, layer: int, piece: Piece, which: str) -> Lazy:
-        """gate, up or down of an expert."""
-        dense = self.source.parts[f"layers.{layer}.mlp.{which}"]
-        factor = {"gate": piece.gate, "up": piece.up, "down": piece.down}[which]
-        cut = taken(dense, NEURONS[which], piece.neurons)
-        return Fill(cut.shape, cut.kind) if factor == 0.0 else scaled(cut, factor)
+    def expert(self, layer: int, number: int, which: str) -> Lazy:
+        """gate, up or down of a routed expert."""
+        piece, name, wanted = self.cut[layer][1][number], f"layers.{layer}.experts.{number}.{which}", self.wanted
+        found = self.taken(layer, piece, which)
+        if self.layout.strategy == "drop" and wanted.reinit:
+            places = redrawn_places(wanted, layer, number, which, self.layout.m)
+            found = Redrawn(found, NEURONS[which], places, name, wanted.seed)
+        if wanted.noise:
+            found = Noisy(found, wanted.noise, f"{name}.noise", wanted.seed)
+        return _times(found, getattr(piece, which))
+
+    def taken(self, layer: int, piece: Piece, which: str) -> Lazy:
+        """The neurons of a piece, as they are in its model."""
+        return taken(self.models[piece.source].parts[f"layers.{layer}.mlp.{which}"], NEURONS[which], piece.neurons)
 
     def shared(self, layer: int, which: str) -> Lazy:
         """gate, up or down of the shared expert; a gate of zero lets half of it through."""
         piece = self.cut[layer][0] or Piece(range(self.spec.s), down=0.0)
         if self.spec.shared_gate:
             piece = replace(piece, down=2.0 * piece.down)
-        return self.matrix(layer, piece, which)
+        return _times(self.taken(layer, piece, which), getattr(piece, which))
+
+
+def _times(src: Lazy, factor: float) -> Lazy:
+    return Fill(src.shape, src.kind) if factor == 0.0 else scaled(src, factor)
+
+
+def _mean(*tensors: Any) -> Any:
+    """In fp32, in the order of the models, rounded once."""
+    total = tensors[0].float()
+    for tensor in tensors[1:]:
+        total = total + tensor.float()
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]) -> None:
+    """Raise UsageError if there is nothing to mix, ConfigError for a model that is not shaped like the first."""
+    if (wanted.strategy == "mix") != bool(wanted.sources):
+        raise UsageError(
+            "--strategy mix and --source MODEL belong together", hint="give every further model by --source"
+        )
+    if wanted.strategy == "mix" and wanted.experts < 1 + len(wanted.sources):
+        raise UsageError(f"--experts {wanted.experts} cannot come from {1 + len(wanted.sources)} models")
+    if wanted.strategy == "mix" and wanted.shared != "0":
+        raise UsageError("--shared does not go with --strategy mix")
+    for other in others:
+        gaps = source.spec.differences(other.spec)
+        gaps = {name: pair for name, pair in gaps.items() if name not in NAMES_ONLY}
+        kinds = [n for n, part in source.parts.items() if n in other.parts and other.parts[n].kind != part.kind]
+        if gaps:
+            raise ConfigError(f"it is shaped unlike {source.path}: that has {in_words(gaps)}", file=other.path)
+        if kinds:
+            raise ConfigError(f"its weights are {other.kind}, those of {source.path} {source.kind}", file=other.path,
+                              hint="--dtype casts all of them")  # fmt: skip

@@ -23,7 +23,7 @@ from surgery.lazy import Slice
 from surgery.upcycling.layerwise import forward
 from surgery.upcycling.proof import LIMIT, Distance, _tokens, distance
 
-TOKENS = 512
+TOKENS = 256
 ROUNDING = 0.05  # KL in nats beyond which a difference is no rounding of 16-bit weights
 
 

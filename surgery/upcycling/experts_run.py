@@ -7,12 +7,12 @@ done.report.bytes, done.comparison.verdict
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from surgery import conversion
 from surgery.containers.text import read_yaml
-from surgery.errors import UsageError
 from surgery.formats import Checkpoint
 from surgery.staging import check_free
 from surgery.upcycling.derived import Outcome, Target, opened, plan_derived, write_derived
@@ -21,13 +21,17 @@ from surgery.upcycling.selection import HOWS, Selection, from_flags, from_recipe
 
 
 def selection(flags: dict[str, Any], recipe: str | None = None) -> Selection:
-    """What is asked for, by flags or by a recipe, not by both.  Raises UsageError or ConfigError."""
+    """What is asked for; flags win over a recipe.  Raises UsageError or ConfigError."""
     if recipe is None:
         return from_flags(flags)
+    base = from_recipe(read_yaml(recipe, "recipe"), recipe)
     names = (*HOWS, "duplicate", "top_k", "by", "force_lossy")
-    if given := [name for name in names if flags.get(name) not in (None, (), False)]:
-        raise UsageError(f"--{given[0].replace('_', '-')} goes into the recipe, where one is given")
-    return from_recipe(read_yaml(recipe, "recipe"), recipe)
+    given = {name: flags[name] for name in names if flags.get(name) not in (None, (), False)}
+    if not given:
+        return base
+    over = from_flags({"top_k": base.top_k or 1, **given})
+    values = {name: getattr(over, name) for name in ("duplicate", "top_k", "by", "force_lossy") if name in given}
+    return replace(base, default=over.default or base.default, layers={**base.layers, **over.layers}, **values)
 
 
 def prepare(

@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.anatomy import Spec
 from surgery.dialect import ONE_RANK, Rank, spread
 from surgery.dialects.hf import table
 from surgery.dialects.hf_config import write_config
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
-from surgery.verification.running import quiet, explained
+from surgery.verification.running import explained, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +70,7 @@ def _empty(checkpoint: Checkpoint, kind: str) -> Any:
     config = AutoConfig.for_model(**write_config(spec, {}, kind, spec.family))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, kind), attn_implementation="eager", experts_implementation="eager"
+            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation=_experts(spec)
         )
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and not list(module.children()):
@@ -78,6 +79,14 @@ def _empty(checkpoint: Checkpoint, kind: str) -> Any:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, type(module)(config))
     return model.eval()
+
+
+def _experts(spec: Spec) -> str:
+    """Grouped products where torch has them for rows of this size, else a loop over the experts."""
+    import torch
+
+    aligned = spec.e and spec.m % 8 == 0 and spec.h % 8 == 0  # rows of 16 bytes
+    return "grouped_mm" if aligned and hasattr(torch.nn.functional, "grouped_mm") else "eager"
 
 
 def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:

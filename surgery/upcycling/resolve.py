@@ -6,9 +6,9 @@
 
 With N experts, k of them chosen, cut from copies of the mlp into G shards each, the chosen weights sum to one and every
 shard of a group gets the same share, so the sum is 1/G of the dense mlp's output: G makes up for it (without the
-normalisation, at a uniform router, N G / k).  silu is not homogeneous, so the factor may stand on `up` and `down` and on
-the router's weights, but not on `gate`.  Sources: Komatsuzaki et al. 2212.05055 (copy), He et al. 2410.07524 (virtual
-groups), Zhu et al. 2406.16554 (partition).
+normalisation, at a uniform router, N G / k).  silu is not homogeneous, so the factor may stand on `up` and `down` and
+on the router's weights, but not on `gate`.  Sources: Komatsuzaki et al. 2212.05055 (copy), He et al. 2410.07524
+(virtual groups), Zhu et al. 2406.16554 (partition).
 """
 
 from __future__ import annotations

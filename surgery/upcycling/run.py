@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import conversion, stream
-from surgery.checkpoint import KINDS, open_checkpoint, recognise, to_kind
+from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind
 from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import UsageError, some
 from surgery.fingerprint import Ledger
@@ -23,7 +23,7 @@ from surgery.upcycling.build import Upcycled, upcycled
 from surgery.upcycling.proof import Proof, prove
 from surgery.upcycling.settings import Settings, settled
 
-TOKENS = 512
+TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,23 @@ def prepare(
     max_memory: int | None = None,
 ) -> Prepared:
     """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
-    if to not in conversion.FORMATS:
-        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(conversion.FORMATS)}")
-    reads, writes = recognise(src).option_names("read"), conversion.FORMATS[to].option_names("write")
+    if to not in FORMATS:
+        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    reads, writes = recognise(src).option_names("read"), FORMATS[to].option_names("write")
     if unknown := [name for name in options or {} if name not in reads | writes]:
         raise UsageError(f"neither reading {src} nor writing {to} has an option {some(unknown)}",
                          hint="`surgery formats` lists the options of every format")  # fmt: skip
     reading = {k: v for k, v in (options or {}).items() if k in reads}
     writing = {k: v for k, v in (options or {}).items() if k in writes}
     source = open_checkpoint(src, options=reading)
+    models = [source, *(open_checkpoint(path) for path in settings.sources)]
     if dtype != "keep":
-        source = to_kind(source, KINDS[dtype])
-    made = upcycled(source, settings)
+        models = [to_kind(model, KINDS[dtype]) for model in models]
+    made = upcycled(models[0], settings, models[1:])
     if to == "hf":
         writing["family"] = made.target.family
-    job = {"derived": "upcycling", "upcycling": settings.to_json(), "read": reading, "dtype": dtype}
+    job = {"derived": "upcycling", "upcycling": settings.to_json(), "read": reading, "dtype": dtype,
+           "models": [conversion.identity(model) for model in models[1:]]}  # fmt: skip
     plan = conversion.plan_for(
         made.checkpoint, to=to, topology=topology, options=writing, max_memory=max_memory, settings=job
     )
@@ -97,19 +99,29 @@ def carry_out(
     Raises SurgeryError; the output appears only if everything was as promised.
     """
     found: list[Proof] = []
+    others = ready.made.models[1:]
+    for other in others:
+        conversion.refuse_overlap(other.path, Path(dst))
 
     def extra(result: Checkpoint) -> Mapping[str, Any]:
-        ledger = Ledger()
-        stream.read_through(ready.source.parts, ledger, ready.plan.max_memory)
-        record: dict[str, Any] = {"source_digest": ledger.content_digest(), "upcycling": ready.made.to_json()}
+        digests = {str(model.path): _digest(model, ready.plan.max_memory) for model in (ready.source, *others)}
+        record: dict[str, Any] = {"source_digest": digests[str(ready.source.path)], "upcycling": ready.made.to_json()}
+        if others:
+            record["source_digests"] = digests
         if verify and verify_tokens:
-            found.append(prove(ready.source, result, ready.made, verify_tokens))
+            found.append(prove(ready.made.models[0], result, ready.made, verify_tokens))
             record["proof"] = found[0].to_json()
         return record
 
     report = conversion.execute(ready.plan, dst, force=force, verify=verify, command=command, progress=progress,
                                 prove=extra)  # fmt: skip
     return Outcome(report, ready.made, found[0] if found else None)
+
+
+def _digest(model: Checkpoint, max_memory: int) -> str:
+    ledger = Ledger()
+    stream.read_through(model.parts, ledger, max_memory)
+    return ledger.content_digest()
 
 
 def upcycle(

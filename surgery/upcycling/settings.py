@@ -157,11 +157,17 @@ def from_recipe(values: object, file: str) -> dict[str, Any]:
 
 def settled(values: Mapping[str, Any], file: str | None = None) -> Settings:
     """Settings from keywords.  Raises UsageError (ConfigError of `file`) if one is missing or makes no sense."""
+    known = [f.name for f in fields(Settings)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UsageError(f"there is no setting {show(name)}", hint=f"did you mean {near[0]}?" if near else None)
     for name in ("experts", "top_k"):
         if values.get(name) is None:
             raise UsageError(f"{flag(name)} is missing", hint="for example --experts 8 --top-k 2")
+    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        return Settings(**values)
+        return Settings(**plain)
     except SurgeryError as error:
         if file is None:
             raise

@@ -44,7 +44,20 @@ def _parts(layout: Layout, neurons: Sequence[int]) -> list[tuple[Sequence[int], 
     return [(neurons[i * layout.m : (i + 1) * layout.m], 0) for i in range(layout.experts)]
 
 
-CUTS: Mapping[str, Cut] = {"copy": _copies, "virtual-group": _shards, "partition": _parts, "drop": _copies}
+CUTS: Mapping[str, Cut] = {
+    "copy": _copies,
+    "virtual-group": _shards,
+    "partition": _parts,
+    "drop": _copies,
+    "mix": _copies,
+}
+
+
+def redrawn_places(wanted: Settings, layer: int, expert: int, which: str, m: int) -> list[int]:
+    """drop: which of an expert's `m` neurons are drawn anew in gate, up or down: the same in all three, or others in
+    each (as the published script has it, Nakamura et al. 2502.19261)."""
+    name = f"layers.{layer}.experts.{expert}.redrawn" + (f".{which}" if wanted.reinit_indices == "independent" else "")
+    return permutation(wanted.seed, name, m)[: round(wanted.reinit * m)]
 
 
 def pieces(layout: Layout, wanted: Settings, layer: int, f: int) -> tuple[Piece | None, list[Piece]]:
@@ -58,5 +71,8 @@ def pieces(layout: Layout, wanted: Settings, layer: int, f: int) -> tuple[Piece 
     cut = CUTS[layout.strategy](layout, rest)
     if not isinstance(order, range):  # within an expert neurons may stand in any order: ascending is read fastest
         cut = [(sorted(neurons), source) for neurons, source in cut]
+    if layout.strategy == "mix":  # expert i of N comes from model i M // N
+        models = 1 + len(wanted.sources)
+        cut = [(neurons, i * models // layout.experts) for i, (neurons, _) in enumerate(cut)]
     routed = [Piece(neurons, source, layout.gate, layout.up, layout.down) for neurons, source in cut]
     return (Piece(shared) if layout.s else None), routed

@@ -2,8 +2,8 @@
 
     spec, target = fitted(layout, dense_spec, settings)
 
-Whether a family holds a model exactly is not written down: its config is written for the wanted Spec, read back, and has
-to mean the same (`hf_config.misfits`).  The table says what may be added without changing the function: biases of
+Whether a family holds a model exactly is not written down: its config is written for the wanted Spec, read back, and
+has to mean the same (`hf_config.misfits`).  The table says what may be added without changing the function: biases of
 zeros, a shared expert whose `down` is zero, an output head of its own.
 """
 
@@ -25,7 +25,8 @@ IDLE = 16  # neurons of a shared expert that a family insists on
 @dataclass(frozen=True)
 class Target:
     """A family.  `shared`: it always has a shared expert; `biases`: readers expect biases of q, k, v; `untied`:
-    readers expect an output head; `exact_router`: it computes the router's logits in fp32, so that bf16 breaks no ties."""
+    readers expect an output head; `exact_router`: it computes the router's logits in fp32, so that none tie in bf16.
+    """
 
     family: str
     shared: bool = False

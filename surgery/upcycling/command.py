@@ -1,0 +1,170 @@
+"""`surgery upcycle`: flags and recipes become `Settings`; everything else is `run`.
+
+surgery upcycle SmolLM2-135M moe --experts 64 --top-k 8
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+OWN = ("recipe", "dense_layers", "sources")
+
+_SETTINGS: tuple[Decorator, ...] = (
+    click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
+    click.option("--top-k", type=click.IntRange(1), help="How many of them a token uses."),
+    click.option("--strategy", metavar="NAME", help="copy: whole copies of the mlp. virtual-group: copies cut into "
+                 "shards that are chosen together. partition: one mlp cut up (lossy). drop: copies, partly drawn anew "
+                 "(lossy). mix: experts from several models (lossy). [default: virtual-group if top-k divides the "
+                 "mlp's width and the experts, else copy]"),
+    click.option("--granularity", type=click.IntRange(1), metavar="G", help="Shards per copy of the mlp "
+                 "(virtual-group); divides experts, top-k and the mlp's width. [default: top-k]"),
+    click.option("--target", metavar="FAMILY", help="The family of the result: mixtral, granitemoeshared, granitemoe, "
+                 "qwen2_moe, qwen3_moe, flex_olmo, olmoe, glm4_moe, ernie4_5_moe. "
+                 "[default: the first that holds the model exactly]"),
+    click.option("--router", metavar="START", help="What the router starts from: normal[:STD], kaiming, zeros (all "
+                 "experts tie). Experts of a virtual group share their rows. [default: normal:0.02]"),
+    click.option("--scale", metavar="WHERE", help="Where the factor G goes that makes up for the shards: down, "
+                 "up-down, router (a factor of the config), cbrt (on gate, up and down: published, not preserving), "
+                 "none, or a NUMBER on down. [default: down]"),
+    click.option("--shared", metavar="NEURONS", help="Neurons of an expert that is always on: a share (0.5), a number, "
+                 "or dense for the whole mlp beside experts that add nothing at first. [default: 0]"),
+    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential or random. "
+                 "[default: sequential]"),
+    click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
+    click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
+                 "[default], or take softmax, then top-k (exact only with --router zeros)."),
+    click.option("--reinit", type=float, metavar="SHARE", help="drop: share of every expert that is drawn anew. "
+                 "[default: 0.5]"),
+    click.option("--reinit-indices", metavar="WHICH", help="drop: shared (the same neurons in gate, up and down) or "
+                 "independent (as the published script does). [default: shared]"),
+    click.option("--noise", type=float, metavar="STD", help="Noise on the experts, in standard deviations of the "
+                 "weights themselves (lossy). [default: 0]"),
+    click.option("--source", "sources", multiple=True, type=click.Path(),
+                 help="mix: a further dense model of the same shape. Repeatable."),
+    click.option("--attention", metavar="HOW", help="mix: average all that is no expert, or take the first model's. "
+                 "[default: average]"),
+    click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
+    click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
+)  # fmt: skip
+
+OUTPUT: tuple[Decorator, ...] = (
+    click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it."),
+    click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
+    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
+    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
+    click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
+    click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
+                 help="Cast the weights before anything else."),
+    click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
+    click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
+    click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
+                 help="Tokens of the proof; 0: no proof, but the output is read back."),
+    click.option("--no-verify", is_flag=True, help="Neither read the output back nor prove anything."),
+    click.option("--dry-run", is_flag=True, help="Show what would become of the model, and whether exactly."),
+    click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
+    click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of the source's or the output's "
+                 "format; see `surgery formats`. Repeatable."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
+)  # fmt: skip
+
+
+def with_flags(*groups: tuple[Decorator, ...]) -> Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+@click.command("upcycle")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@with_flags(_SETTINGS, OUTPUT)
+def upcycle_command(src: str, dst: str, **flags: Any) -> None:
+    """Turn a dense checkpoint into a mixture of experts, and prove whether it still computes the same.
+
+    \b
+    surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --strategy copy
+    surgery upcycle SmolLM2-135M moe --experts 64 --top-k 8          virtual groups: 64 small experts, exact
+    surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --shared 0.5
+    surgery upcycle Llama-3-8B moe --experts 8 --top-k 2 --to megatron-dist --ep 8
+    surgery upcycle SmolLM2-135M moe --recipe upcycle.yaml
+
+    Any format goes in and out, streamed in bounded memory. After writing, the source and the result run on the same
+    tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
+    without --force-lossy, and an exact strategy that does not come out exact is an error.
+    """
+    from surgery.staging import check_free
+    from surgery.upcycling import render, run
+
+    ready = run.prepare(src, _settings(flags), to=flags["to"], topology=topology_of(flags), dtype=flags["dtype"],
+                        options=options_of(flags), max_memory=size_of(flags["max_memory"]))  # fmt: skip
+    if flags["dry_run"]:
+        data = render.plan_data(ready)
+        click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
+        return
+    check_free(Path(dst), flags["force"])
+    done = run.carry_out(ready, dst, verify_tokens=flags["verify_tokens"], force=flags["force"],
+                         verify=not flags["no_verify"], command=["surgery", *sys.argv[1:]])  # fmt: skip
+    if flags["as_json"]:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        render.outcome(done)
+
+
+def _settings(flags: dict[str, Any]) -> Any:
+    from surgery.containers.text import read_yaml
+    from surgery.upcycling.settings import Settings, from_recipe, settled
+
+    path, values = flags["recipe"], {}
+    if path:
+        values = from_recipe(read_yaml(path, "recipe"), path)
+    given = {name: flags[name] for name in Settings.__dataclass_fields__ if flags.get(name) not in (None, ())}
+    if "dense_layers" in given:
+        given["dense_layers"] = _layers(given["dense_layers"])
+    return settled(values | given, None if given else path)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    from surgery.errors import UsageError
+
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(f"--dense-layers {text!r}: write numbers of layers, as 0,-1") from None
+
+
+def topology_of(flags: dict[str, Any]) -> Any:
+    from surgery.dialect import Topology
+
+    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
+
+
+def options_of(flags: dict[str, Any]) -> dict[str, str]:
+    from surgery.errors import UsageError
+
+    out: dict[str, str] = {}
+    for pair in flags["options"]:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or name in out:
+            raise UsageError(f"-O {pair}: write -O NAME=VALUE, every name once")
+        out[name] = value
+    if flags["shard_size"]:
+        if flags["to"] != "hf":
+            raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
+        out["shard_size"] = flags["shard_size"]
+    return out
+
+
+def size_of(text: str | None) -> int | None:
+    from surgery.sizes import parse_size
+
+    return None if text is None else parse_size(text)
