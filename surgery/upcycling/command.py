@@ -52,6 +52,10 @@ _SETTINGS: tuple[Decorator, ...] = (
                  "[default: average]"),
     click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
+    click.option("--collapse", is_flag=True, help="The way back: a mixture of experts becomes dense, exactly where its "
+                 "experts are copies or whole virtual groups."),
+    click.option("--collapse-by", type=click.Choice(["average", "router"]), help="Where that is not exact: the mean of "
+                 "the experts, or the mean weighted by what the router gives each (lossy)."),
 )  # fmt: skip
 
 OUTPUT: tuple[Decorator, ...] = (
@@ -97,14 +101,24 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --shared 0.5
     surgery upcycle Llama-3-8B moe --experts 8 --top-k 2 --to megatron-dist --ep 8
     surgery upcycle SmolLM2-135M moe --recipe upcycle.yaml
+    surgery upcycle moe SmolLM2-again --collapse                     the way back
 
     Any format goes in and out, streamed in bounded memory. After writing, the source and the result run on the same
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
+    from surgery.errors import UsageError
     from surgery.staging import check_free
     from surgery.upcycling import render, run
 
+    if flags["collapse"]:
+        from surgery.upcycling import collapse_command
+        from surgery.upcycling.settings import Settings
+
+        collapse_command.run(src, dst, flags, ("recipe", *sorted(set(Settings.__dataclass_fields__) - {"force_lossy"})))
+        return
+    if flags["collapse_by"]:
+        raise UsageError("--collapse-by goes with --collapse")
     ready = run.prepare(src, _settings(flags), to=flags["to"], topology=topology_of(flags), dtype=flags["dtype"],
                         options=options_of(flags), max_memory=size_of(flags["max_memory"]))  # fmt: skip
     if flags["dry_run"]:

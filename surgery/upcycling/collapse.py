@@ -1,0 +1,283 @@
+"""A mixture of experts becomes dense again: exactly where its experts are copies or virtual groups, else by averaging.
+
+    made = collapsed(open_checkpoint("SmolLM2-moe"))
+    made.checkpoint.spec.f, made.layers[0].shards, made.losses       # 1536, 8, ()
+
+The chosen weights sum to a constant T.  If all experts are equal, the layer computes T times one of them.  If there are
+G different ones, and the experts with equal rows in the router hold each of them equally often and are chosen together,
+it computes T / G times their sum, which is one mlp of G times the width.  The shared expert stands in front.  Nothing
+else is exact: `average` takes the mean of the experts, `router` the mean weighted by what the router gives each on a
+text; both are refused unless they are forced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgery.anatomy import Spec
+from surgery.containers.text import read_json
+from surgery.dialects.hf_config import choose_family
+from surgery.errors import ConfigError, UsageError
+from surgery.formats import PROVENANCE, Checkpoint
+from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, boxes, bytes_of, same_bits
+from surgery.upcycling.experts import BLOCK, MATRICES, blocks, mean, router_classes
+from surgery.upcycling.nodes import scaled
+
+BY = ("exact", "average", "router")
+Shares = Mapping[int, tuple[Sequence[float], float]]  # by layer: share of each expert (sum 1), mean sum of weights
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What a layer with experts becomes: the shared expert if it counts, and some of the routed ones side by side.
+
+    experts   of each different shard one: () if the routed ones add nothing     shards   how many different ones
+    weights   None, or the weights of a mean over all experts, which is no exact collapse
+    factor    on `down` of the routed part      shared   on that of the shared one, 0: it is left out
+    why       of a mean: why it is not exact
+    """
+
+    experts: tuple[int, ...]
+    factor: float
+    shared: float
+    weights: tuple[float, ...] | None = None
+    why: str = ""
+
+    @property
+    def shards(self) -> int:
+        return len(self.experts)
+
+    def width(self, spec: Spec) -> int:
+        return (spec.s if self.shared else 0) + spec.m * (1 if self.weights else len(self.experts))
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """The result before it is written."""
+
+    checkpoint: Checkpoint
+    by: str
+    layers: Mapping[int, Dense]
+    losses: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        return not self.losses
+
+    def to_json(self) -> dict[str, Any]:
+        groups = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in self.layers.values())
+        spec = self.checkpoint.spec
+        return {
+            "by": self.by,
+            "width": spec.f,
+            "layers": dict(groups),
+            "exact": self.exact,
+            "losses": list(self.losses),
+            "parameters": {"total": spec.parameters()},
+        }
+
+
+def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 512) -> Collapsed:
+    """Reads the experts once, to compare them.  `tokens` of text are run for `router`.
+
+    Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
+    """
+    spec = source.spec
+    if by not in BY:
+        raise UsageError(f"--collapse-by {by!r} is unknown", hint=f"choose from {', '.join(BY)}")
+    if not spec.e:
+        raise ConfigError("the model has no experts: it is dense")
+    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    found = {i: _exact(source, i) for i in moe}
+    inexact = [i for i in moe if found[i].why]
+    losses = [f"layer {i}: {found[i].why}" for i in inexact[:1]] + (
+        [f"{len(inexact) - 1} more layers like that"] if len(inexact) > 1 else []
+    )
+    if inexact and (by == "exact" or not force_lossy):
+        raise UsageError(
+            f"the dense model would compute another function: {'; '.join(losses)}",
+            hint="--collapse-by average or --collapse-by router, with --force-lossy",
+        )
+    if inexact and by == "router":
+        shares = router_shares(source, tokens)
+        found |= {i: replace(found[i], weights=tuple(shares[i][0]), factor=shares[i][1]) for i in inexact}
+    return Collapsed(_dense(source, found, losses), by if inexact else "exact", found, tuple(losses))
+
+
+def _exact(source: Checkpoint, layer: int) -> Dense:
+    """How a layer collapses; with `weights` and `why` if not exactly."""
+    spec = source.spec
+    shards, idle = _shards(source, layer)
+    classes = router_classes(source, layer)
+    total, why = _total(spec, len(set(classes)) == 1)
+    kinds = sorted(set(shards), key=shards.index)
+    shared, gated = _shared(source, layer)
+    if idle and shared:
+        return Dense((), 0.0, shared, None, gated)
+    if not why and len(kinds) > 1:
+        why = _ungrouped(shards, classes, spec.top_k)
+    if why or gated:
+        return Dense((), total, shared, (1 / spec.e,) * spec.e, why or gated)
+    return Dense(tuple(shards.index(kind) for kind in kinds), total / len(kinds), shared)
+
+
+def _shards(source: Checkpoint, layer: int) -> tuple[list[bytes], bool]:
+    """A digest of every expert's weights, and whether every `down` is zero."""
+    digests, idle = [], True
+    for e in range(source.spec.e):
+        digest = hashlib.sha256()
+        for which in MATRICES:
+            part = source.parts.get(f"layers.{layer}.experts.{e}.{which}")
+            for data in blocks(part) if part is not None else ():
+                digest.update(bytes_of(data.contiguous()))
+                idle = idle and not (which == "down" and bool(data.any()))
+        digests.append(digest.digest())
+    return digests, idle
+
+
+def _total(spec: Spec, uniform: bool) -> tuple[float, str]:
+    """What the chosen weights sum to, and why that is no constant."""
+    scale = spec.router_scale or 1.0
+    softmax = spec.router_score == "softmax"
+    if spec.top_k_renormalised or (softmax and spec.top_k == spec.e):
+        return scale, ""
+    if softmax and uniform:
+        return scale * spec.top_k / spec.e, ""
+    return scale * (spec.top_k / spec.e if softmax else spec.top_k / 2), "the chosen weights do not sum to a constant"
+
+
+def _ungrouped(shards: Sequence[bytes], classes: Sequence[int], top_k: int) -> str:
+    """Why experts that differ are not chosen in whole groups; empty if they are."""
+    kinds = set(shards)
+    members: dict[int, Counter[bytes]] = {}
+    for shard, kind in zip(shards, classes, strict=True):
+        members.setdefault(kind, Counter())[shard] += 1
+    if any(set(m) != kinds or len(set(m.values())) > 1 for m in members.values()):
+        return f"its {len(shards)} experts are neither copies of each other nor whole virtual groups"
+    sizes = {sum(m.values()) for m in members.values()}
+    if len(sizes) > 1 or top_k % sizes.pop():
+        return f"top-{top_k} takes no whole virtual groups"
+    return ""
+
+
+def _shared(source: Checkpoint, layer: int) -> tuple[float, str]:
+    """The factor on the shared expert's output (0: there is none, or it adds nothing), and why it is no constant."""
+    down = source.parts.get(f"layers.{layer}.shared.down")
+    if down is None or not any(bool(data.any()) for data in blocks(down)):
+        return 0.0, ""
+    gate = source.parts.get(f"layers.{layer}.shared_gate")
+    if gate is None:
+        return 1.0, ""
+    return 0.5, "the shared expert is gated by the token" if bool(gate.full().any()) else ""
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+
+
+def _dense(source: Checkpoint, found: Mapping[int, Dense], losses: Sequence[str]) -> Checkpoint:
+    spec, notes = source.spec, list(source.notes)
+    widths = {i: found[i].width(spec) if i in found else spec.f for i in range(spec.l)}
+    f = max(widths.values())
+    if set(widths.values()) != {f}:
+        notes.append(f"mlps of {min(widths.values())} neurons are padded to {f} with neurons that are zero")
+    made = spec.replace(e=0, m=0, s=0, f=f, moe_layers=(), top_k=0, top_k_renormalised=False, router_bias=False,
+                        router_score="softmax", router_scale=None, shared_gate=False)  # fmt: skip
+    if made.qkv_bias and _zero_biases(source):
+        made = made.replace(qkv_bias=False)
+        notes.append("biases of queries, keys and values, which are all zero, are left out")
+    if not made.tied and _equal(source.parts["embed"], source.parts["lm_head"]):
+        made = made.replace(tied=True)
+        notes.append("the output head is the embedding, bit for bit: they are tied")
+    made = made.replace(family=choose_family(made))
+    if losses:
+        notes.append("the result computes another function: " + "; ".join(losses))
+    undo = _recorded_up(source)
+    parts = {}
+    for name in made.part_names():
+        at, _, which = name.rpartition(".mlp.")
+        if which in MATRICES:
+            layer = int(at.split(".")[1])
+            part = _matrix(source, layer, which, found[layer], undo) if layer in found else source.parts[name]
+            parts[name] = _padded(part, 1 if which == "down" else 0, f)
+        else:
+            parts[name] = source.parts[name]
+    return replace(source, spec=made, parts=parts, notes=tuple(notes))
+
+
+def _matrix(source: Checkpoint, layer: int, which: str, dense: Dense, undo: float) -> Lazy:
+    """gate, up or down of the collapsed layer."""
+    at = f"layers.{layer}."
+    strands = []
+    if dense.shared:
+        shared = source.parts[f"{at}shared.{which}"]
+        strands.append(scaled(shared, dense.shared) if which == "down" else shared)
+    factor = {"up": 1 / undo, "down": dense.factor * undo}.get(which, 1.0)
+    if dense.weights:
+        every = [source.parts[f"{at}experts.{e}.{which}"] for e in range(source.spec.e)]
+        strands.append(scaled(mean(every, dense.weights), factor))
+    else:
+        strands += [scaled(source.parts[f"{at}experts.{e}.{which}"], factor) for e in dense.experts]
+    return strands[0] if len(strands) == 1 else Concat(strands, 1 if which == "down" else 0)
+
+
+def _padded(part: Lazy, dim: int, width: int) -> Lazy:
+    missing = width - part.shape[dim]
+    if not missing:
+        return part
+    shape = [missing if i == dim else n for i, n in enumerate(part.shape)]
+    return Concat([part, Fill(shape, part.kind)], dim)
+
+
+def _zero_biases(source: Checkpoint) -> bool:
+    return not any(
+        bool(part.full().any())
+        for name, part in source.parts.items()
+        if name.endswith((".q.bias", ".k.bias", ".v.bias"))
+    )
+
+
+def _equal(a: Lazy, b: Lazy) -> bool:
+    if (a.shape, a.kind) != (b.shape, b.kind):
+        return False
+    return all(same_bits(a.read(box), b.read(box)) for box in boxes(a.shape, ITEMSIZE[a.kind], BLOCK))
+
+
+def _recorded_up(source: Checkpoint) -> float:
+    """The factor on `up` that an upcycling noted in surgery.json, to be moved back to `down`; 1 without one.
+
+    Only powers of two are moved: they change no bit but the exponents, and the product stays the same.
+    """
+    path = source.path / PROVENANCE
+    record = read_json(path, PROVENANCE) if path.is_file() else {}
+    made = record.get("upcycling") if isinstance(record, dict) else None
+    factors = made.get("factors") if isinstance(made, dict) else None
+    value: Any = factors.get("up") if isinstance(factors, dict) else None
+    fits = type(value) in (int, float) and 0 < value < 1e6 and math.frexp(value)[0] == 0.5
+    return float(value) if fits else 1.0
+
+
+# ---------------------------------------------------------------------------------------------- what a router does
+
+
+def router_shares(source: Checkpoint, tokens: int) -> Shares:
+    """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
+    from surgery.upcycling.derived import runnable
+    from surgery.upcycling.layerwise import forward
+    from surgery.upcycling.proof import _tokens
+
+    spec, ids = source.spec, _tokens(source, tokens)[0]
+    out = {}
+    for layer, route in forward(runnable(source), ids, "float32").routes.items():
+        chances = route.logits.softmax(-1) if spec.router_score == "softmax" else route.logits.sigmoid()
+        weight = chances.gather(-1, route.chosen)
+        if spec.top_k_renormalised:
+            weight = weight / weight.sum(-1, keepdim=True)
+        mass = weight.new_zeros(spec.e).index_add(0, route.chosen.reshape(-1), weight.reshape(-1)).double()
+        shares = [float(x) for x in mass / mass.sum()]
+        out[layer] = (shares, float(mass.sum()) / len(weight) * (spec.router_scale or 1.0))
+    return out
