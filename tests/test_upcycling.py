@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -317,6 +318,22 @@ def test_through_megatron_and_back_changes_nothing(up, tiny_hf, tmp_path):
     a, b = weights(direct), weights(tmp_path / "back")
     assert a.keys() == b.keys()
     assert all(oracle.same_bits(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("target", [*LLAMA, "qwen3_moe"])
+def test_the_names_are_those_that_vllm_loads(target, up):
+    known = json.loads((oracle.GOLDEN / "vllm" / "names.json").read_text())
+    shared = {} if target in ("mixtral", "granitemoe", "qwen3_moe") else {"shared": "dense"}
+    out = up("qwen3" if target == "qwen3_moe" else "llama_tied", **{**GROUP, "target": target, **shared})
+    names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"layers\.\d+", "layers.{l}", n)) for n in weights(out)}
+    expected = {*known["always"], *known[target]} | ({"lm_head.weight"} if target == "qwen3_moe" else set())
+    assert names == expected
+    config = json.loads((out / "config.json").read_text())
+    for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "num_key_value_heads", "torch_dtype",
+                "max_position_embeddings", "hidden_act", "vocab_size"):  # fmt: skip
+        assert key in config, key
+    if "num_experts" in config:
+        assert config["num_experts"] == config.get("num_local_experts", config.get("moe_num_experts")) == 8
 
 
 # --------------------------------------------------------------------------------------------------------- the proof
