@@ -29,14 +29,21 @@ _SETTINGS: tuple[Decorator, ...] = (
                  "qwen2_moe, qwen3_moe, flex_olmo, olmoe, glm4_moe, ernie4_5_moe. "
                  "[default: the first that holds the model exactly]"),
     click.option("--router", metavar="START", help="What the router starts from: normal[:STD], kaiming, zeros (all "
-                 "experts tie). Experts of a virtual group share their rows. [default: normal:0.02]"),
+                 "experts tie), kmeans[:STD] (centres of what the router sees on a text), prompts:YAML (examples per "
+                 "expert, as in mergekit), domains:YAML (a text per expert). Experts of a virtual group share their "
+                 "rows. [default: normal:0.02]"),
     click.option("--scale", metavar="WHERE", help="Where the factor G goes that makes up for the shards: down, "
                  "up-down, router (a factor of the config), cbrt (on gate, up and down: published, not preserving), "
                  "none, or a NUMBER on down. [default: down]"),
     click.option("--shared", metavar="NEURONS", help="Neurons of an expert that is always on: a share (0.5), a number, "
                  "or dense for the whole mlp beside experts that add nothing at first. [default: 0]"),
-    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential or random. "
+    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of the "
+                 "rows of gate; clustering-up: of up), co-activation or gradient (these two run the model on a text). "
                  "[default: sequential]"),
+    click.option("--inner-sharing", is_flag=True, default=None, help="order gradient: experts may share neurons."),
+    click.option("--calibration", type=click.Path(), metavar="TEXT", help="The text that the model is run on, where "
+                 "the order or the router needs that. [default: some prose]"),
+    click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="How much of it. [default: 1024]"),
     click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
     click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
                  "[default], or take softmax, then top-k (exact only with --router zeros)."),

@@ -160,6 +160,10 @@ def _losses(wanted: Settings, strategy: str, g: int, exact: float, gate: float, 
             out.append("partition: the pieces are weighted unequally; only --router zeros weighs them all the same")
     elif not wanted.normalise and not uniform:
         out.append("the chosen weights do not sum to a constant (--no-normalise), unless --router zeros")
+    if wanted.inner_sharing:
+        if strategy != "partition" or wanted.order != "gradient":
+            raise UsageError("--inner-sharing belongs to --strategy partition --order gradient")
+        out.append("partition: experts share neurons, and others are left out")
     if strategy == "virtual-group" and k % g:
         out.append(f"virtual-group: top-{k} takes no whole groups of {g} shards")
     if strategy == "virtual-group" and uniform and g > 1 and k < n:

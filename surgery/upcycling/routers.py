@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from surgery.errors import UsageError, show
 from surgery.lazy import Fill, Lazy
 from surgery.upcycling.chance import Random
+from surgery.upcycling.measures import Measured, held_rows
 from surgery.upcycling.nodes import Gather
 from surgery.upcycling.resolve import Layout
 from surgery.upcycling.settings import Settings
@@ -48,11 +49,16 @@ def check_router(wanted: Settings, layout: Layout) -> None:
         )
 
 
-def router(wanted: Settings, layout: Layout, layer: int, width: int, kind: str) -> Lazy:
+def router(
+    wanted: Settings, layout: Layout, layer: int, width: int, kind: str, measured: Measured | None = None
+) -> Lazy:
     """The rows of one layer's router."""
     start, argument = wanted.router_kind
     rows = layout.copies if layout.grouped else layout.experts
-    found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
+    if measured and layer in measured.rows:
+        found = held_rows(measured.rows, layer, kind)
+    else:
+        found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
     if not layout.grouped:
         return found
     return Gather(found, 0, [i // layout.granularity for i in range(layout.experts)])
