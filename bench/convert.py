@@ -2,9 +2,11 @@
 
     python bench/convert.py --dir /big/disk/tmp              # about 2 GB of weights, needs four times that in DIR
     python bench/convert.py --dir /tmp/bench --gb 0.2 --runs 1
+    python bench/convert.py --dir /big/disk/tmp --chain      # through every format, eight times the weights in DIR
 
-A synthetic Llama-shaped checkpoint goes Hugging Face -> Meta with two ranks -> Hugging Face.  All runs of a round
-come one after the other, so that what else the machine does hits all of them; medians of the rounds are printed.
+A synthetic Llama-shaped checkpoint goes Hugging Face -> Meta with two ranks -> Hugging Face; or, with --chain, Hugging
+Face -> Megatron tp 4 pp 2 -> torch_dist -> GPT-NeoX tp 2 -> OLMo-core -> Hugging Face.  All runs of a round come
+one after the other, so that what else the machine does hits all of them; medians of the rounds are printed.
 `wall` is of the whole process, Python's imports included; `work` is what the program itself measures without them;
 `cpu` and `peak` are the process's processor time and memory less those of a process that only imports the modules.
 """
@@ -30,6 +32,13 @@ CONFIG = {
     "vocab_size": 32000, "torch_dtype": "bfloat16", "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
 SHARD = 500 << 20
+CHAIN = (  # a name for the folder, and how it is made of the one before; 32000 rows need no padding for four ranks
+    ("megatron", ("--to", "megatron", "--tp", "4", "--pp", "2", "-O", "vocab_multiple=1000")),
+    ("torch_dist", ("--to", "megatron-dist", "--tp", "2", "-O", "vocab_multiple=1000")),
+    ("neox", ("--to", "neox", "--tp", "2")),
+    ("olmo-core", ("--to", "olmo-core")),
+    ("hf", ("--to", "hf")),
+)
 EMPTY = "import torch, numpy, surgery.cli, surgery.conversion"
 
 TODAY = '''
@@ -89,6 +98,9 @@ class Result:
     report: dict[str, object] = field(default_factory=dict)
 
 
+Compared = dict[str, tuple[Path, Callable[[Result], object]]]  # name -> (the folder it writes, the run)
+
+
 def make_checkpoint(folder: Path, size: float) -> int:
     """A sharded checkpoint of about `size` bytes in bfloat16; the same bits every time.  Returns its bytes."""
     import torch
@@ -144,8 +156,8 @@ def convert(src: Path, dst: Path, result: Result, *flags: str) -> None:
     result.work.append(float(str(result.report["seconds"])))
 
 
-def kinds(root: Path, memory: str) -> dict[str, tuple[Path, Callable[[Result], object]]]:
-    """What is compared: name -> (the folder it writes, the run)."""
+def kinds(root: Path, memory: str) -> Compared:
+    """Hugging Face to Meta and back: `cp`, surgery, and what people do today."""
     hf, meta, out = root / "hf", root / "meta", root / "out"
     to_meta, to_hf = ["--to", "meta", "--tp", "2", "--max-memory", memory], ["--to", "hf", "--max-memory", memory]
     script = root / "today.py"
@@ -159,6 +171,27 @@ def kinds(root: Path, memory: str) -> dict[str, tuple[Path, Callable[[Result], o
         "load all, hf > meta": (out, lambda r: timed([sys.executable, str(script), str(hf), str(out), "meta"], r)),
         "load all, meta > hf": (out, lambda r: timed([sys.executable, str(script), str(meta), str(out), "hf"], r)),
     }
+
+
+def chain(root: Path, memory: str) -> Compared:
+    """`kinds` for the way through every format: each hop alone, from what the hop before wrote."""
+    hf, out = root / "hf", root / "out"
+    compared: Compared = {
+        "cp -r": (out, lambda r: timed(["cp", "-r", str(hf), str(out)], r)),
+        "cp -r, sync": (out, lambda r: timed(["sh", "-c", f"cp -r '{hf}' '{out}'; sync -f '{out}'"], r)),
+    }
+    last, src = "hf", hf
+    for name, flags in CHAIN:
+        dst = root / ("back" if name == "hf" else name)
+        flags = (*flags, "--max-memory", memory)
+        convert(src, dst, Result(), *flags)
+
+        def hop(result: Result, src: Path = src, flags: tuple[str, ...] = flags) -> None:
+            convert(src, out, result, *flags, "--no-verify")
+
+        compared[f"{last} > {name}"] = (out, hop)
+        last, src = name, dst
+    return compared
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -182,6 +215,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=2.0, help="size of the checkpoint in GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--max-memory", default="256MiB")
+    parser.add_argument("--chain", action="store_true", help="through every format, one hop after the other")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)  # in a process of its own: see below
     args = parser.parse_args()
     root = args.dir / "surgery-bench"
@@ -192,17 +226,21 @@ def main() -> None:
     try:
         # A child's peak begins at its parent's, so this process must stay small.
         size = int(timed([sys.executable, __file__, "--make", "--dir", str(args.dir), "--gb", str(args.gb)], Result()))
-        convert(root / "hf", root / "meta", Result(), "--to", "meta", "--tp", "2", "--max-memory", args.max_memory)
-        show(*measure(root, args.runs, args.max_memory), size)
-        convert(root / "meta", root / "back", Result(), "--to", "hf", "--max-memory", args.max_memory)
+        if args.chain:
+            compared = chain(root, args.max_memory)
+        else:
+            compared = kinds(root, args.max_memory)
+            convert(root / "hf", root / "meta", Result(), "--to", "meta", "--tp", "2", "--max-memory", args.max_memory)
+            convert(root / "meta", root / "back", Result(), "--to", "hf", "--max-memory", args.max_memory)
+        show(*measure(compared, args.runs), size)
         print(f"{size / 1e9:.2f} GB of weights; bit-identical after the way there and back: "
               f"{same_weights(root / 'hf', root / 'back')}")  # fmt: skip
     finally:
         shutil.rmtree(root)
 
 
-def measure(root: Path, runs: int, memory: str) -> tuple[dict[str, Result], Result]:
-    compared, imports = kinds(root, memory), Result()
+def measure(compared: Compared, runs: int) -> tuple[dict[str, Result], Result]:
+    imports = Result()
     results = {name: Result() for name in compared}
     for _ in range(runs):
         timed([sys.executable, "-c", EMPTY], imports)

@@ -157,6 +157,17 @@ class Spec:
 AXES = ("l", "e", "v", "h", "f", "m", "s", "g", "n", "two", "half", "p")
 _MEASURES = {"l": "layer", "h": "model dimension", "v": "token", "g": "key/value head", "n": "query head",
              "half": "pair of head dimensions"}  # fmt: skip
+COUNTED: Mapping[str, str] = MappingProxyType(
+    {
+        "g": "key/value heads",
+        "v": "tokens",
+        "f": "ffn neurons",
+        "m": "neurons of an expert",
+        "s": "neurons of the shared expert",
+        "h": "features",
+        "e": "experts",
+    }
+)  # what ranks share, in the plural
 _LAST = ("final_norm", "lm_head")
 
 

@@ -12,12 +12,13 @@ of the source that lie in it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.errors import LayoutError
 from surgery.lazy import Box, Concat, Lazy, Shape, Slice, lengths
@@ -43,6 +44,7 @@ def parse(pattern: str) -> Axes:
     return axes
 
 
+@functools.cache
 def flat(axes: Axes) -> tuple[str, ...]:
     return tuple(a for group in axes for a in group)
 
@@ -56,18 +58,14 @@ def pattern(axes: Axes) -> str:
 class Rearrange(Lazy):
     """A permutation of named axes, pulled back box by box; `left` are the axes of `src`, `right` those of self."""
 
-    __slots__ = ("left", "right", "shape", "sizes", "src")
+    __slots__ = ("kind", "left", "right", "shape", "sizes", "src")
 
     def __init__(self, src: Lazy, left: Axes, right: Axes, sizes: Mapping[str, int]) -> None:
-        assert sorted(flat(left)) == sorted(flat(right)), (left, right)
+        assert _same_axes(left, right), (left, right)
         assert src.shape == shape_of(left, sizes), (src, left, sizes)
-        self.src, self.left, self.right = src, left, right
+        self.src, self.left, self.right, self.kind = src, left, right, src.kind
         self.sizes = {a: sizes[a] for a in flat(left)}
         self.shape = shape_of(right, sizes)
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.src.kind
 
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src,)
@@ -108,7 +106,41 @@ class Rearrange(Lazy):
 
 
 def shape_of(axes: Axes, sizes: Mapping[str, int]) -> Shape:
-    return tuple(math.prod(sizes[a] for a in group) for group in axes)
+    return tuple([sizes[g[0]] if len(g) == 1 else math.prod([sizes[a] for a in g]) for g in axes])
+
+
+# There are few patterns and many tensors: what depends on the patterns alone is found once.
+
+
+@functools.cache
+def _same_axes(left: Axes, right: Axes) -> bool:
+    return sorted(flat(left)) == sorted(flat(right))
+
+
+class _Move(NamedTuple):
+    """From one pattern to another: axes (of size one) that come and go, and both sides with all of them."""
+
+    new: tuple[str, ...]
+    gone: tuple[str, ...]
+    source: Axes
+    target: Axes
+
+
+@functools.cache
+def _move(left: Axes, axes: Axes) -> _Move:
+    have, want = set(flat(left)), set(flat(axes))
+    new, gone = tuple(sorted(want - have)), tuple(sorted(have - want))
+    return _Move(new, gone, (*left[:-1], left[-1] + new), (*axes[:-1], axes[-1] + gone))
+
+
+@functools.cache
+def _dimension(axes: Axes, names: str) -> tuple[Axes, int]:
+    """The axes, one dimension each but for `names` which share one, and where that one is."""
+    group = tuple(names.split())
+    single = tuple((a,) for a in flat(axes))
+    at = single.index(group[:1])
+    assert flat(single[at : at + len(group)]) == group, (names, axes)
+    return (*single[:at], group, *single[at + len(group) :]), at
 
 
 def _split(tensor: torch.Tensor, groups: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -174,24 +206,33 @@ class Named:
     def to(self, axes: Axes) -> Named:
         """Reorder and regroup.  Axes of size one may come and go; all others must be the same on both sides."""
         src, left = self.data, self.axes
+        if left == axes:
+            return self
         if isinstance(src, Rearrange) and src.right == left and all(src.sizes[a] == self.sizes[a] for a in flat(left)):
             left, src = src.left, src.src  # two rearrangements are one
-        have, want = set(flat(left)), set(flat(axes))
-        sizes = {**self.sizes, **dict.fromkeys(want - have, 1)}
-        for a in sorted(have - want):
-            if sizes[a] != 1:
-                raise LayoutError(f"axis {a!r} of size {sizes[a]} has no place in {pattern(axes)!r}")
-        new, gone = tuple(sorted(want - have)), tuple(sorted(have - want))
         if not axes or not left:  # 0-dim tensors have no dimension to put an axis of size one into
+            for a in flat(left):
+                self._drop(a, axes)
             assert left == axes, (left, axes)
             return self
-        source, target = (*left[:-1], left[-1] + new), (*axes[:-1], axes[-1] + gone)
-        data = src if source == target else Rearrange(src, source, target, sizes)
+        move = _move(left, axes)
+        for a in move.gone:
+            self._drop(a, axes)
+        sizes = {**self.sizes, **dict.fromkeys(move.new, 1)} if move.new else self.sizes
+        data = src if move.source == move.target else Rearrange(src, move.source, move.target, sizes)
         return Named(data, axes, sizes)
+
+    def _drop(self, axis: str, axes: Axes) -> None:
+        if self.sizes[axis] != 1:
+            raise LayoutError(f"axis {axis!r} of size {self.sizes[axis]} has no place in {pattern(axes)!r}")
+
+    def split(self, names: str) -> Named:
+        """With a dimension for each axis, `names` together: what `take` needs, made once for many."""
+        return self.to(_dimension(self.axes, names)[0])
 
     def take(self, names: str, start: int, stop: int) -> Named:
         """Narrow to [start, stop) along one axis, or along the product of adjacent ones ("g n")."""
-        axes, at = self._dimension(names)
+        axes, at = _dimension(self.axes, names)
         if (start, stop) == (0, math.prod(self.sizes[a] for a in names.split())):
             return self
         wide = self.to(axes)
@@ -203,7 +244,7 @@ class Named:
         """Join along one axis, or along the product of adjacent ones."""
         if len(parts) == 1:
             return parts[0]
-        axes, at = parts[0]._dimension(names)
+        axes, at = _dimension(parts[0].axes, names)
         data = [p.to(axes).data for p in parts]
         sizes = {**parts[0].sizes, **_merged(names, sum(t.shape[at] for t in data))}
         return Named(Concat(data, at), axes, sizes)
@@ -213,14 +254,6 @@ class Named:
         assert old in self.axes, (old, self.axes)
         axes = tuple(new if g == old else g for g in self.axes)
         return Named(self.data, axes, {**self.sizes, **sizes})
-
-    def _dimension(self, names: str) -> tuple[Axes, int]:
-        """The axes, one dimension each but for `names` which share one, and where that one is."""
-        group = tuple(names.split())
-        axes = tuple((a,) for a in flat(self.axes))
-        at = axes.index(group[:1])
-        assert flat(axes[at : at + len(group)]) == group, (names, self.axes)
-        return (*axes[:at], group, *axes[at + len(group) :]), at
 
 
 def _merged(names: str, n: int) -> dict[str, int]:

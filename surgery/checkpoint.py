@@ -101,6 +101,8 @@ def _is_float(part: Lazy) -> bool:
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """The vocabulary cut, or padded with zeros, to `rows`.  Raises LayoutError if tokens would be cut."""
     spec, found = checkpoint.spec, checkpoint.tokenizer
+    if rows == spec.v:
+        return checkpoint
     tokens = spec.v_true or (found.vocab_size if found else None)
     if tokens is not None and rows < tokens:
         raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")

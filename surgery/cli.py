@@ -166,6 +166,10 @@ def inspect_command(
 )
 @click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]")
 @click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
+@click.option("--allow", multiple=True, metavar="NAME", help="Leave this out if the target cannot hold it; refused "
+              "where the logits depend on it. NAME: qkv_bias, o_bias, mlp_bias, router_bias, norm_bias (only zeros), "
+              "norm_weight (only ones), windows (none shorter than the context). "
+              "Repeatable.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
 @click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
 @click.option("--no-verify", is_flag=True, help="Do not read the output back.")
@@ -190,6 +194,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         tokenizer=flags["tokenizer"],
         options=_shard_size(flags),
         max_memory=_size(flags["max_memory"]),
+        allow=flags["allow"],
     )
     if flags["dry_run"]:
         planned = show.plan_data(plan)

@@ -9,25 +9,22 @@ like any other checkpoint, read, and must give the same digests, before it appea
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from surgery import stream
+from surgery import allowances, stream
 from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind, to_vocab, with_tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
 from surgery.fingerprint import SOURCE, Ledger
-from surgery.formats import PROVENANCE, Checkpoint, Format, Options, Output, run_of
+from surgery.formats import PROVENANCE, Checkpoint, Format, Options, Output
 from surgery.lazy import Slice
+from surgery.provenance import provenance, version
 from surgery.staging import check_free, data_of
 
 VOCABULARY = ("embed", "lm_head")
@@ -90,6 +87,7 @@ def prepare(
     tokenizer: str | os.PathLike[str] | None = None,
     options: Options | None = None,
     max_memory: int | None = None,
+    allow: Collection[str] = (),
 ) -> Plan:
     """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
     if to not in FORMATS:
@@ -103,7 +101,7 @@ def prepare(
     settings = {"read": reading, "tokenizer": None if tokenizer is None else str(tokenizer)}
     return plan_for(
         source, to=to, topology=topology, dtype=dtype, vocab_size=vocab_size, options=writing, max_memory=max_memory,
-        settings=settings,
+        settings=settings, allow=allow,
     )  # fmt: skip
 
 
@@ -117,11 +115,31 @@ def plan_for(
     options: Options | None = None,
     max_memory: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    allow: Collection[str] = (),
 ) -> Plan:
     """Plan the output of a checkpoint that is open, or was made from others (upcycled, merged).
 
-    `options` are the target's; `settings` is whatever else tells this job from another one.
+    `options` are the target's; `settings` is whatever else tells this job from another one.  `allow` names what is
+    left out if the target cannot hold it and the logits do not depend on it (`allowances.RULES`).
     """
+    more = {**(settings or {}), "allow": sorted(allow)}
+
+    def plan(checkpoint: Checkpoint) -> Plan:
+        return _plan(checkpoint, to, topology, dtype, vocab_size, options, max_memory, more)
+
+    allowances.check_names(allow, source)
+    try:
+        return plan(source)
+    except ConfigError as error:
+        slim = allowances.without(source, allow, error, plan)
+    cut = slim.parts.keys() != source.parts.keys()
+    return _plan(slim, to, topology, dtype, vocab_size, options, max_memory, {**more, "cut": cut})
+
+
+def _plan(
+    source: Checkpoint, to: str, topology: Topology, dtype: str, vocab_size: int | None, options: Options | None,
+    max_memory: int | None, settings: Mapping[str, Any],
+) -> Plan:  # fmt: skip
     if to not in FORMATS:
         raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
     target, writing = FORMATS[to], dict(options or {})
@@ -142,9 +160,7 @@ def plan_for(
     notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
     asked = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "write": writing}
     memory = max_memory or default_memory()
-    return Plan(
-        source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**(settings or {}), **asked}
-    )
+    return Plan(source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**settings, **asked})
 
 
 def check_flags(target: Format, topology: Topology) -> None:
@@ -213,6 +229,7 @@ def convert(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    allow: Collection[str] = (),
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
 ) -> Report:
@@ -224,7 +241,7 @@ def convert(
     check_free(Path(dst), force)
     plan = prepare(
         src, to=to, from_=from_, topology=topology, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer,
-        options=options, max_memory=max_memory,
+        options=options, max_memory=max_memory, allow=allow,
     )  # fmt: skip
     return execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
 
@@ -258,7 +275,7 @@ def execute(
         seconds = time.monotonic() - began if verify else 0.0
         proof = prove(again) if prove and again else {}
         report.append(_report(plan, dst, written, digest, verify, seconds))
-        return [text_file(PROVENANCE, _provenance(plan, report[0], command, proof))]
+        return [text_file(PROVENANCE, provenance(plan, report[0], command, proof))]
 
     job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
@@ -311,6 +328,8 @@ def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     skip = {"family", "v_true", "positions"}
     if again.spec.v > plan.source.spec.v:
         skip.add("v")
+    if again.spec.e and not again.spec.moe_layers:
+        skip.add("f")  # no layer is dense
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 
@@ -323,10 +342,11 @@ def identity(source: Checkpoint) -> list[Any]:
 def _digests(plan: Plan) -> tuple[str | None, str]:
     """Of the source and of the output: the same one if no weight was changed, none for a source that was cut."""
     output = plan.ledger.content_digest()
+    if plan.settings.get("cut") or plan.settings.get("derived"):
+        return None, output
     if any(name.startswith(SOURCE) for name in plan.ledger.parts):
         return plan.ledger.content_digest(SOURCE), output
-    changed = plan.settings.get("vocab_size") or plan.settings.get("derived")
-    return (None if changed else output), output
+    return (None if plan.settings.get("vocab_size") else output), output
 
 
 def _report(
@@ -352,41 +372,3 @@ def _report(
         dropped=dict(plan.dropped),
         notes=plan.notes,
     )
-
-
-def _provenance(plan: Plan, report: Report, command: Sequence[str], proof: Mapping[str, Any]) -> bytes:
-    """surgery.json: where an output comes from, and what was dropped, added or guessed on the way."""
-    record = {
-        "surgery": version(),
-        "command": list(command),
-        "source": {"path": report.source, "format": report.source_format, "topology": _sizes(plan.source.topology),
-                   "files": {p.name: p.stat().st_size for p in plan.source.files}},
-        "output": {"format": report.output_format, "topology": dict(report.topology),
-                   "files": {f.name: f.size for f in plan.output.files}},
-        "source_digest": report.source_digest,
-        "content_digest": report.content_digest,
-        "verified": report.verified,
-        "parts": len(plan.source.parts),
-        "parameters": plan.source.spec.parameters(),
-        "dropped": dict(report.dropped),
-        "notes": list(report.notes),
-        "run": run_of(plan.source.details),
-        "versions": {"python": platform.python_version(), "torch": _torch_version()},
-    } | dict(proof)  # fmt: skip
-    return (json.dumps(record, indent=2) + "\n").encode()
-
-
-def _sizes(topology: Topology) -> dict[str, int]:
-    return {k: v for k, v in asdict(topology).items() if isinstance(v, int)}
-
-
-def _torch_version() -> str:
-    torch = sys.modules.get("torch")
-    return str(torch.__version__) if torch else ""
-
-
-def version() -> str:
-    try:
-        return metadata.version("checkpoint-surgery")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -14,6 +14,7 @@ missing, nothing may be left over, copies must be equal.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -21,12 +22,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from surgery.anatomy import PARTS, Spec
-from surgery.axes import STAR, Axes, Named, flat, pattern, shape_of
+from surgery.anatomy import COUNTED, PARTS, Spec
+from surgery.axes import STAR, Axes, Named, flat, shape_of
 from surgery.errors import LayoutError, some
-from surgery.lazy import Extent, Fill, Lazy, Map, Same
+from surgery.extent import Extent
+from surgery.lazy import Fill, Lazy, Map, Same
 from surgery.replicas import mean, share, total
-from surgery.rows import Bind, Dialect, Row, row
+from surgery.rows import Bind, Dialect, Row, placeholders, row
 from surgery.topology import ONE_RANK, Rank, Topology
 
 __all__ = ["ONE_RANK", "Dialect", "Gathered", "Rank", "Row", "Stored", "Topology", "gather", "row", "shard", "spread",
@@ -82,7 +84,7 @@ def weave(r: Row, bind: Bind, parts: Parts, spec: Spec, padded: Mapping[str, int
 
 def _strand(part: str, bind: Bind, parts: Parts, spec: Spec) -> Named:
     """One part; where the name of the row lacks a placeholder, all of its values stacked into an axis."""
-    free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+    free = [k for k in placeholders(part) if k not in bind]
     if not free:
         name = part.format(**bind)
         if name not in parts:
@@ -107,7 +109,7 @@ def unweave(r: Row, bind: Bind, whole: Named, spec: Spec) -> Iterator[tuple[str,
             at += width
             strand = strand.to(tuple((a,) for a in flat(strand.axes)))
             strand = strand.rename((STAR,), star, {a: sizes[a] for a in star})
-        free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+        free = [k for k in placeholders(part) if k not in bind]
         for values in itertools.product(*(range(spec.sizes[k]) for k in free)):
             one = strand
             for key, i in zip(free, values, strict=True):
@@ -183,7 +185,8 @@ def _named(name: str, data: Lazy, axes: Axes, sizes: Mapping[str, int]) -> Named
 
 
 def _indivisible(r: Row, n: int, tp: int) -> str:
-    return f"cannot divide {n} x {r.cut!r} of {r.name} ({pattern(r.layout)}) among {tp} ranks"
+    what = " x ".join(COUNTED.get(axis, f"'{axis}'") for axis in r.cut.split())
+    return f"cannot divide {n} {what} of {r.name} among {tp} ranks"
 
 
 # ------------------------------------------------------------------------------------------- whole checkpoints
@@ -206,6 +209,8 @@ def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> di
             continue
         try:
             whole = weave(r, bind, parts, spec, sizes)
+            if r.cut and topology.tp > 1:
+                whole = whole.split(r.cut)
             for home in _homes(r, bind, spec, topology):
                 mine = _of_rank(r, whole, home.rank.ep, topology)
                 piece = shard(r, mine, home.piece, home.pieces)
@@ -313,14 +318,23 @@ def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home
     if "e" in bind:
         owner, local["e"] = divmod(bind["e"], spec.e // topology.ep)
     name = r.named(local)
-    pieces = topology.expert_tp if r.of_experts else topology.tp
-    seen = set()
+    for tp, ep, piece, pieces, group, first in _holders(topology, r.of_experts, r.stacks_experts, owner):
+        yield _Home(Rank(tp, pp, ep, chunk), name, piece, pieces, group, first)
+
+
+@functools.lru_cache(maxsize=4096)
+def _holders(
+    topology: Topology, of_experts: bool, stacked: bool, owner: int | None
+) -> tuple[tuple[int, int, int, int, int, bool], ...]:
+    """Which ranks of a pipeline stage store a tensor, and what of it: (tp, ep, piece, pieces, group, first)."""
+    pieces = topology.expert_tp if of_experts else topology.tp
+    out, seen = [], set()
     for tp, ep in topology.grid():
         if owner is None or ep == owner:
-            group = ep if r.stacks_experts else 0
-            what = (group, tp % pieces)
-            yield _Home(Rank(tp, pp, ep, chunk), name, tp % pieces, pieces, group, what not in seen)
+            what = ep if stacked else 0, tp % pieces
+            out.append((tp, ep, tp % pieces, pieces, what[0], what not in seen))
             seen.add(what)
+    return tuple(out)
 
 
 def _of_rank(r: Row, whole: Named, ep: int, topology: Topology) -> Named:
@@ -333,7 +347,7 @@ def _of_rank(r: Row, whole: Named, ep: int, topology: Topology) -> Named:
 
 def _part_names(r: Row, bind: Bind, spec: Spec) -> Iterator[str]:
     for part in r.parts:
-        free = [k for k in re.findall(r"\{(\w+)\}", part) if k not in bind]
+        free = [k for k in placeholders(part) if k not in bind]
         for values in itertools.product(*(range(spec.sizes[k]) for k in free)):
             yield part.format(**bind, **dict(zip(free, values, strict=True)))
 

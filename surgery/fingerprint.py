@@ -112,18 +112,11 @@ def _weights(index: Any, seed: int) -> Any:
 class Tap(Lazy):
     """A part whose reads are counted in a ledger."""
 
-    __slots__ = ("ledger", "name", "src")
+    __slots__ = ("kind", "ledger", "name", "shape", "src")
 
     def __init__(self, ledger: Ledger, name: str, src: Lazy) -> None:
         self.ledger, self.name, self.src = ledger, name, src
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.src.kind
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        return self.src.shape
+        self.kind, self.shape = src.kind, src.shape
 
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src,)

@@ -1,6 +1,6 @@
 """Lazy tensors: they know their shape and dtype, and can produce any box of themselves, reading nothing else.
 
-    weight = Extent(File("model.safetensors"), offset=4096, shape=(1024, 512), kind="bfloat16")
+    weight = Extent(File("model.safetensors"), 4096, (1024, 512), "bfloat16")       # extent.py: a tensor in a file
     half = Concat((weight, Fill((8, 512), "bfloat16")), 0)
     half.read(((1000, 1032), (0, 512)))     # 24 rows from the file, 8 rows of zeros
 
@@ -14,11 +14,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.errors import FileError, LayoutError
-from surgery.files import File
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +32,6 @@ ITEMSIZE = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
     "complex32": 4, "complex64": 8, "complex128": 16,
 }  # fmt: skip
-MAX_OVERLAP = 64 << 20  # bytes that an overlapping view (stride 0, windows) may grow to
 
 
 class Lazy:
@@ -116,138 +114,11 @@ def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
     return tuple(box), squeeze
 
 
-def dense_strides(shape: Sequence[int]) -> Shape:
-    """Row-major strides, in elements."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-class Extent(Lazy):
-    """A tensor that lies in a file: the only leaf that does I/O.  All containers reduce to tables of these.
-
-    `offset` is the byte of element 0; `strides` are in elements (None: row-major); `swap` says that the stored
-    elements are big-endian.  That every element lies inside `file` is checked here, once.
-    """
-
-    __slots__ = ("file", "kind", "offset", "shape", "strides", "swap")
-
-    def __init__(
-        self,
-        file: File,
-        offset: int,
-        shape: Sequence[int],
-        kind: str,
-        strides: Sequence[int] | None = None,
-        swap: bool = False,
-    ) -> None:
-        self.file, self.offset, self.shape, self.kind, self.swap = file, offset, tuple(shape), kind, swap
-        self.strides = None if strides is None or _is_dense(self.shape, strides) else tuple(strides)
-        if math.prod(self.shape):
-            file.check(offset, self._span(whole(self.shape)), "tensor data")
-
-    def _span(self, box: Box) -> int:
-        """Bytes from the first to the last element of a box that is not empty."""
-        strides = self.strides or dense_strides(self.shape)
-        return (1 + sum((b - a - 1) * s for (a, b), s in zip(box, strides, strict=True))) * ITEMSIZE[self.kind]
-
-    def read(self, box: Box) -> torch.Tensor:
-        if not math.prod(lengths(box)):
-            import torch
-
-            return torch.empty(lengths(box), dtype=self.dtype)
-        if self.strides is None:
-            out = _read_dense(self.file, self.offset, self.shape, self.kind, box)
-        else:
-            out = self._read_strided(box)
-        return _byteswapped(out) if self.swap else out
-
-    def _read_strided(self, box: Box) -> torch.Tensor:
-        assert self.strides is not None
-        # A transposed view is a dense tensor with its dimensions in another order: read it in memory's order.
-        order = sorted(range(len(self.shape)), key=lambda i: (-self.strides[i], self.shape[i] == 1))  # type: ignore[index]
-        stored = tuple(self.shape[i] for i in order)
-        if _is_dense(stored, [self.strides[i] for i in order]):
-            got = _read_dense(self.file, self.offset, stored, self.kind, tuple(box[i] for i in order))
-            return got.permute([order.index(i) for i in range(len(order))])
-        return self._read_view(box)
-
-    def _read_view(self, box: Box) -> torch.Tensor:
-        """Any other view: one dimension at a time until what is left lies close together."""
-        import torch
-
-        assert self.strides is not None
-        item, lens = ITEMSIZE[self.kind], lengths(box)
-        span, size = self._span(box), math.prod(lens) * item
-        wide = [i for i, n in enumerate(lens) if n > 1]
-        if span > max(2 * size, 1 << 16) and wide:
-            dim = max(wide, key=lambda i: (lens[i] - 1) * self.strides[i])  # type: ignore[index]
-            a, b = box[dim]
-            steps = [self._read_view(box[:dim] + ((i, i + 1),) + box[dim + 1 :]) for i in range(a, b)]
-            return torch.cat(steps, dim)
-        if size > span and size > MAX_OVERLAP:
-            raise FileError(
-                f"a view of {list(self.shape)} with strides {list(self.strides)} grows {span} stored bytes to {size}",
-                file=self.file.path,
-                hint="views that overlap themselves are read up to 64 MiB; re-save the tensor with .contiguous()",
-            )
-        raw = torch.empty(span // item, dtype=self.dtype)
-        start = self.offset + sum(a * s for (a, _), s in zip(box, self.strides, strict=True)) * item
-        self.file.read_into(start, bytes_of(raw), "tensor data")
-        return raw.as_strided(lens, self.strides).contiguous()
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    at = 1
-    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if n != 1:
-            if stride != at:
-                return False
-            at *= n
-    return True
-
-
-def _read_dense(file: File, offset: int, shape: Shape, kind: str, box: Box) -> torch.Tensor:
-    """A box of a row-major tensor, by as few reads as its rows allow."""
-    import torch
-
-    lens, item = lengths(box), ITEMSIZE[kind]
-    out = torch.empty(lens, dtype=torch_dtype(kind))
-    k, run = len(lens), item  # dimensions k.. form one run of bytes in the file
-    while k and lens[k - 1] == shape[k - 1]:
-        k, run = k - 1, run * shape[k - 1]
-    if k:
-        k -= 1
-        run *= lens[k]
-    strides = [s * item for s in dense_strides(shape)]
-    start = offset + (box[k][0] * strides[k] if k < len(lens) else 0)
-    if k == 0:
-        file.read_into(start, bytes_of(out), "tensor data")
-    else:
-        file.read_runs(_offsets(start, box[:k], strides), run, bytes_of(out), "tensor data")
-    return out
-
-
-def _offsets(start: int, box: Box, strides: Sequence[int]) -> Iterable[int]:
-    """The bytes at which the runs of a box begin, in row-major order."""
-    if not box:
-        return (start,)
-    (a, b), stride = box[0], strides[0]
-    steps = range(start + a * stride, start + b * stride, stride)
-    return steps if len(box) == 1 else itertools.chain.from_iterable(_offsets(s, box[1:], strides[1:]) for s in steps)
-
-
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     import torch
 
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _byteswapped(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    width = tensor.element_size() // (2 if tensor.is_complex() else 1)
-    flat = tensor.reshape(-1).view(torch.uint8).reshape(-1, width).flip(-1)
-    return flat.reshape(-1).view(tensor.dtype).reshape(tensor.shape)
 
 
 class Fill(Lazy):
@@ -267,10 +138,12 @@ class Fill(Lazy):
 class Slice(Lazy):
     """`src` narrowed to [start, stop) along one dimension."""
 
-    __slots__ = ("dim", "src", "start", "stop")
+    __slots__ = ("dim", "kind", "shape", "src", "start", "stop")
 
     def __init__(self, src: Lazy, dim: int, start: int, stop: int) -> None:
-        assert 0 <= start <= stop <= src.shape[dim], (src, dim, start, stop)
+        outer = src.shape
+        assert 0 <= start <= stop <= outer[dim], (src, dim, start, stop)
+        self.kind, self.shape = src.kind, (*outer[:dim], stop - start, *outer[dim + 1 :])
         at = 0
         if isinstance(src, Slice) and src.dim == dim:
             at, src = src.start, src.src
@@ -278,15 +151,6 @@ class Slice(Lazy):
         self.dim: int = dim
         self.start: int = at + start
         self.stop: int = at + stop
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.src.kind
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]
-        s = self.src.shape
-        return s[: self.dim] + (self.stop - self.start,) + s[self.dim + 1 :]
 
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src,)

@@ -11,13 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from surgery.anatomy import PARTS, Spec, full_template
 from surgery.axes import Axes, flat, parse
 from surgery.topology import Topology
 
 Bind = dict[str, int]  # the values of a name's placeholders
+
+
+@cache
+def placeholders(name: str) -> tuple[str, ...]:
+    """ "layers.{l}.experts.{e}.up" -> ("l", "e")."""
+    return tuple(re.findall(r"\{(\w+)\}", name))
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Row:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """The placeholders of the name."""
-        return tuple(re.findall(r"\{(\w+)\}", self.name))
+        return placeholders(self.name)
 
     @cached_property
     def stars(self) -> tuple[tuple[str, ...], ...]:

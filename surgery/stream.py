@@ -30,10 +30,11 @@ from typing import Any, TypeVar
 
 from surgery.containers.output import OutputFile, Region
 from surgery.errors import LayoutError, OutputError, SurgeryError, some
+from surgery.extent import Extent
 from surgery.files import IO
 from surgery.fingerprint import Counts, Ledger
 from surgery.journal import State
-from surgery.lazy import ITEMSIZE, Box, Extent, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
+from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
 from surgery.memory import Peak
 from surgery.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.staging import Staging
@@ -103,7 +104,7 @@ def write(
     _check_names(files)
     if force:
         _check_sources(files, dst)
-    done, total = 0, sum(f.size for f in files)
+    done, total, block = 0, sum(f.size for f in files), block_size(max_memory)
 
     def count(n: int) -> None:
         nonlocal done
@@ -115,7 +116,6 @@ def write(
         read, seconds = IO["bytes"] - read_before, time.monotonic() - begun
         return Written(dst, sum(f.size for f in files), resumed, read, seconds, peak.bytes(), tuple(notes))
 
-    block = block_size(max_memory)
     with os_errors(dst, lambda: max(1, total - done - free_space(dst))), Staging.open(dst, force, durable) as stage:
         journal, state, notes = stage.begin(_identity(files, job, ledger, durable))
         sink = Sink(stage, journal, state, ledger, count, CHECKPOINT * block)
@@ -130,12 +130,12 @@ def write(
                         raise Interrupted(stop[0], dst)
         if ledger is not None and (gaps := ledger.gaps()):
             raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}", file=dst)
-        last = list(closing(outcome(files))) if closing else []
-        _check_names([*files, *last])
-        for file in last:
+        everything = [*files, *(closing(outcome(files)) if closing else [])]
+        _check_names(everything)
+        for file in everything[len(files) :]:
             sink.write_small(file)
-        stage.publish({f.name for f in [*files, *last]})
-        return outcome([*files, *last])
+        stage.publish({f.name for f in everything})
+        return outcome(everything)
 
 
 def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, progress: Progress | None = None) -> None:

@@ -24,9 +24,10 @@ from surgery.containers.output import text_file
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import SurgeryError
+from surgery.extent import Extent
 from surgery.files import File
 from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Extent, Slice, bytes_of
+from surgery.lazy import Concat, Slice, bytes_of
 
 CHANGING = ["pwrite", "write", "rename", "mkdir", "rmdir", "unlink", "ftruncate", "fsync", "fdatasync", "open"]
 

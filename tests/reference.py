@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +122,26 @@ def angles(rope: Rope, width: int, length: int) -> tuple[torch.Tensor, torch.Ten
         mix = (old / wave - scaling["low_freq_factor"]) / (scaling["high_freq_factor"] - scaling["low_freq_factor"])
         slow = speed / scaling["factor"]
         speed = torch.where(wave > low, slow, torch.where(wave < high, speed, (1 - mix) * slow + mix * speed))
+    elif scaling.get("type") == "yarn":
+        speed, boost = _yarn(scaling, rope.base, speed)
     elif scaling:
         raise AssertionError(f"the reference does not know {scaling}")
     angle = torch.arange(length, dtype=torch.float32)[:, None] * speed
     return angle.cos() * boost, angle.sin() * boost
+
+
+def _yarn(scaling: Mapping[str, Any], base: float, speed: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Fast pairs keep their speed, slow ones turn `factor` times slower, with a ramp between (arXiv 2309.00071)."""
+    turns = scaling["original_max_position_embeddings"] * speed / (2 * math.pi)  # over the trained context
+    pairs = len(speed)
+    places = torch.arange(pairs, dtype=torch.float32)
+
+    def place(rotations: float) -> float:  # which pair turns that often
+        return pairs * math.log(turns[0].item() / rotations) / math.log(base)
+
+    low, high = max(math.floor(place(scaling["beta_fast"])), 0), math.ceil(place(scaling["beta_slow"]))
+    slow = ((places - low) / max(high - low, 0.001)).clamp(0, 1)
+    return speed * (1 - slow) + speed / scaling["factor"] * slow, 0.1 * math.log(scaling["factor"]) + 1
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -130,7 +130,7 @@ def test_convert_and_verify(tmp_path):
         (["convert", META, "x", "--to", "meta", "--shard-size", "1GB"], 2, "does not apply to meta"),
         (["convert", META, "x", "--to", "hf", "--max-memory", "lots"], 2, "is no size"),
         (["convert", META, "x", "--to", "hf", "--max-memory", "0"], 2, "is no size"),
-        (["convert", META, "x", "--to", "meta", "--tp", "3"], 1, "cannot divide 4 x 'g'"),
+        (["convert", META, "x", "--to", "meta", "--tp", "3"], 1, "cannot divide 4 key/value heads"),
         (["convert", META, "x", "--to", "hf", "--tokenizer", "no/such"], 1, "no/such"),
         (["convert", META, "x", "--to", "hf", "--vocab-size", "9"], 1, "would cut tokens"),
         (["convert", META, META, "--to", "hf"], 1, "exists already"),

@@ -38,8 +38,9 @@ from surgery.containers.torch_legacy import TorchLegacy
 from surgery.containers.torch_zip import TorchZip
 from surgery.containers.zip_directory import ZipDirectory
 from surgery.errors import FileError
+from surgery.extent import Extent
 from surgery.files import IO, File
-from surgery.lazy import ITEMSIZE, Extent, same_bits
+from surgery.lazy import ITEMSIZE, same_bits
 
 # torch warns of its experimental dtypes, of TorchScript and of a save without process group: none is our doing
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -194,7 +194,7 @@ def test_ignored_tensors_are_reported_with_the_reason():
 @pytest.mark.parametrize(
     ("topology", "text"),
     [
-        (Topology(tp=3), "cannot divide 4 x 'g'"),
+        (Topology(tp=3), "cannot divide 4 key/value heads"),
         (Topology(pp=2), "cannot divide 5 layers among 2"),
         (Topology(ep=4), "cannot divide 6 experts among 4"),
         (Topology(pp=2, stages=(4, 2)), "do not make 5 layers"),

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import FileError
+from surgery.extent import Extent
 from surgery.files import IO, File
-from surgery.lazy import Extent, boxes, bytes_of, same_bits
+from surgery.lazy import boxes, bytes_of, same_bits
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each module knows only what stands before it.  Packages count as one.
-ORDER = ["errors", "sizes", "memory", "files", "lazy", "axes", "anatomy", "topology", "rows", "replicas", "dialect",
-         "containers", "fingerprint", "journal", "staging", "sink", "stream", "tokenizer", "formats", "dialects",
-         "checkpoint", "conversion"]  # fmt: skip
+ORDER = ["errors", "sizes", "memory", "files", "lazy", "extent", "axes", "anatomy", "topology", "rows", "replicas",
+         "dialect", "containers", "fingerprint", "journal", "staging", "sink", "stream", "tokenizer", "formats",
+         "dialects", "checkpoint", "allowances", "provenance", "conversion"]  # fmt: skip
 LATE = {"cli": set(), "show": {"cli"}, "inspect": {"cli", "show"}}  # who may import these
 
 

@@ -22,7 +22,7 @@ from surgery.dialects import megatron_folder as folders
 from surgery.errors import SurgeryError
 from surgery.lazy import same_bits
 from surgery.stream import write
-from tests import oracle, reference
+from tests import oracle, reference, tiny
 
 GOLDEN = oracle.GOLDEN / "megatron"
 LEGACY, MIXED, DIST = "a_llama_legacy_tp2pp2", "d_moemix_legacy_tp1", "c_llama_torchdist_tp1_te23"
@@ -143,8 +143,6 @@ def test_a_mistake_in_any_row_shows(name):
 @pytest.fixture(scope="module")
 def moe(tiny_hf, tmp_path_factory):
     """A Qwen3-MoE: its Hugging Face tensors and a function that writes it as Megatron."""
-    from surgery.lazy import Extent  # noqa: F401  the module is imported before files are written
-
     source = tiny_hf("qwen3_moe")
 
     def to(**flags):
@@ -467,6 +465,9 @@ def test_extra_states_optimizers_and_shared_storages(tmp_path):
     assert all(same_bits(opened.parts[k].full(), part.full()) for k, part in want.parts.items())
     assert {"optimizer", "rng_state", "distrib_optim.pt"} <= opened.ignored.keys()
     assert any("_extra_state" in name for name in opened.ignored)
+    assert opened.details["optimizer"].startswith("1 x distrib_optim.pt, ")
+    assert want.details["optimizer"] == "none"
+    assert want.details["transformer_impl"] == "local"
 
 
 @pytest.mark.parametrize(
@@ -503,3 +504,16 @@ def test_iterations_come_through_other_formats(tmp_path):
     convert(tmp_path / "hf", tmp_path / "release", to="megatron-dist", options={"iteration": "release"})
     assert open_checkpoint(tmp_path / "release").parts
     assert (tmp_path / "release" / folders.TRACKER).read_text() == "release"
+
+
+@pytest.mark.parametrize("to", ["megatron", "megatron-dist", "olmo-core"])
+def test_the_width_of_a_dense_layer_that_nobody_has(tmp_path, to):
+    """A Qwen3-MoE of experts only states an intermediate_size all the same; formats without it hold the same model."""
+    source = tiny.save("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
+    there = convert(source, tmp_path / "there", to=to)
+    back = convert(tmp_path / "there", tmp_path / "back", to="hf", vocab_size=264)
+    assert open_checkpoint(tmp_path / "back").spec.replace(f=0) == open_checkpoint(source).spec.replace(f=0)
+    ours, theirs = load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors")
+    assert there.verified
+    assert back.verified
+    assert all(same_bits(ours[k], theirs[k]) for k in theirs)

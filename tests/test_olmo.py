@@ -521,6 +521,7 @@ def test_contradictions_are_refused():
         ({"n_kv_heads": 4, "block_type": "llama"}, r"blocks of type llama do not know n_kv_heads \(4\)"),
         ({"block_type": "moe", "moe_top_k": 9}, "moe_top_k 9 of 8 experts"),
         ({"block_type": "moe", "moe_dropless": False}, "tokens over an expert's capacity are dropped"),
+        ({"block_type": "moe", "norm_after": True}, "norm_after: true"),
         ({"block_type": "moe", "moe_shared_expert": True}, "moe_shared_expert: true"),
         ({"attention_layer_norm": True, "attention_layer_norm_with_affine": False}, "not rms with weights"),
     ):

@@ -21,9 +21,10 @@ from surgery.containers.output import OutputFile, Region, text_file
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import FileError, LayoutError, OutputError
+from surgery.extent import Extent
 from surgery.files import IO, File
 from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Extent, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
+from surgery.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
 from surgery.staging import Staging
 from surgery.stream import Interrupted, boxes_from, prefetched, read_through, write
 
@@ -238,7 +239,8 @@ import torch, numpy
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.files import File
 from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Extent, Slice
+from surgery.extent import Extent
+from surgery.lazy import Concat, Slice
 from surgery.stream import write
 torch.set_num_threads(1)
 root, ledger = Path(sys.argv[1]), Ledger()

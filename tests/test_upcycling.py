@@ -384,7 +384,7 @@ def test_ties_and_incomplete_groups_are_counted(tiny_hf):
     made = upcycled(open_checkpoint(tiny_hf("llama")), Settings(8, 4, granularity=2))
     logits = torch.tensor([[4.0, 4, 3, 3, 2, 2, 1, 1], [4, 4, 3, 3, 3, 3, 1, 1], [4, 4, 3, 3, 3, 3, 1, 1]])
     chosen = torch.tensor([[0, 1, 3, 2], [0, 1, 2, 3], [1, 0, 4, 2]])
-    ties = proof._ties({0: Route(logits, chosen)}, made)
+    ties = proof._ties({0: Route(logits, chosen)}, made.claim())
     assert (ties.choices, ties.tied, ties.incomplete) == (3, 2, 1)
 
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from surgery.errors import LayoutError, show
+from surgery.extent import Extent
 from surgery.files import File
-from surgery.lazy import Extent, Lazy
+from surgery.lazy import Lazy
 
 Literal = tuple[int, bytes]  # an offset in a file, and the bytes that begin there
 

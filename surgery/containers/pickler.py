@@ -18,7 +18,8 @@ from typing import Any
 
 from surgery.containers.records import STORAGE_KINDS
 from surgery.errors import LayoutError, show
-from surgery.lazy import ITEMSIZE, Lazy, dense_strides
+from surgery.extent import dense_strides
+from surgery.lazy import ITEMSIZE, Lazy
 
 STORAGES = {kind: name for name, kind in STORAGE_KINDS.items() if name != "UntypedStorage"}
 
@@ -57,6 +58,7 @@ class _Pickler:
         self.out: list[bytes] = []
         self.memo: dict[Any, int] = {}
         self.tensors: list[Lazy] = []
+        self.shapes: dict[tuple[int, ...], bytes] = {}
 
     def save(self, value: Any) -> None:
         write = SAVERS.get(type(value))
@@ -164,24 +166,33 @@ class _Pickler:
             return
         typed = tensor.kind in STORAGES
         self.name("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
-        self.put(b"(")
-        storage = Record("torch", STORAGES[tensor.kind]) if typed else Record("torch.storage", "UntypedStorage")
-        count = math.prod(tensor.shape) * (1 if typed else ITEMSIZE[tensor.kind])
-        self.sequence(("storage", storage, str(len(self.tensors)), "cpu", count))
-        self.put(b"Q")
+        self.put(b"((")
+        self._text("storage")
+        self.name(*(("torch", STORAGES[tensor.kind]) if typed else ("torch.storage", "UntypedStorage")))
+        self._text(str(len(self.tensors)))
+        self._text("cpu")
+        self._int(math.prod(tensor.shape) * (1 if typed else ITEMSIZE[tensor.kind]))
+        self.put(b"tQ", self._geometry(tensor.shape))
         self.tensors.append(tensor)
-        for value in (0, tensor.shape, _strides(tensor), False):
-            self.save(value)
         self.call("collections", "OrderedDict", ())
         if not typed:
             self.name("torch", tensor.kind)
         self.put(b"tR")
         self.memoize(id(tensor))
 
+    def _geometry(self, shape: tuple[int, ...]) -> bytes:
+        """Offset, shape, strides and requires_grad: the same bytes for every tensor of a shape."""
+        if shape not in self.shapes:
+            alone = _Pickler()
+            for value in (0, shape, _strides(shape), False):
+                alone.save(value)
+            self.shapes[shape] = b"".join(alone.out)
+        return self.shapes[shape]
 
-def _strides(tensor: Lazy) -> tuple[int, ...]:
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """What torch calls contiguous: an empty dimension counts as one."""
-    return dense_strides([max(n, 1) for n in tensor.shape])
+    return dense_strides([max(n, 1) for n in shape])
 
 
 def _bytes(pickler: _Pickler, value: bytes) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from surgery.errors import show
+from surgery.extent import Extent
 from surgery.files import File
-from surgery.lazy import ITEMSIZE, Extent
+from surgery.lazy import ITEMSIZE
 
 # name of a torch storage class -> the dtype of its elements
 STORAGE_KINDS = {

@@ -66,10 +66,20 @@ def torch_file(name: str, tree: Any, copies: frozenset[str] = frozenset()) -> Ou
     )
     literals = {known[key].start: data for key, data in (small | last).items()}
     tail = _tail(members, literals, {r.offset: i for i, r in enumerate(regions) if r.tensor.nbytes})
-    end = members[-1].start + members[-1].size
-    size = max(at + len(data) for at, data in tail([0] * len(regions)))
-    assert size > end
-    return OutputFile(relative(name), size, b"", regions, tail)
+    return OutputFile(relative(name), _size(members), b"", regions, tail)
+
+
+def _size(members: Sequence[Member]) -> int:
+    """Bytes of the whole archive: the directory follows the last member."""
+    at = members[-1].start + members[-1].size
+    entries = sum(46 + len(m.name) + _extra(m) for m in members)
+    return at + entries + len(_end(len(members), at, entries))
+
+
+def _extra(m: Member) -> int:
+    """Bytes of the 64-bit fields of a directory entry."""
+    fields = 2 * m.is_big + (m.header >= MAX32)
+    return 4 + 8 * fields if fields else 0
 
 
 def _place(root: str, sizes: dict[str, int]) -> list[Member]:

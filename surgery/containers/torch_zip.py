@@ -17,8 +17,9 @@ from surgery.containers.machine import Limits
 from surgery.containers.records import Storage, flatten
 from surgery.containers.zip_directory import ZipDirectory
 from surgery.errors import FileError, show
+from surgery.extent import Extent
 from surgery.files import File
-from surgery.lazy import ITEMSIZE, Extent, Lazy
+from surgery.lazy import ITEMSIZE, Lazy
 
 
 class Tree:

@@ -263,6 +263,8 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
     config |= _write_windows(family, spec) | _write_rope(family, spec)
     config |= write_moe(family, spec)
     config |= {also: config[key] for key, also in family.aliases.items()}
+    if {"f", "m"} <= set(family.keys.values()):
+        config["intermediate_size"] = spec.f or spec.m  # which no layer has if all have experts
     config["torch_dtype"] = kind
     return {family.renamed.get(k, k): v for k, v in config.items()}
 
@@ -313,8 +315,8 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
         return {"config": (str(error), None)}
-    differences = spec.differences(back)
-    return {k: v for k, v in differences.items() if k not in ("family", "v_true")}
+    unused = ("f",) if spec.e and not spec.moe_layers else ()
+    return {k: v for k, v in spec.differences(back).items() if k not in ("family", "v_true", *unused)}
 
 
 def choose_family(spec: Spec) -> str:

@@ -8,7 +8,7 @@ measures: `megatron_args`.  Optimizer, scheduler and random states are named and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from surgery.dialects import megatron_folder as folders
 from surgery.dialects.megatron_args import read_args
 from surgery.dialects.megatron_rows import OLD_NAMES, precore_table, table
 from surgery.errors import ConfigError, FileError, LayoutError, show
+from surgery.extent import Extent
 from surgery.formats import Checkpoint, Format, Options, Output, number
-from surgery.lazy import Extent, Lazy
+from surgery.lazy import Lazy
 
 # modules that carry an _extra_state in every version; Transformer Engine's attention does so too
 _LINEAR = re.compile(r"^(.*\.(?:linear_qkv|linear_proj|linear_fc1|linear_fc2)|output_layer)\.weight\d*$")
@@ -78,7 +79,7 @@ def open_megatron(folder: Path, options: Options) -> Checkpoint:
         globals=tuple(sorted({name for file in ranks.values() for name in file.globals})),
         ignored=ignored,
         notes=found.notes,
-        details={**entries.run_details(first.root, first.args), **details},
+        details={**entries.run_details(first.root, first.args), **details, "optimizer": _optimizer(ranks.values())},
     )
 
 
@@ -173,6 +174,14 @@ def spelling(names: set[str]) -> str:
     if any(name.endswith(".mlp.experts.weight1") for name in names):
         return "grouped"
     return "te_grouped" if any(".mlp.experts.linear_fc1." in name for name in names) else "sequential"
+
+
+def _optimizer(files: Collection[RankFile]) -> str:
+    """Where the optimizer's state is."""
+    beside = [p for file in files for p in file.path.parent.iterdir() if "optim" in p.name and p != file.path]
+    if beside:
+        return f"{len(beside)} x {show(beside[0].name)[1:-1]}, {sum(p.stat().st_size for p in beside)} bytes"
+    return "in the rank files" if any(file.root.get("optimizer") for file in files) else "none"
 
 
 def _states(file: RankFile) -> dict[str, str]:

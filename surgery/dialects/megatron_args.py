@@ -17,7 +17,7 @@ from typing import Any
 
 from surgery.anatomy import Rope, Spec
 from surgery.dialects.megatron_inert import is_inert
-from surgery.dialects.misfits import NAMES_ONLY, check_held
+from surgery.dialects.misfits import check_held
 from surgery.dialects.typed_keys import TypedKeys
 from surgery.errors import AmbiguousError, ConfigError, show, some
 
@@ -312,8 +312,7 @@ def write_args(spec: Spec) -> dict[str, Any]:
         back = read_args(args, "args", spec.v, rope_factor=_own_factor(spec)).spec
     except ConfigError as error:
         raise ConfigError(f"Megatron cannot hold this {spec.family}: {error.what}") from None
-    no_dense_layer = spec.e > 0 and not spec.moe_layers
-    check_held("Megatron", spec, back, (*NAMES_ONLY, *(("f",) if no_dense_layer else ())))
+    check_held("Megatron", spec, back)
     return args
 
 

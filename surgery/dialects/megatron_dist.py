@@ -71,7 +71,11 @@ def open_dist(folder: Path, options: Options) -> Checkpoint:
         globals=tuple(sorted({*dcp.globals, *names})),
         ignored=gathered.ignored | _left_out(dcp, root),
         notes=found.notes,
-        details={**entries.run_details(root, args), "layers are": "stacked" if stacked else "numbered"},
+        details={
+            **entries.run_details(root, args),
+            "layers are": "stacked" if stacked else "numbered",
+            "optimizer": _optimizer(dcp),
+        },
     )
 
 
@@ -109,6 +113,12 @@ def _common(where: Path, dcp: Dcp) -> tuple[Mapping[Any, Any], Collection[str], 
 
 def _is_fsdp(tensors: Mapping[str, Lazy]) -> bool:
     return any(name.startswith("model.module.") for name in tensors)
+
+
+def _optimizer(dcp: Dcp) -> str:
+    """How much of an optimizer's state there is."""
+    states = [tensor for name, tensor in dcp.tensors.items() if _STATES.match(name)]
+    return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
 
 
 def _left_out(dcp: Dcp, root: Mapping[Any, Any]) -> dict[str, str]:

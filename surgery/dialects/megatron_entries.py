@@ -25,6 +25,7 @@ STATES = {
     "rng_state": "random states, which are not converted",
     "rerun_state_machine": "the trainer's own state",
 }
+_COUNTERS = ("consumed_train_samples", "consumed_valid_samples")
 # keys of a checkpoint that describe the model and are read
 READ = ("args", "checkpoint_version", "iteration", "surgery")
 
@@ -79,9 +80,11 @@ def check_heads(spec: Spec, tp: int) -> None:
 
 def run_details(root: Mapping[Any, Any], args: Mapping[str, Any]) -> dict[str, object]:
     """What people want to know of the run."""
-    found = {"iteration": root.get("iteration"), "consumed_train_samples": args.get("consumed_train_samples"),
-             "consumed_valid_samples": args.get("consumed_valid_samples")}  # fmt: skip
-    return {k: v for k, v in found.items() if type(v) is int}
+    found = {"iteration": root.get("iteration")} | {name: args.get(name) for name in _COUNTERS}
+    sizes = {name: args.get(name) for name in ("data_parallel_size", "context_parallel_size")}
+    out: dict[str, object] = {k: v for k, v in found.items() if type(v) is int}
+    out |= {k: v for k, v in sizes.items() if type(v) is int and v > 1}
+    return out | {k: show(args[k])[1:-1] for k in ("transformer_impl", "tokenizer_type") if type(args.get(k)) is str}
 
 
 def own_factor(root: Mapping[Any, Any]) -> float | None:

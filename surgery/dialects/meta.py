@@ -20,8 +20,9 @@ from surgery.containers.torch_writer import torch_file
 from surgery.dialect import Dialect, Rank, Row, Topology, gather, row, spread
 from surgery.dialects import meta_params
 from surgery.errors import ConfigError, FileError, LayoutError, show
+from surgery.extent import Extent
 from surgery.formats import Checkpoint, Format, Option, Options, Output, number
-from surgery.lazy import Extent, Lazy
+from surgery.lazy import Lazy
 
 _L = "layers.{l}."
 ROWS: tuple[Row, ...] = (

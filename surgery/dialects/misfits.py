@@ -21,7 +21,8 @@ Gaps = Mapping[str, tuple[object, object]]
 
 def check_held(who: str, spec: Spec, back: Spec, ignore: Iterable[str] = NAMES_ONLY, hint: str | None = None) -> None:
     """Raise ConfigError if `back`, what the format makes of `spec`, is another model."""
-    gaps = {name: pair for name, pair in spec.differences(back).items() if name not in ignore}
+    unused = {"f"} if spec.e and not spec.moe_layers else set()  # no layer is dense
+    gaps = {name: pair for name, pair in spec.differences(back).items() if name not in unused.union(ignore)}
     if gaps:
         raise ConfigError(f"{who} cannot hold this {spec.family}: it has {in_words(gaps)}", hint=hint)
 

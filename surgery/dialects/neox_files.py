@@ -24,7 +24,8 @@ from surgery.dialect import Rank
 from surgery.dialects.neox_config import merge
 from surgery.dialects.neox_releases import RELEASES, Evidence
 from surgery.errors import ConfigError, FileError, LayoutError, UsageError, show, some
-from surgery.lazy import Extent, Lazy
+from surgery.extent import Extent
+from surgery.lazy import Lazy
 
 _LAYER = re.compile(r"layer_(\d{2,4})-model_(\d{2,3})-model_states\.pt")
 _RANK = re.compile(r"mp_rank_(\d{2,4})_model_states\.pt")

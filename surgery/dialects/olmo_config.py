@@ -95,8 +95,8 @@ def read_model(config: Mapping[str, Any], file: str, eos: int | None = None) -> 
 def _refuse(keys: TypedKeys, moe: bool) -> None:
     """Raise ConfigError with everything that no other format holds."""
     names = ["alibi", "include_bias", "scale_logits", "embedding_layer_norm"]
-    if moe:
-        names += ["moe_shared_expert", "moe_interleave"]
+    if moe:  # the branch that OLMoE was trained on has no norm_after
+        names += ["moe_shared_expert", "moe_interleave", "norm_after"]
     problems = [f"{name}: true" for name in names if keys.flag(name)]
     if moe and not keys.flag("moe_dropless"):
         problems.append("moe_dropless: false (tokens over an expert's capacity are dropped)")

@@ -16,7 +16,8 @@ from surgery.axes import shape_of
 from surgery.dialects.misfits import NAMES_ONLY, in_words
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
-from surgery.lazy import Fill, Lazy, Map
+from surgery.lazy import Fill, Lazy, Map, same_bits
+from surgery.upcycling.claim import Claim
 from surgery.upcycling.measures import Measured, measured
 from surgery.upcycling.nodes import scaled, taken
 from surgery.upcycling.noise import Noisy, Redrawn
@@ -44,6 +45,28 @@ class Upcycled:
     @property
     def exact(self) -> bool:
         return not self.layout.losses
+
+    def claim(self) -> Claim:
+        group = self.layout.granularity if self.layout.grouped else 1
+        layout = self.layout
+        return Claim(layout.strategy, self.checkpoint.spec, self.exact, layout.rounds, group, self.intact)
+
+    def intact(self, result: Checkpoint) -> float:
+        """The share of the routed experts' neurons, in the first and the last layer that has some, whose row of gate,
+        row of up and column of down are all the source's, bit for bit (times the factor)."""
+        whole = good = 0
+        for layer in {min(self.pieces), max(self.pieces)}:
+            for e, piece in enumerate(self.pieces[layer][1]):
+                same: Any = True
+                for which, dim in NEURONS.items():
+                    dense = taken(self.models[piece.source].parts[f"layers.{layer}.mlp.{which}"], dim, piece.neurons)
+                    want = scaled(dense, getattr(piece, which)).full()
+                    got = result.parts[f"layers.{layer}.experts.{e}.{which}"].full()
+                    if not same_bits(want, got):
+                        same = same & (want == got).all(1 - dim)
+                whole += len(piece.neurons)
+                good += len(piece.neurons) if same is True else int(same.sum())
+        return good / max(1, whole)
 
     def to_json(self) -> dict[str, Any]:
         """What surgery.json says about it."""

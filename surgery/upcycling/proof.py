@@ -1,6 +1,6 @@
 """The proof: source and result run on the same tokens, and what lies between their logits.
 
-    proof = prove(source, result, made, tokens=512)
+    proof = prove(source, result, claim, 256)
     proof.verdict            # "exact", "exact up to bf16 ties", "not preserving, as asked" ...
 
 In fp32 an exact upcycling differs by the order of sums (about 1e-4); 1e-3 is the limit.  In a 16-bit dtype the dense
@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MismatchError, SurgeryError
 from surgery.formats import Checkpoint
-from surgery.lazy import Slice, same_bits
-from surgery.upcycling.build import NEURONS, Upcycled
+from surgery.lazy import Slice
+from surgery.upcycling.claim import Claim
 from surgery.upcycling.layerwise import Route, forward
-from surgery.upcycling.nodes import scaled, taken
 from surgery.upcycling.prose import PROSE
 from surgery.verification.running import farthest, fixed_tokens
 
@@ -59,7 +58,7 @@ class Proof:
 
     fp32      result against source, both in fp32          stored   the same in the dtype of the weights
     floor     source in the dtype of the weights against source in fp32: its own rounding
-    ties      in the dtype of the weights                  intact   share of the experts' neurons that are the source's
+    ties      in the dtype of the weights                  intact   share of neurons that are the source's
     promised  whether the strategy is exact                text     what the tokens are
     """
 
@@ -72,7 +71,7 @@ class Proof:
     stored: Distance | None
     floor: Distance | None
     ties: Ties
-    intact: float
+    intact: float | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -85,14 +84,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def prove(source: Checkpoint, result: Checkpoint, made: Upcycled, count: int = 256) -> Proof:
-    """Measure.  `result` is what was written, opened; `made` is what should be in it.
+def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256) -> Proof:
+    """Measure.  `result` is what was written, opened; `claim` says what should be in it.
 
     Raises MismatchError if the strategy is exact and the result is not.
     """
     began = time.monotonic()
     tokens, text = _tokens(source, count)
-    dense, moe = source, _same_rows(result, made)
+    dense, moe = source, _same_rows(result, claim)
     kind = source.kind
     wide = forward(dense, tokens, "float32").logits
     run = forward(moe, tokens, "float32")
@@ -105,30 +104,31 @@ def prove(source: Checkpoint, result: Checkpoint, made: Upcycled, count: int = 2
         del wide
         run = forward(moe, tokens, kind)
         stored = distance(run.logits, narrow, tokens)
-    ties = _ties(run.routes, made)
-    proof = Proof("", made.exact, tokens.numel(), text, kind, fp32, stored, floor, ties, _intact(moe, made),
+    ties = _ties(run.routes, claim)
+    intact = claim.intact(moe) if claim.intact else None
+    proof = Proof("", claim.exact, tokens.numel(), text, kind, fp32, stored, floor, ties, intact,
                   time.monotonic() - began)  # fmt: skip
-    return replace(proof, verdict=_verdict(proof, made))
+    return replace(proof, verdict=_verdict(proof, claim))
 
 
-def _verdict(proof: Proof, made: Upcycled) -> str:
+def _verdict(proof: Proof, claim: Claim) -> str:
     name = SHORT.get(proof.kind, proof.kind)
     if proof.fp32.max_diff <= LIMIT:
         return f"exact up to {name} ties" if proof.stored and proof.ties.incomplete else "exact"
-    if not made.exact:
+    if not claim.exact:
         return "not preserving, as asked"
-    if proof.floor and made.layout.rounds and proof.fp32.kl <= 2 * proof.floor.kl:
+    if proof.floor and claim.rounds and proof.fp32.kl <= 2 * proof.floor.kl:
         return f"exact up to rounding to {name}"
     raise MismatchError(
-        f"{made.layout.strategy} should preserve the function, but the logits differ by {proof.fp32.max_diff:.3g}"
+        f"{claim.name} should preserve the function, but the logits differ by {proof.fp32.max_diff:.3g}"
         f" (KL {proof.fp32.kl:.3g}) in fp32",
         hint="this is a mistake in surgery; the output was not published",
     )
 
 
-def _same_rows(result: Checkpoint, made: Upcycled) -> Checkpoint:
+def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
     """The result as the planned model: rows that a format pads its vocabulary with are left out."""
-    spec = made.checkpoint.spec
+    spec = claim.spec
     parts = {
         name: Slice(part, 0, 0, spec.v) if name in ("embed", "lm_head") and part.shape[0] > spec.v else part
         for name, part in result.parts.items()
@@ -184,33 +184,15 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _ties(routes: Mapping[int, Route], made: Upcycled) -> Ties:
-    g, k = made.layout.granularity, made.layout.top_k
+def _ties(routes: Mapping[int, Route], claim: Claim) -> Ties:
+    g, k = claim.group, claim.spec.top_k
     choices = tied = incomplete = 0
     for route in routes.values():
         choices += len(route.chosen)
         if k < route.logits.shape[1]:
             best = route.logits.topk(k + 1, -1).values
             tied += int((best[:, k - 1] == best[:, k]).sum())
-        if made.layout.grouped:
+        if g > 1:
             hits = (route.chosen // g).sort(-1).values.unflatten(-1, (-1, g)) if k % g == 0 else None
             incomplete += len(route.chosen) if hits is None else int((hits[..., :1] != hits).any(-1).any(-1).sum())
     return Ties(choices, tied, incomplete)
-
-
-def _intact(result: Checkpoint, made: Upcycled) -> float:
-    """The share of the routed experts' neurons, in the first and the last layer that has some, whose row of gate, row
-    of up and column of down are all the source's, bit for bit (times the factor)."""
-    whole = good = 0
-    for layer in {min(made.pieces), max(made.pieces)}:
-        for e, piece in enumerate(made.pieces[layer][1]):
-            same: Any = True
-            for which, dim in NEURONS.items():
-                dense = taken(made.models[piece.source].parts[f"layers.{layer}.mlp.{which}"], dim, piece.neurons)
-                want = scaled(dense, getattr(piece, which)).full()
-                got = result.parts[f"layers.{layer}.experts.{e}.{which}"].full()
-                if not same_bits(want, got):
-                    same = same & (want == got).all(1 - dim)
-            whole += len(piece.neurons)
-            good += len(piece.neurons) if same is True else int(same.sum())
-    return good / max(1, whole)

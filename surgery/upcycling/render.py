@@ -71,7 +71,10 @@ def _proof(out: Console, proof: Proof) -> None:
     part = f", in {ties.incomplete} a virtual group in part" if ties.incomplete else ""
     rows += [
         ("router", f"{ties.tied} of {ties.choices:,} choices tie{part}"),
-        ("neurons", f"{proof.intact:.1%} of the experts' are the source's, bit for bit"),
+        (
+            "neurons",
+            "" if proof.intact is None else f"{proof.intact:.1%} of the experts' are the source's, bit for bit",
+        ),
         ("on", f"{proof.tokens} tokens of {proof.text}, {proof.seconds:.1f} s"),
     ]
     out.print(_rows(rows))

@@ -109,7 +109,7 @@ def carry_out(
         if others:
             record["source_digests"] = digests
         if verify and verify_tokens:
-            found.append(prove(ready.made.models[0], result, ready.made, verify_tokens))
+            found.append(prove(ready.made.models[0], result, ready.made.claim(), verify_tokens))
             record["proof"] = found[0].to_json()
         return record
 
