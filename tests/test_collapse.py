@@ -57,7 +57,7 @@ def dense(tmp_path_factory):
 def test_the_way_back_gives_the_sources_bits(case, which, dense, tmp_path):
     surgery.upcycle(dense[which], tmp_path / "moe", verify_tokens=0, **EXACT[case])
     done = collapse(tmp_path / "moe", tmp_path / "back", verify_tokens=32)
-    assert done.comparison.verdict == "exact"
+    assert done.proof.verdict == "exact"
     ours, theirs = weights(tmp_path / "back"), weights(dense[which])
     assert ours.keys() == theirs.keys()
     assert all(oracle.same_bits(ours[k], theirs[k]) for k in theirs)
@@ -103,7 +103,7 @@ def test_what_is_not_exact_is_refused(wanted, words, dense, tmp_path):
     with pytest.raises(UsageError, match=words):
         collapse(tmp_path / "moe", tmp_path / "back", by="average")
     done = collapse(tmp_path / "moe", tmp_path / "back", by="average", force_lossy=True, verify_tokens=32)
-    assert done.comparison.verdict == "not preserving, as asked"
+    assert done.proof.verdict == "not preserving, as asked"
     assert not json.loads((tmp_path / "back" / "surgery.json").read_text())["collapse"]["exact"]
 
 
@@ -171,7 +171,7 @@ def test_the_command(dense, tmp_path):
     assert planned["collapse"]["layers"] == {"2 shards": 2}
     done = run(tmp_path / "back", "--verify-tokens", "32", "--to", "meta", "--tp", "2")
     assert done.exit_code == 0, done.output
-    assert "exact: max |logit difference|" in done.output
+    assert "proof  exact" in done.output
     assert open_checkpoint(tmp_path / "back").format == "meta"
     odd = run(tmp_path / "other", "--experts", "4")
     assert odd.exit_code == 2

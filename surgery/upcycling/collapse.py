@@ -25,6 +25,7 @@ from surgery.dialects.hf_config import choose_family
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import PROVENANCE, Checkpoint
 from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, boxes, bytes_of, same_bits
+from surgery.upcycling.claim import Claim
 from surgery.upcycling.experts import BLOCK, MATRICES, blocks, mean, router_classes
 from surgery.upcycling.nodes import scaled
 
@@ -68,6 +69,11 @@ class Collapsed:
     @property
     def exact(self) -> bool:
         return not self.losses
+
+    def claim(self) -> Claim:
+        """What the proof holds the result to."""
+        rounds = any(math.frexp(x)[0] != 0.5 for d in self.layers.values() for x in (d.factor, d.shared) if x)
+        return Claim("--collapse", self.checkpoint.spec, self.exact, rounds)
 
     def to_json(self) -> dict[str, Any]:
         groups = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in self.layers.values())

@@ -1,4 +1,4 @@
-"""Write a checkpoint that was made from another one, and compare the two: for `surgery experts` and `--collapse`.
+"""Write a checkpoint that was made from another one, and prove what it computes (`surgery experts`, `--collapse`).
 
 plan = plan_derived(source, made, "experts", {...}, Target(to="meta"))
 outcome = write_derived(source, plan, dst, record={...}, exact=True)
@@ -13,18 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from surgery import conversion, stream
+from surgery.anatomy import Spec
 from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind
 from surgery.dialect import ONE_RANK, Topology
 from surgery.dialects.hf_config import choose_family
-from surgery.errors import MismatchError, UsageError, some
+from surgery.errors import UsageError, some
 from surgery.fingerprint import Ledger
 from surgery.formats import Checkpoint, Options
-from surgery.lazy import Slice
-from surgery.upcycling.layerwise import forward
-from surgery.upcycling.proof import LIMIT, Distance, _tokens, distance
+from surgery.upcycling.claim import Claim
+from surgery.upcycling.proof import Proof, prove
 
 TOKENS = 256
-ROUNDING = 0.05  # KL in nats beyond which a difference is no rounding of 16-bit weights
 
 
 @dataclass(frozen=True)
@@ -39,29 +38,15 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Source and result on the same tokens in fp32.  `promised`: whether they should agree."""
-
-    verdict: str
-    promised: bool
-    tokens: int
-    text: str
-    fp32: Distance
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What was done; `comparison` is None if none was asked for."""
+    """What was done; `proof` is None if none was asked for."""
 
     report: conversion.Report
     record: Mapping[str, Any]
-    comparison: Comparison | None
+    proof: Proof | None
 
     def to_json(self) -> dict[str, Any]:
-        proof = self.comparison.to_json() if self.comparison else None
+        proof = self.proof.to_json() if self.proof else None
         return {**asdict(self.report), **self.record, "proof": proof}
 
 
@@ -97,25 +82,25 @@ def write_derived(
     dst: str | os.PathLike[str],
     *,
     record: Mapping[str, Any],
-    exact: bool,
+    claim: Claim,
     verify_tokens: int = TOKENS,
     force: bool = False,
     verify: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
 ) -> Outcome:
-    """Write, read back and compare; `record` joins surgery.json.
+    """Write, read back and prove; `record` joins surgery.json.
 
-    Raises SurgeryError, and MismatchError where `exact` was promised and the logits differ; nothing appears then.
+    Raises SurgeryError, and MismatchError where `claim` says exact and the logits differ; nothing appears then.
     """
-    found: list[Comparison] = []
+    found: list[Proof] = []
 
     def extra(result: Checkpoint) -> Mapping[str, Any]:
         ledger = Ledger()
         stream.read_through(source.parts, ledger, plan.max_memory)
         more: dict[str, Any] = {"source_digest": ledger.content_digest(), **record}
         if verify and verify_tokens:
-            found.append(compare(source, replace(result, spec=plan.source.spec), exact, verify_tokens))
+            found.append(prove(runnable(source), result, claim, verify_tokens))
             more["proof"] = found[0].to_json()
         return more
 
@@ -123,28 +108,11 @@ def write_derived(
     return Outcome(report, record, found[0] if found else None)
 
 
-def compare(source: Checkpoint, result: Checkpoint, exact: bool, count: int = TOKENS) -> Comparison:
-    """Run both in fp32, layer by layer.  Raises MismatchError if they should agree and do not."""
-    tokens, text = _tokens(source, count)
-    wide = forward(runnable(source), tokens, "float32").logits
-    got = forward(runnable(result), tokens, "float32").logits
-    fp32 = distance(got, wide, tokens)
-    same = fp32.max_diff <= LIMIT
-    rounds = source.kind in ("bfloat16", "float16") and fp32.kl <= ROUNDING
-    if exact and not same and not rounds:
-        raise MismatchError(
-            f"the function should be preserved, but logits differ by {fp32.max_diff:.3g} (KL {fp32.kl:.3g}) in fp32",
-            hint="this is a mistake in surgery; the output was not published",
-        )
-    verdict = "exact" if same else "exact up to rounding" if exact else "not preserving, as asked"
-    return Comparison(verdict, exact, tokens.numel(), text, fp32)
-
-
 def runnable(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as a model of transformers, without the rows that a format pads its vocabulary with."""
-    spec = checkpoint.spec
-    parts = {
-        name: Slice(part, 0, 0, spec.v) if name in ("embed", "lm_head") and part.shape[0] > spec.v else part
-        for name, part in checkpoint.parts.items()
-    }
-    return replace(checkpoint, spec=spec.replace(family=choose_family(spec)), parts=parts)
+    """The checkpoint as a model that transformers has."""
+    return replace(checkpoint, spec=named(checkpoint.spec))
+
+
+def named(spec: Spec) -> Spec:
+    """The Spec under the name of a family of transformers that holds it.  Raises ConfigError if none does."""
+    return spec.replace(family=choose_family(spec))

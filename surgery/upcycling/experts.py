@@ -17,9 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from surgery.dialects.hf_config import choose_family
 from surgery.errors import ConfigError, LayoutError, UsageError, some
 from surgery.formats import Checkpoint
 from surgery.lazy import ITEMSIZE, Concat, Lazy, Map, Slice, boxes
+from surgery.upcycling.claim import Claim
 from surgery.upcycling.nodes import Gather, scaled
 from surgery.upcycling.selection import Choice, Groups, Selection
 
@@ -43,6 +45,11 @@ class Chosen:
     @property
     def exact(self) -> bool:
         return not self.losses
+
+    def claim(self) -> Claim:
+        """What the proof holds the result to."""
+        spec = self.checkpoint.spec
+        return Claim("surgery experts", spec.replace(family=choose_family(spec)), self.exact)
 
     def to_json(self) -> dict[str, Any]:
         spec = self.checkpoint.spec

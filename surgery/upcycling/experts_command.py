@@ -15,7 +15,7 @@ import click
 from surgery.upcycling.command import OUTPUT, Decorator, options_of, size_of, topology_of, with_flags
 
 if TYPE_CHECKING:
-    from surgery.upcycling.derived import Outcome, Target
+    from surgery.upcycling.derived import Target
 
 _WHICH = "[LAYERS:]EXPERTS"
 _CHOICE: tuple[Decorator, ...] = (
@@ -50,22 +50,24 @@ def experts_command(src: str, dst: str, **flags: Any) -> None:
 
     Rows and biases of the router follow. Both models are run at the end, and how far apart they are is told.
     """
-    from surgery import show
     from surgery.staging import check_free
-    from surgery.upcycling import experts_run
+    from surgery.upcycling import derived_render, experts_run
     from surgery.upcycling.derived import write_derived
 
     wanted = experts_run.selection(flags, flags["recipe"])
     source, made, plan = experts_run.prepare(src, wanted, target_of(flags))
     if flags["dry_run"]:
-        planned = {**show.plan_data(plan), "experts": made.to_json()}
-        click.echo(json.dumps(planned, indent=2)) if flags["as_json"] else show.plan(planned)
+        data = derived_render.data_of(plan, "experts", made.to_json())
+        click.echo(json.dumps(data, indent=2)) if flags["as_json"] else derived_render.plan(data, "experts")
         return
     check_free(Path(dst), flags["force"])
-    done = write_derived(source, plan, dst, record={"experts": made.to_json()}, exact=made.exact,
+    done = write_derived(source, plan, dst, record={"experts": made.to_json()}, claim=made.claim(),
                          force=flags["force"], verify=not flags["no_verify"], verify_tokens=flags["verify_tokens"],
                          command=["surgery", *sys.argv[1:]])  # fmt: skip
-    shown(done, flags["as_json"])
+    if flags["as_json"]:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        derived_render.outcome(done, "experts")
 
 
 def target_of(flags: dict[str, Any]) -> Target:
@@ -73,17 +75,3 @@ def target_of(flags: dict[str, Any]) -> Target:
     from surgery.upcycling.derived import Target
 
     return Target(flags["to"], topology_of(flags), flags["dtype"], options_of(flags), size_of(flags["max_memory"]))
-
-
-def shown(done: Outcome, as_json: bool) -> None:
-    """Print what `experts` and `upcycle --collapse` did."""
-    from surgery import show
-
-    if as_json:
-        click.echo(json.dumps(done.to_json(), indent=2))
-        return
-    show.report(done.report)
-    if done.comparison:
-        c = done.comparison
-        click.echo(f"  {c.verdict}: max |logit difference| {c.fp32.max_diff:.3g}, KL {c.fp32.kl:.3g}, perplexity "
-                   f"{c.fp32.reference_perplexity:.4g} -> {c.fp32.perplexity:.4g} on {c.tokens} tokens")  # fmt: skip

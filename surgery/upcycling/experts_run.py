@@ -1,7 +1,7 @@
-"""`surgery experts` from folder to folder: open, choose, plan, stream, read back, compare.
+"""`surgery experts` from folder to folder: open, choose, plan, stream, read back, prove.
 
 done = experts("Mixtral-8x7B", "Mixtral-4x7B", keep="0-3", top_k=2)
-done.report.bytes, done.comparison.verdict
+done.report.bytes, done.proof.verdict
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def experts(
 ) -> Outcome:
     """Change the experts of a checkpoint; `flags` are those of `surgery experts`, `keep="0-3"` or `keep=("0-3", ...)`.
 
-    Raises SurgeryError; `dst` appears whole, read back and compared, or not at all.
+    Raises SurgeryError; `dst` appears whole, read back and proven, or not at all.
     """
     more = {k: flags.pop(k) for k in ("verify_tokens", "command", "progress") if k in flags}
     given = {k: (v,) if k in HOWS and isinstance(v, (str, int)) else v for k, v in flags.items()}
     wanted = selection(given, recipe)
     check_free(Path(dst), force)
     source, made, plan = prepare(src, wanted, target or Target())
-    return write_derived(source, plan, dst, record={"experts": made.to_json()}, exact=made.exact, force=force,
+    return write_derived(source, plan, dst, record={"experts": made.to_json()}, claim=made.claim(), force=force,
                          verify=verify, **more)  # fmt: skip

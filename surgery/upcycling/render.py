@@ -57,10 +57,10 @@ def outcome(done: Outcome) -> None:
                                 f" {human(report.max_memory)} allowed")]))  # fmt: skip
     _notes(out, report.notes)
     if done.proof:
-        _proof(out, done.proof)
+        proof(out, done.proof)
 
 
-def _proof(out: Console, proof: Proof) -> None:
+def proof(out: Console, proof: Proof) -> None:
     style = "bold green" if proof.verdict.startswith("exact") else "bold yellow"
     out.print(Text.assemble(("proof  ", "dim"), (proof.verdict, style)))
     ties = proof.ties
