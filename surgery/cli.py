@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from surgery.upcycling.command import upcycle_command
-from surgery.upcycling.experts_command import experts_command
+from surgery.upcycling.command import experts_command, upcycle_command
 
 if TYPE_CHECKING:
     from surgery.dialect import Topology

@@ -13,12 +13,16 @@ from surgery import cli
 from surgery.checkpoint import open_checkpoint
 from surgery.dialect import Topology
 from surgery.errors import ConfigError, UsageError
+from surgery.upcycling import run as running
 from surgery.upcycling.collapse import collapsed, router_shares
-from surgery.upcycling.collapse_command import collapse
-from surgery.upcycling.derived import Target
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def collapse(src, dst, by="exact", force_lossy=False, verify_tokens=32):
+    ready = running.prepare_change(src, lambda c: collapsed(c, by, force_lossy))
+    return running.carry_out(ready, dst, verify_tokens=verify_tokens)
 
 
 def weights(folder):
@@ -66,11 +70,14 @@ def test_the_way_back_gives_the_sources_bits(case, which, dense, tmp_path):
 
 def test_through_another_format_and_with_the_groups_torn_apart(dense, tmp_path):
     """The experts of a group need not stand side by side."""
-    from surgery.upcycling.experts_run import experts
+    from surgery.upcycling.selection import chosen, from_flags
 
     surgery.upcycle(dense["llama"], tmp_path / "moe", experts=8, top_k=4, granularity=2, verify_tokens=0)
-    to = Target("megatron-dist", Topology(ep=2))
-    experts(tmp_path / "moe", tmp_path / "torn", target=to, permute="0,2,4,6,1,3,5,7", verify_tokens=0)
+    wanted = from_flags({"permute": ("0,2,4,6,1,3,5,7",)})
+    ready = running.prepare_change(
+        tmp_path / "moe", lambda c: chosen(c, wanted), to="megatron-dist", topology=Topology(ep=2)
+    )
+    running.carry_out(ready, tmp_path / "torn", verify_tokens=0)
     collapse(tmp_path / "torn", tmp_path / "back", verify_tokens=32)
     for name, tensor in weights(dense["llama"]).items():  # Megatron pads the vocabulary
         assert oracle.same_bits(weights(tmp_path / "back")[name][: len(tensor)], tensor), name
@@ -79,8 +86,8 @@ def test_through_another_format_and_with_the_groups_torn_apart(dense, tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        ({"experts": 4, "top_k": 2, "strategy": "drop", "force_lossy": True}, "neither copies"),
-        ({"experts": 4, "top_k": 2, "strategy": "partition", "force_lossy": True}, "neither copies"),
+        ({"experts": 4, "top_k": 2, "strategy": "drop", "force_lossy": True}, "no copies"),
+        ({"experts": 4, "top_k": 2, "strategy": "partition", "force_lossy": True}, "no copies"),
         ({"experts": 8, "top_k": 3, "strategy": "virtual-group", "granularity": 2, "force_lossy": True}, "no whole"),
         (
             {
@@ -104,15 +111,15 @@ def test_what_is_not_exact_is_refused(wanted, words, dense, tmp_path):
         collapse(tmp_path / "moe", tmp_path / "back", by="average")
     done = collapse(tmp_path / "moe", tmp_path / "back", by="average", force_lossy=True, verify_tokens=32)
     assert done.proof.verdict == "not preserving, as asked"
-    assert not json.loads((tmp_path / "back" / "surgery.json").read_text())["collapse"]["exact"]
+    assert not json.loads((tmp_path / "back" / "surgery.json").read_text())["upcycling"]["exact"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "glm4_moe"])
-@pytest.mark.parametrize("by", ["average", "router"])
+@pytest.mark.parametrize("by", ["average", "by-router"])
 def test_means_against_a_plain_loop(by, family, tiny_hf):
     source = open_checkpoint(tiny_hf(family))
     made = collapsed(source, by, force_lossy=True, tokens=64)
-    shares = router_shares(source, 64) if by == "router" else {}
+    shares = router_shares(source, 64) if by == "by-router" else {}
     spec = source.spec
     for i in range(spec.l):
         if not spec.is_moe(i):
@@ -136,10 +143,10 @@ def test_means_against_a_plain_loop(by, family, tiny_hf):
 
 def test_the_routers_shares_are_those_of_the_reference(tiny_hf):
     """The plain transformer, with its feed-forward observed, gives the same shares."""
-    from surgery.upcycling.proof import _tokens
+    from surgery.upcycling.proof import prose_tokens
 
     source = open_checkpoint(tiny_hf("mixtral"))
-    ids, _ = _tokens(source, 64)
+    ids, _ = prose_tokens(source, 64)
     seen = {}
 
     class Watching(reference._Model):
@@ -165,14 +172,11 @@ def test_the_command(dense, tmp_path):
     surgery.upcycle(dense["llama"], tmp_path / "moe", experts=4, top_k=2, verify_tokens=0)
 
     def run(*words):
-        return CliRunner().invoke(cli.main, ["upcycle", "--collapse", str(tmp_path / "moe"), *map(str, words)])
+        return CliRunner().invoke(cli.main, ["upcycle", str(tmp_path / "moe"), *map(str, words), "--collapse"])
 
     planned = json.loads(run(tmp_path / "back", "--dry-run", "--json").output)
-    assert planned["collapse"]["layers"] == {"2 shards": 2}
+    assert planned["upcycling"]["layers"] == {"2 shards": 2}
     done = run(tmp_path / "back", "--verify-tokens", "32", "--to", "meta", "--tp", "2")
     assert done.exit_code == 0, done.output
     assert "proof  exact" in done.output
     assert open_checkpoint(tmp_path / "back").format == "meta"
-    odd = run(tmp_path / "other", "--experts", "4")
-    assert odd.exit_code == 2
-    assert "do not go together" in odd.output

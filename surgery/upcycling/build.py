@@ -18,6 +18,7 @@ from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
 from surgery.lazy import Fill, Lazy, Map, same_bits
 from surgery.upcycling.claim import Claim
+from surgery.upcycling.experts import mean
 from surgery.upcycling.measures import Measured, measured
 from surgery.upcycling.nodes import scaled, taken
 from surgery.upcycling.noise import Noisy, Redrawn
@@ -159,7 +160,7 @@ class _Maker:
         parts = [model.parts[name] for model in self.models]
         if len(parts) == 1 or self.wanted.attention == "first":
             return parts[0]
-        return Map(_mean, parts)
+        return Map(mean, parts)
 
     def zeros(self, name: str, template: str) -> Lazy:
         """Parts of the family that change nothing: the router's bias, q, k and v biases, the shared expert's gate."""
@@ -194,14 +195,6 @@ class _Maker:
 
 def _times(src: Lazy, factor: float) -> Lazy:
     return Fill(src.shape, src.kind) if factor == 0.0 else scaled(src, factor)
-
-
-def _mean(*tensors: Any) -> Any:
-    """In fp32, in the order of the models, rounded once."""
-    total = tensors[0].float()
-    for tensor in tensors[1:]:
-        total = total + tensor.float()
-    return (total / len(tensors)).to(tensors[0].dtype)
 
 
 def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]) -> None:

@@ -1,12 +1,12 @@
 """A mixture of experts becomes dense again: exactly where its experts are copies or virtual groups, else by averaging.
 
     made = collapsed(open_checkpoint("SmolLM2-moe"))
-    made.checkpoint.spec.f, made.layers[0].shards, made.losses       # 1536, 8, ()
+    made.checkpoint.spec.f, made.details["layers"], made.losses       # 1536, {"8 shards": 30}, ()
 
 The chosen weights sum to a constant T.  If all experts are equal, the layer computes T times one of them.  If there are
 G different ones, and the experts with equal rows in the router hold each of them equally often and are chosen together,
 it computes T / G times their sum, which is one mlp of G times the width.  The shared expert stands in front.  Nothing
-else is exact: `average` takes the mean of the experts, `router` the mean weighted by what the router gives each on a
+else is exact: `average` takes the mean of the experts, `by-router` the mean weighted by what the router gives each on a
 text; both are refused unless they are forced.
 """
 
@@ -17,19 +17,23 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Spec
 from surgery.containers.text import read_json
-from surgery.dialects.hf_config import choose_family
+from surgery.dialects.hf_config import choose_family, misfits
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import PROVENANCE, Checkpoint
-from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, boxes, bytes_of, same_bits
-from surgery.upcycling.claim import Claim
-from surgery.upcycling.experts import BLOCK, MATRICES, blocks, mean, router_classes
+from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, Map, boxes, bytes_of, same_bits
+from surgery.upcycling.experts import Changed, router_classes
 from surgery.upcycling.nodes import scaled
+from surgery.upcycling.selection import BLOCK, MATRICES, blocks
 
-BY = ("exact", "average", "router")
+if TYPE_CHECKING:
+    import torch
+
+ORDER = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo", "olmo3")
+BY = ("exact", "average", "by-router")
 Shares = Mapping[int, tuple[Sequence[float], float]]  # by layer: share of each expert (sum 1), mean sum of weights
 
 
@@ -57,47 +61,16 @@ class Dense:
         return (spec.s if self.shared else 0) + spec.m * (1 if self.weights else len(self.experts))
 
 
-@dataclass(frozen=True)
-class Collapsed:
-    """The result before it is written."""
-
-    checkpoint: Checkpoint
-    by: str
-    layers: Mapping[int, Dense]
-    losses: tuple[str, ...]
-
-    @property
-    def exact(self) -> bool:
-        return not self.losses
-
-    def claim(self) -> Claim:
-        """What the proof holds the result to."""
-        rounds = any(math.frexp(x)[0] != 0.5 for d in self.layers.values() for x in (d.factor, d.shared) if x)
-        return Claim("--collapse", self.checkpoint.spec, self.exact, rounds)
-
-    def to_json(self) -> dict[str, Any]:
-        groups = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in self.layers.values())
-        spec = self.checkpoint.spec
-        return {
-            "by": self.by,
-            "width": spec.f,
-            "layers": dict(groups),
-            "exact": self.exact,
-            "losses": list(self.losses),
-            "parameters": {"total": spec.parameters()},
-        }
-
-
-def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 512) -> Collapsed:
-    """Reads the experts once, to compare them.  `tokens` of text are run for `router`.
+def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256) -> Changed:
+    """Reads the experts once, to compare them.  `tokens` of text are run for `by-router`.
 
     Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
     """
     spec = source.spec
     if by not in BY:
-        raise UsageError(f"--collapse-by {by!r} is unknown", hint=f"choose from {', '.join(BY)}")
+        raise UsageError(f"--collapse {by} is unknown", hint=f"choose from {', '.join(BY)}")
     if not spec.e:
-        raise ConfigError("the model has no experts: it is dense")
+        raise ConfigError("the model has no experts: it is dense already")
     moe = [i for i in range(spec.l) if spec.is_moe(i)]
     found = {i: _exact(source, i) for i in moe}
     inexact = [i for i in moe if found[i].why]
@@ -107,12 +80,16 @@ def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, 
     if inexact and (by == "exact" or not force_lossy):
         raise UsageError(
             f"the dense model would compute another function: {'; '.join(losses)}",
-            hint="--collapse-by average or --collapse-by router, with --force-lossy",
+            hint="--collapse average or --collapse by-router takes means, with --force-lossy",
         )
-    if inexact and by == "router":
+    if inexact and by == "by-router":
         shares = router_shares(source, tokens)
         found |= {i: replace(found[i], weights=tuple(shares[i][0]), factor=shares[i][1]) for i in inexact}
-    return Collapsed(_dense(source, found, losses), by if inexact else "exact", found, tuple(losses))
+    dense = _dense(source, found, losses)
+    kinds = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in found.values())
+    rounds = any(math.frexp(x)[0] != 0.5 for d in found.values() for x in (d.factor, d.shared) if x)
+    details = {"by": by if inexact else "exact", "width": dense.spec.f, "layers": dict(kinds)}
+    return Changed(dense, (source,), f"collapse, {details['by']}", tuple(losses), details, rounds)
 
 
 def _exact(source: Checkpoint, layer: int) -> Dense:
@@ -164,7 +141,7 @@ def _ungrouped(shards: Sequence[bytes], classes: Sequence[int], top_k: int) -> s
     for shard, kind in zip(shards, classes, strict=True):
         members.setdefault(kind, Counter())[shard] += 1
     if any(set(m) != kinds or len(set(m.values())) > 1 for m in members.values()):
-        return f"its {len(shards)} experts are neither copies of each other nor whole virtual groups"
+        return f"its {len(shards)} experts are no copies of each other, nor whole virtual groups"
     sizes = {sum(m.values()) for m in members.values()}
     if len(sizes) > 1 or top_k % sizes.pop():
         return f"top-{top_k} takes no whole virtual groups"
@@ -199,7 +176,8 @@ def _dense(source: Checkpoint, found: Mapping[int, Dense], losses: Sequence[str]
     if not made.tied and _equal(source.parts["embed"], source.parts["lm_head"]):
         made = made.replace(tied=True)
         notes.append("the output head is the embedding, bit for bit: they are tied")
-    made = made.replace(family=choose_family(made))
+    order = ORDER if spec.h % spec.heads == 0 else ORDER[1:]  # transformers' Llama insists on whole heads
+    made = made.replace(family=next((n for n in order if not misfits(made, n)), None) or choose_family(made))
     if losses:
         notes.append("the result computes another function: " + "; ".join(losses))
     undo = _recorded_up(source)
@@ -225,10 +203,22 @@ def _matrix(source: Checkpoint, layer: int, which: str, dense: Dense, undo: floa
     factor = {"up": 1 / undo, "down": dense.factor * undo}.get(which, 1.0)
     if dense.weights:
         every = [source.parts[f"{at}experts.{e}.{which}"] for e in range(source.spec.e)]
-        strands.append(scaled(mean(every, dense.weights), factor))
+        strands.append(scaled(Map(_weighted(dense.weights), every), factor))
     else:
         strands += [scaled(source.parts[f"{at}experts.{e}.{which}"], factor) for e in dense.experts]
     return strands[0] if len(strands) == 1 else Concat(strands, 1 if which == "down" else 0)
+
+
+def _weighted(weights: Sequence[float]) -> Any:
+    """The weighted mean of as many tensors, in fp32, rounded once."""
+
+    def mix(*tensors: torch.Tensor) -> torch.Tensor:
+        out = tensors[0].float() * weights[0]
+        for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+            out = out + tensor.float() * weight
+        return out.to(tensors[0].dtype)
+
+    return mix
 
 
 def _padded(part: Lazy, dim: int, width: int) -> Lazy:
@@ -272,13 +262,12 @@ def _recorded_up(source: Checkpoint) -> float:
 
 def router_shares(source: Checkpoint, tokens: int) -> Shares:
     """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
-    from surgery.upcycling.derived import runnable
     from surgery.upcycling.layerwise import forward
-    from surgery.upcycling.proof import _tokens
+    from surgery.upcycling.proof import prose_tokens
 
-    spec, ids = source.spec, _tokens(source, tokens)[0]
+    spec, ids = source.spec, prose_tokens(source, tokens)[0]
     out = {}
-    for layer, route in forward(runnable(source), ids, "float32").routes.items():
+    for layer, route in forward(source, ids, "float32").routes.items():
         chances = route.logits.softmax(-1) if spec.router_score == "softmax" else route.logits.sigmoid()
         weight = chances.gather(-1, route.chosen)
         if spec.top_k_renormalised:

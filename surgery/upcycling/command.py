@@ -14,7 +14,6 @@ from typing import Any
 import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-OWN = ("recipe", "dense_layers", "sources")
 
 _SETTINGS: tuple[Decorator, ...] = (
     click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
@@ -57,22 +56,23 @@ _SETTINGS: tuple[Decorator, ...] = (
                  help="mix: a further dense model of the same shape. Repeatable."),
     click.option("--attention", metavar="HOW", help="mix: average all that is no expert, or take the first model's. "
                  "[default: average]"),
+    click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
+                 "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
+                 "(weighted by use on a text)."),
     click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
-    click.option("--collapse", is_flag=True, help="The way back: a mixture of experts becomes dense, exactly where its "
-                 "experts are copies or whole virtual groups."),
-    click.option("--collapse-by", type=click.Choice(["average", "router"]), help="Where that is not exact: the mean of "
-                 "the experts, or the mean weighted by what the router gives each (lossy)."),
 )  # fmt: skip
 
-OUTPUT: tuple[Decorator, ...] = (
-    click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it."),
+_RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
+_DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
+                      help="Cast the weights before anything else.")  # fmt: skip
+_OUTPUT: tuple[Decorator, ...] = (
+    _RECIPE,
     click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
     click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
     click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
     click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
-    click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
-                 help="Cast the weights before anything else."),
+    _DTYPE,
     click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
     click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
@@ -86,7 +86,7 @@ OUTPUT: tuple[Decorator, ...] = (
 )  # fmt: skip
 
 
-def with_flags(*groups: tuple[Decorator, ...]) -> Decorator:
+def _flags(*groups: tuple[Decorator, ...]) -> Decorator:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed([option for group in groups for option in group]):
             function = option(function)
@@ -98,7 +98,7 @@ def with_flags(*groups: tuple[Decorator, ...]) -> Decorator:
 @click.command("upcycle")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@with_flags(_SETTINGS, OUTPUT)
+@_flags(_SETTINGS, _OUTPUT)
 def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove whether it still computes the same.
 
@@ -108,26 +108,81 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --shared 0.5
     surgery upcycle Llama-3-8B moe --experts 8 --top-k 2 --to megatron-dist --ep 8
     surgery upcycle SmolLM2-135M moe --recipe upcycle.yaml
-    surgery upcycle moe SmolLM2-again --collapse                     the way back
 
     Any format goes in and out, streamed in bounded memory. After writing, the source and the result run on the same
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
-    from surgery.errors import UsageError
+    from surgery.upcycling import run
+
+    shape = {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
+             "max_memory": _size(flags["max_memory"])}  # fmt: skip
+    if flags["collapse"]:
+        ready = run.prepare_change(src, _collapse(flags), asked={"collapse": flags["collapse"]}, **shape)
+    else:
+        ready = run.prepare(src, _settings(flags), dtype=flags["dtype"], **shape)
+    _finish(ready, dst, flags)
+
+
+_WHICH = "[LAYERS:]E,E"
+_CHOICE: tuple[Decorator, ...] = (
+    click.option("--keep", multiple=True, metavar=_WHICH, help="Only these experts, in this order: 0,3-5; with layers "
+                 "in front (3-5:0,1) in these layers. Repeatable."),
+    click.option("--prune", multiple=True, metavar=_WHICH, help="All but these. Repeatable."),
+    click.option("--best", multiple=True, metavar="[LAYERS:]N", help="The N experts of largest norm (--by). "
+                 "Repeatable."),
+    click.option("--by", type=click.Choice(["router-norm", "weight-norm"]), help="What --best goes by: rows of the "
+                 "router, or the experts' own weights. [default: router-norm]"),
+    click.option("--duplicate", type=click.IntRange(1), metavar="TIMES", help="Every expert so many times in the end, "
+                 "and as many times more of them chosen: exact, a larger model to train on."),
+    click.option("--merge", multiple=True, metavar="[LAYERS:]E+E,E", help="Means of experts: 0+1,2+3 makes two of "
+                 "four. Repeatable."),
+    click.option("--permute", multiple=True, metavar=_WHICH, help="All experts in another order: exact. Repeatable."),
+    click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses."),
+    click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
+)  # fmt: skip
+
+
+@click.command("experts")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@_flags(_CHOICE, tuple(option for option in _OUTPUT if option is not _DTYPE))
+def experts_command(src: str, dst: str, **flags: Any) -> None:
+    """Prune, keep, duplicate, merge or permute the experts of a mixture, or change how many are chosen.
+
+    \b
+    surgery experts Mixtral-8x7B small --keep 0,2,5,7 --force-lossy
+    surgery experts Mixtral-8x7B small --keep 0-3 --keep 5:4-7 --force-lossy      other experts in layer 5
+    surgery experts Mixtral-8x7B small --best 4 --force-lossy                     those that the router weighs most
+    surgery experts moe twice --duplicate 2          exact: copies share the weight of what they are copies of
+    surgery experts moe fewer --top-k 1 --force-lossy
+    surgery experts moe other --recipe experts.yaml  the same fields, and `layers: {3-5: {keep: [0, 1]}}`
+
+    Experts of a virtual group belong together: what would tear them apart is refused. The proof says how far the result
+    is from the source; what changes the function needs --force-lossy.
+    """
+    from surgery.upcycling import run
+    from surgery.upcycling.selection import chosen, selection
+
+    wanted = selection(flags, flags["recipe"])
+    ready = run.prepare_change(
+        src, lambda source: chosen(source, wanted), to=flags["to"], topology=_topology(flags),
+        options=_options(flags), max_memory=_size(flags["max_memory"]), asked=wanted.to_json(),
+    )  # fmt: skip
+    _finish(ready, dst, flags)
+
+
+def _collapse(flags: dict[str, Any]) -> Any:
+    from surgery.upcycling.collapse import collapsed
+
+    return lambda source: collapsed(source, flags["collapse"], bool(flags["force_lossy"]))
+
+
+def _finish(ready: Any, dst: str, flags: dict[str, Any]) -> None:
+    """Show the plan, or carry it out and show the outcome."""
     from surgery.staging import check_free
     from surgery.upcycling import render, run
 
-    if flags["collapse"]:
-        from surgery.upcycling import collapse_command
-        from surgery.upcycling.settings import Settings
-
-        collapse_command.run(src, dst, flags, ("recipe", *sorted(set(Settings.__dataclass_fields__) - {"force_lossy"})))
-        return
-    if flags["collapse_by"]:
-        raise UsageError("--collapse-by goes with --collapse")
-    ready = run.prepare(src, _settings(flags), to=flags["to"], topology=topology_of(flags), dtype=flags["dtype"],
-                        options=options_of(flags), max_memory=size_of(flags["max_memory"]))  # fmt: skip
     if flags["dry_run"]:
         data = render.plan_data(ready)
         click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
@@ -163,13 +218,13 @@ def _layers(text: str) -> tuple[int, ...]:
         raise UsageError(f"--dense-layers {text!r}: write numbers of layers, as 0,-1") from None
 
 
-def topology_of(flags: dict[str, Any]) -> Any:
+def _topology(flags: dict[str, Any]) -> Any:
     from surgery.dialect import Topology
 
     return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
 
 
-def options_of(flags: dict[str, Any]) -> dict[str, str]:
+def _options(flags: dict[str, Any]) -> dict[str, str]:
     from surgery.errors import UsageError
 
     out: dict[str, str] = {}
@@ -185,7 +240,7 @@ def options_of(flags: dict[str, Any]) -> dict[str, str]:
     return out
 
 
-def size_of(text: str | None) -> int | None:
+def _size(text: str | None) -> int | None:
     from surgery.sizes import parse_size
 
     return None if text is None else parse_size(text)

@@ -1,180 +1,160 @@
-"""Experts of a mixture pruned, kept, duplicated, averaged or reordered: parts -> parts, all of them lazy.
+"""Change the experts of a mixture: prune, keep, duplicate, merge, permute, another top-k; parts -> parts, lazily.
 
-    made = chosen(open_checkpoint("Mixtral-8x7B"), from_flags({"prune": ("4",)}))
-    made.checkpoint.spec.e, made.layers[0], made.losses
+    changed = changed_experts(checkpoint, groups=[(0,), (2, 3)], top_k=1)      # expert 0, and the mean of 2 and 3
+    changed = changed_experts(checkpoint, groups={0: [(0,), (1,)], 1: [(2,), (3,)]})      # by layer
 
-Every new expert is the mean of some old ones, mostly of one: its matrices, its row of the router and its bias.  Experts
-of a virtual group (equal rows of the router) belong together: a token takes all of them, so that a selection that
-leaves one of them out, or a top-k that takes half a group, is refused unless it is forced.
+Everything is one idea: a new expert is the mean of some old ones, and so is its row of the router.  Permuting keeps the
+function; so does duplicating all experts m times where m times as many are chosen: the copies' weights add up to the
+old ones, for softmax spreads over them and a sum divides by them.  Experts of a virtual group (equal rows of the
+router) are chosen together, so that leaving one of them out, or taking half a group, changes the function.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from surgery.dialects.hf_config import choose_family
-from surgery.errors import ConfigError, LayoutError, UsageError, some
+from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
-from surgery.lazy import ITEMSIZE, Concat, Lazy, Map, Slice, boxes
+from surgery.lazy import Concat, Lazy, Map, Slice
 from surgery.upcycling.claim import Claim
 from surgery.upcycling.nodes import Gather, scaled
-from surgery.upcycling.selection import Choice, Groups, Selection
 
-if TYPE_CHECKING:
-    import torch
-
-BLOCK = 8 << 20
-MATRICES = ("gate", "up", "down")
-_EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.(\w+)$")
+Groups = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The result before it is written; `layers` gives, by layer, the old experts behind every new one."""
+class Changed:
+    """A checkpoint made of another's, for `run.carry_out`."""
 
     checkpoint: Checkpoint
-    wanted: Selection
-    layers: Mapping[int, Groups]
+    models: Sequence[Checkpoint]
+    name: str
     losses: tuple[str, ...]
-
-    @property
-    def exact(self) -> bool:
-        return not self.losses
+    details: dict[str, Any]
+    rounds: bool = False
 
     def claim(self) -> Claim:
-        """What the proof holds the result to."""
-        spec = self.checkpoint.spec
-        return Claim("surgery experts", spec.replace(family=choose_family(spec)), self.exact)
+        return Claim(self.name, self.checkpoint.spec, not self.losses, self.rounds)
 
     def to_json(self) -> dict[str, Any]:
         spec = self.checkpoint.spec
-        return {
-            "settings": self.wanted.to_json(),
-            "experts": spec.e,
-            "top_k": spec.top_k,
-            "layers": {str(i): [list(g) for g in groups] for i, groups in self.layers.items()},
-            "exact": self.exact,
-            "losses": list(self.losses),
-            "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)},
-        }
+        return {"operation": self.name, "experts": spec.e, "top_k": spec.top_k, "exact": not self.losses,
+                "losses": list(self.losses), **self.details,
+                "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)}}  # fmt: skip
 
 
-def chosen(source: Checkpoint, wanted: Selection) -> Chosen:
-    """Raises ConfigError for a dense model, UsageError if the selection does not fit it or breaks virtual groups."""
-    spec = source.spec
-    if not spec.e:
-        raise ConfigError("the model has no experts", hint="surgery upcycle makes them")
-    moe = [i for i in range(spec.l) if spec.is_moe(i)]
-    if odd := [i for i in wanted.layers if i not in moe]:
-        raise UsageError(f"layer {odd[0]} has no experts", hint=f"layers with experts: {_ranges(moe)}")
-    classes = {i: router_classes(source, i) for i in moe}
-    layers = {i: _duplicated(_groups(source, wanted, i, classes[i]), wanted.duplicate) for i in moe}
-    counts = {i: len(groups) for i, groups in layers.items()}
-    e = counts[moe[0]]
-    if other := [i for i in moe if counts[i] != e]:
-        raise UsageError(
-            f"layer {moe[0]} would have {e} experts and layer {other[0]} {counts[other[0]]}",
-            hint="every layer needs as many as the others",
-        )
-    top_k = wanted.top_k or spec.top_k * wanted.duplicate
-    if top_k > e:
-        raise UsageError(f"a token uses {top_k} experts, and {e} are left", hint=f"--top-k {e}")
-    broken = _broken(layers, classes, top_k)
-    if broken and not wanted.force_lossy:
-        raise UsageError(broken, hint="choose whole groups (surgery.json tells the granularity), or --force-lossy")
-    losses = [*_losses(source, layers, top_k, wanted.duplicate), *([broken] if broken else [])]
-    made = spec.replace(e=e, top_k=top_k)
-    parts = {name: _part(source, name, layers) for name in made.part_names()}
-    if wanted.duplicate > 1 and spec.router_bias and spec.router_score == "softmax":
-        parts = _less_biased(parts, wanted.duplicate)
-    notes = [*source.notes, *(["the result computes another function: " + "; ".join(losses)] if losses else [])]
-    return Chosen(replace(source, spec=made, parts=parts, notes=tuple(notes)), wanted, layers, tuple(losses))
-
-
-# ------------------------------------------------------------------------------------------------- which experts
-
-
-def _groups(source: Checkpoint, wanted: Selection, layer: int, classes: Sequence[int]) -> Groups:
-    """The old experts behind every new one, before they are duplicated."""
-    e, choice = source.spec.e, wanted.for_layer(layer)
-    if choice is None:
-        return tuple((i,) for i in range(e))
-    named = [i for g in choice.groups for i in g]
-    if missing := [i for i in named if i >= e]:
-        raise UsageError(f"there is no expert {missing[0]} in layer {layer}, it has 0 to {e - 1}")
-    return {
-        "keep": lambda: choice.groups,
-        "drop": lambda: tuple((i,) for i in range(e) if i not in set(named)),
-        "permute": lambda: _permuted(choice, e),
-        "merge": lambda: _merged(choice, e),
-        "prune": lambda: _pruned(source, wanted.by, choice.count, layer, classes),
-    }[choice.how]()
-
-
-def _permuted(choice: Choice, e: int) -> Groups:
-    if len(choice.groups) != e:
-        missing = sorted(set(range(e)) - {i for g in choice.groups for i in g})
-        raise UsageError(f"--permute does not say where {some(missing)} of {e} experts go", hint="--keep drops some")
-    return choice.groups
-
-
-def _merged(choice: Choice, e: int) -> Groups:
-    """Those that are merged stand where the first of them stood; the others stay."""
-    first = {min(g): g for g in choice.groups}
-    gone = {i for g in choice.groups for i in g} - first.keys()
-    return tuple(first.get(i, (i,)) for i in range(e) if i not in gone)
-
-
-def _pruned(source: Checkpoint, by: str, count: int, layer: int, classes: Sequence[int]) -> Groups:
-    """The `count` experts of the largest norm; whole virtual groups, by the sum of their experts' squares."""
-    e = source.spec.e
-    if count > e:
-        raise UsageError(f"--prune {count}: there are {e} experts")
-    squares = NORMS[by](source, layer)
-    size = max(Counter(classes).values()) if len(set(Counter(classes).values())) == 1 else 1
-    if count % size:
-        raise UsageError(
-            f"--prune {count} leaves part of a virtual group of {size} experts", hint=f"choose a multiple of {size}"
-        )
-    kinds = classes if size > 1 else range(e)
-    total: dict[int, float] = {}
-    for i, kind in enumerate(kinds):
-        total[kind] = total.get(kind, 0.0) + squares[i]
-    best = set(sorted(total, key=lambda kind: (-total[kind], kind))[: count // size])
-    return tuple((i,) for i, kind in enumerate(kinds) if kind in best)
-
-
-def _router_norm(source: Checkpoint, layer: int) -> list[float]:
-    rows = source.parts[f"layers.{layer}.router"].full().double()
-    return [float(x) for x in rows.pow(2).sum(1)]
-
-
-def _weight_norm(source: Checkpoint, layer: int) -> list[float]:
-    out = []
-    for i in range(source.spec.e):
-        parts = [source.parts.get(f"layers.{layer}.experts.{i}.{x}") for x in MATRICES]
-        out.append(sum(float(t.double().pow(2).sum()) for p in parts if p is not None for t in blocks(p)))
+def parse_groups(text: str, what: str) -> list[tuple[int, ...]]:
+    """ "0,2-4" -> [(0,), (2,), (3,), (4,)]; "0+1,2+3" -> [(0, 1), (2, 3)].  Raises UsageError."""
+    out: list[tuple[int, ...]] = []
+    try:
+        for word in text.split(","):
+            first, dash, last = word.partition("-")
+            if dash:
+                out += [(i,) for i in range(int(first), int(last) + 1)]
+            else:
+                out.append(tuple(int(i) for i in word.split("+")))
+    except ValueError:
+        out = []
+    if not out or len(out) > 1 << 16:
+        raise UsageError(f"{what} {text!r}: write numbers of experts, as 0,2-5 (merged ones as 0+1,2+3)")
     return out
 
 
-NORMS = {"router-norm": _router_norm, "weight-norm": _weight_norm}
+def groups_of(
+    e: int,
+    *,
+    keep: str | None = None,
+    prune: str | None = None,
+    duplicate: int | None = None,
+    merge: str | None = None,
+    permute: str | None = None,
+) -> tuple[list[tuple[int, ...]], int]:
+    """The new experts as groups of old ones, and how many copies of each there are.  Raises UsageError."""
+    asked = {"--keep": keep, "--prune": prune, "--duplicate": duplicate, "--merge": merge, "--permute": permute}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} in one go", hint="do one after the other")
+    everyone: list[tuple[int, ...]] = [(i,) for i in range(e)]
+    if prune is not None:
+        gone = {i for group in parse_groups(prune, "--prune") for i in group}
+        _check(e, gone, "--prune")
+        return [group for group in everyone if group[0] not in gone], 1
+    if duplicate is not None:
+        return [group for group in everyone for _ in range(duplicate)], duplicate
+    for name, text in (("--keep", keep), ("--merge", merge), ("--permute", permute)):
+        if text is not None:
+            found = parse_groups(text, name)
+            _check(e, [i for group in found for i in group], name)
+            if name == "--permute" and sorted(found) != everyone:
+                raise UsageError(f"--permute has to name each of the {e} experts once")
+            return found, 1
+    return everyone, 1
 
 
-def blocks(part: Lazy) -> Any:
-    """A lazy tensor's data in blocks of bounded size."""
-    return (part.read(box) for box in boxes(part.shape, ITEMSIZE[part.kind], BLOCK))
+def _check(e: int, numbers: Any, name: str) -> None:
+    if odd := [i for i in numbers if not 0 <= i < e]:
+        raise UsageError(f"{name}: there is no expert {odd[0]}, the model has 0 to {e - 1}")
 
 
-def _duplicated(groups: Groups, times: int) -> Groups:
-    return tuple(g for g in groups for _ in range(times))
+def changed_experts(
+    source: Checkpoint,
+    groups: Groups | Mapping[int, Groups],
+    top_k: int | None = None,
+    copies: int = 1,
+    force_lossy: bool = False,
+) -> Changed:
+    """`copies`: how often every expert stands in `groups`, of all layers or by layer.  Raises SurgeryError."""
+    spec = source.spec
+    if not spec.e:
+        raise ConfigError("the model has no experts", hint="surgery upcycle makes some")
+    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    layers = dict(groups) if isinstance(groups, Mapping) else dict.fromkeys(moe, groups)
+    left = len(layers[moe[0]])
+    if other := [i for i in moe if len(layers[i]) != left]:
+        raise UsageError(
+            f"layer {moe[0]} would have {left} experts and layer {other[0]} {len(layers[other[0]])}",
+            hint="every layer needs as many as the others",
+        )
+    if not left:
+        raise UsageError("no expert would be left")
+    k = top_k or min(spec.top_k * copies, left)
+    if k > left:
+        raise UsageError(f"--top-k {k}: only {left} experts are left")
+    losses = tuple(_losses(source, layers, k, copies))
+    if losses and not force_lossy:
+        raise UsageError(f"the result would compute another function: {'; '.join(losses)}",
+                         hint="--force-lossy allows it; the proof then says how far apart they are")  # fmt: skip
+    scale = spec.router_scale
+    if copies > 1 and spec.router_score == "sigmoid" and not spec.top_k_renormalised:
+        scale = (scale or 1.0) / copies  # the copies' scores are not divided by anything
+    result = spec.replace(e=left, top_k=k, router_scale=scale)
+    shrunk = copies if spec.router_score == "softmax" else 1
+    parts = {name: _part(source, name, layers, shrunk) for name in result.part_names()}
+    made = replace(source, spec=result, parts=parts)
+    listed = {i: ["+".join(map(str, group)) for group in groups] for i, groups in layers.items()}
+    details: dict[str, Any] = {"from": listed[moe[0]]}
+    if any(names != listed[moe[0]] for names in listed.values()):
+        details["layers"] = {str(i): names for i, names in listed.items()}
+    return Changed(made, (source,), "experts", losses, details)
 
 
-# --------------------------------------------------------------------------------------------- what it means
+def _losses(source: Checkpoint, layers: Mapping[int, Groups], k: int, copies: int) -> list[str]:
+    e, out = source.spec.e, []
+    flats = [[i for group in groups for i in group] for groups in layers.values()]
+    if any(len(group) > 1 for groups in layers.values() for group in groups):
+        out.append("experts are merged")
+    if missing := max(e - len(set(flat)) for flat in flats):
+        out.append(f"{missing} of {e} experts are gone")
+    if k != source.spec.top_k * copies:
+        out.append(f"{k} experts are chosen, and {source.spec.top_k * copies} would preserve the function")
+    if copies == 1 and any(len(set(flat)) != len(flat) for flat in flats):
+        out.append("some experts stand there twice")
+    if torn := torn_groups(source, layers, k):
+        out.append(torn)
+    return out
 
 
 def router_classes(source: Checkpoint, layer: int) -> list[int]:
@@ -183,23 +163,26 @@ def router_classes(source: Checkpoint, layer: int) -> list[int]:
 
     rows = source.parts[f"layers.{layer}.router"].full()
     bias = source.parts.get(f"layers.{layer}.router.bias")
-    keys = [hashlib.sha256(bytes_of(row.contiguous())) for row in rows]
+    keys = [bytes(bytes_of(row.contiguous())) for row in rows]
     if bias is not None:
-        for key, value in zip(keys, bias.full(), strict=True):
-            key.update(bytes_of(value.reshape(1)))
+        keys = [key + bytes(bytes_of(b.reshape(1))) for key, b in zip(keys, bias.full(), strict=True)]
     first: dict[bytes, int] = {}
-    return [first.setdefault(key.digest(), i) for i, key in enumerate(keys)]
+    return [first.setdefault(key, i) for i, key in enumerate(keys)]
 
 
-def _broken(layers: Mapping[int, Groups], classes: Mapping[int, Sequence[int]], top_k: int) -> str:
-    """How virtual groups would be broken; empty if they are whole, or there are none."""
+def group_size(classes: Sequence[int]) -> int:
+    """How many experts a virtual group has: 1 if there are none, or if all experts tie."""
+    sizes = set(Counter(classes).values())
+    size = sizes.pop() if len(sizes) == 1 else 1
+    return 1 if size == len(classes) else size
+
+
+def torn_groups(source: Checkpoint, layers: Mapping[int, Groups], top_k: int) -> str:
+    """How virtual groups would be torn apart; empty if they stay whole, or there are none."""
     for layer, groups in layers.items():
-        kinds = classes[layer]
-        sizes = set(Counter(kinds).values())
-        if sizes == {1} or len(sizes) > 1:
-            continue
-        size = sizes.pop()
-        if size == len(kinds):  # all tie: pieces of one mlp, or a router that was not drawn
+        kinds = router_classes(source, layer)
+        size = group_size(kinds)
+        if size == 1:
             continue
         place = {i: kinds[:i].count(kinds[i]) for i in range(len(kinds))}  # which of its group an expert is
         found: dict[tuple[int, ...], Counter[tuple[int, ...]]] = {}
@@ -216,68 +199,28 @@ def _broken(layers: Mapping[int, Groups], classes: Mapping[int, Sequence[int]], 
     return ""
 
 
-def _losses(source: Checkpoint, layers: Mapping[int, Groups], top_k: int, duplicate: int) -> list[str]:
-    """Every reason why the result computes another function."""
-    spec, out = source.spec, []
-    used = [{i for g in groups for i in g} for groups in layers.values()]
-    fewest = min(len(u) for u in used)
-    if fewest < spec.e:
-        out.append(f"{spec.e - fewest} of {spec.e} experts are left out")
-    if any(len(set(g)) > 1 for groups in layers.values() for g in groups):
-        out.append("experts are averaged")
-    if top_k != spec.top_k * duplicate:
-        out.append(f"a token uses {top_k} experts instead of {spec.top_k * duplicate}")
-    if duplicate > 1 and spec.router_score == "sigmoid" and not spec.top_k_renormalised:
-        out.append(f"the router's weights are not normalised, so that copies add up to {duplicate} times the output")
-    return out
+def _part(source: Checkpoint, name: str, layers: Mapping[int, Groups], shrunk: int) -> Lazy:
+    """A part of the result.  Copies share the softmax's mass: a bias that is added to it for ranking shrinks along."""
+    if ".experts." not in name and not name.endswith((".router", ".router.bias")):
+        return source.parts[name]
+    groups = layers[int(name.split(".")[1])]
+    if ".experts." in name:
+        layer, _, rest = name.partition(".experts.")
+        number, _, which = rest.partition(".")
+        olds = [source.parts[f"{layer}.experts.{i}.{which}"] for i in groups[int(number)]]
+        return olds[0] if len(olds) == 1 else Map(mean, olds)
+    old = source.parts[name]
+    if name.endswith(".bias") and shrunk > 1:
+        old = scaled(old, 1 / shrunk)
+    if all(len(group) == 1 for group in groups):
+        return Gather(old, 0, [group[0] for group in groups])
+    rows = [[Slice(old, 0, i, i + 1) for i in group] for group in groups]
+    return Concat([row[0] if len(row) == 1 else Map(mean, row) for row in rows], 0)
 
 
-# -------------------------------------------------------------------------------------------------------- parts
-
-
-def _part(source: Checkpoint, name: str, layers: Mapping[int, Groups]) -> Lazy:
-    match = _EXPERT.match(name)
-    if match:
-        group = layers[int(match[1])][int(match[2])]
-        return mean([source.parts[f"layers.{match[1]}.experts.{i}.{match[3]}"] for i in group])
-    if name.endswith((".router", ".router.bias")):
-        return _rows(source.parts[name], layers[int(name.split(".")[1])])
-    return source.parts[name]
-
-
-def _rows(router: Lazy, groups: Groups) -> Lazy:
-    """The rows of a router that belong to the new experts."""
-    if all(len(g) == 1 for g in groups):
-        return Gather(router, 0, [g[0] for g in groups])
-    return Concat([mean([Slice(router, 0, i, i + 1) for i in group]) for group in groups], 0)
-
-
-def _less_biased(parts: Mapping[str, Lazy], times: int) -> dict[str, Lazy]:
-    """Copies share the softmax's mass, so that what is added to it for ranking has to shrink along."""
-    return {n: scaled(p, 1 / times) if n.endswith(".router.bias") else p for n, p in parts.items()}
-
-
-def mean(srcs: Sequence[Lazy], weights: Sequence[float] | None = None) -> Lazy:
-    """The mean of tensors, in double precision, rounded once; of equal tensors it is that tensor, bit for bit.
-
-    `weights` (they sum to one) make it a weighted mean.  Raises LayoutError if shapes or dtypes differ.
-    """
-    if len(srcs) == 1:
-        return srcs[0]
-    first, *rest = srcs
-    if any((s.shape, s.kind) != (first.shape, first.kind) for s in rest):
-        raise LayoutError(f"cannot average {first!r} and others: {', '.join(map(repr, rest[:3]))}")
-    share = weights or [1 / len(srcs)] * len(srcs)
-
-    def average(a: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        start = a.double()
-        total = start.clone()
-        for weight, other in zip(share[1:], others, strict=True):
-            total += weight * (other.double() - start)
-        return total.to(a.dtype)
-
-    return Map(average, srcs)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) == numbers[-1] - numbers[0] + 1 else some(numbers, 12)
+def mean(*tensors: Any) -> Any:
+    """In fp32, in the given order, rounded once."""
+    total = tensors[0].float()
+    for tensor in tensors[1:]:
+        total = total + tensor.float()
+    return (total / len(tensors)).to(tensors[0].dtype)

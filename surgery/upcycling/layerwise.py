@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Spec
 from surgery.dialect import ONE_RANK, Rank, spread
 from surgery.dialects.hf import table
-from surgery.dialects.hf_config import write_config
+from surgery.dialects.hf_config import choose_family, misfits, write_config
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
@@ -53,6 +53,9 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watc
     """
     import torch
 
+    if misfits(checkpoint.spec, checkpoint.spec.family):
+        spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
+        checkpoint = replace(checkpoint, spec=spec)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
         model = _empty(checkpoint, kind)
         found = Run(torch.empty(0))
@@ -67,7 +70,7 @@ def _empty(checkpoint: Checkpoint, kind: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     spec = checkpoint.spec
-    config = AutoConfig.for_model(**write_config(spec, {}, kind, spec.family))
+    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation=_experts(spec)

@@ -90,7 +90,7 @@ def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256
     Raises MismatchError if the strategy is exact and the result is not.
     """
     began = time.monotonic()
-    tokens, text = _tokens(source, count)
+    tokens, text = prose_tokens(source, count)
     dense, moe = source, _same_rows(result, claim)
     kind = source.kind
     wide = forward(dense, tokens, "float32").logits
@@ -136,7 +136,7 @@ def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
     return replace(result, spec=spec, parts=parts)
 
 
-def _tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
+def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
     """Ids [batch, length] of prose, or random ones without a tokenizer."""
     import torch
 

@@ -34,7 +34,7 @@ def plan_data(ready: Prepared) -> dict[str, Any]:
 def plan(data: Json) -> None:
     """`--dry-run`."""
     out, source = Console(highlight=False, soft_wrap=True), data["source"]
-    out.print(Text(f"would upcycle {source['path']} ({source['format']} {source['family']},"
+    out.print(Text(f"would change {source['path']} ({source['format']} {source['family']},"
                    f" {count(source['parameters'])} parameters)", style="bold"))  # fmt: skip
     promise = "exact" if data["upcycling"]["exact"] else f"not preserving: {'; '.join(data['upcycling']['losses'])}"
     out.print(_rows([*_what(data["upcycling"]), ("function", promise),
@@ -57,10 +57,10 @@ def outcome(done: Outcome) -> None:
                                 f" {human(report.max_memory)} allowed")]))  # fmt: skip
     _notes(out, report.notes)
     if done.proof:
-        proof(out, done.proof)
+        _proof(out, done.proof)
 
 
-def proof(out: Console, proof: Proof) -> None:
+def _proof(out: Console, proof: Proof) -> None:
     style = "bold green" if proof.verdict.startswith("exact") else "bold yellow"
     out.print(Text.assemble(("proof  ", "dim"), (proof.verdict, style)))
     ties = proof.ties
@@ -86,17 +86,26 @@ def _distance(d: Distance) -> str:
 
 
 def _what(data: Json) -> list[tuple[str, object]]:
+    total, active = data["parameters"]["total"], data["parameters"]["active"]
+    size = ("parameters", f"{count(total)}, {count(active)} of them active")
+    if "operation" in data:
+        sources = ", ".join(data.get("from", []))
+        return [
+            ("operation", data["operation"]),
+            ("experts", f"{data['experts']}, {data['top_k']} active" if data["experts"] else "none: a dense model"),
+            ("made of", sources if len(sources) < 80 else f"{sources[:76]} ..."),
+            size,
+        ]
     factors = ", ".join(f"{k} x {v:g}" for k, v in data["factors"].items() if v not in (None, 1.0))
     cut = f", {data['copies']} copies in {data['granularity']} shards each" if data["granularity"] > 1 else ""
     shared = f", {data['shared_width']} wide always on" if data["shared_width"] else ""
-    total, active = data["parameters"]["total"], data["parameters"]["active"]
     return [
         ("strategy", f"{data['strategy']}{cut}"),
         ("target", data["target"]),
         ("experts", f"{data['experts']}, {data['top_k']} active, {data['expert_width']} wide{shared}"),
         ("dense layers", ", ".join(map(str, data["dense_layers"]))),
         ("factors", factors),
-        ("parameters", f"{count(total)}, {count(active)} of them active"),
+        size,
     ]
 
 

@@ -7,7 +7,7 @@ done.proof.verdict, done.report.bytes
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from surgery.fingerprint import Ledger
 from surgery.formats import Checkpoint, Options
 from surgery.staging import check_free
 from surgery.upcycling.build import Upcycled, upcycled
+from surgery.upcycling.experts import Changed
 from surgery.upcycling.proof import Proof, prove
 from surgery.upcycling.settings import Settings, settled
 
@@ -31,7 +32,7 @@ class Prepared:
     """An upcycling that can be carried out: the opened source, what becomes of it, and the plan of the files."""
 
     source: Checkpoint
-    made: Upcycled
+    made: Upcycled | Changed
     plan: conversion.Plan
 
 
@@ -40,7 +41,7 @@ class Outcome:
     """What an upcycling did; `proof` is None if none was asked for."""
 
     report: conversion.Report
-    made: Upcycled
+    made: Upcycled | Changed
     proof: Proof | None
 
     def to_json(self) -> dict[str, Any]:
@@ -61,14 +62,7 @@ def prepare(
     max_memory: int | None = None,
 ) -> Prepared:
     """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
-    if to not in FORMATS:
-        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    reads, writes = recognise(src).option_names("read"), FORMATS[to].option_names("write")
-    if unknown := [name for name in options or {} if name not in reads | writes]:
-        raise UsageError(f"neither reading {src} nor writing {to} has an option {some(unknown)}",
-                         hint="`surgery formats` lists the options of every format")  # fmt: skip
-    reading = {k: v for k, v in (options or {}).items() if k in reads}
-    writing = {k: v for k, v in (options or {}).items() if k in writes}
+    reading, writing = _options(src, to, options or {})
     source = open_checkpoint(src, options=reading)
     models = [source, *(open_checkpoint(path) for path in settings.sources)]
     if dtype != "keep":
@@ -78,6 +72,40 @@ def prepare(
         writing["family"] = made.target.family
     job = {"derived": "upcycling", "upcycling": settings.to_json(), "read": reading, "dtype": dtype,
            "models": [conversion.identity(model) for model in models[1:]]}  # fmt: skip
+    plan = conversion.plan_for(
+        made.checkpoint, to=to, topology=topology, options=writing, max_memory=max_memory, settings=job
+    )
+    return Prepared(source, made, plan)
+
+
+def _options(src: str | os.PathLike[str], to: str, options: Options) -> tuple[dict[str, str], dict[str, str]]:
+    """The options for reading the source and for writing the output."""
+    if to not in FORMATS:
+        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    reads, writes = recognise(src).option_names("read"), FORMATS[to].option_names("write")
+    if unknown := [name for name in options if name not in reads | writes]:
+        raise UsageError(f"neither reading {src} nor writing {to} has an option {some(unknown)}",
+                         hint="`surgery formats` lists the options of every format")  # fmt: skip
+    reading = {k: v for k, v in options.items() if k in reads}
+    writing = {k: v for k, v in options.items() if k in writes}
+    return reading, writing
+
+
+def prepare_change(
+    src: str | os.PathLike[str],
+    change: Callable[[Checkpoint], Changed],
+    *,
+    to: str = "hf",
+    topology: Topology = ONE_RANK,
+    options: Options | None = None,
+    max_memory: int | None = None,
+    asked: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """As `prepare`, for `experts.changed_experts` and `collapse.collapsed`; `asked` tells this job from another."""
+    reading, writing = _options(src, to, options or {})
+    source = open_checkpoint(src, options=reading)
+    made = change(source)
+    job = {"derived": made.name, "asked": dict(asked or {}), "read": reading}
     plan = conversion.plan_for(
         made.checkpoint, to=to, topology=topology, options=writing, max_memory=max_memory, settings=job
     )
