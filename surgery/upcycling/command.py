@@ -59,6 +59,10 @@ _SETTINGS: tuple[Decorator, ...] = (
     click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
                  "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
                  "(weighted by use on a text)."),
+    click.option("--attention-experts", type=click.IntRange(1), metavar="N", help="Make the attention a mixture too: N "
+                 "groups of heads, written as a Hugging Face model with code of its own. With or without --experts."),
+    click.option("--attention-top-k", type=click.IntRange(1), metavar="K", help="How many of the groups a token uses. "
+                 "[default: all, which is exact]"),
     click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
 )  # fmt: skip
@@ -108,16 +112,22 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --shared 0.5
     surgery upcycle Llama-3-8B moe --experts 8 --top-k 2 --to megatron-dist --ep 8
     surgery upcycle SmolLM2-135M moe --recipe upcycle.yaml
+    surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --attention-experts 3
 
     Any format goes in and out, streamed in bounded memory. After writing, the source and the result run on the same
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
+    from surgery.errors import UsageError
     from surgery.upcycling import run
 
     shape = {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
              "max_memory": _size(flags["max_memory"])}  # fmt: skip
-    if flags["collapse"]:
+    if flags["attention_experts"]:
+        ready = _attention(src, flags)
+    elif flags["attention_top_k"]:
+        raise UsageError("--attention-top-k goes with --attention-experts")
+    elif flags["collapse"]:
         ready = run.prepare_change(src, _collapse(flags), asked={"collapse": flags["collapse"]}, **shape)
     else:
         ready = run.prepare(src, _settings(flags), dtype=flags["dtype"], **shape)
@@ -170,6 +180,22 @@ def experts_command(src: str, dst: str, **flags: Any) -> None:
         options=_options(flags), max_memory=_size(flags["max_memory"]), asked=wanted.to_json(),
     )  # fmt: skip
     _finish(ready, dst, flags)
+
+
+def _attention(src: str, flags: dict[str, Any]) -> Any:
+    from surgery.errors import UsageError
+    from surgery.upcycling import attention_run
+    from surgery.upcycling.attention import Attention
+
+    if flags["to"] != "hf" or flags["collapse"]:
+        raise UsageError("--attention-experts goes with --to hf, and not with --collapse")
+    wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
+                       seed=flags["seed"] or 0)  # fmt: skip
+    settings = _settings(flags) if flags["experts"] or flags["recipe"] else None
+    return attention_run.prepare(
+        src, wanted, settings, dtype=flags["dtype"], options=_options(flags), max_memory=_size(flags["max_memory"]),
+        force_lossy=bool(flags["force_lossy"]),
+    )  # fmt: skip
 
 
 def _collapse(flags: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from surgery.dialects.hf_config import choose_family, misfits, write_config
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
+from surgery.upcycling import attention
 from surgery.verification.running import explained, quiet
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watc
     """
     import torch
 
-    if misfits(checkpoint.spec, checkpoint.spec.family):
+    if "attention" not in checkpoint.details and misfits(checkpoint.spec, checkpoint.spec.family):
         spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
         checkpoint = replace(checkpoint, spec=spec)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
@@ -69,6 +70,8 @@ def _empty(checkpoint: Checkpoint, kind: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if "attention" in checkpoint.details:
+        return attention.empty(checkpoint, kind).eval()
     spec = checkpoint.spec
     config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
     with torch.device("meta"):
@@ -95,8 +98,11 @@ def _experts(spec: Spec) -> str:
 def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
     """What every parameter and buffer of the model should hold."""
     names = list(model.state_dict())
-    woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
-    found = {name: s.tensor for name, s in woven.items()}
+    if "attention" in checkpoint.details:
+        found = attention.weights_of(checkpoint)
+    else:
+        woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+        found = {name: s.tensor for name, s in woven.items()}
     if "lm_head.weight" not in found:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     if missing := [n for n in names if n not in found]:
