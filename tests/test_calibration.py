@@ -155,7 +155,7 @@ def test_with_all_experts_the_function_is_kept(order, shared, dense, tmp_path):
     """Every neuron is in one expert, and only there."""
     target = {"target": "granitemoeshared"} if shared != "0" else {}
     wanted = {"experts": 4, "top_k": 4, "strategy": "partition", "order": order, "router": "zeros", "shared": shared}
-    done = surgery.upcycle(dense, tmp_path / "out", calibration_tokens=64, verify_tokens=32, **wanted, **target)
+    done = surgery.upcycle(dense, tmp_path / "out", text_tokens=64, verify_tokens=32, **wanted, **target)
     assert done.proof.verdict == "exact"
     assert done.proof.intact == 1
     before, after = (oracle.hf_logits(f, IDS) for f in (dense, tmp_path / "out"))
@@ -169,7 +169,7 @@ def test_with_all_experts_the_function_is_kept(order, shared, dense, tmp_path):
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_same_seed_gives_the_same_bits(order, dense, tmp_path):
     wanted = {"experts": 4, "top_k": 2, "strategy": "partition", "order": order, "router": "kmeans",
-              "calibration_tokens": 64, "force_lossy": True, "verify_tokens": 0}  # fmt: skip
+              "text_tokens": 64, "force_lossy": True, "verify_tokens": 0}  # fmt: skip
     digests = [
         surgery.upcycle(dense, tmp_path / str(i), **wanted, seed=seed, max_memory=memory).report.content_digest
         for i, (seed, memory) in enumerate([(0, None), (0, 1 << 16), (1, None)])
@@ -243,8 +243,8 @@ def test_the_gradient_split_against_a_plain_one(s, sharing):
 def test_gradient_importance_end_to_end(dense):
     """From the whole model's autograd to the neurons of every expert."""
     source = open_checkpoint(dense)
-    wanted = Settings(4, 2, strategy="partition", order="gradient", router="kmeans", calibration_tokens=48,
-                      inner_sharing=True, force_lossy=True)  # fmt: skip
+    wanted = Settings(4, 2, strategy="partition", order="gradient", router="kmeans", text_tokens=48,
+                      sharing=True, force_lossy=True)  # fmt: skip
     ids = tokens_of(source, None, 48)
     inputs, hidden, grads = observed(dense, ids, gradients=True)
     made = upcycled(source, wanted)
@@ -257,10 +257,10 @@ def test_gradient_importance_end_to_end(dense):
             assert len(best & set(piece.neurons)) >= 35  # ties of rounding
         routed = (inputs[layer] @ rows.T).argmax(1)
         assert float((routed == labels).float().mean()) > 0.6  # the clusters' own experts; they are balanced by force
-    with pytest.raises(UsageError, match="experts share neurons"):
-        upcycled(source, Settings(4, 4, strategy="partition", order="gradient", router="zeros", inner_sharing=True))
-    with pytest.raises(UsageError, match="--inner-sharing belongs to"):
-        upcycled(source, Settings(4, 4, strategy="partition", inner_sharing=True))
+    with pytest.raises(UsageError, match="experts take the same neurons"):
+        upcycled(source, Settings(4, 4, strategy="partition", order="gradient", router="zeros", sharing=True))
+    with pytest.raises(UsageError, match="--sharing belongs to"):
+        upcycled(source, Settings(4, 4, strategy="partition", sharing=True))
 
 
 def test_a_kmeans_router_sends_clusters_to_different_experts():
@@ -279,7 +279,7 @@ def test_a_kmeans_router_sends_clusters_to_different_experts():
 
 @pytest.mark.parametrize("settings", [{"experts": 4, "top_k": 2, "strategy": "copy"}, {"experts": 8, "top_k": 4}])
 def test_a_measured_router_keeps_the_function(settings, dense, tmp_path):
-    done = surgery.upcycle(dense, tmp_path / "out", router="kmeans:0.5", calibration_tokens=64, verify_tokens=32,
+    done = surgery.upcycle(dense, tmp_path / "out", router="kmeans:0.5", text_tokens=64, verify_tokens=32,
                            **settings)  # fmt: skip
     assert done.proof.verdict == "exact"
     rows = open_checkpoint(tmp_path / "out").parts["layers.0.router"].full()
@@ -365,12 +365,12 @@ def test_bad_texts(wordy, dense, tmp_path):
     with pytest.raises(UsageError, match="no tokenizer"):
         tokens_of(open_checkpoint(dense), str(tmp_path / "good"), 4)
     with pytest.raises(UsageError, match="too few for 32 clusters"):
-        upcycled(open_checkpoint(dense), Settings(32, 2, strategy="copy", router="kmeans", calibration_tokens=8))
+        upcycled(open_checkpoint(dense), Settings(32, 2, strategy="copy", router="kmeans", text_tokens=8))
 
 
 def test_the_command(dense, tmp_path):
     words = ["upcycle", dense, tmp_path / "out", "--experts", "4", "--top-k", "2", "--strategy", "partition", "--order",
-             "gradient", "--router", "kmeans", "--calibration-tokens", "64", "--force-lossy", "--json",
+             "gradient", "--router", "kmeans", "--text-tokens", "64", "--force-lossy", "--json",
              "--verify-tokens", "32"]  # fmt: skip
     done = CliRunner().invoke(cli.main, [str(w) for w in words])
     assert done.exit_code == 0, done.output

@@ -134,7 +134,7 @@ def build(folder: Path, heads: int, groups: int) -> None:
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=heads * 8,
-        intermediate_size=60,
+        intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=heads,
         num_key_value_heads=groups,

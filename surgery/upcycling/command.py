@@ -39,10 +39,10 @@ _SETTINGS: tuple[Decorator, ...] = (
     click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of the "
                  "rows of gate; clustering-up: of up), co-activation or gradient (these two run the model on a text). "
                  "[default: sequential]"),
-    click.option("--inner-sharing", is_flag=True, default=None, help="order gradient: experts may share neurons."),
-    click.option("--calibration", type=click.Path(), metavar="TEXT", help="The text that the model is run on, where "
+    click.option("--sharing", is_flag=True, default=None, help="order gradient: experts may share neurons."),
+    click.option("--text", type=click.Path(), metavar="TEXT", help="The text that the model is run on, where "
                  "the order or the router needs that. [default: some prose]"),
-    click.option("--calibration-tokens", type=click.IntRange(1), metavar="N", help="How much of it. [default: 1024]"),
+    click.option("--text-tokens", type=click.IntRange(1), metavar="N", help="How much of it. [default: 1024]"),
     click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
     click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
                  "[default], or take softmax, then top-k (exact only with --router zeros)."),

@@ -73,7 +73,7 @@ def measured(source: Checkpoint, wanted: Settings, layout: Layout) -> Measured |
         for i in layers:
             found.orders[i] = _by_weights(source, wanted, layout, i)
     if run:
-        tokens = tokens_of(source, wanted.calibration, wanted.calibration_tokens)
+        tokens = tokens_of(source, wanted.text or None, wanted.text_tokens)
         each_layer(source, tokens, _Look(wanted, layout, layers, found, _std(argument)), wanted.order == "gradient")
     if start in ("prompts", "domains"):
         from surgery.upcycling.prompts import router_rows
@@ -119,7 +119,7 @@ class _Look:
         elif wanted.order == "gradient":
             labels = token_clusters(inputs, cuts(layout), wanted.seed, layer)[0].labels
             scores = importance(hidden, by_hidden, labels, cuts(layout))
-            self.found.orders[layer] = by_importance(scores, layout.s, layout.m, wanted.inner_sharing)
+            self.found.orders[layer] = by_importance(scores, layout.s, layout.m, wanted.sharing)
 
 
 # ------------------------------------------------------------------------------------------------------- orders
@@ -207,7 +207,7 @@ def token_clusters(inputs: torch.Tensor, k: int, seed: int, layer: int) -> tuple
     common = unit(x.mean(0, keepdim=True))
     z = unit(x - (x @ common.T) * common)
     if len(z) < k:
-        raise UsageError(f"{len(z)} tokens are too few for {k} clusters", hint="--calibration-tokens N")
+        raise UsageError(f"{len(z)} tokens are too few for {k} clusters", hint="--text-tokens N")
     return balanced(z, k, seed, f"layers.{layer}.tokens"), z
 
 

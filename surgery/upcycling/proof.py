@@ -143,7 +143,7 @@ def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
     ids = encoded(source, PROSE)
     length = min(LENGTH, count)
     batch = max(1, count // length)
-    if ids is None:
+    if ids is None or len(set(ids)) < 2:
         return fixed_tokens(source.spec.v_true or source.spec.v, batch, length), "random tokens"
     while len(ids) < batch * length:
         ids = ids + ids

@@ -67,6 +67,8 @@ def resolve(wanted: Settings, spec: Spec) -> Layout:
     shared, whole = _shared(wanted, spec.f)
     rest = spec.f if whole else spec.f - shared
     strategy, g = _strategy(wanted, rest)
+    if wanted.sharing and (wanted.order != "gradient" or strategy != "partition"):
+        raise UsageError("--sharing belongs to --strategy partition --order gradient")
     pieces = {"virtual-group": g, "partition": n}.get(strategy, 1)
     if rest % pieces:
         raise UsageError(
@@ -160,10 +162,6 @@ def _losses(wanted: Settings, strategy: str, g: int, exact: float, gate: float, 
             out.append("partition: the pieces are weighted unequally; only --router zeros weighs them all the same")
     elif not wanted.normalise and not uniform:
         out.append("the chosen weights do not sum to a constant (--no-normalise), unless --router zeros")
-    if wanted.inner_sharing:
-        if strategy != "partition" or wanted.order != "gradient":
-            raise UsageError("--inner-sharing belongs to --strategy partition --order gradient")
-        out.append("partition: experts share neurons, and others are left out")
     if strategy == "virtual-group" and k % g:
         out.append(f"virtual-group: top-{k} takes no whole groups of {g} shards")
     if strategy == "virtual-group" and uniform and g > 1 and k < n:
@@ -176,6 +174,8 @@ def _losses(wanted: Settings, strategy: str, g: int, exact: float, gate: float, 
         out.append(f"drop: {wanted.reinit:.0%} of every expert's neurons are drawn anew")
     if strategy == "mix":
         out.append("mix: the experts come from different models")
+    if wanted.sharing and strategy in ("partition", "virtual-group"):
+        out.append("sharing: experts take the same neurons, and others are lost")
     if wanted.noise:
         out.append(f"noise: {wanted.noise:g} of the weights' standard deviation is added to the experts")
     return out

@@ -34,9 +34,9 @@ class Settings:
     scale            where the factor goes that makes up for the shards: down | up-down | router | cbrt | none | NUMBER
     shared           neurons of an expert that is always on: a share below 1, a number, or "dense" for a whole copy
     order            which neurons go together: sequential, random, clustering, clustering-up, co-activation or gradient
-    inner_sharing    order gradient: every expert takes its best neurons, whether others have them or not
-    calibration      a text that the model is run on, where the order or the router needs that; None: some prose
-    calibration_tokens   how much of it
+    sharing    order gradient: every expert takes its best neurons, whether others have them or not
+    text             what the model is run on, where the order or the router needs that; "": some prose
+    text_tokens   how much of it
     dense_layers     layers that keep their dense mlp; negative ones count from the end
     normalise        the chosen experts' weights are divided by their sum (False: softmax, then top-k)
     reinit           share of an expert's neurons that are drawn anew (drop)
@@ -56,9 +56,9 @@ class Settings:
     scale: str = "auto"
     shared: str = "0"
     order: str = "sequential"
-    inner_sharing: bool = False
-    calibration: str | None = None
-    calibration_tokens: int = 1024
+    sharing: bool = False
+    text: str = ""
+    text_tokens: int = 1024
     dense_layers: tuple[int, ...] = ()
     normalise: bool = True
     reinit: float = 0.5
@@ -70,7 +70,7 @@ class Settings:
     force_lossy: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("experts", "top_k", "granularity", "seed", "calibration_tokens"):
+        for name in ("experts", "top_k", "granularity", "seed", "text_tokens"):
             value = getattr(self, name)
             low = 0 if name == "seed" else 1
             if (name, value) != ("granularity", None):
@@ -80,13 +80,13 @@ class Settings:
             _check(type(value) in (int, float) and 0 <= value <= (1 if name == "reinit" else 1e3), name, value)
         for name, choices in CHOICES.items():
             _one_of(getattr(self, name), choices, name)
-        for name in ("normalise", "force_lossy", "inner_sharing"):
+        for name in ("normalise", "force_lossy", "sharing"):
             _check(type(getattr(self, name)) is bool, name, getattr(self, name))
         for name, kind in (("dense_layers", int), ("sources", str)):
             value = getattr(self, name)
             _check(isinstance(value, tuple) and all(type(x) is kind for x in value), name, value)
         _check(isinstance(self.target, str), "target", self.target)
-        _check(self.calibration is None or isinstance(self.calibration, str), "calibration", self.calibration)
+        _check(isinstance(self.text, str), "text", self.text)
         _one_of(self.router_kind[0], ROUTERS, "router")
         if self.scale not in SCALES and self.scale_number is None:
             _one_of(self.scale, SCALES, "scale")
