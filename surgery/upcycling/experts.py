@@ -46,59 +46,6 @@ class Changed:
                 "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)}}  # fmt: skip
 
 
-def parse_groups(text: str, what: str) -> list[tuple[int, ...]]:
-    """ "0,2-4" -> [(0,), (2,), (3,), (4,)]; "0+1,2+3" -> [(0, 1), (2, 3)].  Raises UsageError."""
-    out: list[tuple[int, ...]] = []
-    try:
-        for word in text.split(","):
-            first, dash, last = word.partition("-")
-            if dash:
-                out += [(i,) for i in range(int(first), int(last) + 1)]
-            else:
-                out.append(tuple(int(i) for i in word.split("+")))
-    except ValueError:
-        out = []
-    if not out or len(out) > 1 << 16:
-        raise UsageError(f"{what} {text!r}: write numbers of experts, as 0,2-5 (merged ones as 0+1,2+3)")
-    return out
-
-
-def groups_of(
-    e: int,
-    *,
-    keep: str | None = None,
-    prune: str | None = None,
-    duplicate: int | None = None,
-    merge: str | None = None,
-    permute: str | None = None,
-) -> tuple[list[tuple[int, ...]], int]:
-    """The new experts as groups of old ones, and how many copies of each there are.  Raises UsageError."""
-    asked = {"--keep": keep, "--prune": prune, "--duplicate": duplicate, "--merge": merge, "--permute": permute}
-    given = [name for name, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} in one go", hint="do one after the other")
-    everyone: list[tuple[int, ...]] = [(i,) for i in range(e)]
-    if prune is not None:
-        gone = {i for group in parse_groups(prune, "--prune") for i in group}
-        _check(e, gone, "--prune")
-        return [group for group in everyone if group[0] not in gone], 1
-    if duplicate is not None:
-        return [group for group in everyone for _ in range(duplicate)], duplicate
-    for name, text in (("--keep", keep), ("--merge", merge), ("--permute", permute)):
-        if text is not None:
-            found = parse_groups(text, name)
-            _check(e, [i for group in found for i in group], name)
-            if name == "--permute" and sorted(found) != everyone:
-                raise UsageError(f"--permute has to name each of the {e} experts once")
-            return found, 1
-    return everyone, 1
-
-
-def _check(e: int, numbers: Any, name: str) -> None:
-    if odd := [i for i in numbers if not 0 <= i < e]:
-        raise UsageError(f"{name}: there is no expert {odd[0]}, the model has 0 to {e - 1}")
-
-
 def changed_experts(
     source: Checkpoint,
     groups: Groups | Mapping[int, Groups],
