@@ -11,9 +11,9 @@ from click.testing import CliRunner
 import surgery
 from surgery import cli
 from surgery.checkpoint import open_checkpoint
-from surgery.errors import ConfigError, UsageError
+from surgery.errors import ConfigError
 from surgery.upcycling.collapse import collapsed
-from surgery.upcycling.experts import changed_experts, groups_of
+from surgery.upcycling.experts import changed_experts
 from tests import oracle, tiny
 from tests.test_conversion import weights
 
@@ -115,10 +115,3 @@ def test_experts_that_differ_are_averaged_when_asked(tiny_hf, tmp_path):
     torch.testing.assert_close(got["model.layers.2.mlp.up_proj.weight"], want, rtol=0, atol=1e-7)
     assert not torch.equal(weights(tmp_path / "by-router")["model.layers.2.mlp.up_proj.weight"], want)
     assert torch.isfinite(oracle.hf_logits(tmp_path / "by-router", IDS)).all()
-
-
-def test_groups():
-    assert groups_of(4, merge="0+1,2+3") == ([(0, 1), (2, 3)], 1)
-    assert groups_of(3, duplicate=2) == ([(0,), (0,), (1,), (1,), (2,), (2,)], 2)
-    with pytest.raises(UsageError):
-        groups_of(4, keep="0+")

@@ -17,9 +17,9 @@ from surgery.dialects.misfits import NAMES_ONLY, in_words
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
 from surgery.lazy import Fill, Lazy, Map, same_bits
-from surgery.upcycling.calibrate import Guide, calibrated
 from surgery.upcycling.claim import Claim
 from surgery.upcycling.experts import mean
+from surgery.upcycling.measures import Measured, measured
 from surgery.upcycling.nodes import scaled, taken
 from surgery.upcycling.noise import Noisy, Redrawn
 from surgery.upcycling.resolve import Layout, resolve
@@ -105,10 +105,9 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
             f"the result would compute another function: {'; '.join(layout.losses)}",
             hint="--force-lossy allows it; the proof then says how far apart they are",
         )
-    layers = [i for i in range(dense.l) if spec.is_moe(i)]
-    guide = calibrated(source, wanted, layout, layers) or Guide()
-    cut = {i: pieces(layout, wanted, i, dense.f, guide.cuts.get(i)) for i in layers}
-    maker = _Maker((source, *others), spec, layout, wanted, cut, guide)
+    found = measured(source, wanted, layout)
+    cut = {i: pieces(layout, wanted, i, dense.f, found) for i in range(dense.l) if spec.is_moe(i)}
+    maker = _Maker((source, *others), spec, layout, wanted, cut, found)
     parts = {name: maker.part(name) for name in spec.part_names()}
     notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout)]
     made = replace(source, spec=spec, parts=parts, notes=tuple(dict.fromkeys(notes)))
@@ -136,10 +135,10 @@ class _Maker:
         layout: Layout,
         wanted: Settings,
         cut: Mapping[int, tuple[Piece | None, Sequence[Piece]]],
-        guide: Guide,
+        found: Measured | None = None,
     ) -> None:
         self.models, self.spec, self.layout, self.wanted, self.cut = models, spec, layout, wanted, cut
-        self.source, self.guide = models[0], guide
+        self.source, self.found = models[0], found
 
     def part(self, name: str) -> Lazy:
         """A part of the result by its name."""
@@ -151,8 +150,7 @@ class _Maker:
             return self.shared(int(match[1]), match[3])
         if template == "layers.{l}.router" and match:
             kind = self.source.parts[f"layers.{match[1]}.mlp.gate"].kind
-            rows = self.guide.routers.get(int(match[1]))
-            return router(self.wanted, self.layout, int(match[1]), self.spec.h, kind, rows)
+            return router(self.wanted, self.layout, int(match[1]), self.spec.h, kind, self.found)
         if name == "lm_head" and name not in self.source.parts:
             name = "embed"
         return self.common(name) if name in self.source.parts else self.zeros(name, template)

@@ -1,187 +1,278 @@
-"""A mixture of experts back into a dense model: exactly where the experts are copies, else by averaging.
+"""A mixture of experts becomes dense again: exactly where its experts are copies or virtual groups, else by averaging.
 
-    collapsed(checkpoint, "exact")          # the inverse of copies and virtual groups; refused where it is none
-    collapsed(checkpoint, "average")        # the mean of the experts (of the copies of each shard)
-    collapsed(checkpoint, "by-router")      # weighted by how much the router uses them on a text
+    made = collapsed(open_checkpoint("SmolLM2-moe"))
+    made.checkpoint.spec.f, made.details["layers"], made.losses       # 1536, {"8 shards": 30}, ()
 
-The structure is found in the weights: experts whose router rows are equal in runs of G are the shards of one mlp, as
-long as the experts of all groups agree ("exact") or not ("average").
+The chosen weights sum to a constant T.  If all experts are equal, the layer computes T times one of them.  If there are
+G different ones, and the experts with equal rows in the router hold each of them equally often and are chosen together,
+it computes T / G times their sum, which is one mlp of G times the width.  The shared expert stands in front.  Nothing
+else is exact: `average` takes the mean of the experts, `by-router` the mean weighted by what the router gives each on a
+text; both are refused unless they are forced.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Spec
+from surgery.containers.text import read_json
 from surgery.dialects.hf_config import choose_family, misfits
 from surgery.errors import ConfigError, UsageError
-from surgery.formats import Checkpoint
-from surgery.lazy import Concat, Lazy, Map, boxes, same_bits
-from surgery.upcycling.build import NEURONS
-from surgery.upcycling.experts import Changed
+from surgery.formats import PROVENANCE, Checkpoint
+from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, Map, boxes, bytes_of, same_bits
+from surgery.upcycling.experts import Changed, router_classes
 from surgery.upcycling.nodes import scaled
+from surgery.upcycling.selection import BLOCK, MATRICES, blocks
 
-MODES = ("exact", "average", "by-router")
-BLOCK = 4 << 20
+if TYPE_CHECKING:
+    import torch
+
 ORDER = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo", "olmo3")
+BY = ("exact", "average", "by-router")
+Shares = Mapping[int, tuple[Sequence[float], float]]  # by layer: share of each expert (sum 1), mean sum of weights
 
 
-def collapsed(source: Checkpoint, mode: str = "exact", force_lossy: bool = False) -> Changed:
-    """Raises UsageError where another function would come out and that was not allowed, ConfigError where nothing dense
-    can come out."""
+@dataclass(frozen=True)
+class Dense:
+    """What a layer with experts becomes: the shared expert if it counts, and some of the routed ones side by side.
+
+    experts   of each different shard one: () if the routed ones add nothing     shards   how many different ones
+    weights   None, or the weights of a mean over all experts, which is no exact collapse
+    factor    on `down` of the routed part      shared   on that of the shared one, 0: it is left out
+    why       of a mean: why it is not exact
+    """
+
+    experts: tuple[int, ...]
+    factor: float
+    shared: float
+    weights: tuple[float, ...] | None = None
+    why: str = ""
+
+    @property
+    def shards(self) -> int:
+        return len(self.experts)
+
+    def width(self, spec: Spec) -> int:
+        return (spec.s if self.shared else 0) + spec.m * (1 if self.weights else len(self.experts))
+
+
+def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256) -> Changed:
+    """Reads the experts once, to compare them.  `tokens` of text are run for `by-router`.
+
+    Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
+    """
     spec = source.spec
+    if by not in BY:
+        raise UsageError(f"--collapse {by} is unknown", hint=f"choose from {', '.join(BY)}")
     if not spec.e:
-        raise ConfigError("the model has no experts", hint="surgery upcycle makes some")
-    if mode not in MODES:
-        raise UsageError(f"--collapse {mode} is unknown", hint=f"choose from {', '.join(MODES)}")
-    layers = [i for i in range(spec.l) if spec.is_moe(i)]
-    g = _granularity(source, layers)
-    losses = _reasons(source, layers, g)
-    if losses and (mode == "exact" or not force_lossy):
-        hint = "--collapse average or by-router takes means; --force-lossy allows it"
-        raise UsageError(f"no dense model computes the same: {'; '.join(losses)}", hint=hint)
-    if _shared_factor(source, layers) is None:
-        raise ConfigError("the shared expert has a gate that depends on the token: no dense mlp can take its place")
-    weights = _shares(source, layers) if mode == "by-router" else {i: [1.0 / spec.e] * spec.e for i in layers}
-    shared = _shared_factor(source, layers)
-    factor = _factor(spec, g)
-    silent = bool(shared) and all(
-        _zero(source.parts[f"layers.{i}.experts.{e}.down"]) for i in layers for e in range(spec.e)
+        raise ConfigError("the model has no experts: it is dense already")
+    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    found = {i: _exact(source, i) for i in moe}
+    inexact = [i for i in moe if found[i].why]
+    losses = [f"layer {i}: {found[i].why}" for i in inexact[:1]] + (
+        [f"{len(inexact) - 1} more layers like that"] if len(inexact) > 1 else []
     )
-    parts: dict[str, Lazy] = {}
-    for layer in layers:
-        for which, dim in NEURONS.items():
-            pieces = _strands(source, layer, which, g, weights[layer] if losses else None)
-            joined = Concat(pieces, dim) if len(pieces) > 1 else pieces[0]
-            if which == "down":
-                joined = scaled(joined, factor)
-            if shared:
-                always = source.parts[f"layers.{layer}.shared.{which}"]
-                always = scaled(always, shared) if which == "down" else always
-                joined = always if silent else Concat([always, joined], dim)
-            parts[f"layers.{layer}.mlp.{which}"] = joined
-    result = _dense(source, parts, layers)
-    made = {name: parts.get(name) or source.parts[name] for name in result.part_names()}
-    checkpoint = replace(source, spec=result, parts=made)
-    return Changed(checkpoint, (source,), f"collapse, {mode}", tuple(losses), {"granularity": g})
+    if inexact and (by == "exact" or not force_lossy):
+        raise UsageError(
+            f"the dense model would compute another function: {'; '.join(losses)}",
+            hint="--collapse average or --collapse by-router takes means, with --force-lossy",
+        )
+    if inexact and by == "by-router":
+        shares = router_shares(source, tokens)
+        found |= {i: replace(found[i], weights=tuple(shares[i][0]), factor=shares[i][1]) for i in inexact}
+    dense = _dense(source, found, losses)
+    kinds = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in found.values())
+    rounds = any(math.frexp(x)[0] != 0.5 for d in found.values() for x in (d.factor, d.shared) if x)
+    details = {"by": by if inexact else "exact", "width": dense.spec.f, "layers": dict(kinds)}
+    return Changed(dense, (source,), f"collapse, {details['by']}", tuple(losses), details, rounds)
 
 
-def _dense(source: Checkpoint, parts: Mapping[str, Lazy], layers: Sequence[int]) -> Spec:
-    """The dense Spec, of the first family that holds it; biases of zeros are dropped where that helps."""
+def _exact(source: Checkpoint, layer: int) -> Dense:
+    """How a layer collapses; with `weights` and `why` if not exactly."""
     spec = source.spec
-    f = parts[f"layers.{layers[0]}.mlp.gate"].shape[0]
-    if len(layers) < spec.l and f != spec.f:
-        raise ConfigError(f"the collapsed layers are {f} wide and the dense ones {spec.f}: no family has both")
-    fields: dict[str, Any] = {"e": 0, "m": 0, "s": 0, "f": f, "top_k": 0, "moe_layers": (), "router_bias": False,
-                              "top_k_renormalised": False, "router_score": "softmax", "router_scale": None,
-                              "shared_gate": False}  # fmt: skip
-    if spec.qkv_bias and all(
-        _zero(source.parts[n]) for n in source.parts if n.endswith(("q.bias", "k.bias", "v.bias"))
-    ):
-        fields["qkv_bias"] = False
-    dense = spec.replace(**fields)
+    shards, idle = _shards(source, layer)
+    classes = router_classes(source, layer)
+    total, why = _total(spec, len(set(classes)) == 1)
+    kinds = sorted(set(shards), key=shards.index)
+    shared, gated = _shared(source, layer)
+    if idle and shared:
+        return Dense((), 0.0, shared, None, gated)
+    if not why and len(kinds) > 1:
+        why = _ungrouped(shards, classes, spec.top_k)
+    if why or gated:
+        return Dense((), total, shared, (1 / spec.e,) * spec.e, why or gated)
+    return Dense(tuple(shards.index(kind) for kind in kinds), total / len(kinds), shared)
+
+
+def _shards(source: Checkpoint, layer: int) -> tuple[list[bytes], bool]:
+    """A digest of every expert's weights, and whether every `down` is zero."""
+    digests, idle = [], True
+    for e in range(source.spec.e):
+        digest = hashlib.sha256()
+        for which in MATRICES:
+            part = source.parts.get(f"layers.{layer}.experts.{e}.{which}")
+            for data in blocks(part) if part is not None else ():
+                digest.update(bytes_of(data.contiguous()))
+                idle = idle and not (which == "down" and bool(data.any()))
+        digests.append(digest.digest())
+    return digests, idle
+
+
+def _total(spec: Spec, uniform: bool) -> tuple[float, str]:
+    """What the chosen weights sum to, and why that is no constant."""
+    scale = spec.router_scale or 1.0
+    softmax = spec.router_score == "softmax"
+    if spec.top_k_renormalised or (softmax and spec.top_k == spec.e):
+        return scale, ""
+    if softmax and uniform:
+        return scale * spec.top_k / spec.e, ""
+    return scale * (spec.top_k / spec.e if softmax else spec.top_k / 2), "the chosen weights do not sum to a constant"
+
+
+def _ungrouped(shards: Sequence[bytes], classes: Sequence[int], top_k: int) -> str:
+    """Why experts that differ are not chosen in whole groups; empty if they are."""
+    kinds = set(shards)
+    members: dict[int, Counter[bytes]] = {}
+    for shard, kind in zip(shards, classes, strict=True):
+        members.setdefault(kind, Counter())[shard] += 1
+    if any(set(m) != kinds or len(set(m.values())) > 1 for m in members.values()):
+        return f"its {len(shards)} experts are no copies of each other, nor whole virtual groups"
+    sizes = {sum(m.values()) for m in members.values()}
+    if len(sizes) > 1 or top_k % sizes.pop():
+        return f"top-{top_k} takes no whole virtual groups"
+    return ""
+
+
+def _shared(source: Checkpoint, layer: int) -> tuple[float, str]:
+    """The factor on the shared expert's output (0: there is none, or it adds nothing), and why it is no constant."""
+    down = source.parts.get(f"layers.{layer}.shared.down")
+    if down is None or not any(bool(data.any()) for data in blocks(down)):
+        return 0.0, ""
+    gate = source.parts.get(f"layers.{layer}.shared_gate")
+    if gate is None:
+        return 1.0, ""
+    return 0.5, "the shared expert is gated by the token" if bool(gate.full().any()) else ""
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+
+
+def _dense(source: Checkpoint, found: Mapping[int, Dense], losses: Sequence[str]) -> Checkpoint:
+    spec, notes = source.spec, list(source.notes)
+    widths = {i: found[i].width(spec) if i in found else spec.f for i in range(spec.l)}
+    f = max(widths.values())
+    if set(widths.values()) != {f}:
+        notes.append(f"mlps of {min(widths.values())} neurons are padded to {f} with neurons that are zero")
+    made = spec.replace(e=0, m=0, s=0, f=f, moe_layers=(), top_k=0, top_k_renormalised=False, router_bias=False,
+                        router_score="softmax", router_scale=None, shared_gate=False)  # fmt: skip
+    if made.qkv_bias and _zero_biases(source):
+        made = made.replace(qkv_bias=False)
+        notes.append("biases of queries, keys and values, which are all zero, are left out")
+    if not made.tied and _equal(source.parts["embed"], source.parts["lm_head"]):
+        made = made.replace(tied=True)
+        notes.append("the output head is the embedding, bit for bit: they are tied")
     order = ORDER if spec.h % spec.heads == 0 else ORDER[1:]  # transformers' Llama insists on whole heads
-    first = next((name for name in order if not misfits(dense, name)), None)
-    return dense.replace(family=first or choose_family(dense))
+    made = made.replace(family=next((n for n in order if not misfits(made, n)), None) or choose_family(made))
+    if losses:
+        notes.append("the result computes another function: " + "; ".join(losses))
+    undo = _recorded_up(source)
+    parts = {}
+    for name in made.part_names():
+        at, _, which = name.rpartition(".mlp.")
+        if which in MATRICES:
+            layer = int(at.split(".")[1])
+            part = _matrix(source, layer, which, found[layer], undo) if layer in found else source.parts[name]
+            parts[name] = _padded(part, 1 if which == "down" else 0, f)
+        else:
+            parts[name] = source.parts[name]
+    return replace(source, spec=made, parts=parts, notes=tuple(notes))
 
 
-def _strands(source: Checkpoint, layer: int, which: str, g: int, weights: Sequence[float] | None) -> list[Lazy]:
-    """The shards of the mlp: of the first group, or the means over all groups."""
-    parts = [source.parts[f"layers.{layer}.experts.{e}.{which}"] for e in range(source.spec.e)]
-    if weights is None:
-        return parts[:g]
-    return [Map(_weighted([weights[e] for e in range(s, len(parts), g)]), parts[s::g]) for s in range(g)]
+def _matrix(source: Checkpoint, layer: int, which: str, dense: Dense, undo: float) -> Lazy:
+    """gate, up or down of the collapsed layer."""
+    at = f"layers.{layer}."
+    strands = []
+    if dense.shared:
+        shared = source.parts[f"{at}shared.{which}"]
+        strands.append(scaled(shared, dense.shared) if which == "down" else shared)
+    factor = {"up": 1 / undo, "down": dense.factor * undo}.get(which, 1.0)
+    if dense.weights:
+        every = [source.parts[f"{at}experts.{e}.{which}"] for e in range(source.spec.e)]
+        strands.append(scaled(Map(_weighted(dense.weights), every), factor))
+    else:
+        strands += [scaled(source.parts[f"{at}experts.{e}.{which}"], factor) for e in dense.experts]
+    return strands[0] if len(strands) == 1 else Concat(strands, 1 if which == "down" else 0)
 
 
 def _weighted(weights: Sequence[float]) -> Any:
-    total = sum(weights) or 1.0
+    """The weighted mean of as many tensors, in fp32, rounded once."""
 
-    def mix(*tensors: Any) -> Any:
-        out = tensors[0].float() * (weights[0] / total)
+    def mix(*tensors: torch.Tensor) -> torch.Tensor:
+        out = tensors[0].float() * weights[0]
         for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
-            out = out + tensor.float() * (weight / total)
+            out = out + tensor.float() * weight
         return out.to(tensors[0].dtype)
 
     return mix
 
 
-def _granularity(source: Checkpoint, layers: Sequence[int]) -> int:
-    """How many neighbouring experts share a row of the router, in every layer."""
-    e = source.spec.e
-    if source.spec.router_bias and not all(_zero(source.parts[f"layers.{i}.router.bias"]) for i in layers):
-        return 1
-    found = e
-    for layer in layers:
-        rows = source.parts[f"layers.{layer}.router"].full()
-        for g in sorted((d for d in range(1, found + 1) if e % d == 0), reverse=True):
-            if g < e and all(bool((rows[i] == rows[i // g * g]).all()) for i in range(e)):
-                found = g
-                break
-    return 1 if found == e else found
+def _padded(part: Lazy, dim: int, width: int) -> Lazy:
+    missing = width - part.shape[dim]
+    if not missing:
+        return part
+    shape = [missing if i == dim else n for i, n in enumerate(part.shape)]
+    return Concat([part, Fill(shape, part.kind)], dim)
 
 
-def _copies(source: Checkpoint, layers: Sequence[int], g: int) -> bool:
-    """Whether expert i is the same as expert i mod g, bit for bit."""
-    for layer in layers:
-        for which in NEURONS:
-            first = [source.parts[f"layers.{layer}.experts.{e}.{which}"] for e in range(g)]
-            for e in range(g, source.spec.e):
-                if not _same(first[e % g], source.parts[f"layers.{layer}.experts.{e}.{which}"]):
-                    return False
-    return True
+def _zero_biases(source: Checkpoint) -> bool:
+    return not any(
+        bool(part.full().any())
+        for name, part in source.parts.items()
+        if name.endswith((".q.bias", ".k.bias", ".v.bias"))
+    )
 
 
-def _reasons(source: Checkpoint, layers: Sequence[int], g: int) -> list[str]:
-    spec, out = source.spec, []
-    if not _copies(source, layers, g):
-        out.append("the experts are no copies of each other")
-    if not spec.top_k_renormalised and spec.top_k < spec.e:
-        out.append("the chosen experts' weights do not sum to one")
-    if spec.top_k % g:
-        out.append(f"top-{spec.top_k} takes no whole groups of {g}")
-    if spec.s and _shared_factor(source, layers) is None:
-        out.append("the shared expert has a gate that depends on the token")
-    return out
+def _equal(a: Lazy, b: Lazy) -> bool:
+    if (a.shape, a.kind) != (b.shape, b.kind):
+        return False
+    return all(same_bits(a.read(box), b.read(box)) for box in boxes(a.shape, ITEMSIZE[a.kind], BLOCK))
 
 
-def _factor(spec: Spec, g: int) -> float:
-    """What a chosen group's sum has to be multiplied by: its weights sum to one, each shard's share is 1 / g."""
-    return (spec.router_scale or 1.0) / g
+def _recorded_up(source: Checkpoint) -> float:
+    """The factor on `up` that an upcycling noted in surgery.json, to be moved back to `down`; 1 without one.
+
+    Only powers of two are moved: they change no bit but the exponents, and the product stays the same.
+    """
+    path = source.path / PROVENANCE
+    record = read_json(path, PROVENANCE) if path.is_file() else {}
+    made = record.get("upcycling") if isinstance(record, dict) else None
+    factors = made.get("factors") if isinstance(made, dict) else None
+    value: Any = factors.get("up") if isinstance(factors, dict) else None
+    fits = type(value) in (int, float) and 0 < value < 1e6 and math.frexp(value)[0] == 0.5
+    return float(value) if fits else 1.0
 
 
-def _shared_factor(source: Checkpoint, layers: Sequence[int]) -> float | None:
-    """The factor on the shared expert's output: None if it is not constant, 0 if there is none or it adds nothing."""
-    spec = source.spec
-    if not spec.s or all(_zero(source.parts[f"layers.{i}.shared.down"]) for i in layers):
-        return 0.0
-    if not spec.shared_gate:
-        return 1.0
-    return 0.5 if all(_zero(source.parts[f"layers.{i}.shared_gate"]) for i in layers) else None
+# ---------------------------------------------------------------------------------------------- what a router does
 
 
-def _shares(source: Checkpoint, layers: Sequence[int]) -> dict[int, list[float]]:
-    """Per layer, how much of the routers' weight each expert gets on a text."""
+def router_shares(source: Checkpoint, tokens: int) -> Shares:
+    """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
     from surgery.upcycling.layerwise import forward
     from surgery.upcycling.proof import prose_tokens
 
-    tokens, _ = prose_tokens(source, 256)
-    routes = forward(source, tokens, "float32").routes
+    spec, ids = source.spec, prose_tokens(source, tokens)[0]
     out = {}
-    for layer in layers:
-        chances = routes[layer].logits.softmax(-1)
-        chosen = chances.gather(-1, routes[layer].chosen)
-        used = chances.new_zeros(source.spec.e).index_add(
-            0, routes[layer].chosen.flatten(), (chosen / chosen.sum(-1, keepdim=True)).flatten()
-        )
-        out[layer] = [float(x) for x in used / used.sum()]
+    for layer, route in forward(source, ids, "float32").routes.items():
+        chances = route.logits.softmax(-1) if spec.router_score == "softmax" else route.logits.sigmoid()
+        weight = chances.gather(-1, route.chosen)
+        if spec.top_k_renormalised:
+            weight = weight / weight.sum(-1, keepdim=True)
+        mass = weight.new_zeros(spec.e).index_add(0, route.chosen.reshape(-1), weight.reshape(-1)).double()
+        shares = [float(x) for x in mass / mass.sum()]
+        out[layer] = (shares, float(mass.sum()) / len(weight) * (spec.router_scale or 1.0))
     return out
-
-
-def _same(a: Lazy, b: Lazy) -> bool:
-    return all(same_bits(a.read(box), b.read(box)) for box in boxes(a.shape, 4, BLOCK))
-
-
-def _zero(part: Lazy) -> bool:
-    return all(not bool(part.read(box).any()) for box in boxes(part.shape, 4, BLOCK))

@@ -28,19 +28,21 @@ _SETTINGS: tuple[Decorator, ...] = (
                  "qwen2_moe, qwen3_moe, flex_olmo, olmoe, glm4_moe, ernie4_5_moe. "
                  "[default: the first that holds the model exactly]"),
     click.option("--router", metavar="START", help="What the router starts from: normal[:STD], kaiming, zeros (all "
-                 "experts tie), kmeans (centres of what it sees on a text), prompts:FILE or domains:FILE (a YAML list "
-                 "with the texts, or files of texts, of every expert). Experts of a virtual group share their rows. "
-                 "[default: normal:0.02]"),
+                 "experts tie), kmeans[:STD] (centres of what the router sees on a text), prompts:YAML (examples per "
+                 "expert, as in mergekit), domains:YAML (a text per expert). Experts of a virtual group share their "
+                 "rows. [default: normal:0.02]"),
     click.option("--scale", metavar="WHERE", help="Where the factor G goes that makes up for the shards: down, "
                  "up-down, router (a factor of the config), cbrt (on gate, up and down: published, not preserving), "
                  "none, or a NUMBER on down. [default: down]"),
     click.option("--shared", metavar="NEURONS", help="Neurons of an expert that is always on: a share (0.5), a number, "
                  "or dense for the whole mlp beside experts that add nothing at first. [default: 0]"),
-    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of "
-                 "their weights), co-activation, or gradient (important for the same tokens). [default: sequential]"),
-    click.option("--sharing", is_flag=True, default=None, help="gradient: every expert takes its own best neurons."),
-    click.option("--text", type=click.Path(), help="What co-activation, gradient and kmeans read. "
-                 "[default: built-in prose]"),
+    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of the "
+                 "rows of gate; clustering-up: of up), co-activation or gradient (these two run the model on a text). "
+                 "[default: sequential]"),
+    click.option("--sharing", is_flag=True, default=None, help="order gradient: experts may share neurons."),
+    click.option("--text", type=click.Path(), metavar="TEXT", help="The text that the model is run on, where "
+                 "the order or the router needs that. [default: some prose]"),
+    click.option("--text-tokens", type=click.IntRange(1), metavar="N", help="How much of it. [default: 1024]"),
     click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
     click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
                  "[default], or take softmax, then top-k (exact only with --router zeros)."),
@@ -57,6 +59,10 @@ _SETTINGS: tuple[Decorator, ...] = (
     click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
                  "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
                  "(weighted by use on a text)."),
+    click.option("--attention-experts", type=click.IntRange(1), metavar="N", help="Make the attention a mixture too: N "
+                 "groups of heads, written as a Hugging Face model with code of its own. With or without --experts."),
+    click.option("--attention-top-k", type=click.IntRange(1), metavar="K", help="How many of the groups a token uses. "
+                 "[default: all, which is exact]"),
     click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
 )  # fmt: skip
@@ -106,61 +112,90 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --shared 0.5
     surgery upcycle Llama-3-8B moe --experts 8 --top-k 2 --to megatron-dist --ep 8
     surgery upcycle SmolLM2-135M moe --recipe upcycle.yaml
+    surgery upcycle SmolLM2-135M moe --experts 8 --top-k 2 --attention-experts 3
 
     Any format goes in and out, streamed in bounded memory. After writing, the source and the result run on the same
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
+    from surgery.errors import UsageError
     from surgery.upcycling import run
 
     shape = {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
              "max_memory": _size(flags["max_memory"])}  # fmt: skip
-    if flags["collapse"]:
+    if flags["attention_experts"]:
+        ready = _attention(src, flags)
+    elif flags["attention_top_k"]:
+        raise UsageError("--attention-top-k goes with --attention-experts")
+    elif flags["collapse"]:
         ready = run.prepare_change(src, _collapse(flags), asked={"collapse": flags["collapse"]}, **shape)
     else:
         ready = run.prepare(src, _settings(flags), dtype=flags["dtype"], **shape)
     _finish(ready, dst, flags)
 
 
+_WHICH = "[LAYERS:]E,E"
+_CHOICE: tuple[Decorator, ...] = (
+    click.option("--keep", multiple=True, metavar=_WHICH, help="Only these experts, in this order: 0,3-5; with layers "
+                 "in front (3-5:0,1) in these layers. Repeatable."),
+    click.option("--prune", multiple=True, metavar=_WHICH, help="All but these. Repeatable."),
+    click.option("--best", multiple=True, metavar="[LAYERS:]N", help="The N experts of largest norm (--by). "
+                 "Repeatable."),
+    click.option("--by", type=click.Choice(["router-norm", "weight-norm"]), help="What --best goes by: rows of the "
+                 "router, or the experts' own weights. [default: router-norm]"),
+    click.option("--duplicate", type=click.IntRange(1), metavar="TIMES", help="Every expert so many times in the end, "
+                 "and as many times more of them chosen: exact, a larger model to train on."),
+    click.option("--merge", multiple=True, metavar="[LAYERS:]E+E,E", help="Means of experts: 0+1,2+3 makes two of "
+                 "four. Repeatable."),
+    click.option("--permute", multiple=True, metavar=_WHICH, help="All experts in another order: exact. Repeatable."),
+    click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses."),
+    click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
+)  # fmt: skip
+
+
 @click.command("experts")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@click.option("--keep", metavar="E,E", help="Only these experts, in this order: 0,3-5.")
-@click.option("--prune", metavar="E,E", help="All but these.")
-@click.option("--duplicate", type=click.IntRange(2), metavar="TIMES", help="Every expert so many times, and as many "
-              "times more of them chosen: exact, a larger model to train on.")  # fmt: skip
-@click.option("--merge", metavar="E+E,E", help="Means of experts: 0+1,2+3 makes two of four.")
-@click.option("--permute", metavar="E,E", help="All experts in another order: exact.")
-@click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses.")
-@click.option("--force-lossy", is_flag=True, help="Allow what does not preserve the function.")
-@_flags(tuple(option for option in _OUTPUT if option is not _DTYPE and option is not _RECIPE))
+@_flags(_CHOICE, tuple(option for option in _OUTPUT if option is not _DTYPE))
 def experts_command(src: str, dst: str, **flags: Any) -> None:
     """Prune, keep, duplicate, merge or permute the experts of a mixture, or change how many are chosen.
 
     \b
     surgery experts Mixtral-8x7B small --keep 0,2,5,7 --force-lossy
+    surgery experts Mixtral-8x7B small --keep 0-3 --keep 5:4-7 --force-lossy      other experts in layer 5
+    surgery experts Mixtral-8x7B small --best 4 --force-lossy                     those that the router weighs most
     surgery experts moe twice --duplicate 2          exact: copies share the weight of what they are copies of
     surgery experts moe fewer --top-k 1 --force-lossy
+    surgery experts moe other --recipe experts.yaml  the same fields, and `layers: {3-5: {keep: [0, 1]}}`
 
-    The proof says how far the result is from the source; what changes the function needs --force-lossy.
+    Experts of a virtual group belong together: what would tear them apart is refused. The proof says how far the result
+    is from the source; what changes the function needs --force-lossy.
     """
-    from surgery.errors import UsageError
-    from surgery.upcycling import experts, run
+    from surgery.upcycling import run
+    from surgery.upcycling.selection import chosen, selection
 
-    names = ("keep", "prune", "duplicate", "merge", "permute")
-    asked = {name: flags[name] for name in names if flags[name] is not None}
-    if not asked and not flags["top_k"]:
-        raise UsageError("nothing is asked for", hint="--keep, --prune, --duplicate, --merge, --permute or --top-k")
-
-    def change(source: Any) -> Any:
-        groups, copies = experts.groups_of(source.spec.e, **asked)
-        return experts.changed_experts(source, groups, flags["top_k"], copies, flags["force_lossy"])
-
+    wanted = selection(flags, flags["recipe"])
     ready = run.prepare_change(
-        src, change, to=flags["to"], topology=_topology(flags), options=_options(flags),
-        max_memory=_size(flags["max_memory"]), asked={**asked, "top_k": flags["top_k"]},
+        src, lambda source: chosen(source, wanted), to=flags["to"], topology=_topology(flags),
+        options=_options(flags), max_memory=_size(flags["max_memory"]), asked=wanted.to_json(),
     )  # fmt: skip
     _finish(ready, dst, flags)
+
+
+def _attention(src: str, flags: dict[str, Any]) -> Any:
+    from surgery.errors import UsageError
+    from surgery.upcycling import attention_run
+    from surgery.upcycling.attention import Attention
+
+    if flags["to"] != "hf" or flags["collapse"]:
+        raise UsageError("--attention-experts goes with --to hf, and not with --collapse")
+    wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
+                       seed=flags["seed"] or 0)  # fmt: skip
+    settings = _settings(flags) if flags["experts"] or flags["recipe"] else None
+    return attention_run.prepare(
+        src, wanted, settings, dtype=flags["dtype"], options=_options(flags), max_memory=_size(flags["max_memory"]),
+        force_lossy=bool(flags["force_lossy"]),
+    )  # fmt: skip
 
 
 def _collapse(flags: dict[str, Any]) -> Any:

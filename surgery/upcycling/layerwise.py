@@ -22,6 +22,7 @@ from surgery.dialects.hf_config import choose_family, misfits, write_config
 from surgery.errors import ConfigError
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
+from surgery.upcycling import attention
 from surgery.verification.running import explained, quiet
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watc
     """
     import torch
 
-    if misfits(checkpoint.spec, checkpoint.spec.family):
+    if "attention" not in checkpoint.details and misfits(checkpoint.spec, checkpoint.spec.family):
         spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
         checkpoint = replace(checkpoint, spec=spec)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
@@ -64,84 +65,13 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watc
         return found
 
 
-def backward(checkpoint: Checkpoint, tokens: torch.Tensor, seen: Callable[[int, Any, Any, Any], None]) -> None:
-    """The slope of the next-token loss, layer by layer from the last: `seen` gets the number of a layer, what goes into
-    its mlp [tokens, width], what goes into `down` [tokens, neurons], and the loss's slope there.
-
-    Only the inputs of the layers are kept; each layer is run again, with gradients, when its turn comes.
-    """
-    import torch
-
-    with explained("transformers cannot run the model", checkpoint.path), quiet():
-        model = _empty(checkpoint, "float32")
-        calls: dict[int, tuple[Any, dict[str, Any]]] = {}
-        layers = model.base_model.layers
-        keep = [layer.register_forward_pre_hook(_keeper(i, calls), with_kwargs=True) for i, layer in enumerate(layers)]
-        with _layer_by_layer(model, checkpoint, "float32"):
-            with torch.no_grad():
-                last = model.base_model(input_ids=tokens, use_cache=False)
-            for handle in keep:
-                handle.remove()
-            x = last.last_hidden_state.detach().requires_grad_()
-            loss = torch.nn.functional.cross_entropy(model.lm_head(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-            (slope,) = torch.autograd.grad(loss, x)
-            final, (given, more) = model.base_model.norm, calls.pop(len(layers) - 1)
-            slope = _final_slope(layers[-1], final, given, more, slope, seen, len(layers) - 1)
-            for i in reversed(range(len(layers) - 1)):
-                slope = _layer_slope(layers[i], *calls.pop(i), slope, seen, i)
-
-
-def _keeper(number: int, calls: dict[int, tuple[Any, dict[str, Any]]]) -> Any:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        calls[number] = (hidden.detach(), {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    return hook
-
-
-def _final_slope(layer: Any, norm: Any, given: Any, more: Any, slope: Any, seen: Any, number: int) -> Any:
-    """Through the final norm and the last layer."""
-    import torch
-
-    with torch.no_grad():
-        out = _first(layer(given, **more))
-    out = out.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(norm(out), out, slope)
-    return _layer_slope(layer, given, more, slope, seen, number)
-
-
-def _layer_slope(layer: Any, given: Any, more: Any, slope: Any, seen: Any, number: int) -> Any:
-    """The slope at a layer's input, from that at its output."""
-    import torch
-
-    held: dict[str, Any] = {}
-
-    def note(name: str) -> Any:
-        def hook(_: Any, args: tuple[Any, ...]) -> None:
-            held[name] = args[0]
-
-        return hook
-
-    handles = [layer.mlp.register_forward_pre_hook(note("x")),
-               layer.mlp.down_proj.register_forward_pre_hook(note("h"))]  # fmt: skip
-    given = given.clone().requires_grad_()
-    out = _first(layer(given, **more))
-    for handle in handles:
-        handle.remove()
-    before, inside = torch.autograd.grad(out, (given, held["h"]), slope)
-    seen(number, held["x"].detach().flatten(0, -2), held["h"].detach().flatten(0, -2), inside.flatten(0, -2))
-    return before
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def _empty(checkpoint: Checkpoint, kind: str) -> Any:
     """The model without memory for its weights, but with its tables of angles."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if "attention" in checkpoint.details:
+        return attention.empty(checkpoint, kind).eval()
     spec = checkpoint.spec
     config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
     with torch.device("meta"):
@@ -168,8 +98,11 @@ def _experts(spec: Spec) -> str:
 def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
     """What every parameter and buffer of the model should hold."""
     names = list(model.state_dict())
-    woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
-    found = {name: s.tensor for name, s in woven.items()}
+    if "attention" in checkpoint.details:
+        found = attention.weights_of(checkpoint)
+    else:
+        woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+        found = {name: s.tensor for name, s in woven.items()}
     if "lm_head.weight" not in found:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     if missing := [n for n in names if n not in found]:

@@ -150,8 +150,9 @@ def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
     return torch.tensor(ids[: batch * length]).reshape(batch, length), "English prose"
 
 
-def encoded(source: Checkpoint, text: str) -> list[int] | None:
-    """The text's ids by the checkpoint's tokenizer.json; None if it has none that can be used."""
+def encoded(source: Checkpoint, text: str, least: int = 2) -> list[int] | None:
+    """The text's ids by the checkpoint's tokenizer.json; None if it has none that can be used, or they are
+    fewer than `least`."""
     path = source.tokenizer.files.get("tokenizer.json") if source.tokenizer else None
     if path is None:
         return None
@@ -161,7 +162,7 @@ def encoded(source: Checkpoint, text: str) -> list[int] | None:
         ids = [int(i) for i in PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(text)]
     except Exception:  # whatever it raises on a strange file: the proof works with other tokens as well
         return None
-    return ids if ids and max(ids) < source.spec.v else None
+    return ids if len(ids) >= least and max(ids) < source.spec.v else None
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:

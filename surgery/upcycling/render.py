@@ -90,8 +90,10 @@ def _what(data: Json) -> list[tuple[str, object]]:
     size = ("parameters", f"{count(total)}, {count(active)} of them active")
     if "operation" in data:
         sources = ", ".join(data.get("from", []))
+        heads = data.get("attention_experts")
         return [
             ("operation", data["operation"]),
+            ("attention", f"{heads} groups of heads, {data['attention_top_k']} active" if heads else ""),
             ("experts", f"{data['experts']}, {data['top_k']} active" if data["experts"] else "none: a dense model"),
             ("made of", sources if len(sources) < 80 else f"{sources[:76]} ..."),
             size,

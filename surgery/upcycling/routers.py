@@ -6,17 +6,14 @@ router(settings, layout, layer=3, width=576, kind="bfloat16")
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
 
 from surgery.errors import UsageError, show
-from surgery.lazy import Fill, Lazy, Map, torch_dtype
+from surgery.lazy import Fill, Lazy
 from surgery.upcycling.chance import Random
+from surgery.upcycling.measures import Measured, held_rows
 from surgery.upcycling.nodes import Gather
 from surgery.upcycling.resolve import Layout
 from surgery.upcycling.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
 
 Start = Callable[[str, tuple[int, int], str, str, int], Lazy]  # argument, shape, kind, name, seed -> rows
 
@@ -53,16 +50,15 @@ def check_router(wanted: Settings, layout: Layout) -> None:
 
 
 def router(
-    wanted: Settings, layout: Layout, layer: int, width: int, kind: str, guide: torch.Tensor | None = None
+    wanted: Settings, layout: Layout, layer: int, width: int, kind: str, measured: Measured | None = None
 ) -> Lazy:
-    """The rows of one layer's router; `guide` are rows that a text gave."""
+    """The rows of one layer's router."""
     start, argument = wanted.router_kind
     rows = layout.copies if layout.grouped else layout.experts
-    if guide is None:
-        found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
+    if measured and layer in measured.rows:
+        found = held_rows(measured.rows, layer, kind)
     else:
-        held = guide.to(torch_dtype(kind))
-        found = Map(lambda: held, (), kind, tuple(held.shape), whole=True)
+        found = STARTS[start](argument, (rows, width), kind, f"layers.{layer}.router", wanted.seed)
     if not layout.grouped:
         return found
     return Gather(found, 0, [i // layout.granularity for i in range(layout.experts)])

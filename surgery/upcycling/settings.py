@@ -17,7 +17,7 @@ from surgery.errors import ConfigError, SurgeryError, UsageError, show
 
 STRATEGIES = ("auto", "copy", "virtual-group", "partition", "drop", "mix")
 SCALES = ("auto", "down", "up-down", "router", "cbrt", "none")
-ORDERS = ("sequential", "random", "clustering", "co-activation", "gradient")
+ORDERS = ("sequential", "random", "clustering", "clustering-up", "co-activation", "gradient")
 ROUTERS = ("normal", "kaiming", "zeros", "kmeans", "prompts", "domains")
 LARGEST = 1 << 16
 
@@ -30,12 +30,13 @@ class Settings:
     strategy         which neurons each expert starts with; auto: virtual-group if possible, else copy
     granularity      into how many shards each copy of the mlp is cut (virtual-group); None: top_k
     target           the family of the result; auto: the first that can hold it exactly
-    router           normal[:STD] | kaiming | zeros | kmeans | prompts:FILE | domains:FILE
+    router           normal[:STD] | kaiming | zeros | kmeans[:STD] | prompts:FILE | domains:FILE
     scale            where the factor goes that makes up for the shards: down | up-down | router | cbrt | none | NUMBER
     shared           neurons of an expert that is always on: a share below 1, a number, or "dense" for a whole copy
-    order            which neurons go together: sequential | random | clustering | co-activation | gradient
-    sharing          with gradient: every expert takes its own best neurons, whoever else has them
-    text             what is read for co-activation, gradient and kmeans; "": built-in prose
+    order            which neurons go together: sequential, random, clustering, clustering-up, co-activation or gradient
+    sharing    order gradient: every expert takes its best neurons, whether others have them or not
+    text             what the model is run on, where the order or the router needs that; "": some prose
+    text_tokens   how much of it
     dense_layers     layers that keep their dense mlp; negative ones count from the end
     normalise        the chosen experts' weights are divided by their sum (False: softmax, then top-k)
     reinit           share of an expert's neurons that are drawn anew (drop)
@@ -57,6 +58,7 @@ class Settings:
     order: str = "sequential"
     sharing: bool = False
     text: str = ""
+    text_tokens: int = 1024
     dense_layers: tuple[int, ...] = ()
     normalise: bool = True
     reinit: float = 0.5
@@ -68,7 +70,7 @@ class Settings:
     force_lossy: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("experts", "top_k", "granularity", "seed"):
+        for name in ("experts", "top_k", "granularity", "seed", "text_tokens"):
             value = getattr(self, name)
             low = 0 if name == "seed" else 1
             if (name, value) != ("granularity", None):
@@ -83,8 +85,8 @@ class Settings:
         for name, kind in (("dense_layers", int), ("sources", str)):
             value = getattr(self, name)
             _check(isinstance(value, tuple) and all(type(x) is kind for x in value), name, value)
-        for name in ("target", "text"):
-            _check(isinstance(getattr(self, name), str), name, getattr(self, name))
+        _check(isinstance(self.target, str), "target", self.target)
+        _check(isinstance(self.text, str), "text", self.text)
         _one_of(self.router_kind[0], ROUTERS, "router")
         if self.scale not in SCALES and self.scale_number is None:
             _one_of(self.scale, SCALES, "scale")

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from surgery.upcycling.chance import permutation
 from surgery.upcycling.resolve import Layout
 from surgery.upcycling.settings import Settings
+
+if TYPE_CHECKING:
+    from surgery.upcycling.measures import Measured
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,14 @@ def redrawn_places(wanted: Settings, layer: int, expert: int, which: str, m: int
 
 
 def pieces(
-    layout: Layout, wanted: Settings, layer: int, f: int, guide: tuple[Sequence[int], Sequence[Sequence[int]]] | None
+    layout: Layout, wanted: Settings, layer: int, f: int, measured: Measured | None = None
 ) -> tuple[Piece | None, list[Piece]]:
-    """The shared expert (None without one) and the routed ones of a layer whose mlp has `f` neurons.
-
-    `guide` is what a text says they should be: the shared neurons, and those of each different expert.
-    """
-    if guide is not None:
-        shared, sets = guide
-        routed = [Piece(sets[i % len(sets)], 0, layout.gate, layout.up, layout.down) for i in range(layout.experts)]
-        return (Piece(shared) if layout.s else None), routed
+    """The shared expert (None without one) and the routed ones of a layer whose mlp has `f` neurons."""
     order: Sequence[int] = range(f)
     if wanted.order == "random":
         order = permutation(wanted.seed, f"layers.{layer}.order", f)
+    if measured and layer in measured.orders:
+        order = measured.orders[layer]
     shared, rest = (order, order) if layout.whole_shared else (order[: layout.s], order[layout.s :])
     if not isinstance(order, range):
         shared = sorted(shared)
