@@ -8,16 +8,17 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?=
+PROGRAM ?=
 WORKERS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n > 8 ? 8 : n)))
 PYTEST_FLAGS ?= -n $(WORKERS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest format bench venv clean
+.PHONY: help demo test test-upstream lint types pytest format bench venv clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=folder-or-hub-id for another)
 	@PATH="$(abspath $(BIN)):$$PATH" recipes/quickstart.sh $(if $(MODEL),"$(MODEL)")
@@ -33,6 +34,9 @@ types: $(VENV)/.ready-dev
 
 pytest: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
 
 format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,8 @@ mkdir -p "$work"
 work=$(cd "$work" && pwd)
 if [[ $model == "$PWD"/* ]]; then model=${model#"$PWD"/}; fi
 if [[ $work == "$PWD"/* ]]; then work=${work#"$PWD"/}; fi
+soup=$root/recipes/soup.sh
+if [[ $soup == "$PWD"/* ]]; then soup=${soup#"$PWD"/}; fi
 
 step "A model as Hugging Face stores it" \
     surgery inspect "$model"
@@ -41,4 +43,7 @@ step "And across formats: Meta's files against the original, down to the logits"
     surgery verify "$model" "$work/meta" --logits
 step "Let it speak" \
     surgery ask "$work/back" "What is the capital of France?"
+export TP=$tp WORK=$work
+step "Merge copies that differ: one as Hugging Face stores it, one as Meta, one as Megatron" \
+    "$soup" "$model"
 STEP=$count "$root/recipes/upcycle.sh" "$model"

@@ -5,6 +5,7 @@
     surgery.convert("Llama-2-7b", "Llama-2-7b-hf", to="hf")
     surgery.open_checkpoint("Llama-2-7b").parts["layers.0.attn.q"][:4]     # four rows, nothing else is read
     surgery.verify("Llama-2-7b", "Llama-2-7b-hf").verdict                  # "the same model"
+    surgery.soup("merge_configs/three-seeds.yaml", "merged", to="meta")    # mergekit's YAML, models in any format
     surgery.upcycle("SmolLM2", "SmolLM2-moe", experts=64, top_k=8).proof.verdict     # "exact"
     surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
 
@@ -20,16 +21,18 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion import convert
     from surgery.dialect import Topology
+    from surgery.soups.run import soup
     from surgery.upcycling.run import upcycle
     from surgery.verification.folders import verify
 
-__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "upcycle", "verify"]
+__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "soup", "upcycle", "verify"]
 
 _WHERE = {
     "Topology": ("surgery.dialect", "Topology"),
     "convert": ("surgery.conversion", "convert"),
     "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
+    "soup": ("surgery.soups.run", "soup"),
     "upcycle": ("surgery.upcycling.run", "upcycle"),
     "verify": ("surgery.verification.folders", "verify"),
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from surgery.soups.flags import soup_flags
 from surgery.upcycling.command import experts_command, upcycle_command
 
 if TYPE_CHECKING:
@@ -212,6 +213,46 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         from dataclasses import asdict
 
         click.echo(json.dumps(asdict(report), indent=2))
+    else:
+        show.report(report)
+
+
+@main.command("soup")
+@soup_flags
+@_options_flag
+@_json_flag
+def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
+    """Merge models of any formats as a YAML of mergekit says, into any format.
+
+    \b
+    merge_method: linear                      every method and key of mergekit 0.1.5; a wrong key is an error
+    models:                                   folders in any format and of any parallel sizes, hub ids, path+lora
+      - {model: run-1, parameters: {weight: 1}}
+      - {model: run-2, parameters: {weight: 1}}
+
+    The config and the tokenizer are those of base_model, else of the first model named. Sums are fp32, rounded once;
+    random methods follow `seed:`. The same YAML gives the same bits, whatever the memory and the threads. Ready-made
+    files: merge_configs/.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from surgery import show
+    from surgery.soups import command, run
+    from surgery.staging import check_free
+
+    settings = run.Settings(flags["to"], _topology(flags), _shard_size(flags), _size(flags["max_memory"]),
+                            flags["threads"], flags["arithmetic"])  # fmt: skip
+    recipe = run.read(config)
+    if flags["dry_run"]:
+        planned = command.dry_run(recipe, settings, show.plan_data)
+        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
+        return
+    check_free(Path(dst), flags["force"])
+    recipe, tried = command.chosen(recipe, settings, Path(dst), flags, lambda line: click.echo(line, err=True))
+    report = command.execute(recipe, settings, Path(dst), flags, lambda n: _progress("merge", n, as_json))
+    if as_json:
+        click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
     else:
         show.report(report)
 

@@ -340,13 +340,14 @@ def identity(source: Checkpoint) -> list[Any]:
 
 
 def _digests(plan: Plan) -> tuple[str | None, str]:
-    """Of the source and of the output: the same one if no weight was changed, none for a source that was cut."""
+    """Of the source and of the output: the same one if no weight was changed, none if the source is another model."""
     output = plan.ledger.content_digest()
     if plan.settings.get("cut") or plan.settings.get("derived"):
         return None, output
     if any(name.startswith(SOURCE) for name in plan.ledger.parts):
         return plan.ledger.content_digest(SOURCE), output
-    return (None if plan.settings.get("vocab_size") else output), output
+    other = plan.settings.get("vocab_size") or plan.settings.get("derived")  # cut, or made from several
+    return (None if other else output), output
 
 
 def _report(

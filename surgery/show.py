@@ -112,7 +112,8 @@ def plan(data: Json) -> None:
     out = console()
     source = data["source"]
     parallel = ", ".join(f"{k} {v}" for k, v in data["parallel"].items())
-    out.print(Text(f"would convert {source['path']} ({source['format']} {source['family']})", style="bold"))
+    what = data.get("merge") or f"convert {source['path']} ({source['format']} {source['family']})"
+    out.print(Text(f"would {what}", style="bold"))
     out.print(
         _rows(
             [

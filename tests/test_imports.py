@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -75,12 +75,12 @@ def test_inspect_needs_no_torch(tiny_hf):
 
 
 def test_help_is_instant():
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "surgery", "--help"], capture_output=True, text=True, check=True)
-    best = time.perf_counter() - began
-    for _ in range(4):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "surgery", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - began)
-    assert "convert" in done.stdout
-    assert best < 0.3
+    """0.3 s of a processor's time: the clock would measure what else the machine does."""
+    text, seconds = "", []
+    for _ in range(5):
+        before = os.times()
+        done = subprocess.run([sys.executable, "-m", "surgery", "--help"], capture_output=True, text=True, check=True)
+        after, text = os.times(), done.stdout
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+    assert "convert" in text
+    assert min(seconds) < 0.3

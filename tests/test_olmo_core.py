@@ -303,7 +303,7 @@ def stored(w: dict[str, torch.Tensor], experts: str, post: bool) -> dict[str, to
     return out
 
 
-HELD = ("llama", "llama3", "llama_tied", "mistral", "qwen3", "mixtral", "qwen3_moe", "olmo", "olmo2", "olmo3", "olmoe",
+HELD = ("llama", "llama3", "llama_tied", "mistral", "qwen3", "mixtral", "qwen3_moe", "granitemoe", "olmo", "olmo2", "olmo3", "olmoe",
         "flex_olmo")  # fmt: skip
 SPARSE = ("mixtral", "qwen3_moe", "flex_olmo")
 
@@ -320,6 +320,9 @@ def test_written_as_upstream_stores_it(family, experts, tiny_hf, tmp_path):
     want = stored(weights, experts, family in ("olmo2", "olmo3", "flex_olmo"))
     assert got.keys() == want.keys()
     assert all(oracle.same_bits(got[k], want[k]) for k in want)
+    if experts == "default":  # room for every token at every expert: none is dropped
+        block = json.loads((out / "config.json").read_text())["model"]["block"]
+        assert block["feed_forward_moe"]["capacity_factor"] == 3.0  # eight experts, three chosen
     if family == "flex_olmo":
         assert len(list((out / "model_and_optim").glob("*.distcp"))) > 5
     again = surgery.convert(out, tmp_path / "again", to="hf", options={"family": open_checkpoint(source).spec.family})
@@ -333,6 +336,10 @@ REFUSED_FAMILIES = {
     "qwen2": "bias",
     "gpt_neox": "parallel|feed_forward|hidden|activation",
     "gpt2": "positions|rotary|activation|feed",
+    "qwen2_moe": "shared expert",
+    "granitemoeshared": "shared expert",
+    "glm4_moe": "shared expert",
+    "ernie4_5_moe": "shared expert",
 }
 
 

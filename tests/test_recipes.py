@@ -171,6 +171,9 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     titles = re.findall(r"^\d+\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
     assert titles == ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"] + ["upcycle"] * 2 + ["ask"]
     assert '$ surgery inspect "a model"' in result.stdout
+    losses = re.findall(r"^  (\d+\.\d+)  (\S.*)$", result.stdout, re.MULTILINE)
+    assert [Path(name).name for _, name in losses] == ["copy-1", "copy-2", "copy-3", "soup"]
+    assert f"The lowest of the 4: {min(losses)[1]}" in result.stdout
     assert "for 2 ranks" in result.stdout
     assert sorted(f.name for f in (work / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
     assert not list(work.rglob("stale"))
@@ -206,3 +209,22 @@ def test_a_real_model_speaks_before_and_after(recipe: ModuleType, tmp_path: Path
     old, new = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "back"))
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8)) for name in old)
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_a_soup_of_disturbed_copies_is_better_than_each(recipe: ModuleType, tmp_path: Path) -> None:
+    try:
+        model = recipe.obtain()
+    except recipe.Unavailable as error:
+        pytest.skip(str(error))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", RECIPES / "soup.sh", str(model)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PATH": path, "WORK": str(tmp_path), "TP": "3", "OMP_NUM_THREADS": "1"},
+    )
+    assert re.search(r"The lowest of the 4: \S+/soup/soup$", result.stdout, re.MULTILINE), result.stdout
+    assert {f.name for f in (tmp_path / "soup" / "meta").glob("*.pth")} == {f"consolidated.0{i}.pth" for i in range(3)}

@@ -121,8 +121,11 @@ def _moe(spec: Spec, kind: str, experts: str) -> dict[str, Any]:
         router["normalize_expert_weights"] = 1.0
     if spec.router_bias:
         router["bias_gamma"] = 0.001
-    return {"name": experts, "num_experts": spec.e, "hidden_size": spec.m, "router": router, "lb_loss_weight": 0.01,
-            "z_loss_weight": 0.001, "dtype": kind, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
+    config = {"name": experts, "num_experts": spec.e, "hidden_size": spec.m, "router": router, "lb_loss_weight": 0.01,
+              "z_loss_weight": 0.001, "dtype": kind, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
+    if experts == "default":  # room for all tokens at every expert, so that none are dropped
+        config["capacity_factor"] = float(-(-spec.e // spec.top_k))
+    return config
 
 
 def _dataset(spec: Spec, facts: Mapping[str, object], tokenizer: str | None) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Merged tensors are the same whatever the blocks, threads and memory; random masks against mergekit's formulas."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from surgery.errors import SurgeryError
+from surgery.lazy import Lazy, lengths, whole
+from surgery.soups import engine, masks, select
+from surgery.soups.engine import Engine, Inputs, Merged
+from surgery.soups.methods import METHODS
+from surgery.soups.settings import resolve
+
+
+class Given(Lazy):
+    """A tensor in memory as a lazy one."""
+
+    def __init__(self, tensor):
+        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+    def read(self, box):
+        return self.tensor[tuple(slice(a, b) for a, b in box)].clone()
+
+
+def tensors(shape, count, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    rest = [base + 0.1 * torch.randn(shape, generator=generator) for _ in range(count - 1)]
+    return [t.to(dtype) for t in [base, *rest]]
+
+
+def options_of(name, count, given):
+    method = METHODS[name]
+    own = {"weight": [0.4, 0.7, 0.3], "density": [0.3, 0.6, 0.5], "gamma": [0.05, 0.01, 0.02], "t": 0.3} | given
+    takers = count - (method.base != "ignored")
+    out = {}
+    for p in method.parameters:
+        if p.scope == "all":
+            out[p.name] = resolve(p, [own], "x", 0.0)
+        else:
+            values = own.get(p.name, [p.default] * takers)
+            out[p.name] = list(values)[: takers if p.scope == "other" else count]
+    return out
+
+
+def merge(name, given, engine=None, kind="float32", work="float32", tensor="w", seed=3, **own):
+    base = None if METHODS[name].base == "ignored" else 0
+    inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed)
+    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind, engine or Engine(1))
+
+
+COUNT = {"passthrough": 1, "slerp": 2, "nearswap": 2, "arcee_fusion": 2, "linear": 3}
+ALL = [(name, {}) for name in METHODS] + [
+    ("nuslerp", {"nuslerp_flatten": False}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("model_stock", {"filter_wise": True}),
+    ("sce", {"select_topk": 0.3}),
+    ("ties", {"rescale": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "own"), ALL, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
+@pytest.mark.parametrize("shape", [(24, 50), (4, 10, 14), (900,)])
+def test_any_box_in_any_threads_is_the_same(name, own, shape, monkeypatch):
+    """Chunks are fixed by the tensor; a box, a block size or a pool of threads changes no bit."""
+    monkeypatch.setattr(engine, "CHUNK", 256)
+    given = tensors(shape, COUNT.get(name, 3))
+    full = merge(name, given, **own).full()
+    monkeypatch.setattr(engine, "BLOCK", 64)
+    pool = Engine(3, memory=1 << 14)
+    try:
+        lazy = merge(name, given, pool, **own)
+        assert torch.equal(lazy.full(), full)
+        generator = np.random.default_rng(1)
+        for _ in range(4):
+            box = tuple(tuple(sorted(generator.choice(n + 1, 2, replace=False).tolist())) for n in shape)
+            assert torch.equal(lazy.read(box), full[tuple(slice(a, b) for a, b in box)])
+    finally:
+        pool.close()
+    monkeypatch.setattr(engine, "CHUNK", 1 << 20)
+    assert torch.allclose(merge(name, given, **own).full(), full, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ramplus_tl"])
+def test_many_chunks_give_what_mergekit_gives(name, monkeypatch):
+    """Where nothing is summed over the tensor, cutting it into chunks changes no bit."""
+    from mergekit.merge_methods.api import merge_tensors
+
+    monkeypatch.setattr(engine, "CHUNK", 128)
+    given = tensors((33, 41), COUNT.get(name, 3))
+    options = options_of(name, len(given), {"epsilon": 0.05})
+    theirs = merge_tensors(given, name, parameters=options, base_index=None if name == "linear" else 0)
+    assert torch.equal(merge(name, given, epsilon=0.05).full(), theirs)
+
+
+def numbers(key, count):
+    """The documented random numbers, from numpy's generator as a whole."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    stream = np.random.PCG64DXSM(np.random.SeedSequence(int.from_bytes(digest[:16], "little")))
+    draws = stream.random_raw((count + 1) // 2)
+    words = np.stack([draws & np.uint64(0xFFFFFFFF), draws >> np.uint64(32)], 1).reshape(-1)[:count]
+    return torch.from_numpy(words.astype(np.float64)) / 2**32
+
+
+@pytest.mark.parametrize("name", ["dare_ties", "dare_linear", "della", "della_linear"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(30, 44), (700,), (3, 14, 20)])
+def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape):
+    """Its `torch.bernoulli` is given our numbers; the rest is its own code."""
+    from mergekit.merge_methods.api import merge_tensors
+
+    from tests.merges import ties_by_place
+
+    given = tensors(shape, 3, getattr(torch, dtype))
+    options = options_of(name, 3, {"epsilon": [0.1, 0.15], "density": [0.3, 0.5]})
+    calls = itertools.count()
+
+    def bernoulli(probabilities):
+        drawn = numbers((3, "w", next(calls)), probabilities.numel()).reshape(probabilities.shape)
+        return (drawn < probabilities.double()).to(probabilities.dtype)
+
+    with mock.patch("torch.bernoulli", bernoulli), ties_by_place():
+        theirs = merge_tensors(given, name, parameters=options, base_index=0)
+    own = {"epsilon": options.get("epsilon"), "density": options["density"]}
+    ours = merge(name, given, kind=dtype, work=dtype, **{k: v for k, v in own.items() if v}).full()
+    assert next(calls) == 2
+    assert torch.equal(ours, theirs)
+
+
+def test_masks_have_their_density_and_belong_to_seed_tensor_and_source():
+    def kept(seed=0, name="w", source=0, density=0.3):
+        drawn = masks.words((seed, name, source), [(0, 200_000)])
+        return drawn < density * 2**32
+
+    first = kept()
+    assert abs(first.mean() - 0.3) < 0.005
+    for other in (kept(seed=1), kept(name="v"), kept(source=1)):
+        assert abs((first & other).mean() - 0.09) < 0.005
+    assert (kept() == first).all()
+
+
+def test_random_numbers_do_not_depend_on_how_they_are_asked_for():
+    whole_ = masks.words((1, "t", 0), [(0, 1001)])
+    assert (whole_ == (numbers((1, "t", 0), 1001) * 2**32).numpy().astype(np.int64)).all()
+    pieces = [(0, 3), (7, 5), (12, 1), (500, 501)]
+    want = np.concatenate([whole_[a : a + n] for a, n in pieces])
+    assert (masks.words((1, "t", 0), pieces) == want).all()
+    box = ((1, 3), (0, 4), (2, 5))
+    index = np.arange(5 * 4 * 6).reshape(5, 4, 6)[1:3, 0:4, 2:5].reshape(-1)
+    flat = np.concatenate([np.arange(a, a + n) for a, n in masks.runs((5, 4, 6), box)])
+    assert (flat == index).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("last", [True, False])
+def test_selection_is_a_stable_sort(dtype, last, monkeypatch):
+    """The n-th of values full of ties, and which element it is."""
+    monkeypatch.setattr(engine, "CHUNK", 64)
+    generator = torch.Generator().manual_seed(4)
+    values = (torch.randint(0, 40, (13, 29), generator=generator) / 8).to(dtype)
+    inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0)
+    flat = values.reshape(-1)
+    order = torch.sort(flat, descending=last, stable=True).indices
+    order = order.flip(0) if last else order
+    for rank in (0, 1, 100, 188, 376):
+        found = select.order(inputs, lambda block: [t.abs() for t in block.tensors], [select.Query(0, rank, last)])[0]
+        assert found.value == float(flat[order[rank]])
+        assert found.index == int(order[rank])
+
+
+def test_boxes_of_flat_ranges_cover_them_in_order():
+    shape = (3, 4, 5)
+    table = torch.arange(60).reshape(shape)
+    for start, stop in itertools.combinations(range(0, 61, 7), 2):
+        read = [table[tuple(slice(a, b) for a, b in box)].reshape(-1) for box in engine.ranges(shape, start, stop)]
+        assert torch.cat(read).tolist() == list(range(start, stop))
+
+
+def test_bad_numbers_are_told_with_the_tensor():
+    given = tensors((4, 6), 3)
+    for name, own in (("linear", {"weight": [1.0, -1.0, 0.0]}), ("della", {"density": [0.9, 0.5]})):
+        with pytest.raises(SurgeryError, match=r"^w: "):
+            merge(name, given, **own).full()
+
+
+def test_empty_and_scalar_tensors():
+    for shape in ((0, 4), (1,), ()):
+        given = tensors(shape, 3)
+        for name in ("linear", "ties", "slerp", "model_stock", "dare_ties"):
+            got = merge(name, given[: COUNT.get(name, 3)]).read(whole(shape))
+            assert list(got.shape) == lengths(whole(shape))
