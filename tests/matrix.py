@@ -23,17 +23,10 @@ HOLDS: Mapping[str, tuple[str, ...]] = {
     "olmo3": ("olmo-core",),
     "olmoe": ("olmo", "olmo-core"),
     "flex_olmo": ("olmo-core",),
-    "qwen2_moe": ("megatron", "megatron-dist"),
-    "granitemoe": ("megatron", "megatron-dist", "olmo-core"),
-    "granitemoeshared": ("megatron", "megatron-dist"),
-    "glm4_moe": ("megatron", "megatron-dist"),
-    "ernie4_5_moe": (),
     "gpt_neox": ("neox",),
     "gpt2": ("neox", "megatron", "megatron-dist"),
 }
 _WIDE, _QK, _ROPE = r"heads of width 10 x 12|12 heads", r"query and key norms", r"scaled as llama3"
-_SHARED = r"a shared expert of width"
-_MOE = ("qwen2_moe", "granitemoe", "granitemoeshared", "glm4_moe", "ernie4_5_moe")
 REASONS: Mapping[tuple[str, str], str] = {
     ("llama3", "neox"): _ROPE, ("llama3", "olmo"): _ROPE, ("llama_tied", "neox"): _ROPE, ("llama_tied", "olmo"): _ROPE,
     ("mistral", "meta"): r"sliding windows", ("mistral", "neox"): _WIDE, ("mistral", "olmo"): _WIDE,
@@ -61,13 +54,6 @@ REASONS: Mapping[tuple[str, str], str] = {
     ("olmoe", "meta"): _QK, ("olmoe", "neox"): _QK, ("olmoe", "megatron"): _QK, ("olmoe", "megatron-dist"): _QK,
     ("flex_olmo", "meta"): r"experts", ("flex_olmo", "neox"): r"experts", ("flex_olmo", "megatron"): _QK,
     ("flex_olmo", "megatron-dist"): _QK, ("flex_olmo", "olmo"): r"norm_after: true",
-    **{(f, n): r"experts" for f in _MOE for n in ("meta", "neox")},
-    ("qwen2_moe", "olmo"): _SHARED, ("qwen2_moe", "olmo-core"): _SHARED,
-    ("granitemoe", "olmo"): r"renormalised expert weights",
-    ("granitemoeshared", "olmo"): _SHARED, ("granitemoeshared", "olmo-core"): _SHARED,
-    ("glm4_moe", "olmo"): _WIDE, ("glm4_moe", "olmo-core"): _SHARED,
-    ("ernie4_5_moe", "megatron"): r"enable_expert_bias", ("ernie4_5_moe", "megatron-dist"): r"enable_expert_bias",
-    ("ernie4_5_moe", "olmo"): _SHARED, ("ernie4_5_moe", "olmo-core"): _SHARED,
     ("gpt_neox", "meta"): r"parallel residuals", ("gpt_neox", "megatron"): r"parallel residual",
     ("gpt_neox", "megatron-dist"): r"parallel residual", ("gpt_neox", "olmo"): r"biases",
     ("gpt_neox", "olmo-core"): r"activation is 'gelu'",
