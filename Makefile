@@ -43,7 +43,8 @@ format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.ready-dev  ## time and memory of a conversion, against cp
-	$(BIN)/python bench/convert.py
+	@mkdir -p .cache/bench
+	$(BIN)/python bench/convert.py --dir .cache/bench
 
 venv: $(VENV)/.ready-dev  ## the pinned environment that the tests run in
 
