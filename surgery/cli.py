@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from surgery.progress import progress_bar
 from surgery.soups.flags import soup_flags
 from surgery.upcycling.command import experts_command, upcycle_command
 
@@ -132,7 +132,7 @@ def inspect_command(
     found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
     if scan:
         total = sum(p.nbytes for p in checkpoint.parts.values())
-        with _progress("scan", total, as_json) as advance:
+        with progress_bar("scan", total, as_json) as advance:
             found["scan"] = inspect.scan(checkpoint, default_memory(), advance)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -205,7 +205,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     check_free(Path(dst), flags["force"])
     verify = not flags["no_verify"]
     weights = sum(p.nbytes for p in plan.source.parts.values())
-    with _progress("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
+    with progress_bar("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
         report = conversion.execute(
             plan, dst, force=flags["force"], verify=verify, command=["surgery", *sys.argv[1:]], progress=advance
         )
@@ -250,7 +250,7 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
         return
     check_free(Path(dst), flags["force"])
     recipe, tried = command.chosen(recipe, settings, Path(dst), flags, lambda line: click.echo(line, err=True))
-    report = command.execute(recipe, settings, Path(dst), flags, lambda n: _progress("merge", n, as_json))
+    report = command.execute(recipe, settings, Path(dst), flags, lambda n: progress_bar("merge", n, as_json))
     if as_json:
         click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
     else:
@@ -304,7 +304,7 @@ def verify_command(
     left, right = open_both(a, b, given)
     memory = _size(max_memory) or default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
-    with _progress("verify", total, as_json) as advance:
+    with progress_bar("verify", total, as_json) as advance:
         result = compare(left, right, max_memory=memory, progress=advance)
     run = None
     if logits:
@@ -349,24 +349,3 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
 
 main.add_command(upcycle_command)
 main.add_command(experts_command)
-
-
-@contextmanager
-def _progress(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with bytes, rate and remaining time on a terminal; nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda n: bar.advance(task, n)

@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from surgery.progress import progress_bar
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _SETTINGS: tuple[Decorator, ...] = (
@@ -75,6 +77,7 @@ _OUTPUT: tuple[Decorator, ...] = (
     click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
     click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
     click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
+    click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
     click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
     _DTYPE,
     click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
@@ -214,8 +217,11 @@ def _finish(ready: Any, dst: str, flags: dict[str, Any]) -> None:
         click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
         return
     check_free(Path(dst), flags["force"])
-    done = run.carry_out(ready, dst, verify_tokens=flags["verify_tokens"], force=flags["force"],
-                         verify=not flags["no_verify"], command=["surgery", *sys.argv[1:]])  # fmt: skip
+    weights = sum(part.nbytes for part in ready.plan.source.parts.values())
+    total = ready.plan.bytes + (0 if flags["no_verify"] else weights)
+    with progress_bar("write", total, flags["as_json"]) as advance:
+        done = run.carry_out(ready, dst, verify_tokens=flags["verify_tokens"], force=flags["force"], progress=advance,
+                             verify=not flags["no_verify"], command=["surgery", *sys.argv[1:]])  # fmt: skip
     if flags["as_json"]:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:
@@ -247,7 +253,7 @@ def _layers(text: str) -> tuple[int, ...]:
 def _topology(flags: dict[str, Any]) -> Any:
     from surgery.dialect import Topology
 
-    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"])
+    return Topology(tp=flags["tp"], pp=flags["pp"], vpp=flags["vpp"], ep=flags["ep"])
 
 
 def _options(flags: dict[str, Any]) -> dict[str, str]:
