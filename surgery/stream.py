@@ -40,7 +40,7 @@ from surgery.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.staging import Staging
 
 T = TypeVar("T")
-MAX_BLOCK = 16 << 20  # bytes; the allocator keeps blocks up to this size for the next one, larger ones cost page faults
+MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their page faults cost more than the copying
 MIN_BLOCK = 1 << 12
 PARTS = 32  # of the budget: one part is a block
 CHECKPOINT = 8  # blocks between two lines of the journal
