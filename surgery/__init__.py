@@ -7,6 +7,8 @@
     surgery.verify("Llama-2-7b", "Llama-2-7b-hf").verdict                  # "the same model"
     surgery.soup("merge_configs/three-seeds.yaml", "merged", to="meta")    # mergekit's YAML, models in any format
     surgery.upcycle("SmolLM2", "SmolLM2-moe", experts=64, top_k=8).proof.verdict     # "exact"
+    surgery.experts("SmolLM2-moe", "larger", duplicate=2)                  # change the experts of a mixture
+    surgery.collapse("SmolLM2-moe", "dense")                               # and the way back
     surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
 
 Everything bad that a file or a flag can be raises `surgery.errors.SurgeryError`.
@@ -22,18 +24,22 @@ if TYPE_CHECKING:
     from surgery.conversion import convert
     from surgery.dialect import Topology
     from surgery.soups.run import soup
-    from surgery.upcycling.run import upcycle
+    from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification.folders import verify
 
-__all__ = ["Topology", "convert", "open_checkpoint", "open_tensors", "soup", "upcycle", "verify"]
+__all__ = [
+    "Topology", "collapse", "convert", "experts", "open_checkpoint", "open_tensors", "soup", "upcycle", "verify",
+]  # fmt: skip
 
 _WHERE = {
     "Topology": ("surgery.dialect", "Topology"),
+    "collapse": ("surgery.upcycling.api", "collapse"),
     "convert": ("surgery.conversion", "convert"),
+    "experts": ("surgery.upcycling.api", "experts"),
     "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
     "soup": ("surgery.soups.run", "soup"),
-    "upcycle": ("surgery.upcycling.run", "upcycle"),
+    "upcycle": ("surgery.upcycling.api", "upcycle"),
     "verify": ("surgery.verification.folders", "verify"),
 }
 

@@ -118,7 +118,7 @@ def test_only_one_layer_is_in_memory(dense):
     from surgery.upcycling import layerwise
 
     held = []
-    made = layerwise._empty
+    made = layerwise.empty_model
 
     def watching(*args):
         model = made(*args)
@@ -131,11 +131,11 @@ def test_only_one_layer_is_in_memory(dense):
 
     from surgery.upcycling import calibration
 
-    calibration._empty = watching
+    calibration.empty_model = watching
     try:
         each_layer(open_checkpoint(dense), IDS, look)
     finally:
-        calibration._empty = made
+        calibration.empty_model = made
     assert held == [[0], [1]]
 
 

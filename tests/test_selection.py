@@ -14,8 +14,9 @@ from surgery.checkpoint import open_checkpoint
 from surgery.dialect import Topology
 from surgery.errors import ConfigError, UsageError
 from surgery.upcycling import run as running
+from surgery.upcycling.chosen import chosen
 from surgery.upcycling.experts import router_classes
-from surgery.upcycling.selection import HOWS, Choice, chosen, from_flags, from_recipe
+from surgery.upcycling.selection import HOWS, Choice, from_flags, from_recipe
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))

@@ -18,6 +18,7 @@ from surgery.fingerprint import Ledger
 from surgery.formats import Checkpoint, Options
 from surgery.upcycling.attention import FORMAT, Attention, check, with_attention
 from surgery.upcycling.build import upcycled
+from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.experts import Changed
 from surgery.upcycling.run import Prepared
 from surgery.upcycling.settings import Settings
@@ -34,6 +35,7 @@ def prepare(
     options: Options | None = None,
     max_memory: int | None = None,
     force_lossy: bool = False,
+    on: Device = CPU,
 ) -> Prepared:
     """Open the source and plan the output; `settings` make the mlp a mixture as well.  Raises SurgeryError."""
     if unknown := [name for name in options or {} if name not in FORMAT.option_names("write")]:
@@ -42,12 +44,14 @@ def prepare(
     if dtype != "keep":
         source = to_kind(source, KINDS[dtype])
     check(source.spec, attention)
-    changed = _changed(source, attention, settings, force_lossy)
+    changed = _changed(source, attention, settings, force_lossy, on)
     job = {"derived": changed.name, "asked": changed.to_json()}
-    return Prepared(source, changed, _plan(changed.checkpoint, options or {}, max_memory, job))
+    return Prepared(source, changed, _plan(changed.checkpoint, options or {}, max_memory, job), on)
 
 
-def _changed(source: Checkpoint, attention: Attention, settings: Settings | None, force_lossy: bool) -> Changed:
+def _changed(
+    source: Checkpoint, attention: Attention, settings: Settings | None, force_lossy: bool, on: Device
+) -> Changed:
     base, losses = source, list(attention.losses)
     if losses and not force_lossy:
         raise UsageError(
@@ -64,7 +68,7 @@ def _changed(source: Checkpoint, attention: Attention, settings: Settings | None
         if settings.target not in ("auto", TARGET):
             raise UsageError(f"--attention-experts and --target {settings.target} do not go together",
                              hint=f"--target {TARGET}")  # fmt: skip
-        made = upcycled(source, replace(settings, target=TARGET))
+        made = upcycled(source, replace(settings, target=TARGET), on=on)
         base, rounds = made.checkpoint, made.layout.rounds
         losses += made.layout.losses
         details["mlp"] = made.to_json()

@@ -18,6 +18,7 @@ from surgery.errors import ConfigError, UsageError
 from surgery.formats import Checkpoint
 from surgery.lazy import Fill, Lazy, Map, same_bits
 from surgery.upcycling.claim import Claim
+from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.experts import mean
 from surgery.upcycling.measures import Measured, measured
 from surgery.upcycling.nodes import scaled, taken
@@ -90,8 +91,8 @@ class Upcycled:
         }
 
 
-def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] = ()) -> Upcycled:
-    """`others` are the further models of a mix, opened.
+def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] = (), on: Device = CPU) -> Upcycled:
+    """`others` are the further models of a mix, opened; `on` is where the model runs, if the settings need that.
 
     Raises UsageError if the settings do not fit the model, ConfigError if no family holds the result, and
     UsageError with the reasons if the function would change and that was not allowed."""
@@ -105,7 +106,7 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
             f"the result would compute another function: {'; '.join(layout.losses)}",
             hint="--force-lossy allows it; the proof then says how far apart they are",
         )
-    found = measured(source, wanted, layout)
+    found = measured(source, wanted, layout, on)
     cut = {i: pieces(layout, wanted, i, dense.f, found) for i in range(dense.l) if spec.is_moe(i)}
     maker = _Maker((source, *others), spec, layout, wanted, cut, found)
     parts = {name: maker.part(name) for name in spec.part_names()}

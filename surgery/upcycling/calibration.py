@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError, FileError, UsageError
 from surgery.formats import Checkpoint
-from surgery.upcycling.layerwise import _empty, _layer_by_layer
+from surgery.upcycling.device import CPU, Device
+from surgery.upcycling.layerwise import empty_model, layer_by_layer
 from surgery.upcycling.prose import PROSE
 from surgery.verification.running import explained, fixed_tokens, quiet
 
@@ -68,32 +69,46 @@ def read_text(path: str) -> str:
     return text
 
 
-def each_layer(source: Checkpoint, tokens: torch.Tensor, look: Look, gradients: bool = False, kept: int = KEPT) -> None:
+def each_layer(
+    source: Checkpoint,
+    tokens: torch.Tensor,
+    look: Look,
+    gradients: bool = False,
+    kept: int = KEPT,
+    on: Device = CPU,
+) -> None:
     """Show `look` the activations of every dense mlp: forwards, or with gradients from the last layer to the first.
+
+    The model runs on a device; what `look` sees is on the CPU.
 
     Raises ConfigError if transformers cannot run the model.
     """
     import torch
 
     with explained("transformers cannot run the model", source.path), quiet():
-        model = _empty(source, "float32")
-        with _layer_by_layer(model, source, "float32"):
+        model, tokens = empty_model(source, "float32", on), on.holds(tokens)
+        with layer_by_layer(model, source, "float32", on):
             if not gradients:
-                with torch.no_grad(), _watched(model, lambda i, x, h: look(i, x.flatten(0, -2), h.flatten(0, -2))):
+                with torch.no_grad(), _watched(model, lambda i, x, h: look(i, _rows(x), _rows(h))):
                     model.base_model(input_ids=tokens, use_cache=False)
                 return
-            _backwards(model, tokens, look, kept)
+            _backwards(model, tokens, look, kept, on)
 
 
-def layer_inputs(source: Checkpoint, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _rows(activations: torch.Tensor) -> torch.Tensor:
+    """[tokens, width] on the CPU."""
+    return activations.detach().flatten(0, -2).cpu()
+
+
+def layer_inputs(source: Checkpoint, tokens: torch.Tensor, on: Device = CPU) -> list[torch.Tensor]:
     """The hidden states [batch, length, h] that go into every layer."""
     import torch
 
     with explained("transformers cannot run the model", source.path), quiet(), torch.no_grad():
-        model = _empty(source, "float32")
+        model = empty_model(source, "float32", on)
         seen: list[torch.Tensor] = []
-        with _layer_by_layer(model, source, "float32"), _calls(model, lambda x, _: seen.append(x)):
-            model.base_model(input_ids=tokens, use_cache=False)
+        with layer_by_layer(model, source, "float32", on), _calls(model, lambda x, _: seen.append(x.cpu())):
+            model.base_model(input_ids=on.holds(tokens), use_cache=False)
         return seen
 
 
@@ -142,7 +157,7 @@ def _calls(model: Any, note: Callable[[Any, dict[str, Any]], None]) -> Iterator[
             handle.remove()
 
 
-def _backwards(model: Any, tokens: torch.Tensor, look: Look, kept: int) -> None:
+def _backwards(model: Any, tokens: torch.Tensor, look: Look, kept: int, on: Device) -> None:
     """Forwards once, keeping every layer's input; then backwards, layer by layer."""
     import torch
 
@@ -161,7 +176,7 @@ def _backwards(model: Any, tokens: torch.Tensor, look: Look, kept: int) -> None:
             handle.remove()
         grad = _loss_gradient(model, last.pop(), tokens)
         for i in reversed(range(len(base.layers))):
-            grad = _one_layer_back(model, i, store.get(i), calls[i], grad, look)
+            grad = _one_layer_back(model, i, on.holds(store.get(i)), calls[i], grad, look)
 
 
 def _loss_gradient(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -191,7 +206,7 @@ def _one_layer_back(
     out = out[0] if isinstance(out, tuple) else out
     inputs, h = seen[0]
     by_input, by_h = torch.autograd.grad(out, (x, h), grad)
-    look(i, *(t.detach().flatten(0, -2) for t in (inputs, h, by_h)))
+    look(i, *(_rows(t) for t in (inputs, h, by_h)))
     return by_input
 
 
@@ -213,13 +228,14 @@ class Store:
     def put(self, tensor: torch.Tensor) -> None:
         from surgery.lazy import bytes_of
 
+        tensor = tensor.detach().cpu().contiguous()
         if self.held + tensor.nbytes <= self.budget:
             self.held += tensor.nbytes
-            self.places.append(tensor.detach().clone())
+            self.places.append(tensor.clone())
             return
         self.file = self.file or tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
         at = self.file.seek(0, 2)
-        self.file.write(bytes_of(tensor.detach().contiguous()))
+        self.file.write(bytes_of(tensor))
         self.places.append((at, tensor.shape, tensor.dtype))
 
     def get(self, i: int) -> torch.Tensor:

@@ -25,9 +25,9 @@ from surgery.dialects.hf_config import choose_family, misfits
 from surgery.errors import ConfigError, UsageError
 from surgery.formats import PROVENANCE, Checkpoint
 from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, Map, boxes, bytes_of, same_bits
+from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.experts import Changed, router_classes
-from surgery.upcycling.nodes import scaled
-from surgery.upcycling.selection import BLOCK, MATRICES, blocks
+from surgery.upcycling.nodes import BLOCK, MATRICES, blocks, scaled
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,9 @@ class Dense:
         return (spec.s if self.shared else 0) + spec.m * (1 if self.weights else len(self.experts))
 
 
-def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256) -> Changed:
+def collapsed(
+    source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256, on: Device = CPU
+) -> Changed:
     """Reads the experts once, to compare them.  `tokens` of text are run for `by-router`.
 
     Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
@@ -83,7 +85,7 @@ def collapsed(source: Checkpoint, by: str = "exact", force_lossy: bool = False, 
             hint="--collapse average or --collapse by-router takes means, with --force-lossy",
         )
     if inexact and by == "by-router":
-        shares = router_shares(source, tokens)
+        shares = router_shares(source, tokens, on)
         found |= {i: replace(found[i], weights=tuple(shares[i][0]), factor=shares[i][1]) for i in inexact}
     dense = _dense(source, found, losses)
     kinds = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in found.values())
@@ -260,14 +262,14 @@ def _recorded_up(source: Checkpoint) -> float:
 # ---------------------------------------------------------------------------------------------- what a router does
 
 
-def router_shares(source: Checkpoint, tokens: int) -> Shares:
+def router_shares(source: Checkpoint, tokens: int, on: Device = CPU) -> Shares:
     """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
     from surgery.upcycling.layerwise import forward
     from surgery.upcycling.proof import prose_tokens
 
     spec, ids = source.spec, prose_tokens(source, tokens)[0]
     out = {}
-    for layer, route in forward(source, ids, "float32").routes.items():
+    for layer, route in forward(source, ids, "float32", on).routes.items():
         chances = route.logits.softmax(-1) if spec.router_score == "softmax" else route.logits.sigmoid()
         weight = chances.gather(-1, route.chosen)
         if spec.top_k_renormalised:

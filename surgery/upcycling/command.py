@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from surgery.progress import progress_bar
+from surgery.progress import progress_bars
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -85,6 +85,8 @@ _OUTPUT: tuple[Decorator, ...] = (
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
                  help="Tokens of the proof; 0: no proof, but the output is read back."),
     click.option("--no-verify", is_flag=True, help="Neither read the output back nor prove anything."),
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the proof runs, and the "
+                 "model on a text: cpu, cuda or cuda:N."),
     click.option("--dry-run", is_flag=True, help="Show what would become of the model, and whether exactly."),
     click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
     click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of the source's or the output's "
@@ -122,19 +124,18 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
     from surgery.errors import UsageError
-    from surgery.upcycling import run
+    from surgery.upcycling import api, run
 
-    shape = {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
-             "max_memory": _size(flags["max_memory"])}  # fmt: skip
-    if flags["attention_experts"]:
-        ready = _attention(src, flags)
-    elif flags["attention_top_k"]:
-        raise UsageError("--attention-top-k goes with --attention-experts")
-    elif flags["collapse"]:
-        ready = run.prepare_change(src, _collapse(flags), asked={"collapse": flags["collapse"]}, **shape)
-    else:
-        ready = run.prepare(src, _settings(flags), dtype=flags["dtype"], **shape)
-    _finish(ready, dst, flags)
+    def prepared(on: Any) -> Any:
+        if flags["attention_experts"]:
+            return _attention(src, flags, on)
+        if flags["attention_top_k"]:
+            raise UsageError("--attention-top-k goes with --attention-experts")
+        if flags["collapse"]:
+            return api.prepare_collapse(src, flags["collapse"], bool(flags["force_lossy"]), on=on, **_shape(flags))
+        return run.prepare(src, _settings(flags), dtype=flags["dtype"], on=on, **_shape(flags))
+
+    _finish(prepared, dst, flags)
 
 
 _WHICH = "[LAYERS:]E,E"
@@ -152,6 +153,9 @@ _CHOICE: tuple[Decorator, ...] = (
                  "four. Repeatable."),
     click.option("--permute", multiple=True, metavar=_WHICH, help="All experts in another order: exact. Repeatable."),
     click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses."),
+    click.option("--noise", type=float, metavar="STD", help="duplicate: noise on all copies but the first, in standard "
+                 "deviations of their own weights (lossy). [default: 0]"),
+    click.option("--seed", type=int, help="Of the noise. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
 )  # fmt: skip
 
@@ -168,24 +172,21 @@ def experts_command(src: str, dst: str, **flags: Any) -> None:
     surgery experts Mixtral-8x7B small --keep 0-3 --keep 5:4-7 --force-lossy      other experts in layer 5
     surgery experts Mixtral-8x7B small --best 4 --force-lossy                     those that the router weighs most
     surgery experts moe twice --duplicate 2          exact: copies share the weight of what they are copies of
+    surgery experts moe twice --duplicate 2 --noise 0.01 --force-lossy
     surgery experts moe fewer --top-k 1 --force-lossy
     surgery experts moe other --recipe experts.yaml  the same fields, and `layers: {3-5: {keep: [0, 1]}}`
 
     Experts of a virtual group belong together: what would tear them apart is refused. The proof says how far the result
     is from the source; what changes the function needs --force-lossy.
     """
-    from surgery.upcycling import run
-    from surgery.upcycling.selection import chosen, selection
+    from surgery.upcycling import api
+    from surgery.upcycling.selection import selection
 
     wanted = selection(flags, flags["recipe"])
-    ready = run.prepare_change(
-        src, lambda source: chosen(source, wanted), to=flags["to"], topology=_topology(flags),
-        options=_options(flags), max_memory=_size(flags["max_memory"]), asked=wanted.to_json(),
-    )  # fmt: skip
-    _finish(ready, dst, flags)
+    _finish(lambda on: api.prepare_experts(src, wanted, on=on, **_shape(flags)), dst, flags)
 
 
-def _attention(src: str, flags: dict[str, Any]) -> Any:
+def _attention(src: str, flags: dict[str, Any], on: Any) -> Any:
     from surgery.errors import UsageError
     from surgery.upcycling import attention_run
     from surgery.upcycling.attention import Attention
@@ -197,32 +198,30 @@ def _attention(src: str, flags: dict[str, Any]) -> Any:
     settings = _settings(flags) if flags["experts"] or flags["recipe"] else None
     return attention_run.prepare(
         src, wanted, settings, dtype=flags["dtype"], options=_options(flags), max_memory=_size(flags["max_memory"]),
-        force_lossy=bool(flags["force_lossy"]),
+        force_lossy=bool(flags["force_lossy"]), on=on,
     )  # fmt: skip
 
 
-def _collapse(flags: dict[str, Any]) -> Any:
-    from surgery.upcycling.collapse import collapsed
-
-    return lambda source: collapsed(source, flags["collapse"], bool(flags["force_lossy"]))
-
-
-def _finish(ready: Any, dst: str, flags: dict[str, Any]) -> None:
-    """Show the plan, or carry it out and show the outcome."""
+def _finish(prepared: Callable[[Any], Any], dst: str, flags: dict[str, Any]) -> None:
+    """Show the plan, or carry it out and show the outcome; `prepared` is told where models run."""
     from surgery.staging import check_free
     from surgery.upcycling import render, run
+    from surgery.upcycling.device import device
 
-    if flags["dry_run"]:
+    dry, verify, tokens = flags["dry_run"], not flags["no_verify"], flags["verify_tokens"]
+    if not dry:
+        check_free(Path(dst), flags["force"])
+    with progress_bars(flags["as_json"]) as begin:
+        ready = prepared(device(flags["device"], begin("measure", None)))
+        done = None if dry else run.carry_out(
+            ready, dst, verify_tokens=tokens, force=flags["force"], verify=verify,
+            command=["surgery", *sys.argv[1:]], progress=begin("write", ready.bytes_to_write(verify)),
+            proving=begin("prove", ready.bytes_to_prove(tokens if verify else 0)),
+        )  # fmt: skip
+    if done is None:
         data = render.plan_data(ready)
         click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
-        return
-    check_free(Path(dst), flags["force"])
-    weights = sum(part.nbytes for part in ready.plan.source.parts.values())
-    total = ready.plan.bytes + (0 if flags["no_verify"] else weights)
-    with progress_bar("write", total, flags["as_json"]) as advance:
-        done = run.carry_out(ready, dst, verify_tokens=flags["verify_tokens"], force=flags["force"], progress=advance,
-                             verify=not flags["no_verify"], command=["surgery", *sys.argv[1:]])  # fmt: skip
-    if flags["as_json"]:
+    elif flags["as_json"]:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:
         render.outcome(done)
@@ -248,6 +247,12 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise UsageError(f"--dense-layers {text!r}: write numbers of layers, as 0,-1") from None
+
+
+def _shape(flags: dict[str, Any]) -> dict[str, Any]:
+    """What the output is written as."""
+    return {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
+            "max_memory": _size(flags["max_memory"])}  # fmt: skip
 
 
 def _topology(flags: dict[str, Any]) -> Any:

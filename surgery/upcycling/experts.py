@@ -11,6 +11,7 @@ router) are chosen together, so that leaving one of them out, or taking half a g
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from surgery.formats import Checkpoint
 from surgery.lazy import Concat, Lazy, Map, Slice
 from surgery.upcycling.claim import Claim
 from surgery.upcycling.nodes import Gather, scaled
+from surgery.upcycling.noise import Noisy
 
 Groups = Sequence[tuple[int, ...]]
 
@@ -35,9 +37,10 @@ class Changed:
     losses: tuple[str, ...]
     details: dict[str, Any]
     rounds: bool = False
+    group: int = 1  # runs of so many experts of the result share a row of the router
 
     def claim(self) -> Claim:
-        return Claim(self.name, self.checkpoint.spec, not self.losses, self.rounds)
+        return Claim(self.name, self.checkpoint.spec, not self.losses, self.rounds, self.group)
 
     def to_json(self) -> dict[str, Any]:
         spec = self.checkpoint.spec
@@ -52,8 +55,11 @@ def changed_experts(
     top_k: int | None = None,
     copies: int = 1,
     force_lossy: bool = False,
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> Changed:
-    """`copies`: how often every expert stands in `groups`, of all layers or by layer.  Raises SurgeryError."""
+    """`copies`: how often every expert stands in `groups`, side by side, of all layers or by layer; all copies but the
+    first get `noise`, in standard deviations of their own weights.  Raises SurgeryError."""
     spec = source.spec
     if not spec.e:
         raise ConfigError("the model has no experts", hint="surgery upcycle makes some")
@@ -71,6 +77,8 @@ def changed_experts(
     if k > left:
         raise UsageError(f"--top-k {k}: only {left} experts are left")
     losses = tuple(_losses(source, layers, k, copies))
+    if noise:
+        losses += (f"noise: {noise:g} of the weights' standard deviation is added to the copies",)
     if losses and not force_lossy:
         raise UsageError(f"the result would compute another function: {'; '.join(losses)}",
                          hint="--force-lossy allows it; the proof then says how far apart they are")  # fmt: skip
@@ -80,12 +88,15 @@ def changed_experts(
     result = spec.replace(e=left, top_k=k, router_scale=scale)
     shrunk = copies if spec.router_score == "softmax" else 1
     parts = {name: _part(source, name, layers, shrunk) for name in result.part_names()}
+    if noise:
+        parts = {name: _noisy(name, part, copies, noise, seed) for name, part in parts.items()}
     made = replace(source, spec=result, parts=parts)
     listed = {i: ["+".join(map(str, group)) for group in groups] for i, groups in layers.items()}
     details: dict[str, Any] = {"from": listed[moe[0]]}
     if any(names != listed[moe[0]] for names in listed.values()):
         details["layers"] = {str(i): names for i, names in listed.items()}
-    return Changed(made, (source,), "experts", losses, details)
+    group = _run_length(router_classes(source, moe[0]), layers[moe[0]])
+    return Changed(made, (source,), "experts", losses, details, group=group)
 
 
 def _losses(source: Checkpoint, layers: Mapping[int, Groups], k: int, copies: int) -> list[str]:
@@ -163,6 +174,20 @@ def _part(source: Checkpoint, name: str, layers: Mapping[int, Groups], shrunk: i
         return Gather(old, 0, [group[0] for group in groups])
     rows = [[Slice(old, 0, i, i + 1) for i in group] for group in groups]
     return Concat([row[0] if len(row) == 1 else Map(mean, row) for row in rows], 0)
+
+
+def _noisy(name: str, part: Lazy, copies: int, noise: float, seed: int) -> Lazy:
+    """The part itself, unless it belongs to a copy that is not the first of its expert."""
+    _, _, place = name.partition(".experts.")
+    return Noisy(part, noise, f"{name}.noise", seed) if place and int(place.partition(".")[0]) % copies else part
+
+
+def _run_length(kinds: Sequence[int], groups: Groups) -> int:
+    """How many neighbours of the new experts share a row of the router, if all runs are as long; else 1."""
+    keys = [tuple(kinds[i] for i in group) for group in groups]
+    runs = {len(list(run)) for _, run in itertools.groupby(keys)}
+    size = runs.pop() if len(runs) == 1 else 1
+    return size if size * len(set(keys)) == len(keys) > size else 1
 
 
 def mean(*tensors: Any) -> Any:

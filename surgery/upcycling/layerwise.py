@@ -1,7 +1,7 @@
-"""Run a checkpoint of any format through transformers, one layer in memory at a time.
+"""Run a checkpoint of any format through transformers, one layer in memory at a time, and of that one expert at a time.
 
-    run = forward(checkpoint, tokens, "float32")
-    run.logits                       # [batch, length, vocabulary]
+    run = forward(checkpoint, tokens, "float32", device("cuda"))
+    run.logits                       # [batch, length, vocabulary], on the CPU
     run.routes[3].chosen             # [tokens, top_k] experts of layer 3
 
 transformers builds the model without memory (on the `meta` device); a layer's weights are read when its turn comes and
@@ -10,12 +10,11 @@ let go when it is done.  They are the checkpoint's parts, woven as the model hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import Spec
 from surgery.dialect import ONE_RANK, Rank, spread
 from surgery.dialects.hf import table
 from surgery.dialects.hf_config import choose_family, misfits, write_config
@@ -23,12 +22,12 @@ from surgery.errors import ConfigError
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy
 from surgery.upcycling import attention
+from surgery.upcycling.device import CPU, Device
+from surgery.upcycling.expertwise import STORED, expert_modules, one_by_one
 from surgery.verification.running import explained, quiet
 
 if TYPE_CHECKING:
     import torch
-
-Watch = Callable[[str, Any, Any], None]  # name of a module, its input, its output
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Run:
     routes: dict[int, Route] = field(default_factory=dict)
 
 
-def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watch | None = None) -> Run:
-    """One pass over tokens [batch, length] in a dtype.  `watch` sees every mlp (and module inside) as it is run.
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, on: Device = CPU) -> Run:
+    """One pass over tokens [batch, length] in a dtype.
 
     The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
     """
@@ -58,14 +57,20 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, watch: Watc
         spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
         checkpoint = replace(checkpoint, spec=spec)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
-        model = _empty(checkpoint, kind)
+        model = empty_model(checkpoint, kind, on)
         found = Run(torch.empty(0))
-        with _layer_by_layer(model, checkpoint, kind), _observed(model, found, watch):
-            found.logits = model(input_ids=tokens, use_cache=False).logits.float()
+        with layer_by_layer(model, checkpoint, kind, on), _observed(model, found):
+            found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
         return found
 
 
-def _empty(checkpoint: Checkpoint, kind: str) -> Any:
+def bytes_of_a_pass(checkpoint: Checkpoint) -> int:
+    """What `forward` tells `on.advance` in all: the weights, and the embedding again where it is the output head."""
+    weights = sum(part.nbytes for part in checkpoint.parts.values())
+    return weights + (checkpoint.parts["embed"].nbytes if checkpoint.spec.tied else 0)
+
+
+def empty_model(checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Any:
     """The model without memory for its weights, but with its tables of angles."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -76,23 +81,15 @@ def _empty(checkpoint: Checkpoint, kind: str) -> Any:
     config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation=_experts(spec)
+            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation="eager"
         )
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and not list(module.children()):
             if "Rotary" not in type(module).__name__:
                 raise ConfigError(f"{name} of a {spec.family} holds a table that is not known here")
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, type(module)(config))
+            setattr(model.get_submodule(parent), leaf, type(module)(config).to(on.name))
     return model.eval()
-
-
-def _experts(spec: Spec) -> str:
-    """Grouped products where torch has them for rows of this size, else a loop over the experts."""
-    import torch
-
-    aligned = spec.e and spec.m % 8 == 0 and spec.h % 8 == 0  # rows of 16 bytes
-    return "grouped_mm" if aligned and hasattr(torch.nn.functional, "grouped_mm") else "eager"
 
 
 def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
@@ -111,16 +108,21 @@ def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
 
 
 @contextmanager
-def _layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str) -> Iterator[None]:
+def layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Iterator[None]:
     """The model can be run: each unit gets its weights before it and loses them after it."""
-    weights = _weights(model, checkpoint)
+    import torch
+
+    weights, dtype = _weights(model, checkpoint), getattr(torch, kind)
+    for name, module in expert_modules(model).items():
+        gate_up, down = (weights.pop(f"{name}.{leaf}") for leaf in STORED)
+        module.forward = one_by_one(module, gate_up, down, dtype, on)
     base = model.base_model
     units = {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
     units |= {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm, "lm_head": model.lm_head}
     handles = []
     for prefix, unit in units.items():
         mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
-        handles.append(unit.register_forward_pre_hook(_filler(mine, kind)))
+        handles.append(unit.register_forward_pre_hook(_filler(mine, dtype, on)))
         handles.append(unit.register_forward_hook(_emptier(mine)))
     try:
         yield
@@ -129,17 +131,17 @@ def _layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str) -> Iterator[N
             handle.remove()
 
 
-def _filler(weights: Mapping[str, Lazy], kind: str) -> Any:
+def _filler(weights: Mapping[str, Lazy], dtype: torch.dtype, on: Device) -> Any:
     def hook(unit: Any, _: Any) -> None:
         import torch
 
         for name, lazy in weights.items():
             owner, leaf = _owner(unit, name)
             if leaf in owner._buffers:  # statistics keep their own dtype
-                owner._buffers[leaf] = lazy.full().to(owner._buffers[leaf].dtype)
-                continue
-            data = lazy.full().to(getattr(torch, kind))
-            owner._parameters[leaf] = torch.nn.Parameter(data, requires_grad=False)
+                owner._buffers[leaf] = on.holds(lazy.full(), owner._buffers[leaf].dtype)
+            else:
+                owner._parameters[leaf] = torch.nn.Parameter(on.holds(lazy.full(), dtype), requires_grad=False)
+            on.advance(lazy.nbytes)
 
     return hook
 
@@ -164,32 +166,22 @@ def _owner(unit: Any, name: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _observed(model: Any, found: Run, watch: Watch | None) -> Iterator[None]:
-    """Note what the routers choose; show `watch` what goes into and out of the mlp of every layer."""
-    import torch
-
-    handles = []
+def _observed(model: Any, found: Run) -> Iterator[None]:
+    """Note what the routers choose."""
 
     def router(layer: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
             logits, _, chosen = output
-            found.routes[layer] = Route(logits.detach().float(), chosen.detach())
+            found.routes[layer] = Route(logits.detach().float().cpu(), chosen.detach().cpu())
 
         return hook
 
-    def seen(name: str) -> Any:
-        def hook(_: Any, args: Any, output: Any) -> None:
-            first = args[0] if isinstance(args[0], torch.Tensor) else None
-            watch(name, first, output) if watch else None
-
-        return hook
-
-    for i, layer in enumerate(model.base_model.layers):
-        for name, module in layer.named_modules():
-            if type(module).__name__.endswith("Router"):
-                handles.append(module.register_forward_hook(router(i)))
-            if watch and name.partition(".")[0] == "mlp":
-                handles.append(module.register_forward_hook(seen(f"layers.{i}.{name}")))
+    handles = [
+        module.register_forward_hook(router(i))
+        for i, layer in enumerate(model.base_model.layers)
+        for module in layer.modules()
+        if type(module).__name__.endswith("Router")
+    ]
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from surgery.formats import Checkpoint
 from surgery.lazy import Box, Lazy
 from surgery.upcycling.calibration import each_layer, tokens_of
 from surgery.upcycling.clusters import Clusters, balanced, unit
+from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.resolve import Layout
 from surgery.upcycling.settings import Settings
 
@@ -61,7 +62,7 @@ class Measured:
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-def measured(source: Checkpoint, wanted: Settings, layout: Layout) -> Measured | None:
+def measured(source: Checkpoint, wanted: Settings, layout: Layout, on: Device = CPU) -> Measured | None:
     """Measure what the settings need; the same bits for the same seed.  Raises SurgeryError for a bad text."""
     start, argument = wanted.router_kind
     run = wanted.order in ACTIVATIONS or start == "kmeans"
@@ -74,11 +75,12 @@ def measured(source: Checkpoint, wanted: Settings, layout: Layout) -> Measured |
             found.orders[i] = _by_weights(source, wanted, layout, i)
     if run:
         tokens = tokens_of(source, wanted.text or None, wanted.text_tokens)
-        each_layer(source, tokens, _Look(wanted, layout, layers, found, _std(argument)), wanted.order == "gradient")
+        look = _Look(wanted, layout, layers, found, _std(argument))
+        each_layer(source, tokens, look, wanted.order == "gradient", on=on)
     if start in ("prompts", "domains"):
         from surgery.upcycling.prompts import router_rows
 
-        found.rows |= router_rows(source, start, argument, router_size(layout), layers)
+        found.rows |= router_rows(source, start, argument, router_size(layout), layers, on)
     return found
 
 

@@ -8,14 +8,16 @@ scaled(down, 8.0)                       # multiplied in fp32, rounded once
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, Slice, lengths
+from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, Slice, boxes, lengths
 
 if TYPE_CHECKING:
     import torch
 
+MATRICES = ("gate", "up", "down")  # of an mlp, and of an expert
+BLOCK = 8 << 20  # bytes that are looked at together
 WINDOW = 4 << 20  # bytes of the source that are read at once
 GAP = 1 << 16  # bytes that are read in vain rather than reading twice
 Index = Sequence[int]
@@ -87,3 +89,8 @@ def scaled(src: Lazy, factor: float) -> Lazy:
         return (wide * factor).to(data.dtype)
 
     return Map(multiply, (src,))
+
+
+def blocks(part: Lazy) -> Iterator[torch.Tensor]:
+    """A lazy tensor's data in blocks of bounded size."""
+    return (part.read(box) for box in boxes(part.shape, ITEMSIZE[part.kind], BLOCK))

@@ -25,6 +25,7 @@ from surgery.errors import ConfigError, UsageError, show
 from surgery.formats import Checkpoint
 from surgery.upcycling.calibration import LENGTH, each_layer, layer_inputs, read_text
 from surgery.upcycling.clusters import unit
+from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.proof import encoded
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ MODES, PICKS = ("router", "hidden", "cheap_embed"), ("last", "mean")
 DOMAIN_TOKENS = 2048
 
 
-def router_rows(source: Checkpoint, start: str, path: str, experts: int, layers: Sequence[int]) -> Rows:
+def router_rows(
+    source: Checkpoint, start: str, path: str, experts: int, layers: Sequence[int], on: Device = CPU
+) -> Rows:
     """By layer, [experts, h] float64.  Raises ConfigError for a YAML file that says something else."""
     if not path:
         raise UsageError(f"--router {start}:FILE needs a YAML file")
     values = read_yaml(path, "prompts")
     made = _prompted if start == "prompts" else _domains
-    return {i: rows for i, rows in made(source, values, path, experts).items() if i in layers}
+    return {i: rows for i, rows in made(source, values, path, experts, on).items() if i in layers}
 
 
 def _entries(values: Any, key: str, path: str, experts: int, known: Sequence[str]) -> list[Any]:
@@ -54,7 +57,7 @@ def _entries(values: Any, key: str, path: str, experts: int, known: Sequence[str
     return list(values[key])
 
 
-def _prompted(source: Checkpoint, values: Any, path: str, experts: int) -> Rows:
+def _prompted(source: Checkpoint, values: Any, path: str, experts: int, on: Device) -> Rows:
     import torch
 
     entries = _entries(values, "experts", path, experts, ("experts", "mode", "pick"))
@@ -64,9 +67,9 @@ def _prompted(source: Checkpoint, values: Any, path: str, experts: int) -> Rows:
                           hint=f"mode: {', '.join(MODES)}; pick: {', '.join(PICKS)}")  # fmt: skip
     each = []
     for entry in entries:
-        vector = mean_vectors(source, _texts(entry, "positive_prompts", path), mode, pick)
+        vector = mean_vectors(source, _texts(entry, "positive_prompts", path), mode, pick, on)
         if isinstance(entry, dict) and entry.get("negative_prompts"):
-            vector = vector - mean_vectors(source, _texts(entry, "negative_prompts", path), mode, pick)
+            vector = vector - mean_vectors(source, _texts(entry, "negative_prompts", path), mode, pick, on)
         each.append(unit(vector))
     rows = torch.stack(each, 1)
     return {i: rows[i] for i in range(source.spec.l)}
@@ -80,14 +83,14 @@ def _texts(entry: Any, key: str, path: str) -> list[str]:
     return found
 
 
-def mean_vectors(source: Checkpoint, texts: Sequence[str], mode: str, pick: str) -> torch.Tensor:
+def mean_vectors(source: Checkpoint, texts: Sequence[str], mode: str, pick: str, on: Device = CPU) -> torch.Tensor:
     """[layers, h] float64: the mean over prompts of a vector per layer."""
-    found = [_vector(source, ids_of(source, text), mode, pick) for text in texts]
+    found = [_vector(source, ids_of(source, text), mode, pick, on) for text in texts]
     total: torch.Tensor = sum(found[1:], start=found[0])
     return unit(total) if mode == "cheap_embed" else total / len(found)
 
 
-def _vector(source: Checkpoint, ids: torch.Tensor, mode: str, pick: str) -> torch.Tensor:
+def _vector(source: Checkpoint, ids: torch.Tensor, mode: str, pick: str, on: Device) -> torch.Tensor:
     import torch
 
     if mode == "cheap_embed":
@@ -95,10 +98,10 @@ def _vector(source: Checkpoint, ids: torch.Tensor, mode: str, pick: str) -> torc
         rows = torch.stack([table[int(i)].double() for i in ids[0]])
         return rows.sum(0).repeat(source.spec.l, 1)
     if mode == "hidden":
-        seen = [x[0].double() for x in layer_inputs(source, ids)]
+        seen = [x[0].double() for x in layer_inputs(source, ids, on)]
     else:
         found: dict[int, torch.Tensor] = {}
-        each_layer(source, ids, lambda i, x, _: found.__setitem__(i, x.double()))
+        each_layer(source, ids, lambda i, x, _: found.__setitem__(i, x.double()), on=on)
         seen = [found[i] for i in range(source.spec.l)]
     return torch.stack([x[-1] if pick == "last" else x.mean(0) for x in seen])
 
@@ -113,7 +116,7 @@ def ids_of(source: Checkpoint, text: str) -> torch.Tensor:
     return torch.tensor([ids])
 
 
-def _domains(source: Checkpoint, values: Any, path: str, experts: int) -> Rows:
+def _domains(source: Checkpoint, values: Any, path: str, experts: int, on: Device) -> Rows:
     import torch
 
     names = _entries(values, "domains", path, experts, ("domains",))
@@ -128,7 +131,7 @@ def _domains(source: Checkpoint, values: Any, path: str, experts: int) -> Rows:
             total[layer] += unit(inputs.double()).sum(0)
 
         for at in range(0, ids.shape[1], LENGTH):
-            each_layer(source, ids[:, at : at + LENGTH], add)
+            each_layer(source, ids[:, at : at + LENGTH], add, on=on)
         means.append(total / ids.shape[1])
     rows = torch.stack(means, 1)
     rows = unit(rows - rows.mean(1, keepdim=True))

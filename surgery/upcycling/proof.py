@@ -20,7 +20,8 @@ from surgery.errors import MismatchError, SurgeryError
 from surgery.formats import Checkpoint
 from surgery.lazy import Slice
 from surgery.upcycling.claim import Claim
-from surgery.upcycling.layerwise import Route, forward
+from surgery.upcycling.device import CPU, Device
+from surgery.upcycling.layerwise import Route, bytes_of_a_pass, forward
 from surgery.upcycling.prose import PROSE
 from surgery.verification.running import farthest, fixed_tokens
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LIMIT = 1e-3  # of max |difference| of logits in fp32
 LENGTH = 128  # tokens per sequence
+NARROW = ("bfloat16", "float16")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
 
@@ -84,7 +86,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256) -> Proof:
+def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
+    """What a proof tells its device's `advance` in all."""
+    passes = 2 if source.kind in NARROW else 1
+    return passes * (bytes_of_a_pass(source) + bytes_of_a_pass(result))
+
+
+def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU) -> Proof:
     """Measure.  `result` is what was written, opened; `claim` says what should be in it.
 
     Raises MismatchError if the strategy is exact and the result is not.
@@ -93,16 +101,16 @@ def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256
     tokens, text = prose_tokens(source, count)
     dense, moe = source, _same_rows(result, claim)
     kind = source.kind
-    wide = forward(dense, tokens, "float32").logits
-    run = forward(moe, tokens, "float32")
+    wide = forward(dense, tokens, "float32", on).logits
+    run = forward(moe, tokens, "float32", on)
     fp32 = distance(run.logits, wide, tokens)
     stored = floor = None
-    if kind in ("bfloat16", "float16"):
+    if kind in NARROW:
         del run
-        narrow = forward(dense, tokens, kind).logits
+        narrow = forward(dense, tokens, kind, on).logits
         floor = distance(narrow, wide, tokens)
         del wide
-        run = forward(moe, tokens, kind)
+        run = forward(moe, tokens, kind, on)
         stored = distance(run.logits, narrow, tokens)
     ties = _ties(run.routes, claim)
     intact = claim.intact(moe) if claim.intact else None

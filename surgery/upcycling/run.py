@@ -1,6 +1,8 @@
-"""Upcycle from folder to folder: open, plan, stream, read back, prove.
+"""From folder to folder: open, plan, stream, read back, prove; of an upcycling and of whatever changes a mixture.
 
-done = upcycle("SmolLM2-135M", "SmolLM2-moe", experts=64, top_k=8)
+ready = prepare("SmolLM2-135M", Settings(experts=64, top_k=8))
+ready.made.layout.losses, ready.plan.bytes              # nothing is written yet
+done = carry_out(ready, "SmolLM2-moe")
 done.proof.verdict, done.report.bytes
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +20,38 @@ from surgery.dialect import ONE_RANK, Topology
 from surgery.errors import UsageError, some
 from surgery.fingerprint import Ledger
 from surgery.formats import Checkpoint, Options
-from surgery.staging import check_free
 from surgery.upcycling.build import Upcycled, upcycled
+from surgery.upcycling.device import CPU, Device, nobody
 from surgery.upcycling.experts import Changed
-from surgery.upcycling.proof import Proof, prove
-from surgery.upcycling.settings import Settings, settled
+from surgery.upcycling.proof import Proof, bytes_to_read, prove
+from surgery.upcycling.settings import Settings
 
 TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An upcycling that can be carried out: the opened source, what becomes of it, and the plan of the files."""
+    """What can be carried out: the opened source, what becomes of it, the plan of the files, and where models run."""
 
     source: Checkpoint
     made: Upcycled | Changed
     plan: conversion.Plan
+    on: Device = CPU
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """All that the result is made of, as they were opened."""
+        return (self.source, *self.made.models[1:])
+
+    def bytes_to_write(self, verify: bool = True) -> int:
+        """What `carry_out` tells `progress` in all: bytes written, and read back."""
+        read = sum(part.nbytes for part in self.plan.source.parts.values()) if verify else 0
+        return self.plan.bytes + read
+
+    def bytes_to_prove(self, verify_tokens: int) -> int:
+        """What it tells `proving`: bytes of the sources' digests, and of weights in the proof."""
+        run = bytes_to_read(self.made.models[0], self.made.checkpoint) if verify_tokens else 0
+        return run + sum(part.nbytes for model in self.models for part in model.parts.values())
 
 
 @dataclass(frozen=True)
@@ -60,22 +78,26 @@ def prepare(
     dtype: str = "keep",
     options: Options | None = None,
     max_memory: int | None = None,
+    on: Device = CPU,
 ) -> Prepared:
-    """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
+    """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done.
+
+    `on` is where models run: now if the settings need their activations, and for the proof.
+    """
     reading, writing = _options(src, to, options or {})
     source = open_checkpoint(src, options=reading)
     models = [source, *(open_checkpoint(path) for path in settings.sources)]
     if dtype != "keep":
         models = [to_kind(model, KINDS[dtype]) for model in models]
-    made = upcycled(models[0], settings, models[1:])
+    made = upcycled(models[0], settings, models[1:], on)
     if to == "hf":
         writing["family"] = made.target.family
     job = {"derived": "upcycling", "upcycling": settings.to_json(), "read": reading, "dtype": dtype,
-           "models": [conversion.identity(model) for model in models[1:]]}  # fmt: skip
+           "device": on.name, "models": [conversion.identity(model) for model in models[1:]]}  # fmt: skip
     plan = conversion.plan_for(
         made.checkpoint, to=to, topology=topology, options=writing, max_memory=max_memory, settings=job
     )
-    return Prepared(source, made, plan)
+    return Prepared(source, made, plan, on)
 
 
 def _options(src: str | os.PathLike[str], to: str, options: Options) -> tuple[dict[str, str], dict[str, str]]:
@@ -100,16 +122,17 @@ def prepare_change(
     options: Options | None = None,
     max_memory: int | None = None,
     asked: Mapping[str, Any] | None = None,
+    on: Device = CPU,
 ) -> Prepared:
-    """As `prepare`, for `experts.changed_experts` and `collapse.collapsed`; `asked` tells this job from another."""
+    """As `prepare`, for `selection.chosen` and `collapse.collapsed`; `asked` tells this job from another."""
     reading, writing = _options(src, to, options or {})
     source = open_checkpoint(src, options=reading)
     made = change(source)
-    job = {"derived": made.name, "asked": dict(asked or {}), "read": reading}
+    job = {"derived": made.name, "asked": dict(asked or {}), "read": reading, "device": on.name}
     plan = conversion.plan_for(
         made.checkpoint, to=to, topology=topology, options=writing, max_memory=max_memory, settings=job
     )
-    return Prepared(source, made, plan)
+    return Prepared(source, made, plan, on)
 
 
 def carry_out(
@@ -121,9 +144,11 @@ def carry_out(
     verify: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
+    proving: stream.Progress = nobody,
 ) -> Outcome:
     """Write, read back and prove.  verify_tokens 0: no proof; `verify` False: neither that nor reading back.
 
+    `progress` is told every number of bytes that was written or read back, `proving` those of the proof.
     Raises SurgeryError; the output appears only if everything was as promised.
     """
     found: list[Proof] = []
@@ -132,12 +157,13 @@ def carry_out(
         conversion.refuse_overlap(other.path, Path(dst))
 
     def extra(result: Checkpoint) -> Mapping[str, Any]:
-        digests = {str(model.path): _digest(model, ready.plan.max_memory) for model in (ready.source, *others)}
+        digests = {str(model.path): _digest(model, ready.plan.max_memory, proving) for model in ready.models}
         record: dict[str, Any] = {"source_digest": digests[str(ready.source.path)], "upcycling": ready.made.to_json()}
         if others:
             record["source_digests"] = digests
         if verify and verify_tokens:
-            found.append(prove(ready.made.models[0], result, ready.made.claim(), verify_tokens))
+            on = replace(ready.on, advance=proving)
+            found.append(prove(ready.made.models[0], result, ready.made.claim(), verify_tokens, on))
             record["proof"] = found[0].to_json()
         return record
 
@@ -146,37 +172,7 @@ def carry_out(
     return Outcome(report, ready.made, found[0] if found else None)
 
 
-def _digest(model: Checkpoint, max_memory: int) -> str:
+def _digest(model: Checkpoint, max_memory: int, progress: stream.Progress) -> str:
     ledger = Ledger()
-    stream.read_through(model.parts, ledger, max_memory)
+    stream.read_through(model.parts, ledger, max_memory, progress)
     return ledger.content_digest()
-
-
-def upcycle(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    *,
-    to: str = "hf",
-    topology: Topology = ONE_RANK,
-    dtype: str = "keep",
-    options: Options | None = None,
-    max_memory: int | None = None,
-    force: bool = False,
-    verify: bool = True,
-    verify_tokens: int = TOKENS,
-    command: Sequence[str] = (),
-    progress: stream.Progress | None = None,
-    **settings: Any,
-) -> Outcome:
-    """Turn a dense checkpoint into a mixture of experts; the other keywords are the fields of `Settings`.
-
-    surgery.upcycle("SmolLM2-135M", "moe", experts=8, top_k=2, strategy="copy")
-
-    dtype is keep, bf16, fp16 or fp32; max_memory is in bytes.  Raises SurgeryError; `dst` appears whole, read back and
-    proven as promised, or not at all.
-    """
-    wanted = settled(settings)
-    check_free(Path(dst), force)
-    ready = prepare(src, wanted, to=to, topology=topology, dtype=dtype, options=options, max_memory=max_memory)
-    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, command=command,
-                     progress=progress)  # fmt: skip

@@ -1,7 +1,7 @@
 """Which experts of a mixture stay, in which order and which together: from flags or a YAML recipe.
 
     wanted = from_flags({"keep": ("0-3", "5:4-7"), "top_k": 2})     # layer 5 keeps others than the rest
-    wanted = from_recipe({"merge": [[0, 1], [2, 3]], "layers": {"3-5": {"prune": [4, 5, 6, 7]}}}, "recipe.yaml")
+    wanted = from_values({"merge": [[0, 1], [2, 3]], "layers": {"3-5": {"prune": [4, 5, 6, 7]}}})
     wanted.for_layer(5)                                             # Choice("keep", ((4,), (5,), (6,), (7,)))
 
 A list of experts is written `0-3,6`; experts that are averaged are joined by `+`, as in `0+1,2+3`.
@@ -16,17 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.containers.text import read_yaml
-from surgery.errors import ConfigError, SurgeryError, UsageError, show, some
-from surgery.formats import Checkpoint
-from surgery.lazy import ITEMSIZE, Lazy, boxes
-from surgery.upcycling.experts import Changed, changed_experts, group_size, router_classes
+from surgery.errors import ConfigError, SurgeryError, UsageError, show
 
 HOWS = ("keep", "prune", "permute", "merge", "best")
-MORE = ("duplicate", "top_k", "by", "force_lossy")
+MORE = ("duplicate", "noise", "seed", "top_k", "by", "force_lossy")
 BY = ("router-norm", "weight-norm")
 LARGEST = 1 << 16
-BLOCK = 8 << 20
-MATRICES = ("gate", "up", "down")
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -50,6 +45,7 @@ class Selection:
 
     default     for all layers that `layers` does not name; None: all experts stay
     duplicate   copies of every expert in the end, side by side
+    noise       standard deviation of noise on all copies but the first, in that of the weights; `seed` decides it
     top_k       experts that a token uses from now on; None: as before, times `duplicate`
     by          what `best` goes by: router-norm | weight-norm, the largest stay
     """
@@ -60,6 +56,8 @@ class Selection:
     top_k: int | None = None
     by: str = "router-norm"
     force_lossy: bool = False
+    noise: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.by not in BY:
@@ -70,6 +68,12 @@ class Selection:
                 raise UsageError(f"--{name.replace('_', '-')} {show(value)} is no sensible number")
         if type(self.force_lossy) is not bool:
             raise UsageError("force_lossy is true or false")
+        if type(self.noise) not in (int, float) or not 0 <= self.noise <= 1e3:
+            raise UsageError(f"--noise {show(self.noise)} is no share of a standard deviation", hint="--noise 0.01")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"--seed {show(self.seed)} is no sensible number")
+        if self.noise and self.duplicate == 1:
+            raise UsageError("--noise is for the copies that --duplicate makes", hint="--duplicate 2")
         if self.default is None and not self.layers and self.duplicate == 1 and self.top_k is None:
             raise UsageError(
                 "nothing is asked of the experts",
@@ -87,6 +91,8 @@ class Selection:
             **(said(self.default) if self.default else {}),
             **({"layers": {str(i): said(c) for i, c in sorted(self.layers.items())}} if self.layers else {}),
             "duplicate": self.duplicate,
+            "noise": self.noise,
+            "seed": self.seed,
             "top_k": self.top_k,
             "by": self.by,
             "force_lossy": self.force_lossy,
@@ -128,42 +134,46 @@ def selection(flags: Mapping[str, Any], recipe: str | None = None) -> Selection:
     given = {name: flags[name] for name in (*HOWS, *MORE) if flags.get(name) not in (None, (), False)}
     if not given:
         return base
-    over = from_flags({"top_k": base.top_k or 1, **given})
+    over = from_flags({"top_k": base.top_k or 1, "duplicate": base.duplicate, **given})
     values = {name: getattr(over, name) for name in MORE if name in given}
     return replace(base, default=over.default or base.default, layers={**base.layers, **over.layers}, **values)
 
 
 def from_recipe(values: object, file: str) -> Selection:
-    """A Selection from a YAML recipe: the flags' names, and `layers` with choices of their own.
-
-    Raises ConfigError for what is no field, with the field that may have been meant.
-    """
+    """A Selection from a YAML recipe.  Raises ConfigError for what is no field, with the one that may be meant."""
     if not isinstance(values, dict):
         raise ConfigError("is no recipe: it should map fields to values", file=file)
-    known = (*HOWS, "layers", *MORE)
-    named = {str(k).replace("-", "_"): v for k, v in values.items()}
     try:
-        _known(named, known)
-        layers: dict[int, Choice] = {}
-        given = named.get("layers") or {}
-        if not isinstance(given, dict):
-            raise UsageError("layers maps numbers of layers to choices")
-        for where, choices in given.items():
-            if not isinstance(choices, dict) or len(choices) != 1:
-                raise UsageError(f"layers {show(where)} need one choice", hint=f"one of {', '.join(HOWS)}")
-            _known(choices, HOWS)
-            (how, value), *_ = choices.items()
-            for layer in _numbers(str(where), "layers"):
-                if layer in layers:
-                    raise UsageError(f"layer {layer} is told two things")
-                layers[layer] = _choice(str(how), value, str(how))
-        default = [_choice(how, named[how], how) for how in HOWS if how in named]
-        if len(default) > 1:
-            raise UsageError(f"{default[0].how} and {default[1].how} are both for all layers")
-        more = {k: named[k] for k in MORE if k in named}
-        return Selection(default[0] if default else None, layers, **more)
+        return from_values(values)
     except SurgeryError as error:
         raise ConfigError(error.what, file=file, hint=error.hint) from None
+
+
+def from_values(values: Mapping[Any, object]) -> Selection:
+    """A Selection from numbers and lists: the flags' names, and `layers` with choices of their own.
+
+    Raises UsageError for what is no field, with the field that may have been meant.
+    """
+    named = {str(k).replace("-", "_"): v for k, v in values.items()}
+    _known(named, (*HOWS, "layers", *MORE))
+    layers: dict[int, Choice] = {}
+    given = named.get("layers") or {}
+    if not isinstance(given, dict):
+        raise UsageError("layers maps numbers of layers to choices")
+    for where, choices in given.items():
+        if not isinstance(choices, dict) or len(choices) != 1:
+            raise UsageError(f"layers {show(where)} need one choice", hint=f"one of {', '.join(HOWS)}")
+        _known(choices, HOWS)
+        (how, value), *_ = choices.items()
+        for layer in _numbers(str(where), "layers"):
+            if layer in layers:
+                raise UsageError(f"layer {layer} is told two things")
+            layers[layer] = _choice(str(how), value, str(how))
+    default = [_choice(how, named[how], how) for how in HOWS if how in named]
+    if len(default) > 1:
+        raise UsageError(f"{default[0].how} and {default[1].how} are both for all layers")
+    more: dict[str, Any] = {k: named[k] for k in MORE if k in named}
+    return Selection(default[0] if default else None, layers, **more)
 
 
 def _known(values: Iterable[object], known: Sequence[str]) -> None:
@@ -191,11 +201,11 @@ def _choice(how: str, value: object, where: str) -> Choice:
 
 
 def _groups(value: object, where: str) -> Iterable[tuple[int, ...]]:
-    items = value if isinstance(value, list) else str(value).split(",")
+    items = value if isinstance(value, (list, tuple, range)) else str(value).split(",")
     if not items:
         raise UsageError(f"{where} names no expert")
     for item in items:
-        if isinstance(item, list):
+        if isinstance(item, (list, tuple)):
             if not item or any(type(i) is not int or not 0 <= i < LARGEST for i in item):
                 raise UsageError(f"{where}: {show(str(item))} is no list of experts")
             yield tuple(item)
@@ -214,89 +224,3 @@ def _numbers(text: str, where: str) -> list[int]:
             raise UsageError(f"{where} {show(text)} is no list of numbers", hint="write 0-3,6")
         out += range(int(match[1]), int(match[2] or match[1]) + 1)
     return out
-
-
-# ------------------------------------------------------------------------------------------------- of a model
-
-
-def chosen(source: Checkpoint, wanted: Selection) -> Changed:
-    """Raises ConfigError for a dense model, UsageError if the selection does not fit it or changes what it computes."""
-    spec = source.spec
-    if not spec.e:
-        raise ConfigError("the model has no experts", hint="surgery upcycle makes them")
-    moe = [i for i in range(spec.l) if spec.is_moe(i)]
-    if odd := [i for i in wanted.layers if i not in moe]:
-        raise UsageError(f"layer {odd[0]} has no experts", hint=f"layers with experts: {some(moe, 12)}")
-    groups = {i: tuple(g for g in groups_for(source, wanted, i) for _ in range(wanted.duplicate)) for i in moe}
-    return changed_experts(source, groups, wanted.top_k, wanted.duplicate, wanted.force_lossy)
-
-
-def groups_for(source: Checkpoint, wanted: Selection, layer: int) -> Groups:
-    """The old experts behind every new one, before they are duplicated."""
-    e, choice = source.spec.e, wanted.for_layer(layer)
-    if choice is None:
-        return tuple((i,) for i in range(e))
-    named = [i for g in choice.groups for i in g]
-    if missing := [i for i in named if i >= e]:
-        raise UsageError(f"there is no expert {missing[0]} in layer {layer}, it has 0 to {e - 1}")
-    return {
-        "keep": lambda: choice.groups,
-        "prune": lambda: tuple((i,) for i in range(e) if i not in set(named)),
-        "permute": lambda: _permuted(choice, e),
-        "merge": lambda: choice.groups,
-        "best": lambda: _best(source, wanted.by, choice.count, layer),
-    }[choice.how]()
-
-
-def _permuted(choice: Choice, e: int) -> Groups:
-    if len(choice.groups) != e:
-        missing = sorted(set(range(e)) - {i for g in choice.groups for i in g})
-        raise UsageError(
-            f"--permute does not say where {some(missing)} of {e} experts go", hint="--keep leaves some out"
-        )
-    return choice.groups
-
-
-def _best(source: Checkpoint, by: str, count: int, layer: int) -> Groups:
-    """The `count` experts of the largest norm; whole virtual groups, by the sum of their experts' squares."""
-    e = source.spec.e
-    if count > e:
-        raise UsageError(f"--best {count}: there are {e} experts")
-    squares = NORMS[by](source, layer)
-    classes = router_classes(source, layer)
-    size = group_size(classes)
-    if count % size:
-        raise UsageError(
-            f"--best {count} leaves part of a virtual group of {size} experts", hint=f"choose a multiple of {size}"
-        )
-    kinds = classes if size > 1 else range(e)
-    total: dict[int, float] = {}
-    for i, kind in enumerate(kinds):
-        total[kind] = total.get(kind, 0.0) + squares[i]
-    best = set(sorted(total, key=lambda kind: (-total[kind], kind))[: count // size])
-    return tuple((i,) for i, kind in enumerate(kinds) if kind in best)
-
-
-def _router_norm(source: Checkpoint, layer: int) -> list[float]:
-    rows = source.parts[f"layers.{layer}.router"].full().double()
-    return [float(x) for x in rows.pow(2).sum(1)]
-
-
-def _weight_norm(source: Checkpoint, layer: int) -> list[float]:
-    out = []
-    for i in range(source.spec.e):
-        parts = [source.parts.get(f"layers.{layer}.experts.{i}.{x}") for x in MATRICES]
-        out.append(sum(float(t.double().pow(2).sum()) for p in parts if p is not None for t in blocks(p)))
-    return out
-
-
-NORMS = {"router-norm": _router_norm, "weight-norm": _weight_norm}
-
-
-def blocks(part: Lazy) -> Any:
-    """A lazy tensor's data in blocks of bounded size."""
-    return (part.read(box) for box in boxes(part.shape, ITEMSIZE[part.kind], BLOCK))
-
-
-def _duplicated(groups: Groups, times: int) -> Groups:
-    return tuple(g for g in groups for _ in range(times))
