@@ -46,6 +46,7 @@ class Plan:
     notes: tuple[str, ...]
     options: Options = field(default_factory=dict)  # of the target
     settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for: an equal job may be resumed
+    threads: int | None = None  # that make what is written; None: as many as there are cores, at most 4
 
     @property
     def bytes(self) -> int:
@@ -279,7 +280,7 @@ def execute(
 
     job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
-                        progress=progress, force=force, closing=close)  # fmt: skip
+                        progress=progress, force=force, threads=plan.threads, closing=close)  # fmt: skip
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,

@@ -81,7 +81,7 @@ class File:
 
     def read_into(self, offset: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer of bytes from `offset` on.  Raises FileError if the file ends before."""
-        got, size, handle = 0, len(out), _handle(self.path)
+        got, calls, size, handle = 0, 0, len(out), _handle(self.path)
         while got < size:
             try:
                 n = os.preadv(handle.fd, [out[got:]], offset + got)
@@ -97,8 +97,8 @@ class File:
                     hint="the file was truncated while it was read; copy or download it again",
                 )
             got += n
-            IO["calls"] += 1
-        IO["bytes"] += got
+            calls += 1
+        _count(got, calls)
 
     def read_runs(self, offsets: Iterable[int], size: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer with runs of `size` bytes, one at each offset.  Raises FileError as `read_into`."""
@@ -107,12 +107,17 @@ class File:
             for offset in offsets:
                 if preadv(handle.fd, (out[at : at + size],), offset) != size:
                     self.read_into(offset, out[at : at + size], what)  # the rest of a short read, or what is wrong
-                    IO["bytes"] -= size
+                    _count(-size, -1)
                 at += size
         except OSError as error:
             raise FileError(f"{what}: reading failed: {error.strerror}", file=self.path) from None
-        IO["bytes"] += at
-        IO["calls"] += at // size
+        _count(at, at // size)
+
+
+def _count(size: int, calls: int) -> None:
+    with _lock:
+        IO["bytes"] += size
+        IO["calls"] += calls
 
 
 def _handle(path: str) -> _Handle:

@@ -4,26 +4,28 @@
     done = write(files, Path("out"), max_memory=256 << 20, job={"source": digest, "options": options})
     print(done.bytes, done.seconds, done.peak)
 
-One thread reads a block ahead, this one writes, a third makes what was written durable and then says so in the
-journal; a run that was killed at any point goes on from there, and ends in the same bits.  Memory: a block is a small
-part of the budget, for two are in flight, rearranging one takes several times its size, and the allocator keeps a
-good many for the next.
+A few threads make the next blocks, this one writes them in their order, another makes what was written durable and
+then says so in the journal; a run that was killed at any point goes on from there, and ends in the same bits.  Memory:
+a block is a small part of the budget, for several are in flight, rearranging one takes several times its size, and the
+allocator keeps a good many for the next.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
-import queue
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -44,6 +46,7 @@ MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their p
 MIN_BLOCK = 1 << 12
 PARTS = 32  # of the budget: one part is a block
 CHECKPOINT = 8  # blocks between two lines of the journal
+READERS = 4  # threads that make blocks, on a machine of that many cores
 Progress = Callable[[int], None]
 
 
@@ -84,6 +87,7 @@ def write(
     progress: Progress | None = None,
     force: bool = False,
     durable: bool = True,
+    threads: int | None = None,
     closing: Callable[[Written], Sequence[OutputFile]] | None = None,
 ) -> Written:
     """Write `files` as the folder `dst`, which appears when all of it is on disk.
@@ -93,6 +97,7 @@ def write(
     ledger    counts the tapped parts below the regions; every element of every part must be written once
     progress  is called with the number of bytes done since it was called last
     durable   False: no fsync.  Survives kills, not a power cut; the run after one starts afresh
+    threads   that make blocks, besides this one, which writes them (None: one per core, at most 4)
     closing   small files that depend on the outcome, such as digests; asked for when all else is written
 
     Raises OutputError if `dst` exists and not `force`, is full or cannot be written; Interrupted on SIGINT and
@@ -123,7 +128,7 @@ def write(
             resumed = sink.resumed(files)
             _check_space(dst, total - resumed)
             count(resumed)
-            with _signals() as stop, prefetched(_steps(files, state, ledger, block)) as steps:
+            with _signals() as stop, ahead(_steps(files, state, ledger, block), threads) as steps:
                 for step in steps:
                     sink.take(step)
                     if stop:
@@ -143,18 +148,22 @@ def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, pro
     for name, part in parts.items():
         ledger.tap(name, part)
 
-    def blocks() -> Iterator[tuple[str, Box, Any]]:
-        for name, part in parts.items():
-            for box in boxes(part.shape, ITEMSIZE[part.kind], _limit(part, block_size(max_memory))):
-                yield name, box, part.read(box)
+    def look(name: str, part: Lazy, box: Box) -> tuple[int, Counts]:
+        with ledger.collect() as seen:
+            data = part.read(box)
+            ledger.count(name, data, box)
+        return data.nbytes, seen
 
-    with prefetched(blocks()) as read:
-        for name, box, data in read:
-            with ledger.collect() as seen:
-                ledger.count(name, data, box)
+    blocks = (
+        partial(look, name, part, box)
+        for name, part in parts.items()
+        for box in boxes(part.shape, ITEMSIZE[part.kind], _limit(part, block_size(max_memory)))
+    )
+    with ahead(blocks) as looked:
+        for size, seen in looked:
             ledger.add(seen)
             if progress:
-                progress(data.nbytes)
+                progress(size)
 
 
 def block_size(max_memory: int) -> int:
@@ -162,31 +171,38 @@ def block_size(max_memory: int) -> int:
     return max(MIN_BLOCK, min(MAX_BLOCK, max_memory // PARTS))
 
 
-def _steps(files: Sequence[OutputFile], state: State, ledger: Ledger | None, block: int) -> Iterator[Step]:
-    """Everything there is to write from `state` on, in the order of the files and of the bytes in them."""
+def _steps(
+    files: Sequence[OutputFile], state: State, ledger: Ledger | None, block: int
+) -> Iterator[Callable[[], Step]]:
+    """What makes each step from `state` on, in the order of the files and of the bytes in them."""
     for file in files:
         if file.name in state.done:
             continue
         first, start = (state.region, state.offset) if state.file == file.name else (0, 0)
-        yield Begin(file, first, start)
+        yield partial(Begin, file, first, start)
         for index in range(first, len(file.regions)):
             yield from _blocks(file.regions[index], index, start if index == first else 0, ledger, block)
-        yield None
+        yield lambda: None
 
 
-def _blocks(region: Region, index: int, at: int, ledger: Ledger | None, block: int) -> Iterator[Block]:
+def _blocks(region: Region, index: int, at: int, ledger: Ledger | None, block: int) -> Iterator[Callable[[], Block]]:
     tensor = region.tensor
     item = ITEMSIZE[tensor.kind]
     for box in boxes_from(tensor.shape, item, _limit(tensor, block), at // item):
-        counts: Counts = {}
-        if ledger is None or region.copy:
-            data = tensor.read(box)
-        else:
-            with ledger.collect() as counts:
-                data = tensor.read(box)
-        assert list(data.shape) == lengths(box) and data.dtype == tensor.dtype, (region.name, box, data.shape)
-        yield Block(index, region, at, bytes_of(data.contiguous()), counts)
+        yield partial(_block, region, index, at, ledger, box)
         at += math.prod(lengths(box)) * item
+
+
+def _block(region: Region, index: int, at: int, ledger: Ledger | None, box: Box) -> Block:
+    tensor = region.tensor
+    counts: Counts = {}
+    if ledger is None or region.copy:
+        data = tensor.read(box)
+    else:
+        with ledger.collect() as counts:
+            data = tensor.read(box)
+    assert list(data.shape) == lengths(box) and data.dtype == tensor.dtype, (region.name, box, data.shape)
+    return Block(index, region, at, bytes_of(data.contiguous()), counts)
 
 
 def _limit(tensor: Lazy, block: int) -> int:
@@ -218,36 +234,39 @@ def _rests(shape: Shape, start: int) -> Iterator[Box]:
 
 
 @contextmanager
-def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """The items, of which one is made ahead in a thread.  What making one raises is raised when it is its turn."""
-    slots, made, stop = threading.Semaphore(1), queue.SimpleQueue[Any](), threading.Event()
+def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[Iterator[T]]:
+    """What `makers` make, in their order, made in `threads` threads, each of which is one ahead of what is taken.
 
-    def run() -> None:
-        try:
-            while slots.acquire() and not stop.is_set():
-                made.put((next(items, made), None))
-        except BaseException as error:
-            made.put((made, error))
+    What making one raises is raised when it is its turn.
+    """
+    count = threads or min(READERS, cores())
+    rest, made = iter(makers), deque[Future[T]]()
 
-    def take() -> Iterator[T]:
-        while True:
-            item, error = made.get()
-            if error is not None:
-                raise error
-            if item is made:  # the end
-                return
-            slots.release()
+    def take(pool: ThreadPoolExecutor) -> Iterator[T]:
+        made.extend(pool.submit(make) for make in itertools.islice(rest, count))
+        while made:
+            item = made.popleft().result()
+            made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
             yield item
 
-    thread = threading.Thread(target=run, name="surgery-read", daemon=True)
-    with _one_thread():
-        thread.start()
+    with _one_thread(), ThreadPoolExecutor(count, "surgery-read", initializer=_alone) as pool:
         try:
-            yield take()
+            yield take(pool)
         finally:
-            stop.set()
-            slots.release()
-            thread.join()
+            for future in made:
+                future.cancel()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _alone() -> None:
+    """For a thread of a pool: torch is not to start more threads below it."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from surgery.files import IO, File
 from surgery.fingerprint import Ledger
 from surgery.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
 from surgery.staging import Staging
-from surgery.stream import Interrupted, boxes_from, prefetched, read_through, write
+from surgery.stream import Interrupted, ahead, boxes_from, read_through, write
 
 KB = 1 << 10
 
@@ -107,37 +108,47 @@ def test_boxes_from_cover_what_lies_behind_the_start(shape, limit, start):
     assert got == list(range(start, n))
 
 
-def test_prefetched_makes_one_ahead_and_no_more():
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_thread_is_one_ahead_and_no_more(threads):
     made = []
 
-    def items():
-        for i in range(5):
+    def maker(i):
+        def make():
             made.append(i)
-            yield i
+            return i
 
-    with prefetched(items()) as ahead:
-        for i in ahead:
+        return make
+
+    with ahead(map(maker, range(9)), threads) as items:
+        for i, item in enumerate(items):
             time.sleep(0.02)
-            assert len(made) <= i + 2
-        assert len(made) == 5
+            assert item == i and len(made) <= i + 1 + threads
+        assert sorted(made) == list(range(9))
 
 
-def test_prefetched_raises_in_turn_and_ends_when_left():
-    def items():
-        yield 1
+def test_things_are_taken_in_order_however_long_each_takes():
+    def maker(i):
+        def make():
+            time.sleep(0.02 * (3 - i % 4))
+            return i
+
+        return make
+
+    with ahead(map(maker, range(12)), 4) as items:
+        assert list(items) == list(range(12))
+
+
+def test_an_error_is_raised_in_turn_and_the_threads_end_when_left():
+    def fail():
         raise ValueError("two")
 
-    def endless():
-        while True:
-            yield 0
-
-    with prefetched(items()) as ahead:
-        assert next(ahead) == 1
+    with ahead(iter([lambda: 1, fail, lambda: 3])) as items:
+        assert next(items) == 1
         with pytest.raises(ValueError, match="two"):
-            next(ahead)
-    with prefetched(endless()) as ahead:
-        next(ahead)
-    assert not [t for t in threading.enumerate() if t.name == "surgery-read"]
+            next(items)
+    with ahead(itertools.repeat(lambda: 0)) as items:
+        next(items)
+    assert not [t for t in threading.enumerate() if t.name.startswith("surgery-read")]
 
 
 # -- what is written

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,11 +204,6 @@ def steady_heap() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 ONE = Engine()
 
 
@@ -244,14 +238,12 @@ class Merged(Lazy):
         per_element = 16 * (len(self.inputs.sources) + 2) * self.engine.threads
         limit = max(1 << 12, min(BLOCK, self.engine.memory // 4 // per_element))
 
-        def compute(part: Box) -> None:
+        for part in spanned(box, ready.span, limit):
             wide = widen(part, self.shape, ready.span)
             made = ready.apply(self.inputs.block(wide))
             inner = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, wide, strict=True))
             target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, box, strict=True))
-            out[target] = made[inner].to(self.dtype)
-
-        self.engine.map(compute, list(spanned(box, ready.span, limit)))
+            out[target] = made[inner]
         return out
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import layout
@@ -19,7 +20,7 @@ from surgery.errors import some
 from surgery.fingerprint import Ledger
 from surgery.formats import Checkpoint
 from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
-from surgery.stream import block_size, prefetched
+from surgery.stream import ahead, block_size
 from surgery.verification.configs import Field, differences
 from surgery.verification.values import Tally, Values
 
@@ -171,7 +172,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress
             ledger.tap(name, part)
     tallies: dict[str, Tally] = {}
     odd_rows: set[str] = set()  # parts whose surplus rows are not all zeros
-    with prefetched(_blocks(list(_pairs(a, b)), max_memory)) as read:
+    with ahead(_blocks(list(_pairs(a, b)), max_memory)) as read:
         for pair, box, data in read:
             for ledger, seen, count in zip(ledgers, data, pair.counted, strict=True):
                 if seen is not None and count:
@@ -261,7 +262,7 @@ def _kinds(pair: _Pair) -> tuple[str, str]:
 Block = tuple[_Pair, Box, tuple["torch.Tensor | None", "torch.Tensor | None"]]
 
 
-def _blocks(pairs: list[_Pair], max_memory: int) -> Iterator[Block]:
+def _blocks(pairs: list[_Pair], max_memory: int) -> Iterator[Callable[[], Block]]:
     for pair in pairs:
         both = [t for t in pair.lazies if t is not None]
         item = max(ITEMSIZE[t.kind] for t in both)
@@ -271,8 +272,12 @@ def _blocks(pairs: list[_Pair], max_memory: int) -> Iterator[Block]:
         shape = tuple(stop - start for start, stop in pair.region)
         for part in boxes(shape, item, limit):
             box = tuple((p + start, q + start) for (p, q), (start, _) in zip(part, pair.region, strict=True))
-            x, y = (None if t is None else t.read(box) for t in pair.lazies)
-            yield pair, box, (x, y)
+            yield partial(_read, pair, box)
+
+
+def _read(pair: _Pair, box: Box) -> Block:
+    x, y = (None if t is None else t.read(box) for t in pair.lazies)
+    return pair, box, (x, y)
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
