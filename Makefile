@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-upstream lint types pytest format bench venv clean
+.PHONY: help demo test test-upstream test-real lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -37,6 +37,10 @@ pytest: $(VENV)/.ready-dev
 
 test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
+
+test-real: $(VENV)/.ready-dev  ## upcycle a real small model in every exact way, through files (half an hour on one core)
+	-$(BIN)/python recipes/small_model.py
+	SURGERY_REAL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real -v
 
 format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .

@@ -70,7 +70,8 @@ def test_the_way_back_gives_the_sources_bits(case, which, dense, tmp_path):
 
 def test_through_another_format_and_with_the_groups_torn_apart(dense, tmp_path):
     """The experts of a group need not stand side by side."""
-    from surgery.upcycling.selection import chosen, from_flags
+    from surgery.upcycling.chosen import chosen
+    from surgery.upcycling.selection import from_flags
 
     surgery.upcycle(dense["llama"], tmp_path / "moe", experts=8, top_k=4, granularity=2, verify_tokens=0)
     wanted = from_flags({"permute": ("0,2,4,6,1,3,5,7",)})
