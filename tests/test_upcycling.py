@@ -149,7 +149,8 @@ def test_models_that_cannot_be_upcycled_are_refused(family, tiny_hf):
     {"experts": 8, "top_k": 4, "granularity": 3},
     {"experts": 9, "top_k": 4, "granularity": 2, "strategy": "virtual-group"},
     {"experts": 8, "top_k": 2, "strategy": "copy", "granularity": 2}, {"experts": 8, "top_k": 2, "strategy": "mix"},
-    {"experts": 8, "top_k": 2, "router": "normal:-1"}, {"experts": 8, "top_k": 2, "shared": "1.5"},
+    {"experts": 8, "top_k": 2, "router": "normal:-1"}, {"experts": 8, "top_k": 2, "router": "kaiming:0.1"},
+    {"experts": 8, "top_k": 2, "router": "zeros:0", "strategy": "copy"}, {"experts": 8, "top_k": 2, "shared": "1.5"},
 ])  # fmt: skip
 def test_numbers_that_do_not_fit_are_refused(settings, tiny_hf):
     with pytest.raises(UsageError):
@@ -320,20 +321,31 @@ def test_through_megatron_and_back_changes_nothing(up, tiny_hf, tmp_path):
     assert all(oracle.same_bits(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("target", [*LLAMA, "qwen3_moe"])
+@pytest.mark.parametrize("target", [*LLAMA, "qwen3_moe", "flex_olmo"])
 def test_the_names_are_those_that_vllm_loads(target, up):
     known = json.loads((oracle.GOLDEN / "vllm" / "names.json").read_text())
-    shared = {} if target in ("mixtral", "granitemoe", "qwen3_moe") else {"shared": "dense"}
-    out = up("qwen3" if target == "qwen3_moe" else "llama_tied", **{**GROUP, "target": target, **shared})
+    shared = {"shared": "dense"} if target in SHARING else {}
+    source = {"qwen3_moe": "qwen3", "flex_olmo": "olmo2"}.get(target, "llama_tied")
+    out = up(source, **{**GROUP, "target": target, **shared})
     names = {re.sub(r"experts\.\d+", "experts.{e}", re.sub(r"layers\.\d+", "layers.{l}", n)) for n in weights(out)}
-    expected = {*known["always"], *known[target]} | ({"lm_head.weight"} if target == "qwen3_moe" else set())
-    assert names == expected
+    expected = {*known["always"], *known[target]} - {*known["never"].get(target, ())}
+    assert names == expected | ({"lm_head.weight"} if source != "llama_tied" else set())
     config = json.loads((out / "config.json").read_text())
     for key in ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "num_key_value_heads", "torch_dtype",
                 "max_position_embeddings", "hidden_act", "vocab_size"):  # fmt: skip
         assert key in config, key
     if "num_experts" in config:
         assert config["num_experts"] == config.get("num_local_experts", config.get("moe_num_experts")) == 8
+
+
+@pytest.mark.parametrize(("settings", "told"), [(GROUP, True), ({**COPY, "top_k": 4, "router": "zeros",
+                                                                 "normalise": False}, False)])  # fmt: skip
+def test_what_vllm_does_not_read_is_told(settings, told, tiny_hf):
+    made = upcycled(open_checkpoint(tiny_hf("olmo2")), Settings(**settings))
+    assert any("vLLM does not divide" in note for note in made.checkpoint.notes) == told
+    assert not any(
+        "vLLM" in note for note in upcycled(open_checkpoint(tiny_hf("llama")), Settings(4, 2)).checkpoint.notes
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the proof
@@ -461,6 +473,39 @@ def test_the_command_line(tiny_hf, tmp_path):
     refused = run("upcycle", source, tmp_path / "x", "--experts", 8, "--top-k", 4, "--scale", "cbrt")
     assert refused.exit_code == 2
     assert "--force-lossy" in refused.output
+
+
+IGNORED = [
+    ("llama", "upcycle --experts 4 --top-k 2 --reinit 0.3", "--reinit belongs to --strategy drop"),
+    ("llama", "upcycle --experts 4 --top-k 2 --reinit-indices independent", "--reinit-indices belongs"),
+    ("llama", "upcycle --experts 4 --top-k 2 --attention first", "--attention belongs to --strategy mix"),
+    ("llama", "upcycle --experts 4 --top-k 2 --text /nowhere.txt", "neither does"),
+    ("llama", "upcycle --experts 4 --top-k 2 --strategy copy --router zeros:0.1", "ties"),
+    ("llama", "upcycle --experts 4 --top-k 2 --router kaiming:0.1", "kaiming takes no number"),
+    ("llama", "upcycle --attention-experts 2 --router kmeans", "--experts is missing"),
+    ("llama", "upcycle --attention-experts 2 --tp 2", "on one rank"),
+    ("llama", "upcycle --experts 4 --top-k 2 --attention-experts 2 --attention first", "--attention belongs"),
+    (
+        "llama",
+        "upcycle --experts 4 --top-k 2 --attention-experts 2 --strategy mix --source x --force-lossy",
+        "--source",
+    ),
+    ("llama", "upcycle --attention-top-k 2", "--attention-experts"),
+    ("mixtral", "upcycle --collapse --experts 8", "does not go with --experts"),
+    ("mixtral", "upcycle --collapse --seed 1 --recipe x", "does not go with --seed, --recipe"),
+    ("mixtral", "upcycle --collapse --dtype bf16", "does not go with --dtype"),
+    ("mixtral", "experts --top-k 2 --noise 0.1 --force-lossy", "--duplicate"),
+    ("mixtral", "experts --duplicate 9000", "72000 experts"),
+]
+
+
+@pytest.mark.parametrize(("family", "words", "why"), IGNORED)
+def test_what_would_be_ignored_is_refused(family, words, why, tiny_hf, tmp_path):
+    command, *flags = words.split()
+    done = run(command, tiny_hf(family), tmp_path / "out", *flags)
+    assert done.exit_code == 2, done.output
+    assert why in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_recipes(tiny_hf, tmp_path):

@@ -68,6 +68,8 @@ def _changed(
         if settings.target not in ("auto", TARGET):
             raise UsageError(f"--attention-experts and --target {settings.target} do not go together",
                              hint=f"--target {TARGET}")  # fmt: skip
+        if settings.sources:
+            raise UsageError("--attention-experts and --source do not go together", hint="mix first, then convert that")
         made = upcycled(source, replace(settings, target=TARGET), on=on)
         base, rounds = made.checkpoint, made.layout.rounds
         losses += made.layout.losses

@@ -110,12 +110,12 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
     cut = {i: pieces(layout, wanted, i, dense.f, found) for i in range(dense.l) if spec.is_moe(i)}
     maker = _Maker((source, *others), spec, layout, wanted, cut, found)
     parts = {name: maker.part(name) for name in spec.part_names()}
-    notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout)]
+    notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout, target)]
     made = replace(source, spec=spec, parts=parts, notes=tuple(dict.fromkeys(notes)))
     return Upcycled(made, wanted, layout, target, cut, (source, *others))
 
 
-def _notes(dense: Spec, spec: Spec, layout: Layout) -> list[str]:
+def _notes(dense: Spec, spec: Spec, layout: Layout, target: Target) -> list[str]:
     out = []
     if dense.tied and not spec.tied:
         out.append(f"the output head is written out: readers of {spec.family} do not tie it to the embedding")
@@ -123,6 +123,9 @@ def _notes(dense: Spec, spec: Spec, layout: Layout) -> list[str]:
         out.append(f"queries, keys and values get biases of zero, which readers of {spec.family} expect")
     if spec.s and not layout.s:
         out.append(f"a {spec.family} always has a shared expert: it gets {spec.s} neurons whose output is zero")
+    if target.undivided and spec.top_k_renormalised:
+        out.append(f"vLLM does not divide the chosen weights of a {spec.family} by their sum, as the config and "
+                   "transformers have it: there the result computes something else")  # fmt: skip
     return out
 
 

@@ -12,7 +12,7 @@ from surgery.errors import ConfigError, UsageError, some
 from surgery.formats import Checkpoint
 from surgery.upcycling.experts import Changed, changed_experts, group_size, router_classes
 from surgery.upcycling.nodes import MATRICES, blocks
-from surgery.upcycling.selection import Choice, Groups, Selection
+from surgery.upcycling.selection import LARGEST, Choice, Groups, Selection
 
 
 def chosen(source: Checkpoint, wanted: Selection) -> Changed:
@@ -23,6 +23,8 @@ def chosen(source: Checkpoint, wanted: Selection) -> Changed:
     moe = [i for i in range(spec.l) if spec.is_moe(i)]
     if odd := [i for i in wanted.layers if i not in moe]:
         raise UsageError(f"layer {odd[0]} has no experts", hint=f"layers with experts: {some(moe, 12)}")
+    if spec.e * wanted.duplicate >= LARGEST:
+        raise UsageError(f"--duplicate {wanted.duplicate} would make {spec.e * wanted.duplicate} experts of {spec.e}")
     groups = {i: tuple(g for g in groups_for(source, wanted, i) for _ in range(wanted.duplicate)) for i in moe}
     return changed_experts(source, groups, wanted.top_k, wanted.duplicate, wanted.force_lossy, wanted.noise,
                            wanted.seed)  # fmt: skip

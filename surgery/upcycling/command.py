@@ -1,4 +1,4 @@
-"""`surgery upcycle`: flags and recipes become `Settings`; everything else is `run`.
+"""`surgery upcycle` and `surgery experts`: flags and recipes become settings; everything else is `run`.
 
 surgery upcycle SmolLM2-135M moe --experts 64 --top-k 8
 """
@@ -14,100 +14,13 @@ from typing import Any
 import click
 
 from surgery.progress import progress_bars
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-_SETTINGS: tuple[Decorator, ...] = (
-    click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
-    click.option("--top-k", type=click.IntRange(1), help="How many of them a token uses."),
-    click.option("--strategy", metavar="NAME", help="copy: whole copies of the mlp. virtual-group: copies cut into "
-                 "shards that are chosen together. partition: one mlp cut up (lossy). drop: copies, partly drawn anew "
-                 "(lossy). mix: experts from several models (lossy). [default: virtual-group if top-k divides the "
-                 "mlp's width and the experts, else copy]"),
-    click.option("--granularity", type=click.IntRange(1), metavar="G", help="Shards per copy of the mlp "
-                 "(virtual-group); divides experts, top-k and the mlp's width. [default: top-k]"),
-    click.option("--target", metavar="FAMILY", help="The family of the result: mixtral, granitemoeshared, granitemoe, "
-                 "qwen2_moe, qwen3_moe, flex_olmo, olmoe, glm4_moe, ernie4_5_moe. "
-                 "[default: the first that holds the model exactly]"),
-    click.option("--router", metavar="START", help="What the router starts from: normal[:STD], kaiming, zeros (all "
-                 "experts tie), kmeans[:STD] (centres of what the router sees on a text), prompts:YAML (examples per "
-                 "expert, as in mergekit), domains:YAML (a text per expert). Experts of a virtual group share their "
-                 "rows. [default: normal:0.02]"),
-    click.option("--scale", metavar="WHERE", help="Where the factor G goes that makes up for the shards: down, "
-                 "up-down, router (a factor of the config), cbrt (on gate, up and down: published, not preserving), "
-                 "none, or a NUMBER on down. [default: down]"),
-    click.option("--shared", metavar="NEURONS", help="Neurons of an expert that is always on: a share (0.5), a number, "
-                 "or dense for the whole mlp beside experts that add nothing at first. [default: 0]"),
-    click.option("--order", metavar="ORDER", help="Which neurons go together: sequential, random, clustering (of the "
-                 "rows of gate; clustering-up: of up), co-activation or gradient (these two run the model on a text). "
-                 "[default: sequential]"),
-    click.option("--sharing", is_flag=True, default=None, help="order gradient: experts may share neurons."),
-    click.option("--text", type=click.Path(), metavar="TEXT", help="The text that the model is run on, where "
-                 "the order or the router needs that. [default: some prose]"),
-    click.option("--text-tokens", type=click.IntRange(1), metavar="N", help="How much of it. [default: 1024]"),
-    click.option("--dense-layers", metavar="L,L", help="Layers that keep their mlp, e.g. 0,-1."),
-    click.option("--normalise/--no-normalise", default=None, help="Divide the chosen experts' weights by their sum "
-                 "[default], or take softmax, then top-k (exact only with --router zeros)."),
-    click.option("--reinit", type=float, metavar="SHARE", help="drop: share of every expert that is drawn anew. "
-                 "[default: 0.5]"),
-    click.option("--reinit-indices", metavar="WHICH", help="drop: shared (the same neurons in gate, up and down) or "
-                 "independent (as the published script does). [default: shared]"),
-    click.option("--noise", type=float, metavar="STD", help="Noise on the experts, in standard deviations of the "
-                 "weights themselves (lossy). [default: 0]"),
-    click.option("--source", "sources", multiple=True, type=click.Path(),
-                 help="mix: a further dense model of the same shape. Repeatable."),
-    click.option("--attention", metavar="HOW", help="mix: average all that is no expert, or take the first model's. "
-                 "[default: average]"),
-    click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
-                 "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
-                 "(weighted by use on a text)."),
-    click.option("--attention-experts", type=click.IntRange(1), metavar="N", help="Make the attention a mixture too: N "
-                 "groups of heads, written as a Hugging Face model with code of its own. With or without --experts."),
-    click.option("--attention-top-k", type=click.IntRange(1), metavar="K", help="How many of the groups a token uses. "
-                 "[default: all, which is exact]"),
-    click.option("--seed", type=int, help="Of everything random; the same bits at any --max-memory. [default: 0]"),
-    click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
-)  # fmt: skip
-
-_RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
-_DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
-                      help="Cast the weights before anything else.")  # fmt: skip
-_OUTPUT: tuple[Decorator, ...] = (
-    _RECIPE,
-    click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
-    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
-    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
-    click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
-    click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
-    _DTYPE,
-    click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
-    click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
-    click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
-                 help="Tokens of the proof; 0: no proof, but the output is read back."),
-    click.option("--no-verify", is_flag=True, help="Neither read the output back nor prove anything."),
-    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the proof runs, and the "
-                 "model on a text: cpu, cuda or cuda:N."),
-    click.option("--dry-run", is_flag=True, help="Show what would become of the model, and whether exactly."),
-    click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
-    click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of the source's or the output's "
-                 "format; see `surgery formats`. Repeatable."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
-)  # fmt: skip
-
-
-def _flags(*groups: tuple[Decorator, ...]) -> Decorator:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed([option for group in groups for option in group]):
-            function = option(function)
-        return function
-
-    return decorate
+from surgery.upcycling.flags import CHOICE, DTYPE, OUTPUT, SETTINGS, with_flags
 
 
 @click.command("upcycle")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@_flags(_SETTINGS, _OUTPUT)
+@with_flags(SETTINGS, OUTPUT)
 def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove whether it still computes the same.
 
@@ -132,38 +45,17 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
         if flags["attention_top_k"]:
             raise UsageError("--attention-top-k goes with --attention-experts")
         if flags["collapse"]:
+            _refuse_settings(flags, "--collapse")
             return api.prepare_collapse(src, flags["collapse"], bool(flags["force_lossy"]), on=on, **_shape(flags))
         return run.prepare(src, _settings(flags), dtype=flags["dtype"], on=on, **_shape(flags))
 
     _finish(prepared, dst, flags)
 
 
-_WHICH = "[LAYERS:]E,E"
-_CHOICE: tuple[Decorator, ...] = (
-    click.option("--keep", multiple=True, metavar=_WHICH, help="Only these experts, in this order: 0,3-5; with layers "
-                 "in front (3-5:0,1) in these layers. Repeatable."),
-    click.option("--prune", multiple=True, metavar=_WHICH, help="All but these. Repeatable."),
-    click.option("--best", multiple=True, metavar="[LAYERS:]N", help="The N experts of largest norm (--by). "
-                 "Repeatable."),
-    click.option("--by", type=click.Choice(["router-norm", "weight-norm"]), help="What --best goes by: rows of the "
-                 "router, or the experts' own weights. [default: router-norm]"),
-    click.option("--duplicate", type=click.IntRange(1), metavar="TIMES", help="Every expert so many times in the end, "
-                 "and as many times more of them chosen: exact, a larger model to train on."),
-    click.option("--merge", multiple=True, metavar="[LAYERS:]E+E,E", help="Means of experts: 0+1,2+3 makes two of "
-                 "four. Repeatable."),
-    click.option("--permute", multiple=True, metavar=_WHICH, help="All experts in another order: exact. Repeatable."),
-    click.option("--top-k", type=click.IntRange(1), help="How many experts a token uses."),
-    click.option("--noise", type=float, metavar="STD", help="duplicate: noise on all copies but the first, in standard "
-                 "deviations of their own weights (lossy). [default: 0]"),
-    click.option("--seed", type=int, help="Of the noise. [default: 0]"),
-    click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
-)  # fmt: skip
-
-
 @click.command("experts")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@_flags(_CHOICE, tuple(option for option in _OUTPUT if option is not _DTYPE))
+@with_flags(CHOICE, tuple(option for option in OUTPUT if option is not DTYPE))
 def experts_command(src: str, dst: str, **flags: Any) -> None:
     """Prune, keep, duplicate, merge or permute the experts of a mixture, or change how many are chosen.
 
@@ -191,11 +83,13 @@ def _attention(src: str, flags: dict[str, Any], on: Any) -> Any:
     from surgery.upcycling import attention_run
     from surgery.upcycling.attention import Attention
 
-    if flags["to"] != "hf" or flags["collapse"]:
-        raise UsageError("--attention-experts goes with --to hf, and not with --collapse")
+    if flags["to"] != "hf" or flags["collapse"] or any(flags[n] != 1 for n in ("tp", "pp", "vpp", "ep")):
+        raise UsageError("--attention-experts goes with --to hf on one rank, and not with --collapse")
     wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
                        seed=flags["seed"] or 0)  # fmt: skip
-    settings = _settings(flags) if flags["experts"] or flags["recipe"] else None
+    if flags["attention"]:
+        raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
+    settings = _settings(flags) if flags["recipe"] or _given(flags, but=("seed",)) else None
     return attention_run.prepare(
         src, wanted, settings, dtype=flags["dtype"], options=_options(flags), max_memory=_size(flags["max_memory"]),
         force_lossy=bool(flags["force_lossy"]), on=on,
@@ -225,6 +119,24 @@ def _finish(prepared: Callable[[Any], Any], dst: str, flags: dict[str, Any]) -> 
         click.echo(json.dumps(done.to_json(), indent=2))
     else:
         render.outcome(done)
+
+
+def _given(flags: dict[str, Any], but: tuple[str, ...] = ()) -> list[str]:
+    """The flags of an upcycling that were given."""
+    from surgery.upcycling.settings import Settings, flag
+
+    names = (n for n in Settings.__dataclass_fields__ if n != "force_lossy" and n not in but)
+    return [flag(name) for name in names if flags.get(name) not in (None, ())]
+
+
+def _refuse_settings(flags: dict[str, Any], where: str) -> None:
+    from surgery.errors import UsageError, some
+
+    odd = _given(flags) + (["--recipe"] if flags["recipe"] else [])
+    if odd:
+        raise UsageError(f"{where} does not go with {some(odd)}")
+    if flags["dtype"] != "keep":
+        raise UsageError(f"{where} does not go with --dtype", hint="surgery convert casts, before or after it")
 
 
 def _settings(flags: dict[str, Any]) -> Any:

@@ -63,9 +63,15 @@ class Measured:
 
 
 def measured(source: Checkpoint, wanted: Settings, layout: Layout, on: Device = CPU) -> Measured | None:
-    """Measure what the settings need; the same bits for the same seed.  Raises SurgeryError for a bad text."""
+    """Measure what the settings need; the same bits for the same seed.
+
+    Raises SurgeryError for a bad text, or one that nothing would read.
+    """
     start, argument = wanted.router_kind
     run = wanted.order in ACTIVATIONS or start == "kmeans"
+    if wanted.text and not run:
+        raise UsageError("--text is for orders and routers that run the model on it, and neither does",
+                         hint=f"--order {' or '.join(ACTIVATIONS)}, or --router kmeans")  # fmt: skip
     if not run and wanted.order not in WEIGHTS and start not in ("prompts", "domains"):
         return None
     found = Measured()

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from surgery.anatomy import Spec
 from surgery.errors import ConfigError, UsageError
-from surgery.upcycling.settings import Settings
+from surgery.upcycling.settings import Settings, flag
+
+OF_ONE = {"reinit": "drop", "reinit_indices": "drop", "attention": "mix"}  # settings that one strategy has
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,9 @@ def resolve(wanted: Settings, spec: Spec) -> Layout:
     shared, whole = _shared(wanted, spec.f)
     rest = spec.f if whole else spec.f - shared
     strategy, g = _strategy(wanted, rest)
+    for name, of in OF_ONE.items():
+        if strategy != of and getattr(wanted, name) != getattr(Settings, name):
+            raise UsageError(f"{flag(name)} belongs to --strategy {of}, not to {strategy}")
     if wanted.sharing and (wanted.order != "gradient" or strategy != "partition"):
         raise UsageError("--sharing belongs to --strategy partition --order gradient")
     pieces = {"virtual-group": g, "partition": n}.get(strategy, 1)

@@ -30,11 +30,18 @@ def _normal(argument: str, shape: tuple[int, int], kind: str, name: str, seed: i
 
 def _kaiming(argument: str, shape: tuple[int, int], kind: str, name: str, seed: int) -> Lazy:
     """Uniform within 1 / sqrt(width), as torch initialises linear layers."""
+    _nothing("kaiming", argument)
     return Random(shape, kind, name, seed, bound=shape[1] ** -0.5)
 
 
 def _zeros(argument: str, shape: tuple[int, int], kind: str, name: str, seed: int) -> Lazy:
+    _nothing("zeros", argument)
     return Fill(shape, kind)
+
+
+def _nothing(start: str, argument: str) -> None:
+    if argument:
+        raise UsageError(f"--router {start}:{show(argument)}: {start} takes no number", hint=f"--router {start}")
 
 
 STARTS: Mapping[str, Start] = {"normal": _normal, "kaiming": _kaiming, "zeros": _zeros}
@@ -42,7 +49,7 @@ STARTS: Mapping[str, Start] = {"normal": _normal, "kaiming": _kaiming, "zeros": 
 
 def check_router(wanted: Settings, layout: Layout) -> None:
     """Raise UsageError for a router that starts with ties, unless it is asked for in full."""
-    if wanted.router == "zeros" and layout.top_k < layout.experts and not wanted.force_lossy:
+    if wanted.router_kind[0] == "zeros" and layout.top_k < layout.experts and not wanted.force_lossy:
         raise UsageError(
             "--router zeros: every token ties, and all of them choose the same experts, which then learn alone",
             hint="--router normal:0.02, or --force-lossy if that is what you want",

@@ -25,7 +25,8 @@ IDLE = 16  # neurons of a shared expert that a family insists on
 @dataclass(frozen=True)
 class Target:
     """A family.  `shared`: it always has a shared expert; `biases`: readers expect biases of q, k, v; `untied`:
-    readers expect an output head; `exact_router`: it computes the router's logits in fp32, so that none tie in bf16.
+    readers expect an output head; `exact_router`: it computes the router's logits in fp32, so that none tie in bf16;
+    `undivided`: vLLM does not divide the chosen weights by their sum, whatever the config says.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Target:
     biases: bool = False
     untied: bool = False
     exact_router: bool = False
+    undivided: bool = False
     about: str = ""
 
 
@@ -44,8 +46,8 @@ TARGETS: Mapping[str, Target] = {
         Target("granitemoe", about="Llama"),
         Target("qwen2_moe", shared=True, biases=True, about="Llama and Qwen2; layers may stay dense"),
         Target("qwen3_moe", about="Qwen3; layers may stay dense"),
-        Target("flex_olmo", about="OLMo 2"),
-        Target("olmoe", about="models that norm all of q and k, norms in front"),
+        Target("flex_olmo", undivided=True, about="OLMo 2"),
+        Target("olmoe", undivided=True, about="models that norm all of q and k, norms in front"),
         Target(
             "glm4_moe", shared=True, untied=True, exact_router=True, about="Llama; a factor on the router's weights"
         ),

@@ -49,7 +49,7 @@ EXACT = {  # name: flags, and the families that hold the result
     "drop nothing": ("--experts 2 --top-k 1 --strategy drop --reinit 0", ["mixtral", "qwen2_moe"]),
     "half shared": ("--experts 4 --top-k 2 --strategy copy --shared 0.5", SHARING),
     "half shared, groups": ("--experts 32 --top-k 8 --shared 0.5", SHARING),
-    "all shared": ("--experts 8 --top-k 2 --strategy copy --shared dense --scale 0.5 --router kaiming", ["glm4_moe"]),
+    "all shared": ("--experts 8 --top-k 2 --strategy copy --shared dense --router kaiming", ["glm4_moe"]),
     "all shared, groups": ("--experts 16 --top-k 8 --shared dense", SHARING),
     "first layers dense": ("--experts 4 --top-k 2 --strategy copy --dense-layers 0,1", SOME_DENSE),
     "some layers dense": ("--experts 16 --top-k 8 --dense-layers 3,4,-1", ["qwen2_moe"]),
