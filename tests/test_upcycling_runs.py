@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pty
 import subprocess
@@ -126,6 +127,23 @@ def test_all_bytes_are_told_as_they_go(family, dtype, settings, tmp_path):
     with_none = []
     run.carry_out(ready, tmp_path / "bare", verify=False, proving=with_none.append)
     assert sum(with_none) == ready.bytes_to_prove(0)
+
+
+@pytest.mark.parametrize(("settings", "read"), [
+    ({"experts": 4, "top_k": 2, "strategy": "copy"}, 0),
+    ({"experts": 4, "top_k": 2, "strategy": "copy", "scale": "1"}, 0),
+    ({"experts": 8, "top_k": 4}, 1),
+    ({"experts": 4, "top_k": 2, "strategy": "copy", "dtype": "bf16"}, None),
+])  # fmt: skip
+def test_digests_of_the_source_read_only_what_is_lost(settings, read, tiny_hf, tmp_path):
+    """What the result holds as it was is counted as it is written; either way it is the digest of the source."""
+    proved, source = [], tiny_hf("llama_tied")
+    surgery.upcycle(source, tmp_path / "out", verify_tokens=0, proving=proved.append, **settings)
+    parts = open_checkpoint(source).parts
+    mlp = sum(part.nbytes for name, part in parts.items() if ".mlp." in name)
+    assert sum(proved) == (sum(part.nbytes for part in parts.values()) if read is None else read * mlp)
+    record = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert record["source_digest"] == surgery.convert(source, tmp_path / "same", to="hf").content_digest
 
 
 def test_the_proof_is_seen_on_a_terminal(tiny_hf, tmp_path):

@@ -49,9 +49,11 @@ class Prepared:
         return self.plan.bytes + read
 
     def bytes_to_prove(self, verify_tokens: int) -> int:
-        """What it tells `proving`: bytes of the sources' digests, and of weights in the proof."""
+        """What it tells `proving`: bytes that are read for the sources' digests, and of weights in the proof."""
         run = bytes_to_read(self.made.models[0], self.made.checkpoint) if verify_tokens else 0
-        return run + sum(part.nbytes for model in self.models for part in model.parts.values())
+        survivors = _survivors(self.made.checkpoint)
+        lost = (p.nbytes for model in self.models for p in model.parts.values() if id(p) not in survivors)
+        return run + sum(lost)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def carry_out(
         conversion.refuse_overlap(other.path, Path(dst))
 
     def extra(result: Checkpoint) -> Mapping[str, Any]:
-        digests = {str(model.path): _digest(model, ready.plan.max_memory, proving) for model in ready.models}
+        digests = {str(model.path): _digest(model, ready, proving) for model in ready.models}
         record: dict[str, Any] = {"source_digest": digests[str(ready.source.path)], "upcycling": ready.made.to_json()}
         if others:
             record["source_digests"] = digests
@@ -172,7 +174,21 @@ def carry_out(
     return Outcome(report, ready.made, found[0] if found else None)
 
 
-def _digest(model: Checkpoint, max_memory: int, progress: stream.Progress) -> str:
-    ledger = Ledger()
-    stream.read_through(model.parts, ledger, max_memory, progress)
+def _survivors(made: Checkpoint) -> dict[int, str]:
+    """By the identity of a lazy tensor, the part of the result that it is."""
+    return {id(part): name for name, part in made.parts.items()}
+
+
+def _digest(model: Checkpoint, ready: Prepared, progress: stream.Progress) -> str:
+    """A source's content digest: of parts that are parts of the result as well, what was counted when those were
+    written; the others are read."""
+    ledger, survivors, lost = Ledger(), _survivors(ready.made.checkpoint), {}
+    for name, part in model.parts.items():
+        twin = survivors.get(id(part))
+        if twin is None:
+            lost[name] = part
+        else:
+            ledger.parts[name] = (part.kind, part.shape)
+            ledger.counts[name] = ready.plan.ledger.counts.get(twin, (0, 0))
+    stream.read_through(lost, ledger, ready.plan.max_memory, progress)
     return ledger.content_digest()
