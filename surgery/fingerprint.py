@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError, some
 from surgery.lazy import Box, Lazy, Shape, bytes_of, lengths
+from surgery.mixing import splitmix64
 
 if TYPE_CHECKING:
     import torch
@@ -99,14 +100,10 @@ def _column_weights(start: int, stop: int) -> Any:
 
 
 def _weights(index: Any, seed: int) -> Any:
-    """splitmix64 (Steele, Lea, Flood 2014) of every index, made odd, as int64."""
+    """A hash of every index, made odd, as int64."""
     import numpy as np
 
-    x = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x | np.uint64(1)).view(np.int64)
+    return (splitmix64(index, seed) | np.uint64(1)).view(np.int64)
 
 
 class Tap(Lazy):

@@ -1,5 +1,6 @@
-"""The memory that a piece of work needed, measured by the kernel, not estimated.
+"""Memory: how much a piece of work needed, measured by the kernel, and how to use the same again.
 
+keep_blocks()
 peak = Peak()
 ...
 peak.bytes()        # how far the process grew above what it occupied when `peak` was made
@@ -7,6 +8,8 @@ peak.bytes()        # how far the process grew above what it occupied when `peak
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 import resource
 import sys
@@ -14,6 +17,22 @@ from contextlib import suppress
 from pathlib import Path
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+BLOCK, FREE = 8 << 20, 256 << 20  # bytes
+
+
+@functools.cache
+def keep_blocks() -> None:
+    """Have glibc keep freed memory for the next block, instead of giving it back and asking for it again.
+
+    Blocks up to 8 MiB then come from memory that is there, and up to 256 MiB of it stay.  By default every block is
+    mapped anew, or trimmed away when it is freed, and the page faults of its first use take several times as long as
+    what is done with it.  It holds for the process.  Where there is no glibc, nothing changes.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, BLOCK)
+        libc.mallopt(M_TRIM_THRESHOLD, FREE)
 
 
 class Peak:

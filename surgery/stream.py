@@ -37,7 +37,7 @@ from surgery.files import IO
 from surgery.fingerprint import Counts, Ledger
 from surgery.journal import State
 from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
-from surgery.memory import Peak
+from surgery.memory import Peak, keep_blocks
 from surgery.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.staging import Staging
 
@@ -105,6 +105,7 @@ def write(
     written for the next run, except that nothing is begun if `dst` exists or too little space is free.
     """
     dst = Path(os.path.abspath(dst))
+    keep_blocks()
     begun, read_before, peak = time.monotonic(), IO["bytes"], Peak()
     _check_names(files)
     if force:

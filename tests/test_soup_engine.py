@@ -99,13 +99,21 @@ def test_many_chunks_give_what_mergekit_gives(name, monkeypatch):
     assert torch.equal(merge(name, given, epsilon=0.05).full(), theirs)
 
 
+def splitmix64(place, key):
+    """One number of the generator, in Python's integers."""
+    x = (place * 0x9E3779B97F4A7C15 + key + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
 def numbers(key, count):
-    """The documented random numbers, from numpy's generator as a whole."""
+    """The documented random numbers in [0, 1), one after the other."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    stream = np.random.PCG64DXSM(np.random.SeedSequence(int.from_bytes(digest[:16], "little")))
-    draws = stream.random_raw((count + 1) // 2)
-    words = np.stack([draws & np.uint64(0xFFFFFFFF), draws >> np.uint64(32)], 1).reshape(-1)[:count]
-    return torch.from_numpy(words.astype(np.float64)) / 2**32
+    coarse, fine = (int.from_bytes(digest[i : i + 8], "little") for i in (0, 8))
+    first = [splitmix64(i // 4, coarse) >> 16 * (i % 4) & 0xFFFF for i in range(count)]
+    rest = [splitmix64(i, fine) >> 27 for i in range(count)]
+    return torch.tensor([(a + b / 2**37) / 2**16 for a, b in zip(first, rest, strict=True)], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["dare_ties", "dare_linear", "della", "della_linear"])
@@ -135,26 +143,57 @@ def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape):
 
 def test_masks_have_their_density_and_belong_to_seed_tensor_and_source():
     def kept(seed=0, name="w", source=0, density=0.3):
-        drawn = masks.words((seed, name, source), [(0, 200_000)])
-        return drawn < density * 2**32
+        return masks.below((seed, name, source), [(0, 200_000)], density)
 
     first = kept()
     assert abs(first.mean() - 0.3) < 0.005
     for other in (kept(seed=1), kept(name="v"), kept(source=1)):
         assert abs((first & other).mean() - 0.09) < 0.005
     assert (kept() == first).all()
+    for lag in (1, 2, 3, 4, 5):  # four elements share a hash
+        assert abs((first[lag:] & first[:-lag]).mean() - 0.09) < 0.005
+
+
+@pytest.mark.parametrize("density", [0.0, 1e-7, 2**-16, 0.3, 0.5, 0.7 - 2**-20, 1.0])
+def test_an_element_stays_if_its_number_is_below_the_density(density):
+    own = numbers((1, "t", 0), 3001).numpy()
+    near = int(np.abs(own - density).argmin())
+    for limit in (density, own[near], np.nextafter(own[near], 1)):  # a number that only the last bits tell apart
+        chosen = masks.below((1, "t", 0), [(0, 3001)], limit)
+        assert (chosen == (own < limit)).all()
+        each = masks.below((1, "t", 0), [(0, 3001)], np.full(3001, limit))
+        assert (each == chosen).all()
 
 
 def test_random_numbers_do_not_depend_on_how_they_are_asked_for():
-    whole_ = masks.words((1, "t", 0), [(0, 1001)])
-    assert (whole_ == (numbers((1, "t", 0), 1001) * 2**32).numpy().astype(np.int64)).all()
+    whole_ = masks.below((1, "t", 0), [(0, 1001)], 0.4)
     pieces = [(0, 3), (7, 5), (12, 1), (500, 501)]
-    want = np.concatenate([whole_[a : a + n] for a, n in pieces])
-    assert (masks.words((1, "t", 0), pieces) == want).all()
+    assert (masks.below((1, "t", 0), pieces, 0.4) == np.concatenate([whole_[a : a + n] for a, n in pieces])).all()
     box = ((1, 3), (0, 4), (2, 5))
     index = np.arange(5 * 4 * 6).reshape(5, 4, 6)[1:3, 0:4, 2:5].reshape(-1)
     flat = np.concatenate([np.arange(a, a + n) for a, n in masks.runs((5, 4, 6), box)])
     assert (flat == index).all()
+
+
+def test_marks_give_back_what_was_noted_in_any_runs():
+    chosen = masks.below((1, "t", 0), [(0, 1000)], 0.4)
+    marks = masks.Marks(2, 1000)
+    for start, stop in ((616, 1000), (0, 16), (16, 616)):
+        marks.put(0, [(start, stop - start)], chosen[start:stop])
+        marks.put(1, [(start, stop - start)], ~chosen[start:stop])
+    assert not marks.complete
+    marks.close()
+    assert marks.complete
+    for start, stop in itertools.combinations((0, 5, 12, 13, 14, 200, 609, 616, 617, 999, 1000), 2):
+        assert (marks.get(0, [(start, stop - start)]) == chosen[start:stop]).all()
+    assert (marks.get(1, [(3, 20), (600, 50)]) == ~np.concatenate([chosen[3:23], chosen[600:650]])).all()
+
+
+def test_marks_that_would_share_a_byte_are_given_up():
+    marks = masks.Marks(1, 100)
+    marks.put(0, [(50, 50)], np.ones(50, bool))
+    marks.close()
+    assert not marks.complete
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

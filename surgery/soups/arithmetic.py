@@ -1,4 +1,4 @@
-"""Sums in a stated order: over sources one after the other, over a tensor chunk after chunk.
+"""Sums in a stated order: over sources one after the other, over a tensor chunk after chunk.  Masks as numbers.
 
     added([a, b, c])          # ((0 + a) + b) + c in fp32 or wider, rounded to the dtype of a once
 
@@ -8,7 +8,7 @@ added in the order of the chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,34 +21,39 @@ Values = Callable[["Block"], "Sequence[torch.Tensor]"]
 
 def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of equal shapes, from the first to the last."""
+    kind = tensors[0].dtype
+    out = (tensors[0] if kind.itemsize > 2 else tensors[0].float()) + 0  # which makes 0 of -0
+    for t in tensors[1:]:
+        out += t
+    return out.to(kind)
+
+
+def mask(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:
+    """1 where `t` is "gt", "ge" or "eq" to the limit, else 0, in the dtype of `t`.
+
+    torch makes booleans, and multiplies by them, several times more slowly than it calculates.
+    """
     import torch
 
-    first = tensors[0]
-    out = torch.zeros(first.shape, dtype=first.dtype if first.dtype.itemsize > 2 else torch.float32)
-    for t in tensors:
-        out += t
-    return out.to(first.dtype)
+    return getattr(torch, compare)(t, limit, out=torch.empty_like(t))
+
+
+def oriented(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sign of the sum of `deltas`, as 1 or -1 (of zero: 1).  They are multiplied by it, and what is then negative,
+    which is what has the other sign, becomes zero."""
+    sign = mask(added(deltas), "ge", 0).mul_(2).sub_(1)
+    for delta in deltas:
+        delta.mul_(sign).clamp_(min=0)
+    return sign
 
 
 def sums(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
     """The sum of each of the tensors that `values` makes of a block, as scalars of the working dtype."""
-    import torch
-
     from surgery.lazy import torch_dtype
 
     if inputs.single and inputs.numel:
         return [v.sum() for v in whole(inputs, values, span)]
-    parts = inputs.scan(lambda block: [v.double().sum() for v in values(block)], span)
-    dtype = torch_dtype(inputs.work)
-    return [torch.stack(list(column)).sum().to(dtype) for column in zip(*parts, strict=True)]
-
-
-def whole(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
-    """What `values` makes of all blocks, joined: for small tensors, whose reductions are torch's own."""
-    import torch
-
-    parts = inputs.scan(lambda block: [v.reshape(-1) for v in values(block)], span)
-    return [torch.cat(list(column)) for column in zip(*parts, strict=True)]
+    return [total.to(torch_dtype(inputs.work)) for total in totals(inputs, values, span)]
 
 
 def norms(inputs: Inputs, values: Values) -> list[torch.Tensor]:
@@ -59,6 +64,21 @@ def norms(inputs: Inputs, values: Values) -> list[torch.Tensor]:
 
     if inputs.single and inputs.numel:
         return [torch.linalg.vector_norm(v, dim=-1) for v in whole(inputs, values)]
-    parts = inputs.scan(lambda block: [v.double().square().sum() for v in values(block)])
-    dtype = torch_dtype(inputs.work)
-    return [torch.stack(list(column)).sum().sqrt().to(dtype) for column in zip(*parts, strict=True)]
+    squares = totals(inputs, lambda block: (v.double().square_() for v in values(block)))
+    return [total.sqrt().to(torch_dtype(inputs.work)) for total in squares]
+
+
+def totals(inputs: Inputs, values: Callable[[Block], Iterable[torch.Tensor]], span: int = 0) -> list[torch.Tensor]:
+    """The sums of a tensor of any size, in fp64: of every chunk, then of the chunks in their order."""
+    import torch
+
+    parts = inputs.scan(lambda block: [float(v.sum(dtype=torch.float64)) for v in values(block)], span)
+    return [torch.tensor(column, dtype=torch.float64).sum() for column in zip(*parts, strict=True)]
+
+
+def whole(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
+    """What `values` makes of all blocks, joined: for small tensors, whose reductions are torch's own."""
+    import torch
+
+    parts = inputs.scan(lambda block: [v.reshape(-1) for v in values(block)], span)
+    return [torch.cat(list(column)) for column in zip(*parts, strict=True)]

@@ -7,17 +7,18 @@ Formulas: mergekit 0.1.5, `merge_methods/{model_stock,sce}.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.soups.arithmetic import added, norms, sums, whole
+from surgery.soups.arithmetic import added, mask, norms, oriented, sums, totals, whole
 from surgery.soups.engine import Block, Inputs, Ready
-from surgery.soups.select import Query, bits_of, order
+from surgery.soups.select import Query, behind, order
 
 if TYPE_CHECKING:
     import torch
 
 Options = Mapping[str, Any]
+Varied = Callable[[Block, "Sequence[torch.Tensor]"], "torch.Tensor"]
 
 
 def model_stock(inputs: Inputs, options: Options) -> Ready:
@@ -30,11 +31,29 @@ def model_stock(inputs: Inputs, options: Options) -> Ready:
     if options["filter_wise"]:
         return Ready(lambda block: _stock(block, _cosines_of_rows(block)), span=1)
     pairs = [(i, j) for i in range(inputs.count) for j in range(i + 1, inputs.count)]
-    lengths = norms(inputs, _offsets)
-    dots = sums(inputs, lambda block: [o[i] * o[j] for o in (_offsets(block),) for i, j in pairs])
+    lengths, dots = _products(inputs, pairs)
     cosines = [_cosine(dot, lengths[i], lengths[j]) for dot, (i, j) in zip(dots, pairs, strict=True)]
     mean = torch.stack(cosines).mean(dim=0)
     return Ready(lambda block: _stock(block, mean))
+
+
+def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The norms of all offsets from the base, and the products of pairs of them."""
+    from surgery.lazy import torch_dtype
+
+    def products(block: Block) -> Iterator[torch.Tensor]:
+        offsets = _offsets(block)
+        yield from (offsets[i] * offsets[j] for i, j in pairs)
+
+    def all_products(block: Block) -> Iterator[torch.Tensor]:
+        yield from (offset.double().square_() for offset in _offsets(block))
+        yield from products(block)
+
+    if inputs.single:
+        return norms(inputs, _offsets), sums(inputs, lambda block: list(products(block)))
+    found, dtype = totals(inputs, all_products), torch_dtype(inputs.work)
+    squares, dots = found[: inputs.count], found[inputs.count :]
+    return [s.sqrt().to(dtype) for s in squares], [d.to(dtype) for d in dots]
 
 
 def _offsets(block: Block) -> list[torch.Tensor]:
@@ -77,13 +96,12 @@ def sce(inputs: Inputs, options: Options) -> Ready:
 
     if not inputs.count:
         return Ready(lambda block: block.base)
-    chosen = _most_varied(inputs, options["select_topk"])
+    varied = _most_varied(inputs, options["select_topk"])
     dtype = torch_dtype(inputs.work)
 
     def vectors(block: Block) -> list[torch.Tensor]:
         deltas = _offsets(block)
-        mask = chosen(block, deltas) if chosen else None
-        return deltas if mask is None else [d * mask for d in deltas]
+        return deltas if varied is None else [d * chosen for chosen in (varied(block, deltas),) for d in deltas]
 
     if inputs.single and inputs.numel:
         means = torch.stack(whole(inputs, vectors)).square().mean(dim=1)
@@ -95,36 +113,42 @@ def sce(inputs: Inputs, options: Options) -> Ready:
 
     def apply(block: Block) -> torch.Tensor:
         deltas = vectors(block)
-        up = added(deltas) >= 0
-        # a zero has neither sign: it is erased everywhere
-        down = ~up
-        own = [w * (((d > 0) & up) | ((d < 0) & down)) for w, d in zip(weights, deltas, strict=True)]
-        mixed = added([d * w for d, w in zip(deltas, own, strict=True)])
-        return block.base + mixed / added(own).clamp(min=1e-6)
+        sign = oriented(deltas)
+        own = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, deltas, strict=True)])
+        mixed = added([d.mul_(w) for w, d in zip(weights, deltas, strict=True)]).mul_(sign)
+        return mixed.div_(own.clamp_(min=1e-6)).add_(block.base)
 
     return Ready(apply)
 
 
-def _most_varied(inputs: Inputs, share: float) -> Any:
-    """Which elements are among the `share` of those that vary at all with the largest variance; None: all."""
+def _most_varied(inputs: Inputs, share: float) -> Varied | None:
+    """A mask of what is among the `share` of those elements that vary at all with the largest variance; None: all."""
     import torch
-
-    def variance(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.var(torch.stack(list(deltas)), dim=0, unbiased=False)
 
     if share >= 1:
         return None
-    nothing = lambda block, deltas: torch.zeros(deltas[0].shape, dtype=torch.bool)  # noqa: E731
-    if share <= 0:
-        return nothing
-    varied = sum(int(n) for n in inputs.scan(lambda block: torch.count_nonzero(variance(_offsets(block)))))
-    k = int(torch.tensor(varied) * share)
+    k = 0
+    if share > 0:
+        k = int(torch.tensor(sum(inputs.scan(lambda block: int(_variance(_offsets(block)).count_nonzero())))) * share)
     if k == 0:
-        return nothing
-    found = order(inputs, lambda block: [variance(_offsets(block)).abs()], [Query(0, inputs.numel - k, True)])[0]
+        return lambda block, deltas: torch.zeros_like(deltas[0])
+    found = order(inputs, lambda block: [_variance(_offsets(block))], [Query(0, inputs.numel - k, True)])[0]
+    return lambda block, deltas: behind(block, _variance(deltas), found, True)
 
-    def chosen(block: Block, deltas: Sequence[torch.Tensor]) -> torch.Tensor:
-        bits = bits_of(variance(deltas).abs())
-        return (bits > found.bits) | ((bits == found.bits) & (block.index() <= found.index))
 
-    return chosen
+def _variance(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The variance over the sources, element by element, by Welford's steps in fp64.
+
+    These are the steps of `torch.var` along the first dimension of stacked tensors, which takes them one element after
+    the other and needs eleven times as long.
+    """
+    import torch
+
+    mean = tensors[0].double()
+    squares = torch.zeros_like(mean)
+    for count, t in enumerate(tensors[1:], 2):
+        value = t.double()
+        off = value - mean
+        mean.add_(off / count)
+        squares.addcmul_(off, value.sub_(mean))
+    return squares.div_(len(tensors)).to(tensors[0].dtype)

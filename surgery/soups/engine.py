@@ -11,7 +11,6 @@ order, so that the result is the same bits whatever the block size, the memory a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections import OrderedDict
@@ -33,8 +32,6 @@ T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
 BLOCK = 1 << 18  # elements of a block of a result
-HEAP = 5 << 18  # bytes: a little more than a block in fp32; larger ones are mapped and given back
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
 
@@ -66,12 +63,12 @@ class Block:
             out = out.unsqueeze(-1) * n + torch.arange(a, b)
         return out
 
-    def uniform(self, source: int) -> torch.Tensor:
-        """Random numbers in [0, 2^32), one per element: the same for an element whatever block it is read in."""
-        import torch
+    def below(self, source: int, probability: Any) -> Any:
+        """Which elements are chosen at random, each with its probability: numpy's booleans, flat.
 
-        drawn = masks.words((self.inputs.seed, self.inputs.name, source), self.runs())
-        return torch.from_numpy(drawn).reshape(self.tensors[0].shape)
+        The same for an element whatever block it is read in.
+        """
+        return masks.below((self.inputs.seed, self.inputs.name, source), self.runs(), probability)
 
     def runs(self) -> list[tuple[int, int]]:
         """The (first element, how many) of the tensor's flat ranges that the block consists of, in order."""
@@ -90,7 +87,8 @@ class Inputs:
         self.shape: Shape = sources[0].shape
         self.numel = math.prod(self.shape)
         self.engine: Engine = ONE
-        self.chunk = min(CHUNK, PIECE)
+        row = max(1, self.shape[-1]) if self.shape else 1
+        self.chunk = min(CHUNK, PIECE if row > PIECE else PIECE // row * row)  # whole rows are read at once
 
     @property
     def count(self) -> int:
@@ -188,20 +186,6 @@ def _alone() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def steady_heap() -> None:
-    """Let glibc give back what large blocks occupied.
-
-    Left to itself it takes ever larger blocks from the heap of each thread, where they lie scattered: merging with 60
-    MB of live tensors has been seen to occupy 700 MB.  What is below HEAP, the blocks of a merge, is still reused.
-    """
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, HEAP)
-        libc.mallopt(M_TRIM_THRESHOLD, 8 * HEAP)
 
 
 ONE = Engine()

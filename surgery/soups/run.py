@@ -27,7 +27,7 @@ from surgery.formats import Checkpoint, Options
 from surgery.soups import layers
 from surgery.soups.config import Recipe, Reference, parse_recipe, read_recipe
 from surgery.soups.delegate import by_mergekit, reason_for_mergekit
-from surgery.soups.engine import Engine, steady_heap
+from surgery.soups.engine import Engine
 from surgery.soups.padding import trimmed
 from surgery.soups.references import open_all
 from surgery.staging import check_free
@@ -76,7 +76,6 @@ def prepared(recipe: Recipe, settings: Settings) -> Iterator[Plan]:
     opened = open_all(recipe.models(), reading)
     memory = settings.max_memory or default_memory()
     engine = Engine(settings.threads or stream.cores(), memory)
-    steady_heap()
     with tempfile.TemporaryDirectory(prefix="surgery-soup-") as scratch:
         try:
             merged = derive(recipe, opened, settings.arithmetic, engine, Path(scratch))

@@ -11,9 +11,12 @@ find the rank in memory that does not grow with the tensor.  Both are exact: equ
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from surgery.soups.arithmetic import mask
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.soups.engine import Block, Inputs
 
 Values = Callable[["Block"], "Sequence[torch.Tensor]"]
+Piece = tuple[int, Any, Any]  # of a chunk: how many values lie under the bracket; bits and places of those within it
 SLICES, SLICE = 64, 1 << 10  # of a sample: how many, and of how many elements
 CROWDED = 16  # one in so many values of a chunk may lie within a bracket
 
@@ -40,11 +44,47 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """The value of a rank, as bits and number, and the element that has it."""
+    """The value of a rank, as bits of a `wide` (fp64) or an fp32 number, and the element that has it."""
 
     bits: int
-    value: float
+    wide: bool
     index: int
+
+    @property
+    def value(self) -> float:
+        return number(self.bits, self.wide)
+
+
+def number(bits: int, wide: bool) -> float:
+    """The float of these bits, fp64 or fp32."""
+    kinds = ("<q", "<d") if wide else ("<i", "<f")
+    return float(struct.unpack(kinds[1], struct.pack(kinds[0], bits))[0])
+
+
+def behind(block: Block, values: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
+    """1 for the element itself and what is larger, else 0, in the dtype of `values`, which are not negative.
+
+    Of equal ones those count as larger that lie before it in the tensor, or (not `first_wins`) behind it.
+    """
+    least_bits = least(block, found, first_wins)
+    if least_bits is not None and values.dtype.itemsize >= 4:
+        return mask(values, "ge", number(least_bits, found.wide))
+    bits = bits_of(values)
+    equal = (bits == found.bits).contiguous()
+    flat, at = equal.view(-1), 0
+    for start, count in block.runs():
+        cut = min(max(found.index + first_wins - start, 0), count)
+        flat[slice(at + cut, at + count) if first_wins else slice(at, at + cut)] = False
+        at += count
+    return ((bits > found.bits) | equal).to(values.dtype)
+
+
+def least(block: Block, found: Found, first_wins: bool) -> int | None:
+    """The bits of the least value that counts as larger in a block; None if that depends on the place in it."""
+    runs = block.runs()
+    if runs[-1][0] + runs[-1][1] <= found.index:
+        return found.bits + (not first_wins)
+    return found.bits + first_wins if runs[0][0] > found.index else None
 
 
 def bits_of(t: torch.Tensor) -> torch.Tensor:
@@ -66,43 +106,47 @@ def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Foun
 
 def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found | None]:
     """The answers that lie within a bracket around the same rank of a sample; None for others."""
-    import torch
+
+    import numpy as np
 
     ranges = _brackets(inputs, values, queries)
     room = inputs.chunk // CROWDED
 
-    def look(block: Block) -> list[tuple[int, torch.Tensor, torch.Tensor] | None]:
-        own = [bits_of(v).reshape(-1) for v in values(block)]
-        seen: list[tuple[int, torch.Tensor, torch.Tensor] | None] = []
+    def look(block: Block) -> list[Piece | None]:
+        own = [bits_of(v).reshape(-1).numpy() for v in values(block)]
+        seen: list[Piece | None] = []
         for q, (low, high) in zip(queries, ranges, strict=True):
             bits = own[q.of]
-            above = bits >= low
-            where = (above & (bits <= high)).nonzero().reshape(-1)
-            kept = len(bits) - int(torch.count_nonzero(above)), bits[where], where + block.start
-            seen.append(kept if len(where) <= room else None)
+            inside, above = bits >= low, bits > high
+            under = len(bits) - np.count_nonzero(inside)
+            if len(bits) - under - np.count_nonzero(above) > room:
+                seen.append(None)
+                continue
+            inside ^= above
+            where = np.flatnonzero(inside)
+            seen.append((int(under), bits[where], where + block.start))
         return seen
 
     columns = list(zip(*inputs.scan(look), strict=True))
     return [_within(q, list(column)) for q, column in zip(queries, columns, strict=True)] or [None] * len(queries)
 
 
-def _within(q: Query, pieces: Sequence[tuple[int, torch.Tensor, torch.Tensor] | None]) -> Found | None:
+def _within(q: Query, pieces: Sequence[Piece | None]) -> Found | None:
     """The answer among the values that were kept, if it is there."""
-    import torch
+    import numpy as np
 
     kept = [p for p in pieces if p is not None]
     if len(kept) < len(pieces) or not kept:
         return None
-    bits, places = torch.cat([p[1] for p in kept]), torch.cat([p[2] for p in kept])
+    bits, places = np.concatenate([p[1] for p in kept]), np.concatenate([p[2] for p in kept])
     rank = q.rank - sum(p[0] for p in kept)
     if not 0 <= rank < len(bits):
         return None
-    value = bits.kthvalue(rank + 1).values
+    value = np.partition(bits, rank)[rank]
     equal = places[bits == value]
-    rank -= int(torch.count_nonzero(bits < value))
+    rank -= int(np.count_nonzero(bits < value))
     index = len(equal) - rank - 1 if q.last else rank
-    number = value.reshape(1).view(torch.float64 if bits.dtype == torch.int64 else torch.float32)
-    return Found(int(value), float(number[0]), int(equal[index]))
+    return Found(int(value), bits.itemsize == 8, int(equal[index]))
 
 
 def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[tuple[int, int]]:
@@ -182,7 +226,6 @@ def _locate(
     chunks: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> Found:  # fmt: skip
     """The element: the `rank`-th of those that have these bits."""
-    import torch
 
     low = bits & 0x7FFF
     left = equal - rank - 1 if q.last else rank
@@ -192,8 +235,6 @@ def _locate(
             start = number * inputs.chunk
             block = inputs.flat(start, min(start + inputs.chunk, inputs.numel))
             hits = (bits_of(values(block)[q.of]).reshape(-1) == bits).nonzero().reshape(-1)
-            kind = torch.int64 if inputs.work == "float64" else torch.int32
-            value = torch.tensor([bits], dtype=kind).view(torch.float64 if kind == torch.int64 else torch.float32)
-            return Found(bits, float(value[0]), start + int(hits[left]))
+            return Found(bits, inputs.work == "float64", start + int(hits[left]))
         left -= have
     raise AssertionError("a rank lies outside the tensor")

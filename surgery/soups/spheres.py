@@ -32,18 +32,19 @@ def slerp(inputs: Inputs, options: Options) -> Ready:
     wide = torch.float64 if inputs.work == "float64" else torch.float32
     t = torch.tensor([[options["t"]]]).to(wide)
 
-    def lengths(block: Block) -> list[torch.Tensor]:
-        return [torch.linalg.vector_norm(x.to(wide).reshape(1, -1), dim=1, keepdim=True) for x in block.tensors]
+    def lengths(block: Block) -> list[float]:
+        return [float(torch.linalg.vector_norm(x.to(wide).reshape(1, -1), dim=1)) for x in block.tensors]
 
-    parts = inputs.scan(lengths, size=CHUNK)
-    norm = [torch.linalg.vector_norm(torch.stack([p[i] for p in parts]), dim=0) for i in range(2)]
+    parts = torch.tensor(inputs.scan(lengths, size=CHUNK), dtype=wide)  # [chunks, 2]
+    norm = [torch.linalg.vector_norm(parts[:, i].reshape(-1, 1, 1), dim=0) for i in range(2)]
     a_norm, b_norm = (torch.where(n > 1e-8, n, 1) for n in norm)
 
-    def product(block: Block) -> torch.Tensor:
+    def product(block: Block) -> float:
         a, b = (x.to(wide).reshape(1, -1) for x in block.tensors)
-        return (a / a_norm * (b / b_norm)).sum(dim=1, keepdim=True)
+        return float((a / a_norm).mul_(b / b_norm).sum(dim=1))
 
-    dot = torch.stack(inputs.scan(product, size=CHUNK)).sum(dim=0).clamp(-1, 1)
+    dots = torch.tensor(inputs.scan(product, size=CHUNK), dtype=wide).reshape(-1, 1, 1)
+    dot = dots.sum(dim=0).clamp(-1, 1)
     straight = dot.abs() > COLINEAR
     theta = torch.acos(torch.where(straight, 0, dot))
     sin = torch.sin(theta)

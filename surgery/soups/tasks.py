@@ -15,19 +15,32 @@ With `agree`, an element takes part only where its sign is that of the weighted 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
-from surgery.soups.arithmetic import added, sums
-from surgery.soups.engine import Block, Inputs, Ready
-from surgery.soups.select import Found, Query, bits_of, order
+from surgery.soups.arithmetic import added, mask, oriented, sums
+from surgery.soups.engine import KEPT, Block, Inputs, Ready
+from surgery.soups.masks import Marks
+from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
 
 if TYPE_CHECKING:
     import torch
 
 Options = Mapping[str, Any]
-Keep = Callable[[Block, int, "torch.Tensor"], "torch.Tensor | None"]  # block, source, delta -> which elements stay
+Thin = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]  # block, source, delta -> delta, zero where it goes
+Choose = Callable[[Block, int, "torch.Tensor"], Any]  # block, source, delta -> what stays: numpy's booleans, flat
 TINY = 1e-7
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """How a task vector is thinned: `thin`, the dimensions it needs whole, and what it notes while it is scanned."""
+
+    thin: Thin
+    span: int = 0
+    marks: Marks | None = None
+    nbytes: int = 1024
 
 
 def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
@@ -36,9 +49,11 @@ def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
     def run(inputs: Inputs, options: Options) -> Ready:
         if not inputs.count:
             return Ready(lambda block: block.base)
-        keep, span = THINNING[thinning](inputs, options)
-        factors = _factors(inputs, keep, span) if options["rescale"] and keep is not None else None
-        return Ready(_mixer(inputs, options, agree, keep, factors), span)
+        way = THINNING[thinning](inputs, options)
+        factors = _factors(inputs, way) if options["rescale"] and thinning else None
+        if way.marks:
+            way.marks.close()
+        return Ready(_mixer(inputs, options, agree, way.thin, factors), way.span, way.nbytes)
 
     return run
 
@@ -47,21 +62,17 @@ def _deltas(block: Block) -> list[torch.Tensor]:
     return [t - block.base for t in block.others]
 
 
-def _kept(block: Block, i: int, delta: torch.Tensor, keep: Keep | None) -> torch.Tensor:
-    mask = keep(block, i, delta) if keep is not None else None
-    return delta if mask is None else delta * mask
-
-
-def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]:
+def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
 
     from surgery.lazy import torch_dtype
 
     def lengths(block: Block) -> list[torch.Tensor]:
         deltas = _deltas(block)
-        return [x.abs() for i, d in enumerate(deltas) for x in (d, _kept(block, i, d, keep))]
+        thinned = [way.thin(block, i, d).abs() for i, d in enumerate(deltas)]
+        return [x for d, kept in zip(deltas, thinned, strict=True) for x in (d.abs_(), kept)]
 
-    totals = sums(inputs, lengths, span)
+    totals = sums(inputs, lengths, way.span)
     kind = torch_dtype(inputs.work)
     out: list[torch.Tensor | None] = []
     for before, after in zip(totals[::2], totals[1::2], strict=True):
@@ -70,7 +81,7 @@ def _factors(inputs: Inputs, keep: Keep, span: int) -> list[torch.Tensor | None]
 
 
 def _mixer(
-    inputs: Inputs, options: Options, agree: bool, keep: Keep | None, factors: list[torch.Tensor | None] | None
+    inputs: Inputs, options: Options, agree: bool, thin: Thin, factors: list[torch.Tensor | None] | None
 ) -> Callable[[Block], torch.Tensor]:
     import torch
 
@@ -84,73 +95,64 @@ def _mixer(
     def weighted(block: Block) -> list[torch.Tensor]:
         out = []
         for i, delta in enumerate(_deltas(block)):
-            thin = _kept(block, i, delta, keep)
+            kept = thin(block, i, delta)
             factor = factors[i] if factors else None
-            out.append((thin if factor is None else (thin * factor).to(dtype)).mul(weights[i]))
+            out.append((kept if factor is None else kept.mul_(factor)).mul_(weights[i]))
         return out
 
     def apply(block: Block) -> torch.Tensor:
         deltas = weighted(block)
         divisor = total
         if agree:
-            up = added(deltas) >= 0
-            down = ~up
-            agreed = [((d > 0) & up) | ((d < 0) & down) for d in deltas]
-            mixed = added([d * a for d, a in zip(deltas, agreed, strict=True)])
+            sign = oriented(deltas)
+            mixed = added(deltas).mul_(sign)
             if options["normalize"]:
-                divisor = added([w * a for w, a in zip(weights, agreed, strict=True)])
-                divisor.masked_fill_(divisor == 0, 1)
+                divisor = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, deltas, strict=True)])
+                divisor += mask(divisor, "eq", 0)
         else:
             mixed = added(deltas)
         if options["normalize"]:
             mixed /= divisor
         if options["lambda"] != 1:
             mixed *= options["lambda"]
-        return block.base + mixed
+        return mixed.add_(block.base)
 
     return apply
 
 
-def _none(inputs: Inputs, options: Options) -> tuple[Keep | None, int]:
-    return None, 0
+def _none(inputs: Inputs, options: Options) -> Thinning:
+    return Thinning(lambda block, i, delta: delta)
 
 
-def _magnitude(inputs: Inputs, options: Options) -> tuple[Keep, int]:
+def _magnitude(inputs: Inputs, options: Options) -> Thinning:
     """The largest max(1, density * n) elements; of equal ones the first in the tensor."""
     n = inputs.numel
     queries = [Query(i, n - max(1, int(d * n)), True) for i, d in enumerate(options["density"]) if 0 < d < 1 and n]
     found = dict(zip((q.of for q in queries), order(inputs, _magnitudes, queries), strict=True))
 
-    def keep(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor | None:
-        import torch
-
+    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
         if options["density"][i] >= 1:
-            return None
-        return _behind(block, delta, found[i], True) if i in found else torch.zeros_like(delta, dtype=torch.bool)
+            return delta
+        return _behind(block, delta, found[i], True) if i in found else delta * 0
 
-    return keep, 0
+    return Thinning(thin)
 
 
 def _magnitudes(block: Block) -> list[torch.Tensor]:
-    return [d.abs() for d in _deltas(block)]
+    return [d.abs_() for d in _deltas(block)]
 
 
 def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
-    """The element itself and what is larger.  Of equal ones those before it, or (not first_wins) behind it."""
-    bits = bits_of(delta.abs())
-    equal = bits == found.bits
-    more = bits > found.bits
-    if equal.any():
-        flat, at = equal.contiguous().view(-1), 0
-        for start, count in block.runs():  # of what is equal, only what lies on the right side of the element
-            cut = min(max(found.index + first_wins - start, 0), count)
-            flat[slice(at + cut, at + count) if first_wins else slice(at, at + cut)] = False
-            at += count
-        more |= flat.view(more.shape)
-    return more
+    """`delta` where its magnitude is that of the element, or larger (see `behind`); else zero."""
+    import torch
+
+    bits = least(block, found, first_wins)
+    if bits is None or delta.dtype.itemsize < 4:
+        return delta * behind(block, delta.abs(), found, first_wins)
+    return torch.nn.functional.hardshrink(delta, number(bits - 1, found.wide)) if bits else delta
 
 
-def _outliers(inputs: Inputs, options: Options) -> tuple[Keep, int]:
+def _outliers(inputs: Inputs, options: Options) -> Thinning:
     """density * n elements, beginning behind the gamma * n largest; of equal ones, the last count as larger."""
     n = inputs.numel
     queries, ranges = [], []
@@ -162,77 +164,99 @@ def _outliers(inputs: Inputs, options: Options) -> tuple[Keep, int]:
             queries += [Query(i, rank) for rank in (low, low + target) if 0 < rank < n]
     found = {(q.of, q.rank): f for q, f in zip(queries, order(inputs, _magnitudes, queries), strict=True)}
 
-    def keep(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor | None:
-        import torch
-
+    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
         if options["density"][i] >= 1:
-            return None
+            return delta
         low, high = ranges[i]
-        mask = torch.full(delta.shape, low < high, dtype=torch.bool)
-        if (i, low) in found:
-            mask &= _behind(block, delta, found[i, low], False)
-        if (i, high) in found:
-            mask &= ~_behind(block, delta, found[i, high], False)
-        return mask
+        if low >= high:
+            return delta * 0
+        above = _behind(block, delta, found[i, high], False) if (i, high) in found else None
+        kept = _behind(block, delta, found[i, low], False) if (i, low) in found else delta
+        return kept if above is None else kept - above
 
-    return keep, 0
+    return Thinning(thin)
 
 
-def _random(inputs: Inputs, options: Options) -> tuple[Keep, int]:
+def _random(inputs: Inputs, options: Options) -> Thinning:
     """Each element with probability `density`."""
     if bad := [d for d in options["density"] if d < 0]:
         raise ConfigError(f"density is {bad[0]}, no probability")
-
-    def keep(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor | None:
-        density = options["density"][i]
-        return None if density >= 1 else block.uniform(i) < round(density * (1 << 32))
-
-    return keep, 0
+    return _chosen(inputs, options, lambda block, i, delta: block.below(i, options["density"][i]), 0)
 
 
-def _ranks(inputs: Inputs, options: Options) -> tuple[Keep, int]:
+def _ranks(inputs: Inputs, options: Options) -> Thinning:
     """With a probability from density - epsilon (the smallest of a row) to density + epsilon (the largest)."""
     for d, e in zip(options["density"], options["epsilon"], strict=True):
         if 0 < d < 1 and (d + e >= 1 or d - e <= 0):
             raise ConfigError(f"density {d} and epsilon {e}: the probabilities do not lie between 0 and 1")
 
-    def keep(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor | None:
+    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
+        density, epsilon = options["density"][i], options["epsilon"][i]
+        rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
+        return block.below(i, chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
+
+    def chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> Any:
+        """The probability of each rank among `count`, in fp64, rounded where mergekit rounds."""
         import torch
 
-        density, epsilon = options["density"][i], options["epsilon"][i]
-        if density >= 1:
-            return None
-        if density <= 0:
-            return torch.zeros_like(delta, dtype=torch.bool)
-        rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
-        ranks = ranks_in_rows(rows.abs()).to(delta.dtype if delta.dtype != torch.float16 else torch.float32) + 1
-        low, high = ranks.amin(1, True), ranks.amax(1, True)
-        probability = (density - epsilon) + ((ranks - low) / (high - low)).clamp(0, 1) * 2 * epsilon
-        probability = probability.nan_to_num(density)  # a row of one element
-        return block.uniform(i).double() < probability.double().mul(1 << 32).reshape(delta.shape)
+        ranks = torch.arange(count).to(dtype if dtype != torch.float16 else torch.float32) + 1
+        chance = (density - epsilon) + ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) * 2 * epsilon
+        return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
 
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
-    return keep, 2 if len(inputs.shape) > 2 else 1
+    return _chosen(inputs, options, choose, 2 if len(inputs.shape) > 2 else 1)
 
 
-def ranks_in_rows(magnitudes: torch.Tensor) -> torch.Tensor:
-    """The rank (from 0) of every element along dimension 1; of equal ones the first is the smaller."""
+def _chosen(inputs: Inputs, options: Options, choose: Choose, span: int) -> Thinning:
+    """Thin by what `choose` chooses.  If the vectors are to be scaled, what it chooses in the scan for their lengths
+    is kept for the merge, one bit per element, where there is room."""
+    import torch
+
+    from surgery.lazy import torch_dtype
+
+    densities, number = options["density"], torch_dtype(inputs.work)
+    nbytes = inputs.count * inputs.numel // 8
+    marks = (
+        Marks(inputs.count, inputs.numel)
+        if options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
+        else None
+    )
+
+    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
+        if densities[i] >= 1:
+            return delta
+        if densities[i] <= 0:
+            return delta * 0
+        if marks and marks.complete:
+            chosen = marks.get(i, block.runs())
+        else:
+            chosen = choose(block, i, delta)
+            if marks:
+                marks.put(i, block.runs(), chosen)
+        return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
+
+    return Thinning(thin, span, marks, nbytes if marks else 1024)
+
+
+def ranks_in_rows(magnitudes: torch.Tensor) -> Any:
+    """The rank (from 0) of every element along dimension 1, as numpy's int64, flat; of equal ones the first is less.
+
+    numpy sorts integers several times faster than anything sorts with the places: these become part of the integers.
+    """
     import numpy as np
     import torch
 
+    lines = magnitudes.movedim(1, -1)
     if magnitudes.dtype == torch.float64 or magnitudes.shape[1] >= 1 << 31:
-        order = torch.sort(magnitudes, dim=1, stable=True).indices
+        order = torch.sort(lines, dim=-1, stable=True).indices
     else:
-        lines = magnitudes.movedim(1, -1)
-        place = torch.arange(lines.shape[-1])
-        keys = (bits_of(lines).long() << 32) | place
-        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)).bitwise_and(0xFFFFFFFF).movedim(-1, 1)
-    ranks = torch.empty_like(order)
-    shape = [1, -1] + [1] * (order.dim() - 2)
-    return ranks.scatter_(1, order, torch.arange(order.shape[1]).reshape(shape).expand_as(order))
+        keys = (bits_of(lines).long() << 32) | torch.arange(lines.shape[-1])
+        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)).bitwise_and_(0xFFFFFFFF)
+    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
+    return ranks.movedim(-1, 1).reshape(-1).numpy()
 
 
-THINNING: Mapping[str, Callable[[Inputs, Options], tuple[Keep | None, int]]] = {
+THINNING: Mapping[str, Callable[[Inputs, Options], Thinning]] = {
     "": _none,
     "magnitude": _magnitude,
     "random": _random,
