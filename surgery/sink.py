@@ -14,8 +14,9 @@ import os
 import queue
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from surgery.staging import Staging
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 BACKLOG = 64  # files that may wait for their fsync
+BEHIND = 2  # blocks that may wait for their CRC
 RESUME = "what was written is kept: run the same command again to go on from there"
 
 
@@ -76,6 +78,7 @@ class Sink:
         self.crcs: dict[int, int] = {}
         self.new_crcs: set[int] = set()
         self.new_counts: set[str] = set()
+        self.hashing: deque[Future[None]] = deque()
 
     def __enter__(self) -> Sink:
         self.hasher = ThreadPoolExecutor(1, thread_name_prefix="surgery-crc")
@@ -129,14 +132,11 @@ class Sink:
 
     def _write(self, block: Block) -> None:
         assert self.file is not None
-        crc = None
-        if self.file.tail is not None:
-            crc = self.hasher.submit(zlib.crc32, block.data, self.crcs.get(block.index, 0))
         offset = block.region.offset + block.start
         _pwrite(self.fd, block.data, offset)
-        if crc is not None:
-            self.crcs[block.index] = crc.result()
-            self.new_crcs.add(block.index)
+        if self.file.tail is not None:
+            self._hashed(BEHIND)
+            self.hashing.append(self.hasher.submit(self._hash, block))  # only what is written counts
         self.ledger.add(block.counts)
         self.new_counts |= block.counts.keys()
         self.at = (block.index, block.start + len(block.data))
@@ -145,8 +145,18 @@ class Sink:
         if self.since >= self.every and self.syncer.idle():
             self.checkpoint()
 
+    def _hash(self, block: Block) -> None:
+        self.crcs[block.index] = zlib.crc32(block.data, self.crcs.get(block.index, 0))
+        self.new_crcs.add(block.index)
+
+    def _hashed(self, behind: int = 0) -> None:
+        """Wait until no more than so many blocks are still to be hashed."""
+        while len(self.hashing) > behind:
+            self.hashing.popleft().result()
+
     def _finish(self) -> None:
         assert self.file is not None
+        self._hashed()
         if self.file.tail is not None:
             crcs = [self.crcs.get(i, 0) for i in range(len(self.file.regions))]
             for offset, data in self.file.tail(crcs):
@@ -158,6 +168,7 @@ class Sink:
 
     def checkpoint(self) -> None:
         """Have the journal say how far the current file is, as soon as that is true on disk."""
+        self._hashed()
         self.syncer.put(self.fd, self._line(region=self.at[0], offset=self.at[1]), close=False)
         self.since = 0
 

@@ -45,7 +45,7 @@ T = TypeVar("T")
 MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their page faults cost more than the copying
 MIN_BLOCK = 1 << 12
 PARTS = 32  # of the budget: one part is a block
-CHECKPOINT = 8  # blocks between two lines of the journal
+CHECKPOINT = 64  # blocks between two lines of the journal
 READERS = 4  # threads that make blocks, on a machine of that many cores
 Progress = Callable[[int], None]
 
