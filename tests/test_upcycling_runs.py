@@ -13,12 +13,15 @@ import weakref
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses import fake_tensor
 
 import surgery
 from surgery import cli
 from surgery.checkpoint import open_checkpoint
 from surgery.errors import UsageError
+from surgery.lazy import Lazy
 from surgery.upcycling import api, run
+from surgery.upcycling.calibration import each_layer
 from surgery.upcycling.device import Device, device
 from surgery.upcycling.expertwise import expert_modules
 from surgery.upcycling.layerwise import empty_model, forward
@@ -98,6 +101,42 @@ def test_devices_that_are_not_there_are_told(tiny_hf, tmp_path, monkeypatch):
         device("cuda:2")
 
 
+class Real(Lazy):
+    """A part that is read as it is, whatever torch pretends meanwhile."""
+
+    def __init__(self, src):
+        self.src, self.kind, self.shape = src, src.kind, src.shape
+
+    def read(self, box):
+        with fake_tensor.unset_fake_temporarily():
+            return self.src.read(box).clone()
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere(Device):
+    """A device of which torch knows no more than that it is not the CPU: sums across devices are errors."""
+
+    name: str = "meta"
+    mode: object = None
+
+    def holds(self, tensor, dtype=None):
+        if not isinstance(tensor, fake_tensor.FakeTensor):
+            tensor = self.mode.from_tensor(tensor, static_shapes=True)
+        return super().holds(tensor, dtype)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_on_a_text_is_all_on_the_device_and_what_is_seen_is_not(gradients, tmp_path):
+    source = open_checkpoint(tiny.save("llama", tmp_path / "source", l=2))
+    source = dataclasses.replace(source, parts={name: Real(part) for name, part in source.parts.items()})
+    empty_model(source, "float32")  # transformers' modules are imported outside of the mode
+    seen = []
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        each_layer(source, IDS, lambda _, *tensors: seen.extend(tensors), gradients, on=Elsewhere(mode=mode))
+    assert len(seen) == (6 if gradients else 4)
+    assert {t.device.type for t in seen} == {"cpu"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 @pytest.mark.parametrize("router", ["normal:0.02", "kmeans"])
 def test_the_gpu_says_the_same(router, tiny_hf, tmp_path):
@@ -166,6 +205,13 @@ def test_the_proof_is_seen_on_a_terminal(tiny_hf, tmp_path):
     assert b"prove" in shown
     assert "proof  exact" in out
     assert "prove" not in out
+
+
+def test_more_tokens_than_memory_are_refused_before_anything_is_written(tiny_hf, tmp_path):
+    with pytest.raises(UsageError, match="logits of 1,000,000,000,000 tokens") as error:
+        surgery.upcycle(tiny_hf("llama"), tmp_path / "out", experts=4, top_k=2, verify_tokens=10**12)
+    assert "--verify-tokens" in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------- from Python

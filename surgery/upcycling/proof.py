@@ -16,14 +16,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import MismatchError, SurgeryError
+from surgery.anatomy import Spec
+from surgery.errors import MismatchError, SurgeryError, UsageError
 from surgery.formats import Checkpoint
 from surgery.lazy import Slice
+from surgery.sizes import human
 from surgery.upcycling.claim import Claim
 from surgery.upcycling.device import CPU, Device
 from surgery.upcycling.layerwise import Route, bytes_of_a_pass, forward
 from surgery.upcycling.prose import PROSE
-from surgery.verification.running import farthest, fixed_tokens
+from surgery.verification.running import farthest, fixed_tokens, free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +92,16 @@ def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
     """What a proof tells its device's `advance` in all."""
     passes = 2 if source.kind in NARROW else 1
     return passes * (bytes_of_a_pass(source) + bytes_of_a_pass(result))
+
+
+def check_tokens(spec: Spec, count: int) -> None:
+    """Raise UsageError if the logits of so many tokens do not fit into the free memory."""
+    need, free = 4 * 4 * count * spec.v, free_memory()  # of source and result in fp32, and while they are compared
+    if free is not None and need > free:
+        raise UsageError(
+            f"the logits of {count:,} tokens need about {human(need)} of memory, {human(free)} are free",
+            hint=f"--verify-tokens {max(1, count * free // need // 2)}",
+        )
 
 
 def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU) -> Proof:

@@ -23,7 +23,7 @@ from surgery.formats import Checkpoint, Options
 from surgery.upcycling.build import Upcycled, upcycled
 from surgery.upcycling.device import CPU, Device, nobody
 from surgery.upcycling.experts import Changed
-from surgery.upcycling.proof import Proof, bytes_to_read, prove
+from surgery.upcycling.proof import Proof, bytes_to_read, check_tokens, prove
 from surgery.upcycling.settings import Settings
 
 TOKENS = 256
@@ -153,6 +153,8 @@ def carry_out(
     `progress` is told every number of bytes that was written or read back, `proving` those of the proof.
     Raises SurgeryError; the output appears only if everything was as promised.
     """
+    if verify and verify_tokens:
+        check_tokens(ready.source.spec, verify_tokens)
     found: list[Proof] = []
     others = ready.made.models[1:]
     for other in others:

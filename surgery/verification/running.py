@@ -71,7 +71,7 @@ def load(folder: Path) -> Any:
 
 def fits(parameters: int) -> bool:
     """Whether a model of this size in fp32 fits into the free memory; True where the system does not tell."""
-    free = _free()
+    free = free_memory()
     return free is None or _need(parameters) <= free
 
 
@@ -79,7 +79,7 @@ def check_memory(parameters: int, folder: Path) -> None:
     """Raise SurgeryError if a model of this size in fp32 does not fit into the free memory."""
     if not fits(parameters):
         raise SurgeryError(
-            f"running it in fp32 needs about {human(_need(parameters))} of memory, {human(_free() or 0)} are free",
+            f"running it in fp32 needs about {human(_need(parameters))} of memory, {human(free_memory() or 0)} are free",
             file=folder,
             hint="without --logits the weights and configs are compared in little memory",
         )
@@ -89,7 +89,8 @@ def _need(parameters: int) -> int:
     return parameters * 4 * 5 // 4  # a quarter for the largest weights in their own dtype, and for activations
 
 
-def _free() -> int | None:
+def free_memory() -> int | None:
+    """Bytes that can be had; None where the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
