@@ -620,6 +620,7 @@ def test_data_are_durable_before_the_journal_says_so(source, tmp_path, monkeypat
     monkeypatch.setattr(os, "pwrite", lambda fd, d, at: (pwrite(fd, d, at), note("write", name(fd), at))[0])
     monkeypatch.setattr(os, "fdatasync", lambda fd: (note("sync", name(fd)), fdatasync(fd))[0])
     monkeypatch.setattr(journal.Journal, "append", logged_append)
+    monkeypatch.setattr(stream, "CHECKPOINT", 8)
     files = plan(source)
     write(files, tmp_path / "out", max_memory=32 * 4 * KB, job={})
     regions = {f.name.rpartition("/")[2]: f.regions for f in files}
