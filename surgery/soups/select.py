@@ -4,8 +4,9 @@
     kept[0].value, kept[0].index          # keep what is larger, and of what is equal the elements up to this index
 
 Non-negative floats are ordered as the integers of their bits.  One pass counts what lies below the sample's bracket
-and keeps the few values within it; where that fails (many equal values, or an unusual order), two passes of histograms
-find the rank in memory that does not grow with the tensor.  Both are exact: equal values are ordered by their place.
+and keeps the few values within it, or the few different ones; where that fails (an unusual order), two passes of
+histograms find the rank in memory that does not grow with the tensor.  Both are exact: equal values are ordered by
+their place.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
     from surgery.soups.engine import Block, Inputs
 
 Values = Callable[["Block"], "Sequence[torch.Tensor]"]
-Piece = tuple[int, Any, Any]  # of a chunk: how many values lie under the bracket; bits and places of those within it
-SLICES, SLICE = 64, 1 << 10  # of a sample: how many, and of how many elements
+SLICES, SLICE = 64, 1 << 10  # of a sample: how many (for large tensors up to 16 times so many), of how many elements
 CROWDED = 16  # one in so many values of a chunk may lie within a bracket
 
 
@@ -104,9 +104,30 @@ def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Foun
     return [next(rest) if f is None else f for f in found]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a chunk has of a bracket: how many values lie under it, and the bits of those within it.
+
+    counts: where many are equal, only the different ones are kept, and how often each is there.
+    """
+
+    under: int
+    bits: Any
+    counts: Any = None
+
+    def smaller(self, bits: int) -> int:
+        """How many of the chunk are smaller."""
+        return self.under + self._count(self.bits < bits)
+
+    def equal(self, bits: int) -> int:
+        return self._count(self.bits == bits)
+
+    def _count(self, chosen: Any) -> int:
+        return int(chosen.sum() if self.counts is None else self.counts[chosen].sum())
+
+
 def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found | None]:
     """The answers that lie within a bracket around the same rank of a sample; None for others."""
-
     import numpy as np
 
     ranges = _brackets(inputs, values, queries)
@@ -114,55 +135,58 @@ def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list
 
     def look(block: Block) -> list[Piece | None]:
         own = [bits_of(v).reshape(-1).numpy() for v in values(block)]
-        seen: list[Piece | None] = []
-        for q, (low, high) in zip(queries, ranges, strict=True):
-            bits = own[q.of]
-            inside, above = bits >= low, bits > high
-            under = len(bits) - np.count_nonzero(inside)
-            if len(bits) - under - np.count_nonzero(above) > room:
-                seen.append(None)
-                continue
-            inside ^= above
-            where = np.flatnonzero(inside)
-            seen.append((int(under), bits[where], where + block.start))
-        return seen
+        return [piece(own[q.of], *limits) for q, limits in zip(queries, ranges, strict=True)]
 
-    columns = list(zip(*inputs.scan(look), strict=True))
-    return [_within(q, list(column)) for q, column in zip(queries, columns, strict=True)] or [None] * len(queries)
+    def piece(bits: Any, low: int, high: int) -> Piece | None:
+        inside, above = bits >= low, bits > high
+        under = len(bits) - int(np.count_nonzero(inside))
+        few = len(bits) - under - int(np.count_nonzero(above)) <= room
+        inside ^= above
+        if few:
+            return Piece(under, bits[np.flatnonzero(inside)])
+        different, counts = np.unique(bits[inside], return_counts=True)
+        return Piece(under, different, counts) if len(different) <= room else None
+
+    pieces = zip(*inputs.scan(look), strict=True)
+    return [_within(inputs, values, q, own) for q, own in zip(queries, pieces, strict=True)]
 
 
-def _within(q: Query, pieces: Sequence[Piece | None]) -> Found | None:
+def _within(inputs: Inputs, values: Values, q: Query, pieces: Sequence[Piece | None]) -> Found | None:
     """The answer among the values that were kept, if it is there."""
+    kept = [p for p in pieces if p is not None]
+    bits = _ranked(kept, q.rank - sum(p.under for p in kept)) if len(kept) == len(pieces) else None
+    if bits is None:
+        return None
+    return _locate(inputs, values, q, bits, q.rank - sum(p.smaller(bits) for p in kept), [p.equal(bits) for p in kept])
+
+
+def _ranked(pieces: Sequence[Piece], rank: int) -> int | None:
+    """The bits of a rank among the values of all pieces."""
     import numpy as np
 
-    kept = [p for p in pieces if p is not None]
-    if len(kept) < len(pieces) or not kept:
-        return None
-    bits, places = np.concatenate([p[1] for p in kept]), np.concatenate([p[2] for p in kept])
-    rank = q.rank - sum(p[0] for p in kept)
-    if not 0 <= rank < len(bits):
-        return None
-    value = np.partition(bits, rank)[rank]
-    equal = places[bits == value]
-    rank -= int(np.count_nonzero(bits < value))
-    index = len(equal) - rank - 1 if q.last else rank
-    return Found(int(value), bits.itemsize == 8, int(equal[index]))
+    bits = np.concatenate([p.bits for p in pieces])
+    if all(p.counts is None for p in pieces):
+        return int(np.partition(bits, rank)[rank]) if 0 <= rank < len(bits) else None
+    counts = np.concatenate([np.ones(len(p.bits), np.int64) if p.counts is None else p.counts for p in pieces])
+    order = np.argsort(bits)
+    last = np.cumsum(counts[order])  # the rank behind the last of each
+    return int(bits[order[np.searchsorted(last, rank, side="right")]]) if 0 <= rank < last[-1] else None
 
 
 def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[tuple[int, int]]:
     """Bits between which each rank lies with near certainty, from slices of the tensor at equal distances."""
-    import torch
+    import numpy as np
 
-    count = max(1, min(SLICES, inputs.numel // SLICE))
+    count = max(1, min(max(SLICES, inputs.numel >> 16), 16 * SLICES, inputs.numel // SLICE))
     starts = [inputs.numel * i // count for i in range(count)]
     taken = inputs.engine.map(lambda at: values(inputs.flat(at, min(at + SLICE, inputs.numel))), starts)
     ranges = []
     for q in queries:
-        sample = torch.cat([bits_of(t[q.of]).reshape(-1) for t in taken]).sort().values
-        top = torch.iinfo(sample.dtype).max
+        sample = np.sort(np.concatenate([bits_of(t[q.of]).reshape(-1).numpy() for t in taken]))
         share, n = (q.rank + 0.5) / inputs.numel, len(sample)
         reach = 6 * (share * (1 - share) / n) ** 0.5 + 2 / n
         low, high = math.floor((share - reach) * n), math.ceil((share + reach) * n)
+        top = int(np.iinfo(sample.dtype).max)
         ranges.append((int(sample[low]) if low > 0 else 0, int(sample[high]) if high < n else top))
     return ranges
 
@@ -176,7 +200,6 @@ def _counted(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[F
     total = 63 if wide else 31
     prefix = [0] * len(queries)
     rank = [q.rank for q in queries]
-    below_equal = [(0, 0)] * len(queries)
     chunks: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     above = total
     for shift in levels:
@@ -191,12 +214,12 @@ def _counted(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[F
             bin_ = int(torch.searchsorted(sums, torch.tensor([rank[i]]), right=True)[0])
             before = int(sums[bin_ - 1]) if bin_ else 0
             rank[i] -= before
-            below_equal[i] = (rank[i], int(counts[bin_]))
             prefix[i] = (prefix[i] << (above - shift)) | bin_
         above = shift
-    return [
-        _locate(inputs, values, q, prefix[i], *below_equal[i], [c[i] for c in chunks]) for i, q in enumerate(queries)
+    equals = [
+        [int(n[where == (p & 0x7FFF)].sum()) for where, n in (c[i] for c in chunks)] for i, p in enumerate(prefix)
     ]
+    return [_locate(inputs, values, *each) for each in zip(queries, prefix, rank, equals, strict=True)]
 
 
 def _histograms(
@@ -221,18 +244,12 @@ def _histograms(
     return inputs.scan(count)
 
 
-def _locate(
-    inputs: Inputs, values: Values, q: Query, bits: int, rank: int, equal: int,
-    chunks: Sequence[tuple[torch.Tensor, torch.Tensor]],
-) -> Found:  # fmt: skip
-    """The element: the `rank`-th of those that have these bits."""
-
-    low = bits & 0x7FFF
-    left = equal - rank - 1 if q.last else rank
-    for number, (where, counts) in enumerate(chunks):
-        have = int(counts[where == low].sum())
+def _locate(inputs: Inputs, values: Values, q: Query, bits: int, rank: int, equals: Sequence[int]) -> Found:
+    """The element: the `rank`-th of those that have these bits, of which every chunk has as many as `equals` says."""
+    left = sum(equals) - rank - 1 if q.last else rank
+    for chunk, have in enumerate(equals):
         if left < have:
-            start = number * inputs.chunk
+            start = chunk * inputs.chunk
             block = inputs.flat(start, min(start + inputs.chunk, inputs.numel))
             hits = (bits_of(values(block)[q.of]).reshape(-1) == bits).nonzero().reshape(-1)
             return Found(bits, inputs.work == "float64", start + int(hits[left]))
