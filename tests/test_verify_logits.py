@@ -291,7 +291,7 @@ def test_forced_runs_isolate(saved: Callable[[str], Path]) -> None:
 
 
 def test_too_large_for_the_memory(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "_free", lambda: 1 << 20)
+    monkeypatch.setattr(running, "free_memory", lambda: 1 << 20)
     with pytest.raises(SurgeryError, match=r"needs about 3\.0 MB of memory, 1\.0 MB are free"):
         compare_logits(saved("llama"), saved("llama"))
 
@@ -300,7 +300,7 @@ def test_tight_memory_gives_the_same_answer(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where two models do not fit, B is loaded again after experiments with its config."""
-    monkeypatch.setattr(running, "_free", lambda: 4 << 20)
+    monkeypatch.setattr(running, "free_memory", lambda: 4 << 20)
     b = changed(saved("llama"), tmp_path / "b", each(GATE_UP), rope(rope_theta=5e5))
     assert [c.kind for c in compare_logits(saved("llama"), b).causes] in (["config", "layout"], ["layout", "config"])
 
