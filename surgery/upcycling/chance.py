@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.lazy import Box, Lazy, lengths
+from surgery.mixing import splitmix64
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class Random(Lazy):
     def read(self, box: Box) -> torch.Tensor:
         import torch
 
-        raw = _splitmix(_places(box, self.shape), self.key)
+        raw = splitmix64(_places(box, self.shape), self.key)
         values = _normal(raw) * self.std if self.bound is None else _uniform(raw) * self.bound
         return torch.from_numpy(values).to(self.dtype).reshape(lengths(box))
 
@@ -39,7 +40,7 @@ def permutation(seed: int, name: str, n: int) -> list[int]:
     """0 ... n-1 in an order that depends on the seed and the name."""
     import numpy as np
 
-    raw = _splitmix(np.arange(n, dtype=np.uint64), key_of(seed, name))
+    raw = splitmix64(np.arange(n, dtype=np.uint64), key_of(seed, name))
     return [int(i) for i in np.argsort(raw, kind="stable")]
 
 
@@ -55,16 +56,6 @@ def _places(box: Box, shape: Sequence[int]) -> Any:
     for (a, b), n in zip(box, shape, strict=True):
         at = (at[:, None] * np.uint64(n) + np.arange(a, b, dtype=np.uint64)).reshape(-1)
     return at
-
-
-def _splitmix(index: Any, key: int) -> Any:
-    """splitmix64 (Steele, Lea, Flood 2014) of every place."""
-    import numpy as np
-
-    x = (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _uniform(raw: Any) -> Any:
