@@ -168,6 +168,18 @@ def test_all_bytes_are_told_as_they_go(family, dtype, settings, tmp_path):
     assert sum(with_none) == ready.bytes_to_prove(0)
 
 
+def test_what_is_measured_is_told(tiny_hf, tmp_path):
+    """Before anything is written: activations, and experts that are compared."""
+    source, told = tiny_hf("llama"), []
+    run.prepare(source, Settings(8, 4, router="kmeans"), on=Device(advance=told.append))
+    parts = open_checkpoint(source).parts
+    assert sum(told) == sum(part.nbytes for name, part in parts.items() if name != "lm_head")
+    surgery.upcycle(source, tmp_path / "moe", experts=4, top_k=2, strategy="copy", verify_tokens=0)
+    told.clear()
+    api.prepare_collapse(tmp_path / "moe", on=Device(advance=told.append))
+    assert sum(told) == 4 * sum(part.nbytes for name, part in parts.items() if ".mlp." in name)
+
+
 @pytest.mark.parametrize(("settings", "read"), [
     ({"experts": 4, "top_k": 2, "strategy": "copy"}, 0),
     ({"experts": 4, "top_k": 2, "strategy": "copy", "scale": "1"}, 0),

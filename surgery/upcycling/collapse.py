@@ -74,7 +74,7 @@ def collapsed(
     if not spec.e:
         raise ConfigError("the model has no experts: it is dense already")
     moe = [i for i in range(spec.l) if spec.is_moe(i)]
-    found = {i: _exact(source, i) for i in moe}
+    found = {i: _exact(source, i, on) for i in moe}
     inexact = [i for i in moe if found[i].why]
     losses = [f"layer {i}: {found[i].why}" for i in inexact[:1]] + (
         [f"{len(inexact) - 1} more layers like that"] if len(inexact) > 1 else []
@@ -94,10 +94,10 @@ def collapsed(
     return Changed(dense, (source,), f"collapse, {details['by']}", tuple(losses), details, rounds)
 
 
-def _exact(source: Checkpoint, layer: int) -> Dense:
+def _exact(source: Checkpoint, layer: int, on: Device) -> Dense:
     """How a layer collapses; with `weights` and `why` if not exactly."""
     spec = source.spec
-    shards, idle = _shards(source, layer)
+    shards, idle = _shards(source, layer, on)
     classes = router_classes(source, layer)
     total, why = _total(spec, len(set(classes)) == 1)
     kinds = sorted(set(shards), key=shards.index)
@@ -111,7 +111,7 @@ def _exact(source: Checkpoint, layer: int) -> Dense:
     return Dense(tuple(shards.index(kind) for kind in kinds), total / len(kinds), shared)
 
 
-def _shards(source: Checkpoint, layer: int) -> tuple[list[bytes], bool]:
+def _shards(source: Checkpoint, layer: int, on: Device) -> tuple[list[bytes], bool]:
     """A digest of every expert's weights, and whether every `down` is zero."""
     digests, idle = [], True
     for e in range(source.spec.e):
@@ -120,6 +120,7 @@ def _shards(source: Checkpoint, layer: int) -> tuple[list[bytes], bool]:
             part = source.parts.get(f"layers.{layer}.experts.{e}.{which}")
             for data in blocks(part) if part is not None else ():
                 digest.update(bytes_of(data.contiguous()))
+                on.advance(data.nbytes)
                 idle = idle and not (which == "down" and bool(data.any()))
         digests.append(digest.digest())
     return digests, idle
