@@ -47,6 +47,7 @@ MIN_BLOCK = 1 << 12
 PARTS = 32  # of the budget: one part is a block
 CHECKPOINT = 64  # blocks between two lines of the journal
 READERS = 4  # threads that make blocks, on a machine of that many cores
+SPARE = 2  # blocks that are made besides one per thread, so that none waits for the writing
 Progress = Callable[[int], None]
 
 
@@ -236,7 +237,7 @@ def _rests(shape: Shape, start: int) -> Iterator[Box]:
 
 @contextmanager
 def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[Iterator[T]]:
-    """What `makers` make, in their order, made in `threads` threads, each of which is one ahead of what is taken.
+    """What `makers` make, in their order, made in `threads` threads, not more than SPARE further ahead than one each.
 
     What making one raises is raised when it is its turn.
     """
@@ -244,7 +245,7 @@ def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iter
     rest, made = iter(makers), deque[Future[T]]()
 
     def take(pool: ThreadPoolExecutor) -> Iterator[T]:
-        made.extend(pool.submit(make) for make in itertools.islice(rest, count))
+        made.extend(pool.submit(make) for make in itertools.islice(rest, count + SPARE))
         while made:
             item = made.popleft().result()
             made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
