@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.soups.arithmetic import added, mask, norms, oriented, sums, totals, whole
+from surgery.soups.arithmetic import added, mask, norms, oriented, squares, sums, totals, whole
 from surgery.soups.engine import Block, Inputs, Ready
 from surgery.soups.select import Query, behind, order
 
@@ -46,14 +46,14 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
         yield from (offsets[i] * offsets[j] for i, j in pairs)
 
     def all_products(block: Block) -> Iterator[torch.Tensor]:
-        yield from (offset.double().square_() for offset in _offsets(block))
+        yield from map(squares, _offsets(block))
         yield from products(block)
 
     if inputs.single:
         return norms(inputs, _offsets), sums(inputs, lambda block: list(products(block)))
     found, dtype = totals(inputs, all_products), torch_dtype(inputs.work)
-    squares, dots = found[: inputs.count], found[inputs.count :]
-    return [s.sqrt().to(dtype) for s in squares], [d.to(dtype) for d in dots]
+    lengths = [s.sqrt().to(dtype) for s in found[: inputs.count]]
+    return lengths, [d.to(dtype) for d in found[inputs.count :]]
 
 
 def _offsets(block: Block) -> list[torch.Tensor]:
@@ -106,8 +106,8 @@ def sce(inputs: Inputs, options: Options) -> Ready:
     if inputs.single and inputs.numel:
         means = torch.stack(whole(inputs, vectors)).square().mean(dim=1)
     else:
-        squares = sums(inputs, lambda block: [v.double().square() for v in vectors(block)])
-        means = torch.stack([s / inputs.numel for s in squares]).to(dtype)
+        found = sums(inputs, lambda block: list(map(squares, vectors(block))))
+        means = torch.stack([s / inputs.numel for s in found]).to(dtype)
     total = torch.sum(means).item()
     weights = torch.ones_like(means) / len(means) if abs(total) < 1e-6 else means / total
 
@@ -145,10 +145,10 @@ def _variance(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     import torch
 
     mean = tensors[0].double()
-    squares = torch.zeros_like(mean)
+    total = torch.zeros_like(mean)
     for count, t in enumerate(tensors[1:], 2):
         value = t.double()
         off = value - mean
         mean.add_(off / count)
-        squares.addcmul_(off, value.sub_(mean))
-    return squares.div_(len(tensors)).to(tensors[0].dtype)
+        total.addcmul_(off, value.sub_(mean))
+    return total.div_(len(tensors)).to(tensors[0].dtype)

@@ -178,7 +178,7 @@ def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[
     import numpy as np
 
     count = max(1, min(max(SLICES, inputs.numel >> 16), 16 * SLICES, inputs.numel // SLICE))
-    starts = [inputs.numel * i // count for i in range(count)]
+    starts = [inputs.numel * i // count // SLICE * SLICE for i in range(count)]
     taken = inputs.engine.map(lambda at: values(inputs.flat(at, min(at + SLICE, inputs.numel))), starts)
     ranges = []
     for q in queries:

@@ -14,6 +14,7 @@ With `agree`, an element takes part only where its sign is that of the weighted 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -193,18 +194,20 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
     def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
         density, epsilon = options["density"][i], options["epsilon"][i]
         rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
-        return block.below(i, chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
-
-    def chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> Any:
-        """The probability of each rank among `count`, in fp64, rounded where mergekit rounds."""
-        import torch
-
-        ranks = torch.arange(count).to(dtype if dtype != torch.float16 else torch.float32) + 1
-        chance = (density - epsilon) + ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) * 2 * epsilon
-        return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
+        return block.below(i, _chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
 
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
     return _chosen(inputs, options, choose, 2 if len(inputs.shape) > 2 else 1)
+
+
+@functools.lru_cache
+def _chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> Any:
+    """The probability of each rank among `count`, in fp64, rounded where mergekit rounds."""
+    import torch
+
+    ranks = torch.arange(count).to(dtype if dtype != torch.float16 else torch.float32) + 1
+    chance = (density - epsilon) + ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) * 2 * epsilon
+    return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
 
 
 def _chosen(inputs: Inputs, options: Options, choose: Choose, span: int) -> Thinning:
