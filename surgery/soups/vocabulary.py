@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +38,13 @@ WHOLE = 1 << 22  # elements up to which a mean is torch's own
 class Rows(Lazy):
     """Rows of several tensors: row i is that of `origins[i]`; the last `padding` rows are the mean of all others."""
 
-    __slots__ = ("_mean", "kind", "origins", "shape", "srcs", "starts")
+    __slots__ = ("_lock", "_mean", "kind", "origins", "shape", "srcs", "starts")
 
     def __init__(self, srcs: Sequence[Lazy], origins: Sequence[Origin], padding: int) -> None:
         self.srcs, self.origins, self.kind = tuple(srcs), origins, srcs[0].kind
         self.shape = (len(origins) + padding, *srcs[0].shape[1:])
         self._mean: torch.Tensor | None = None
+        self._lock = threading.Lock()  # blocks are read in several threads
         self.starts = [i for i in range(len(origins)) if not i or not _follows(origins[i - 1], origins[i])]
         self.starts += [len(origins)] * bool(padding)
 
@@ -73,17 +75,20 @@ class Rows(Lazy):
 
     def mean(self) -> torch.Tensor:
         """The mean of all rows that belong to tokens, as one row."""
+        with self._lock:
+            if self._mean is None:
+                self._mean = self._mean_row()
+            return self._mean
+
+    def _mean_row(self) -> torch.Tensor:
         import torch
 
-        if self._mean is None:
-            count, inner = len(self.origins), math.prod(self.shape[1:])
-            rest, step = whole(self.shape)[1:], max(1, WHOLE // max(1, inner))
-            if count <= step:
-                self._mean = torch.mean(self.read(((0, count), *rest)), dim=0, keepdim=True)
-            else:
-                sums = [self.read(((i, min(i + step, count)), *rest)).double().sum(0) for i in range(0, count, step)]
-                self._mean = (torch.stack(sums).sum(0, keepdim=True) / count).to(self.dtype)
-        return self._mean
+        count, inner = len(self.origins), math.prod(self.shape[1:])
+        rest, step = whole(self.shape)[1:], max(1, WHOLE // max(1, inner))
+        if count <= step:
+            return torch.mean(self.read(((0, count), *rest)), dim=0, keepdim=True)
+        sums = [self.read(((i, min(i + step, count)), *rest)).double().sum(0) for i in range(0, count, step)]
+        return (torch.stack(sums).sum(0, keepdim=True) / count).to(self.dtype)
 
 
 def _follows(a: Origin, b: Origin) -> bool:

@@ -9,6 +9,7 @@ A statistic is taken in blocks of a fixed size, so that the bits do not depend o
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,12 +26,13 @@ BLOCK = 1 << 20
 class _Changed(Lazy):
     """A tensor, the random numbers beside it, and the statistics of `told`, taken when they are first needed."""
 
-    __slots__ = ("_moments", "dice", "src", "told")
+    __slots__ = ("_lock", "_moments", "dice", "src", "told")
 
     def __init__(self, src: Lazy, told: Lazy, name: str, seed: int) -> None:
         self.src, self.told = src, told
         self.dice = Random(src.shape, "float64", name, seed)
         self._moments: tuple[float, float] | None = None
+        self._lock = threading.Lock()  # blocks are read in several threads
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -45,14 +47,18 @@ class _Changed(Lazy):
 
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of `told`."""
-        if self._moments is None:
-            total = squares = 0.0
-            for box in boxes(self.told.shape, ITEMSIZE[self.told.kind], BLOCK):
-                data = self.told.read(box).double()
-                total, squares = total + float(data.sum()), squares + float(data.square().sum())
-            n = max(1, math.prod(self.told.shape))
-            self._moments = total / n, math.sqrt(max(0.0, squares / n - (total / n) ** 2))
-        return self._moments
+        with self._lock:
+            if self._moments is None:
+                self._moments = self._taken()
+            return self._moments
+
+    def _taken(self) -> tuple[float, float]:
+        total = squares = 0.0
+        for box in boxes(self.told.shape, ITEMSIZE[self.told.kind], BLOCK):
+            data = self.told.read(box).double()
+            total, squares = total + float(data.sum()), squares + float(data.square().sum())
+        n = max(1, math.prod(self.told.shape))
+        return total / n, math.sqrt(max(0.0, squares / n - (total / n) ** 2))
 
 
 class Redrawn(_Changed):
