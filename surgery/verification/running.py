@@ -78,8 +78,9 @@ def fits(parameters: int) -> bool:
 def check_memory(parameters: int, folder: Path) -> None:
     """Raise SurgeryError if a model of this size in fp32 does not fit into the free memory."""
     if not fits(parameters):
+        need, free = human(_need(parameters)), human(free_memory() or 0)
         raise SurgeryError(
-            f"running it in fp32 needs about {human(_need(parameters))} of memory, {human(free_memory() or 0)} are free",
+            f"running it in fp32 needs about {need} of memory, {free} are free",
             file=folder,
             hint="without --logits the weights and configs are compared in little memory",
         )
