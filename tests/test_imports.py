@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each module knows only what stands before it.  Packages count as one.
 ORDER = ["errors", "mixing", "sizes", "memory", "files", "lazy", "extent", "axes", "anatomy", "topology", "rows",
-         "replicas", "dialect", "containers", "fingerprint", "journal", "staging", "sink", "stream", "tokenizer", "formats",
-         "dialects", "checkpoint", "allowances", "provenance", "conversion"]  # fmt: skip
+         "replicas", "dialect", "containers", "fingerprint", "journal", "staging", "sink", "stream", "tokenizer",
+         "formats", "dialects", "checkpoint", "allowances", "provenance", "conversion"]  # fmt: skip
 LATE = {"cli": set(), "show": {"cli"}, "inspect": {"cli", "show"}}  # who may import these
 
 
