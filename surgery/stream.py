@@ -44,7 +44,7 @@ from surgery.staging import Staging
 T = TypeVar("T")
 MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their page faults cost more than the copying
 MIN_BLOCK = 1 << 12
-PARTS = 32  # of the budget: one part is a block
+PARTS = 64  # of the budget: one part is a block
 CHECKPOINT = 64  # blocks between two lines of the journal
 READERS = 4  # threads that make blocks, on a machine of that many cores
 SPARE = 2  # blocks that are made besides one per thread, so that none waits for the writing

@@ -154,7 +154,7 @@ def test_an_error_is_raised_in_turn_and_the_threads_end_when_left():
 # -- what is written
 
 
-@pytest.mark.parametrize("memory", [1, 32 * 7 * KB, 64 << 20])
+@pytest.mark.parametrize("memory", [1, stream.PARTS * 7 * KB, 64 << 20])
 def test_bytes_counts_and_progress(memory, source, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "MIN_BLOCK", 1000)
     ledger, steps = Ledger(), []
@@ -416,7 +416,7 @@ def interrupted(files, dst, after, **kw):
 
 @pytest.mark.parametrize("after", [1, 150_000, 250_000, 430_000, 590_000, 600_000])
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(after, source, tmp_path):
-    memory = 32 * 4 * KB
+    memory = stream.PARTS * 4 * KB
 
     def taps():
         ledger = Ledger()
@@ -450,15 +450,15 @@ def resumed_bytes(done, files):
 
 def test_a_run_may_go_on_with_another_memory_budget(source, tmp_path):
     write(plan(source), tmp_path / "whole", max_memory=1 << 20, job={})
-    interrupted(plan(source), tmp_path / "out", 100_000, max_memory=32 * 4 * KB, job={})
-    done = write(plan(source), tmp_path / "out", max_memory=32 * 7 * KB, job={})
+    interrupted(plan(source), tmp_path / "out", 100_000, max_memory=stream.PARTS * 4 * KB, job={})
+    done = write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 7 * KB, job={})
     assert done.resumed_bytes > 90_000
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", ["job", "plan", "ledger"])
 def test_another_job_starts_afresh_and_says_so(change, source, tmp_path):
-    memory = 32 * 4 * KB
+    memory = stream.PARTS * 4 * KB
     interrupted(plan(source), tmp_path / "out", 300_000, max_memory=memory, job={"j": 1})
     job, files, ledger = {"j": 1}, plan(source), None
     if change == "job":
@@ -474,7 +474,7 @@ def test_another_job_starts_afresh_and_says_so(change, source, tmp_path):
 
 @pytest.mark.parametrize("damage", ["file gone", "file short", "hard link"])
 def test_an_unfinished_output_that_was_tampered_with_is_not_believed(damage, source, tmp_path):
-    memory, dst = 32 * 4 * KB, tmp_path / "out"
+    memory, dst = stream.PARTS * 4 * KB, tmp_path / "out"
     interrupted(plan(source), dst, 300_000, max_memory=memory, job={})
     path = hidden(dst) / "data/a/one.safetensors"
     if damage == "file gone":
@@ -492,7 +492,7 @@ def test_an_unfinished_output_that_was_tampered_with_is_not_believed(damage, sou
 
 @pytest.mark.parametrize("keep", [1.0, 0.9, 0.5, 0.2])
 def test_a_torn_or_damaged_journal_is_believed_up_to_there(keep, source, tmp_path):
-    memory, dst = 32 * 4 * KB, tmp_path / "out"
+    memory, dst = stream.PARTS * 4 * KB, tmp_path / "out"
     write(plan(source), tmp_path / "whole", max_memory=memory, job={})
     interrupted(plan(source), dst, 500_000, max_memory=memory, job={})
     path = hidden(dst) / "journal.jsonl"
@@ -532,7 +532,7 @@ def full_after(n, number=errno.ENOSPC):
 
 
 def test_a_full_disk_says_how_much_is_missing_and_keeps_what_is_written(source, tmp_path, monkeypatch):
-    memory, dst = 32 * 4 * KB, tmp_path / "out"
+    memory, dst = stream.PARTS * 4 * KB, tmp_path / "out"
     write(plan(source), tmp_path / "whole", max_memory=memory, job={})
     total = sum(map(len, tree(tmp_path / "whole").values()))
     with monkeypatch.context() as m:
@@ -553,9 +553,9 @@ def test_a_full_disk_says_how_much_is_missing_and_keeps_what_is_written(source, 
 def test_other_errors_of_the_disk(number, source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full_after(200_000, number))
     with pytest.raises(OutputError, match="cannot be written"):
-        write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={})
+        write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={})
     monkeypatch.undo()
-    assert write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={}).resumed_bytes > 150_000
+    assert write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={}).resumed_bytes > 150_000
 
 
 @pytest.mark.parametrize("call", ["fdatasync", "fsync"])
@@ -565,10 +565,10 @@ def test_an_error_that_only_fsync_reports(call, source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, call, fail)
     with pytest.raises(OutputError, match="cannot be written"):
-        write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={})
+        write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={})
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={})
+    write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={})
 
 
 def test_too_little_space_is_seen_before_anything_is_written(source, tmp_path, monkeypatch):
@@ -594,11 +594,11 @@ def test_a_parent_that_is_a_file(source, tmp_path):
 def test_what_the_source_raises_is_passed_on_and_nothing_hangs(source, tmp_path):
     bad = region_file("x", source["t0"], Failing((100, 1000), FileError("the file is truncated"), good=50))
     with pytest.raises(FileError, match="truncated"):
-        write([bad], tmp_path / "out", max_memory=32 * 4 * KB, job={})
+        write([bad], tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={})
     assert not (tmp_path / "out").exists()
     assert {t.name for t in threading.enumerate()} & {"surgery-read", "surgery-sync"} == set()
     fixed = region_file("x", source["t0"], Fill((100, 1000), "uint8", 1))
-    assert write([fixed], tmp_path / "out", max_memory=32 * 4 * KB, job={}).resumed_bytes >= 10_000
+    assert write([fixed], tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={}).resumed_bytes >= 10_000
 
 
 def test_data_are_durable_before_the_journal_says_so(source, tmp_path, monkeypatch):
@@ -622,7 +622,7 @@ def test_data_are_durable_before_the_journal_says_so(source, tmp_path, monkeypat
     monkeypatch.setattr(journal.Journal, "append", logged_append)
     monkeypatch.setattr(stream, "CHECKPOINT", 8)
     files = plan(source)
-    write(files, tmp_path / "out", max_memory=32 * 4 * KB, job={})
+    write(files, tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={})
     regions = {f.name.rpartition("/")[2]: f.regions for f in files}
     writes = [(i, file, at) for i, (kind, file, *at) in enumerate(log) if kind == "write"]
     checked = 0
@@ -654,11 +654,11 @@ def test_signals_stop_between_blocks_and_are_put_back(signum, source, tmp_path):
             signal.raise_signal(signum)
 
     with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(signum).name}") as caught:
-        write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={}, progress=progress)
+        write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={}, progress=progress)
     assert caught.value.signum == signum
     assert "run the same command again" in str(caught.value)
     assert signal.getsignal(signum) is before
-    assert write(plan(source), tmp_path / "out", max_memory=32 * 4 * KB, job={}).resumed_bytes > 200_000
+    assert write(plan(source), tmp_path / "out", max_memory=stream.PARTS * 4 * KB, job={}).resumed_bytes > 200_000
 
 
 def test_it_works_in_a_thread_that_gets_no_signals(source, tmp_path):
@@ -672,7 +672,7 @@ def test_it_works_in_a_thread_that_gets_no_signals(source, tmp_path):
 
 
 def test_without_fsync_a_new_boot_starts_afresh(source, tmp_path, monkeypatch):
-    memory = 32 * 4 * KB
+    memory = stream.PARTS * 4 * KB
     interrupted(plan(source), tmp_path / "out", 300_000, max_memory=memory, job={}, durable=False)
     with monkeypatch.context() as m:
         m.setattr(stream, "boot_id", lambda: "another")
