@@ -18,12 +18,11 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
+
+from timing import Result, timed
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 2048,
@@ -87,17 +86,6 @@ else:
 '''
 
 
-@dataclass
-class Result:
-    """Of one kind of run: seconds (wall, work, processor), peak bytes of the process, and what it reported."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    work: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
-    report: dict[str, object] = field(default_factory=dict)
-
-
 Compared = dict[str, tuple[Path, Callable[[Result], object]]]  # name -> (the folder it writes, the run)
 
 
@@ -132,22 +120,6 @@ def make_checkpoint(folder: Path, size: float) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
-
-
-def timed(command: list[str], result: Result) -> str:
-    """Run a program; note its wall time and peak.  Returns what it printed."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command} failed with status {process.returncode}")
-    result.wall.append(time.monotonic() - began)
-    result.cpu.append(usage.ru_utime + usage.ru_stime)
-    result.peak.append(usage.ru_maxrss * 1024)
-    return out
 
 
 def convert(src: Path, dst: Path, result: Result, *flags: str) -> None:

@@ -17,12 +17,11 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
+
+from timing import Result, timed
 
 EMPTY = "import torch, numpy, surgery.cli, surgery.soups.run"
 TASK = {"weight": 0.5, "density": 0.5}
@@ -36,17 +35,6 @@ METHODS: Mapping[str, tuple[int, Mapping[str, float], Mapping[str, float]]] = {
     "model_stock": (3, {}, {}),
     "sce": (3, {}, {"select_topk": 0.5}),
 }
-
-
-@dataclass
-class Result:
-    """Of one kind of run: seconds (wall, work, processor), peak bytes of the process, and what it reported."""
-
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-    work: list[float] = field(default_factory=list)
-    peak: list[int] = field(default_factory=list)
-    report: dict[str, object] = field(default_factory=dict)
 
 
 def make(root: Path, size: float) -> None:
@@ -68,22 +56,6 @@ def make(root: Path, size: float) -> None:
                 n: t + torch.randn(t.shape, generator=generator).mul_(0.002).bfloat16() for n, t in tensors.items()
             }
             save_file(noisy, path, {"format": "pt"})
-
-
-def timed(command: Sequence[str], result: Result) -> str:
-    """Run a program; note its wall time, processor time and peak.  Returns what it printed."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command} failed with status {process.returncode}")
-    result.wall.append(time.monotonic() - began)
-    result.cpu.append(usage.ru_utime + usage.ru_stime)
-    result.peak.append(usage.ru_maxrss * 1024)
-    return out
 
 
 def write_config(root: Path, method: str) -> Path:
@@ -130,12 +102,12 @@ def measure(root: Path, method: str, runs: int, memory: str, theirs: bool) -> di
         timed(["sh", "-c", copies], results["cp"])
         shutil.rmtree(out)
         os.sync()
-        results["surgery"].report = json.loads(timed(soup, results["surgery"]))
+        results["surgery"].report = json.loads(timed(soup, results["surgery"], quiet=True))
         results["surgery"].work.append(float(str(results["surgery"].report["seconds"])))
         shutil.rmtree(out)
         os.sync()
         if theirs:
-            timed([*mergekit, "--no-copy-tokenizer", "--no-write-model-card"], results["mergekit"])
+            timed([*mergekit, "--no-copy-tokenizer", "--no-write-model-card"], results["mergekit"], quiet=True)
             shutil.rmtree(out)
             os.sync()
     return results

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
+
+from timing import Result, timed
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 2048,
@@ -54,19 +53,6 @@ def make(folder: Path, layers: int) -> int:
     return sum(t.numel() for t in tensors.values())
 
 
-def timed(command: list[str]) -> tuple[float, int, str]:
-    """Wall time in seconds, peak memory in bytes and output of a program."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command} failed with status {process.returncode}")
-    return time.monotonic() - began, usage.ru_maxrss * 1024, out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dir", type=Path, required=True, help="an existing folder on the disk to measure")
@@ -83,11 +69,11 @@ def main() -> None:
     try:
         # A child's peak begins at its parent's, so this process must stay small.
         again = [sys.executable, __file__, "--make", "--dir", str(args.dir), "--layers", str(args.layers)]
-        parameters = int(timed(again)[2])
-        imports = timed([sys.executable, "-c", EMPTY])[1]
+        parameters, imports = int(timed(again, Result())), Result()
+        timed([sys.executable, "-c", EMPTY], imports)
         print(f"{parameters / 1e9:.2f}B parameters, {args.runs} runs, --max-memory {args.max_memory}")
         for name, flags in WAYS.items():
-            measure(name, flags, root, args.runs, args.max_memory, imports)
+            measure(name, flags, root, args.runs, args.max_memory, imports.peak[0])
     finally:
         shutil.rmtree(root)
 
@@ -97,20 +83,17 @@ def measure(name: str, flags: list[str], root: Path, runs: int, memory: str, imp
     moe, copy = root / "moe", root / "copy"
     command = [sys.executable, "-m", "surgery", "upcycle", str(root / "dense"), str(moe), *flags, "--no-verify",
                "--max-memory", memory, "--json"]  # fmt: skip
-    walls, works, copies, peaks, size = [], [], [], [], 0
+    ours, copied, size = Result(), Result(), 0
     for _ in range(runs):
-        wall, peak, out = timed(command)
-        report = json.loads(out)
-        walls.append(wall)
-        works.append(float(report["seconds"]))
-        peaks.append(peak - imports)
-        size = int(report["bytes"])
-        copies.append(timed(["sh", "-c", f"cp -r '{moe}' '{copy}'; sync -f '{copy}'"])[0])
+        ours.report = json.loads(timed(command, ours))
+        ours.work.append(float(str(ours.report["seconds"])))
+        size = int(str(ours.report["bytes"]))
+        timed(["sh", "-c", f"cp -r '{moe}' '{copy}'; sync -f '{copy}'"], copied)
         shutil.rmtree(moe)
         shutil.rmtree(copy)
-    wall, work, cp = (statistics.median(x) for x in (walls, works, copies))
+    wall, work, cp = (statistics.median(x) for x in (ours.wall, ours.work, copied.wall))
     print(f"{name}: {size / 1e9:.2f} GB; wall {wall:.1f} s, work {work:.1f} s; cp and sync {cp:.1f} s;"
-          f" work / cp {work / cp:.2f}; peak {max(peaks) / 1e6:.0f} MB above imports")  # fmt: skip
+          f" work / cp {work / cp:.2f}; peak {(max(ours.peak) - imports) / 1e6:.0f} MB above imports")  # fmt: skip
 
 
 if __name__ == "__main__":
