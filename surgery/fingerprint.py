@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError, some
 from surgery.lazy import Box, Lazy, Shape, bytes_of, lengths
-from surgery.mixing import splitmix64
+from surgery.mixing import places, splitmix64
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def box_sum(data: torch.Tensor, box: Box, shape: Shape) -> int:
         return 0
     start, stop = box[-1] if box else (0, 1)
     item = data.element_size()
-    rows = _row_numbers(box[:-1], shape[:-1])
+    rows = places(box[:-1], shape[:-1])
     raw = np.frombuffer(bytes_of(data.contiguous()), np.uint8).reshape(len(rows), (stop - start) * item)
     total, at = 0, start * item  # `at`: byte of the row at which `raw` begins
     for k0 in range(at // 4, -(-stop * item // 4), COLUMNS):
@@ -80,16 +80,6 @@ def _words(raw: Any, start: int, stop: int) -> Any:
     elif not inside.flags.c_contiguous:
         inside = np.ascontiguousarray(inside)
     return inside.view("<i4")
-
-
-def _row_numbers(box: Box, shape: Shape) -> Any:
-    """The row-major numbers of the rows of a box, as uint64."""
-    import numpy as np
-
-    rows: Any = np.zeros(1, np.uint64)
-    for (a, b), n in zip(box, shape, strict=True):
-        rows = (rows[:, None] * np.uint64(n) + np.arange(a, b, dtype=np.uint64)).reshape(-1)
-    return rows
 
 
 @functools.lru_cache(maxsize=8)

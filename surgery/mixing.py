@@ -5,6 +5,7 @@ splitmix64(np.arange(4, dtype=np.uint64), key=7)          # four of 2^64 numbers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,3 +21,13 @@ def splitmix64(places: Any, key: int) -> Any:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
+
+
+def places(box: Sequence[tuple[int, int]], shape: Sequence[int]) -> Any:
+    """The row-major numbers of the elements of a box, as uint64."""
+    import numpy as np
+
+    at: Any = np.zeros(1, np.uint64)
+    for (a, b), n in zip(box, shape, strict=True):
+        at = (at[:, None] * np.uint64(n) + np.arange(a, b, dtype=np.uint64)).reshape(-1)
+    return at

@@ -130,19 +130,23 @@ def write(
             resumed = sink.resumed(files)
             _check_space(dst, total - resumed)
             count(resumed)
-            with _signals() as stop, ahead(_steps(files, state, ledger, block), threads) as steps:
-                for step in steps:
-                    sink.take(step)
-                    if stop:
-                        raise Interrupted(stop[0], dst)
-        if ledger is not None and (gaps := ledger.gaps()):
-            raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}", file=dst)
+            _take(_steps(files, state, ledger, block), threads, sink, dst)
+        _check_complete(ledger, dst)
         everything = [*files, *(closing(outcome(files)) if closing else [])]
         _check_names(everything)
         for file in everything[len(files) :]:
             sink.write_small(file)
         stage.publish({f.name for f in everything})
         return outcome(everything)
+
+
+def _take(makers: Iterable[Callable[[], Step]], threads: int | None, sink: Sink, dst: Path) -> None:
+    """Do all steps, or up to a signal."""
+    with _signals() as stop, ahead(makers, threads) as steps:
+        for step in steps:
+            sink.take(step)
+            if stop:
+                raise Interrupted(stop[0], dst)
 
 
 def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, progress: Progress | None = None) -> None:
@@ -251,7 +255,7 @@ def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iter
             made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
             yield item
 
-    with _one_thread(), ThreadPoolExecutor(count, "surgery-read", initializer=_alone) as pool:
+    with _one_thread(), ThreadPoolExecutor(count, "surgery-read", initializer=alone) as pool:
         try:
             yield take(pool)
         finally:
@@ -264,8 +268,8 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _alone() -> None:
-    """For a thread of a pool: torch is not to start more threads below it."""
+def alone() -> None:
+    """For a thread of a pool: torch is to compute in it alone.  Reductions are then in one order, too."""
     import torch
 
     torch.set_num_threads(1)
@@ -322,6 +326,11 @@ def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledge
     boot = None if durable else boot_id()
     text = json.dumps([dict(job), plan, parts, boot], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_complete(ledger: Ledger | None, dst: Path) -> None:
+    if ledger is not None and (gaps := ledger.gaps()):
+        raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}", file=dst)
 
 
 def _check_names(files: Sequence[OutputFile]) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from surgery.errors import SurgeryError
 from surgery.lazy import Box, Lazy, Shape, boxes, lengths, torch_dtype, whole
 from surgery.soups import masks
+from surgery.stream import alone
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +51,6 @@ class Block:
     @property
     def others(self) -> list[torch.Tensor]:
         return self.tensors[1:] if self.inputs.based else self.tensors
-
-    def index(self) -> torch.Tensor:
-        """The row-major number of every element in the whole tensor, shaped as the block."""
-        import torch
-
-        first = self.tensors[0]
-        if self.box is None:
-            return torch.arange(self.start, self.start + first.numel()).reshape(first.shape)
-        out = torch.zeros((), dtype=torch.int64)
-        for (a, b), n in zip(self.box, self.inputs.shape, strict=True):
-            out = out.unsqueeze(-1) * n + torch.arange(a, b)
-        return out
 
     def below(self, source: int, probability: Any) -> Any:
         """Which elements are chosen at random, each with its probability: numpy's booleans, flat.
@@ -158,7 +147,7 @@ class Engine:
         if self.threads == 1 or len(items) < 2 or threading.current_thread().name.startswith("surgery-merge"):
             return [fn(item) for item in items]
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(self.threads, "surgery-merge", initializer=_alone)
+            self._pool = ThreadPoolExecutor(self.threads, "surgery-merge", initializer=alone)
         return list(self._pool.map(fn, items))
 
     def known(self, key: object, make: Callable[[], Ready]) -> Ready:
@@ -179,13 +168,6 @@ class Engine:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-
-
-def _alone() -> None:
-    """Every worker computes with one thread of torch: reductions are then in one order."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 ONE = Engine()

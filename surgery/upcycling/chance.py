@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.lazy import Box, Lazy, lengths
-from surgery.mixing import splitmix64
+from surgery.mixing import places, splitmix64
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Random(Lazy):
     def read(self, box: Box) -> torch.Tensor:
         import torch
 
-        raw = splitmix64(_places(box, self.shape), self.key)
+        raw = splitmix64(places(box, self.shape), self.key)
         values = _normal(raw) * self.std if self.bound is None else _uniform(raw) * self.bound
         return torch.from_numpy(values).to(self.dtype).reshape(lengths(box))
 
@@ -46,16 +46,6 @@ def permutation(seed: int, name: str, n: int) -> list[int]:
 
 def key_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8], "little")
-
-
-def _places(box: Box, shape: Sequence[int]) -> Any:
-    """The row-major numbers of the elements of a box."""
-    import numpy as np
-
-    at: Any = np.zeros(1, np.uint64)
-    for (a, b), n in zip(box, shape, strict=True):
-        at = (at[:, None] * np.uint64(n) + np.arange(a, b, dtype=np.uint64)).reshape(-1)
-    return at
 
 
 def _uniform(raw: Any) -> Any:
