@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import FileError
 from surgery.files import File
-from surgery.lazy import ITEMSIZE, Box, Lazy, Shape, bytes_of, lengths, torch_dtype, whole
+from surgery.lazy import ITEMSIZE, Box, Lazy, Shape, bytes_of, empty, lengths, whole
 
 if TYPE_CHECKING:
     import torch
@@ -55,15 +55,43 @@ class Extent(Lazy):
         return (1 + sum((b - a - 1) * s for (a, b), s in zip(box, strides, strict=True))) * ITEMSIZE[self.kind]
 
     def read(self, box: Box) -> torch.Tensor:
-        if not math.prod(lengths(box)):
-            import torch
-
-            return torch.empty(lengths(box), dtype=self.dtype)
-        if self.strides is None:
-            out = _read_dense(self.file, self.offset, self.shape, self.kind, box)
-        else:
+        lens = lengths(box)
+        if self.strides is not None and math.prod(lens):
             out = self._read_strided(box)
+        else:
+            out = empty(lens, self.kind)
+            self._read_dense(self.shape, box, out)
         return _byteswapped(out) if self.swap else out
+
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        if self.strides is None and not self.swap and out.is_contiguous():
+            self._read_dense(self.shape, box, out)
+        else:
+            super().read_into(box, out)
+
+    def read_flat(self, start: int, stop: int, out: memoryview) -> None:
+        if self.strides is None and not self.swap:
+            self.file.read_into(self.offset + start * ITEMSIZE[self.kind], out, "tensor data")
+        else:
+            super().read_flat(start, stop, out)
+
+    def _read_dense(self, shape: Shape, box: Box, out: torch.Tensor) -> None:
+        """Fill `out` with a box of the row-major tensor of `shape` that lies here, by as few reads as rows allow."""
+        if not out.numel():
+            return
+        lens, run = lengths(box), ITEMSIZE[self.kind]
+        strides = [s * run for s in dense_strides(shape)]
+        k = len(lens)  # dimensions k.. form one run of bytes in the file
+        while k and lens[k - 1] == shape[k - 1]:
+            k, run = k - 1, run * shape[k - 1]
+        if k:
+            k -= 1
+            run *= lens[k]
+        start = self.offset + (box[k][0] * strides[k] if k < len(lens) else 0)
+        if k == 0:
+            self.file.read_into(start, bytes_of(out), "tensor data")
+        else:
+            self.file.read_runs(_offsets(start, box[:k], strides), run, bytes_of(out), "tensor data")
 
     def _read_strided(self, box: Box) -> torch.Tensor:
         assert self.strides is not None
@@ -71,7 +99,9 @@ class Extent(Lazy):
         order = sorted(range(len(self.shape)), key=lambda i: (-self.strides[i], self.shape[i] == 1))  # type: ignore[index]
         stored = tuple(self.shape[i] for i in order)
         if _is_dense(stored, [self.strides[i] for i in order]):
-            got = _read_dense(self.file, self.offset, stored, self.kind, tuple(box[i] for i in order))
+            inner = tuple(box[i] for i in order)
+            got = empty(lengths(inner), self.kind)
+            self._read_dense(stored, inner, got)
             return got.permute([order.index(i) for i in range(len(order))])
         return self._read_view(box)
 
@@ -94,7 +124,7 @@ class Extent(Lazy):
                 file=self.file.path,
                 hint="views that overlap themselves are read up to 64 MiB; re-save the tensor with .contiguous()",
             )
-        raw = torch.empty(span // item, dtype=self.dtype)
+        raw = empty([span // item], self.kind)
         start = self.offset + sum(a * s for (a, _), s in zip(box, self.strides, strict=True)) * item
         self.file.read_into(start, bytes_of(raw), "tensor data")
         return raw.as_strided(lens, self.strides).contiguous()
@@ -108,27 +138,6 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
                 return False
             at *= n
     return True
-
-
-def _read_dense(file: File, offset: int, shape: Shape, kind: str, box: Box) -> torch.Tensor:
-    """A box of a row-major tensor, by as few reads as its rows allow."""
-    import torch
-
-    lens, item = lengths(box), ITEMSIZE[kind]
-    out = torch.empty(lens, dtype=torch_dtype(kind))
-    k, run = len(lens), item  # dimensions k.. form one run of bytes in the file
-    while k and lens[k - 1] == shape[k - 1]:
-        k, run = k - 1, run * shape[k - 1]
-    if k:
-        k -= 1
-        run *= lens[k]
-    strides = [s * item for s in dense_strides(shape)]
-    start = offset + (box[k][0] * strides[k] if k < len(lens) else 0)
-    if k == 0:
-        file.read_into(start, bytes_of(out), "tensor data")
-    else:
-        file.read_runs(_offsets(start, box[:k], strides), run, bytes_of(out), "tensor data")
-    return out
 
 
 def _offsets(start: int, box: Box, strides: Sequence[int]) -> Iterable[int]:

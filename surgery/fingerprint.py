@@ -113,6 +113,10 @@ class Tap(Lazy):
         self.ledger.count(self.name, data, box)
         return data
 
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        self.src.read_into(box, out)
+        self.ledger.count(self.name, out, box)
+
 
 class Ledger:
     """Which parts there are, and the fingerprint of what has been read of each.

@@ -45,6 +45,22 @@ class Lazy:
         """Exactly this box, as a tensor of the box's shape.  Raises SurgeryError if a file does not hold it."""
         raise NotImplementedError
 
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        """Fill `out`, a tensor of the box's shape and this dtype, with exactly this box."""
+        out.copy_(self.read(box))
+
+    def read_flat(self, start: int, stop: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of elements [start, stop) in row-major order."""
+        import torch
+
+        if start == stop:
+            return
+        flat, at = torch.frombuffer(out, dtype=self.dtype), 0
+        for box in ranges(self.shape, start, stop):
+            lens = lengths(box)
+            self.read_into(box, flat[at : at + math.prod(lens)].reshape(lens))
+            at += math.prod(lens)
+
     def full(self) -> torch.Tensor:
         """The whole tensor."""
         return self.read(whole(self.shape))
@@ -87,6 +103,21 @@ def torch_dtype(kind: str) -> torch.dtype:
     if dtype is None:
         raise FileError(f"this torch has no dtype {kind}")
     return dtype
+
+
+def empty(shape: Sequence[int], kind: str) -> torch.Tensor:
+    """A tensor to be filled, in memory that numpy allocates.
+
+    torch asks for aligned memory, and glibc does not find what was freed again for that: with blocks of one size in
+    several threads the process grows by a tenth of all that is ever allocated.
+    """
+    import numpy as np
+    import torch
+
+    size = math.prod(shape) * ITEMSIZE[kind]
+    if not size:
+        return torch.empty(tuple(shape), dtype=torch_dtype(kind))
+    return torch.from_numpy(np.empty(size, np.uint8)).view(torch_dtype(kind)).reshape(tuple(shape))
 
 
 def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
@@ -155,9 +186,15 @@ class Slice(Lazy):
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src,)
 
-    def read(self, box: Box) -> torch.Tensor:
+    def _outer(self, box: Box) -> Box:
         a, b = box[self.dim]
-        return self.src.read(box[: self.dim] + ((a + self.start, b + self.start),) + box[self.dim + 1 :])
+        return box[: self.dim] + ((a + self.start, b + self.start),) + box[self.dim + 1 :]
+
+    def read(self, box: Box) -> torch.Tensor:
+        return self.src.read(self._outer(box))
+
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        self.src.read_into(self._outer(box), out)
 
 
 class Concat(Lazy):
@@ -183,20 +220,32 @@ class Concat(Lazy):
         return self.srcs
 
     def read(self, box: Box) -> torch.Tensor:
-        import torch
+        pieces = self._pieces(box)
+        if len(pieces) == 1:
+            return pieces[0][0].read(pieces[0][1])
+        out = empty(lengths(box), self.kind)
+        self.read_into(box, out)
+        return out
 
+    def read_into(self, box: Box, out: torch.Tensor) -> None:
+        at = 0
+        for src, inner in self._pieces(box):
+            a, b = inner[self.dim]
+            src.read_into(inner, out.narrow(self.dim, at, b - a))
+            at += b - a
+
+    def _pieces(self, box: Box) -> list[tuple[Lazy, Box]]:
+        """What the box has of each tensor, in order."""
         lo, hi = box[self.dim]
-        pieces = []
+        pieces: list[tuple[Lazy, Box]] = []
         for i in range(bisect.bisect_right(self.starts, lo) - 1, len(self.srcs)):
             at, src = self.starts[i], self.srcs[i]
             if at >= hi:
                 break
             a, b = max(lo - at, 0), min(hi - at, src.shape[self.dim])
             if a < b:
-                pieces.append(src.read(box[: self.dim] + ((a, b),) + box[self.dim + 1 :]))
-        if not pieces:
-            return torch.empty(lengths(box), dtype=self.dtype)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
+                pieces.append((src, box[: self.dim] + ((a, b),) + box[self.dim + 1 :]))
+        return pieces
 
 
 class Map(Lazy):
@@ -301,3 +350,26 @@ def walk(root: Lazy) -> Iterator[Lazy]:
         node = todo.pop()
         yield node
         todo.extend(node.sources())
+
+
+def ranges(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+    """Boxes that make up elements [start, stop) of a shape, in row-major order."""
+    if not shape:
+        if start < stop:
+            yield ()
+        return
+    inner = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        for box in ranges(shape[1:], head, tail):
+            yield ((first, first + 1), *box)
+        return
+    if head:
+        for box in ranges(shape[1:], head, inner):
+            yield ((first, first + 1), *box)
+        first += 1
+    if first < last:
+        yield ((first, last), *whole(shape[1:]))
+    if tail:
+        for box in ranges(shape[1:], 0, tail):
+            yield ((last, last + 1), *box)

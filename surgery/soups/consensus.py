@@ -7,18 +7,19 @@ Formulas: mergekit 0.1.5, `merge_methods/{model_stock,sce}.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.soups.arithmetic import added, mask, norms, oriented, squares, sums, totals, whole
-from surgery.soups.engine import Block, Inputs, Ready
-from surgery.soups.select import Query, behind, order
+from surgery.soups.engine import Block, Inputs, Ready, fresh
+from surgery.soups.picks import NEVER, Bound, between, parts
+from surgery.soups.select import Found, Query, behind, integers, order
 
 if TYPE_CHECKING:
     import torch
 
 Options = Mapping[str, Any]
-Varied = Callable[[Block, "Sequence[torch.Tensor]"], "torch.Tensor"]
+FLOOR = 1e-6
 
 
 def model_stock(inputs: Inputs, options: Options) -> Ready:
@@ -34,11 +35,18 @@ def model_stock(inputs: Inputs, options: Options) -> Ready:
     lengths, dots = _products(inputs, pairs)
     cosines = [_cosine(dot, lengths[i], lengths[j]) for dot, (i, j) in zip(dots, pairs, strict=True)]
     mean = torch.stack(cosines).mean(dim=0)
-    return Ready(lambda block: _stock(block, mean))
+    share = _share(inputs.count, mean)
+    t, rest = (x.reshape(()).numpy()[()] for x in (share, 1 - share))
+    return Ready(
+        lambda block: _stock(block, mean), fused=lambda block, bits: block.kernels.stock(block.bits, t, rest, bits)
+    )
 
 
 def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The norms of all offsets from the base, and the products of pairs of them."""
+    import numpy as np
+    import torch
+
     from surgery.lazy import torch_dtype
 
     def products(block: Block) -> Iterator[torch.Tensor]:
@@ -49,9 +57,17 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
         yield from map(squares, _offsets(block))
         yield from products(block)
 
+    def compiled(block: Block) -> torch.Tensor:
+        out, all_pairs = torch.zeros(inputs.count + len(pairs), dtype=torch.float64), np.array(
+            [(i, i) for i in range(inputs.count)] + list(pairs)
+        )
+        block.kernels.products(block.bits, all_pairs[:, 0].copy(), all_pairs[:, 1].copy(), out.numpy())
+        return out
+
     if inputs.single:
         return norms(inputs, _offsets), sums(inputs, lambda block: list(products(block)))
-    found, dtype = totals(inputs, all_products), torch_dtype(inputs.work)
+    found = list(sum(inputs.scan(compiled), torch.zeros(()))) if inputs.stored else totals(inputs, all_products)
+    dtype = torch_dtype(inputs.work)
     lengths = [s.sqrt().to(dtype) for s in found[: inputs.count]]
     return lengths, [d.to(dtype) for d in found[inputs.count :]]
 
@@ -78,33 +94,49 @@ def _cosines_of_rows(block: Block) -> torch.Tensor:
 
 
 def _stock(block: Block, cosine: torch.Tensor) -> torch.Tensor:
+    t = _share(len(block.others), cosine)
+    mean = sum(block.others[1:], block.others[0]) / len(block.others)
+    return t * mean + (1 - t) * block.base
+
+
+def _share(count: int, cosine: torch.Tensor) -> torch.Tensor:
+    """How far from the base to the mean."""
     import torch
 
-    count = len(block.others)
     denominator = 1 + (count - 1) * cosine
     singular = denominator.abs() < 1e-6
-    t = torch.where(singular, 0, (count * cosine) / torch.where(singular, 1, denominator))
-    mean = sum(block.others[1:], block.others[0]) / count
-    return t * mean + (1 - t) * block.base
+    return torch.where(singular, 0, (count * cosine) / torch.where(singular, 1, denominator))
 
 
 def sce(inputs: Inputs, options: Options) -> Ready:
     """Select where models vary most, calculate their weights, erase minority signs (arXiv 2408.07990)."""
+    import numpy as np
     import torch
 
     from surgery.lazy import torch_dtype
 
     if not inputs.count:
         return Ready(lambda block: block.base)
-    varied = _most_varied(inputs, options["select_topk"])
+    bound = _most_varied(inputs, options["select_topk"])
     dtype = torch_dtype(inputs.work)
 
     def vectors(block: Block) -> list[torch.Tensor]:
         deltas = _offsets(block)
-        return deltas if varied is None else [d * chosen for chosen in (varied(block, deltas),) for d in deltas]
+        if bound == 0:
+            return deltas
+        varied = behind(block, _variance(deltas), bound, True) if isinstance(bound, Found) else 0
+        return [d * varied for d in deltas]
+
+    def compiled(block: Block) -> torch.Tensor:
+        out = torch.zeros(inputs.count, dtype=torch.float64)
+        for bits, values, least in _varied(block, bound):
+            block.kernels.squares(bits, values, least, out.numpy())
+        return out
 
     if inputs.single and inputs.numel:
         means = torch.stack(whole(inputs, vectors)).square().mean(dim=1)
+    elif inputs.stored:
+        means = (sum(inputs.scan(compiled), torch.zeros(())).to(dtype) / inputs.numel).to(dtype)
     else:
         found = sums(inputs, lambda block: list(map(squares, vectors(block))))
         means = torch.stack([s / inputs.numel for s in found]).to(dtype)
@@ -116,24 +148,50 @@ def sce(inputs: Inputs, options: Options) -> Ready:
         sign = oriented(deltas)
         own = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, deltas, strict=True)])
         mixed = added([d.mul_(w) for w, d in zip(weights, deltas, strict=True)]).mul_(sign)
-        return mixed.div_(own.clamp_(min=1e-6)).add_(block.base)
+        return mixed.div_(own.clamp_(min=FLOOR)).add_(block.base)
 
-    return Ready(apply)
+    def fused(block: Block, out: Any) -> None:
+        at = 0
+        for bits, values, least in _varied(block, bound):
+            n = len(values)
+            block.kernels.agree(bits, values, least, weights.numpy(), np.float32(FLOOR), out[at : at + n])
+            at += n
+
+    return Ready(apply, fused=fused)
 
 
-def _most_varied(inputs: Inputs, share: float) -> Varied | None:
-    """A mask of what is among the `share` of those elements that vary at all with the largest variance; None: all."""
+def _most_varied(inputs: Inputs, share: float) -> Bound:
+    """The least varied of the `share` of those elements that vary at all with the largest variance."""
+    import numpy as np
     import torch
 
     if share >= 1:
-        return None
+        return 0
     k = 0
     if share > 0:
-        k = int(torch.tensor(sum(inputs.scan(lambda block: int(_variance(_offsets(block)).count_nonzero())))) * share)
+        counts = inputs.scan(lambda block: int(np.count_nonzero(integers(_variances(block)))))
+        k = int(torch.tensor(sum(counts)) * share)
     if k == 0:
-        return lambda block, deltas: torch.zeros_like(deltas[0])
-    found = order(inputs, lambda block: [_variance(_offsets(block))], [Query(0, inputs.numel - k, True)])[0]
-    return lambda block, deltas: behind(block, _variance(deltas), found, True)
+        return NEVER
+    return order(inputs, lambda block: [_variances(block)], [Query(0, inputs.numel - k, True)])[0]
+
+
+def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:
+    """The bits of a block in parts, the variances of each, and how large they must be there."""
+    values, at = fresh(block.numel, 4), 0
+    if isinstance(bound, Found):
+        block.kernels.variances(block.bits, values)
+    for bits, pick in parts(block, between(block, [(bound, NEVER)], True)):
+        yield bits, values[at : at + pick.count], pick.least[0]
+        at += pick.count
+
+
+def _variances(block: Block) -> Any:
+    if block.bits is None:
+        return _variance(_offsets(block))
+    out = fresh(block.numel, 4)
+    block.kernels.variances(block.bits, out)
+    return out
 
 
 def _variance(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

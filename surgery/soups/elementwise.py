@@ -38,7 +38,8 @@ def linear(inputs: Inputs, options: Options) -> Ready:
             out.div_(total)
         return out
 
-    return Ready(apply)
+    given, divisor = weights.numpy(), (total if options["normalize"] else torch.ones((), dtype=wide)).numpy()[()]
+    return Ready(apply, fused=lambda block, bits: block.kernels.linear(block.bits, given, divisor, bits))
 
 
 def passthrough(inputs: Inputs, options: Options) -> Ready:

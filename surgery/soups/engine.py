@@ -11,6 +11,7 @@ order, so that the result is the same bits whatever the block size, the memory a
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.errors import SurgeryError
-from surgery.lazy import Box, Lazy, Shape, boxes, lengths, torch_dtype, whole
+from surgery.lazy import ITEMSIZE, Box, Lazy, Shape, boxes, empty, lengths, torch_dtype, whole
 from surgery.soups import masks
 from surgery.stream import alone
 
@@ -32,17 +33,42 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
-BLOCK = 1 << 18  # elements of a block of a result
+BLOCK = 1 << 20  # elements of a block of a result
+FUSED = ("bfloat16", "float32")  # what compiled loops write
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
 
 class Block:
-    """The same box of every source, as tensors of the working dtype; the base, if any, is the first."""
+    """The same elements of every source, the base, if any, being the first: those of a box, or of a flat range.
 
-    __slots__ = ("box", "inputs", "start", "tensors")
+    bits  [sources, elements] as they are stored (`Inputs.stored`), flat, for compiled loops; valid until this thread
+          reads the next block; None where there are no such loops
+    """
 
-    def __init__(self, inputs: Inputs, tensors: list[torch.Tensor], box: Box | None, start: int) -> None:
-        self.inputs, self.tensors, self.box, self.start = inputs, tensors, box, start
+    __slots__ = ("_read", "_tensors", "box", "inputs", "numel", "shape", "start")
+
+    def __init__(self, inputs: Inputs, read: Any, box: Box | None, start: int, shape: Shape) -> None:
+        self.inputs, self.box, self.start, self.shape = inputs, box, start, shape
+        self.numel, self._read = read.shape[1], read
+        self._tensors: list[torch.Tensor] | None = None
+
+    @property
+    def bits(self) -> Any:
+        return self._read if self.inputs.stored else None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """In the working dtype, each a tensor of its own."""
+        if self._tensors is None:
+            stored, work = self.inputs.stored, torch_dtype(self.inputs.work)
+            rows = [tensor_of(memoryview(r).cast("B"), stored or self.inputs.work) for r in self._read]
+            self._tensors = [(r.to(work, copy=True) if stored else r).reshape(self.shape) for r in rows]
+        return self._tensors
+
+    @property
+    def kernels(self) -> Any:
+        """The compiled loops, where there are `bits`."""
+        return self.inputs.engine.kernels
 
     @property
     def base(self) -> torch.Tensor:
@@ -61,7 +87,7 @@ class Block:
 
     def runs(self) -> list[tuple[int, int]]:
         """The (first element, how many) of the tensor's flat ranges that the block consists of, in order."""
-        return [(self.start, self.tensors[0].numel())] if self.box is None else masks.runs(self.inputs.shape, self.box)
+        return [(self.start, self.numel)] if self.box is None else masks.runs(self.inputs.shape, self.box)
 
 
 class Inputs:
@@ -107,19 +133,54 @@ class Inputs:
 
     def flat(self, start: int, stop: int) -> Block:
         """Elements [start, stop) in row-major order."""
-        import torch
+        return Block(self, self._read([(start, stop - start)], None), None, start, (stop - start,))
 
-        pieces = list(ranges(self.shape, start, stop))
-        read = [[s.read(box).reshape(-1) for box in pieces] for s in self.sources]
-        joined = [p[0] if len(p) == 1 else torch.cat(p) for p in read]
-        return Block(self, [t.to(torch_dtype(self.work)) for t in joined], None, start)
+    def sample(self, starts: Sequence[int], size: int) -> Block:
+        """`size` elements (fewer at the end of the tensor) from each start on, one behind the other."""
+        read = self._read([(start, min(size, self.numel - start)) for start in starts], None)
+        return Block(self, read, None, 0, (read.shape[1],))
 
     def block(self, box: Box) -> Block:
-        dtype = torch_dtype(self.work)
-        return Block(self, [s.read(box).to(dtype) for s in self.sources], box, 0)
+        return Block(self, self._read(masks.runs(self.shape, box), box), box, 0, tuple(lengths(box)))
+
+    @property
+    def stored(self) -> str | None:
+        """As what compiled loops take the sources: bfloat16 if all are, else float32; None if they cannot."""
+        if self.work != "float32" or not self.engine.kernels:
+            return None
+        return "bfloat16" if all(s.kind == "bfloat16" for s in self.sources) else "float32"
+
+    def _read(self, runs: Sequence[tuple[int, int]], box: Box | None) -> Any:
+        """[sources, elements]: integers of the width of what is stored, or of the working dtype."""
+        kind = self.stored
+        numel = sum(count for _, count in runs)
+        if kind:
+            bits = self.engine.scratch(len(self.sources) * numel, ITEMSIZE[kind])
+        else:
+            bits = fresh(len(self.sources) * numel, ITEMSIZE[self.work])
+        bits = bits.reshape(len(self.sources), numel)
+        for source, row in zip(self.sources, bits, strict=True):
+            out = memoryview(row).cast("B")
+            if source.kind != (kind or self.work):
+                self._widen(source, runs, box, out)
+            elif box is None or len(runs) == 1:
+                _read_runs(source, runs, out)
+            else:
+                source.read_into(box, tensor_of(out, source.kind).reshape(lengths(box)))
+        return bits
+
+    def _widen(self, source: Lazy, runs: Sequence[tuple[int, int]], box: Box | None, out: memoryview) -> None:
+        target = tensor_of(out, self.stored or self.work)
+        if box is not None:
+            target.reshape(lengths(box)).copy_(source.read(box))
+            return
+        narrow = memoryview(fresh(target.numel(), ITEMSIZE[source.kind])).cast("B")
+        _read_runs(source, runs, narrow)
+        target.copy_(tensor_of(narrow, source.kind))
 
 
 Apply = Callable[[Block], "torch.Tensor"]
+Fused = Callable[[Block, Any], None]
 
 
 @dataclass(frozen=True)
@@ -127,18 +188,24 @@ class Ready:
     """What a method does with a block once it knows enough of the whole tensor.
 
     `span`: how many of the last dimensions a block must hold whole; `nbytes`: what the knowledge occupies.
+    `fused`: the same as `apply` on `Block.bits`, into the bits of the result.
     """
 
     apply: Apply
     span: int = 0
     nbytes: int = 1024
+    fused: Fused | None = None
 
 
 class Engine:
-    """Threads to compute in, and what is known of the tensors that are being merged."""
+    """Threads to compute in, and what is known of the tensors that are being merged.
 
-    def __init__(self, threads: int = 1, memory: int = 1 << 30) -> None:
-        self.threads, self.memory = max(1, threads), memory
+    kernels  the compiled loops (`surgery.soups.kernels`), None where numba is not installed
+    """
+
+    def __init__(self, threads: int = 1, memory: int = 1 << 30, kernels: Any = None) -> None:
+        self.threads, self.memory, self.kernels = max(1, threads), memory, kernels
+        self._local = threading.local()
         self._pool: ThreadPoolExecutor | None = None
         self._known: OrderedDict[int, tuple[Ready, object]] = OrderedDict()
         self._lock = threading.RLock()
@@ -164,10 +231,32 @@ class Engine:
                     total -= self._known.pop(k)[0].nbytes
             return ready
 
+    def scratch(self, count: int, itemsize: int) -> Any:
+        """Integers of a thread, for one block: overwritten when it asks again."""
+        import numpy as np
+
+        held = getattr(self._local, "scratch", None)
+        if held is None or held.nbytes < count * itemsize:
+            held = self._local.scratch = np.empty(count * itemsize, np.uint8)
+        return held[: count * itemsize].view(f"u{itemsize}")
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
+
+
+@functools.cache
+def compiled_loops() -> Any:
+    """The module of compiled loops; None if numba is not installed, or is too old or too new for numpy or Python."""
+    try:
+        import numpy as np
+
+        from surgery.soups import kernels
+    except ImportError:
+        return None
+    kernels.splitmix64(np.uint64(0), np.uint64(0))  # starts the compiler: half a second, 60 MB
+    return kernels
 
 
 ONE = Engine()
@@ -195,15 +284,15 @@ class Merged(Lazy):
             raise
 
     def read(self, box: Box) -> torch.Tensor:
-        import torch
-
-        out = torch.empty(lengths(box), dtype=self.dtype)
+        out = empty(lengths(box), self.kind)
         if not out.numel():
             return out
         ready = self.engine.known(self, self._ready)
         per_element = 16 * (len(self.inputs.sources) + 2) * self.engine.threads
         limit = max(1 << 12, min(BLOCK, self.engine.memory // 4 // per_element))
-
+        if ready.fused and self.inputs.stored and self.kind in FUSED:
+            self._fuse(ready, box, limit, out.reshape(-1).view(torch_dtype(f"uint{8 * out.itemsize}")).numpy())
+            return out
         for part in spanned(box, ready.span, limit):
             wide = widen(part, self.shape, ready.span)
             made = ready.apply(self.inputs.block(wide))
@@ -211,6 +300,36 @@ class Merged(Lazy):
             target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, box, strict=True))
             out[target] = made[inner]
         return out
+
+    def _fuse(self, ready: Ready, box: Box, limit: int, out: Any) -> None:
+        """Compute a box in compiled loops; parts of it that hold no dimension whole follow each other in memory."""
+        assert ready.fused
+        at = 0
+        for part in spanned(box, 0, limit):
+            block = self.inputs.block(part)
+            ready.fused(block, out[at : at + block.numel])
+            at += block.numel
+
+
+def _read_runs(source: Lazy, runs: Sequence[tuple[int, int]], out: memoryview) -> None:
+    at, item = 0, ITEMSIZE[source.kind]
+    for start, count in runs:
+        source.read_flat(start, start + count, out[at : at + count * item])
+        at += count * item
+
+
+def fresh(count: int, itemsize: int) -> Any:
+    """Integers to be filled."""
+    import numpy as np
+
+    return np.empty(count, f"u{itemsize}")
+
+
+def tensor_of(data: memoryview, kind: str) -> torch.Tensor:
+    """Bytes as a flat tensor, without a copy."""
+    import torch
+
+    return torch.frombuffer(data, dtype=torch_dtype(kind)) if data.nbytes else torch.empty(0, dtype=torch_dtype(kind))
 
 
 def widen(box: Box, shape: Shape, span: int) -> Box:
@@ -228,26 +347,3 @@ def spanned(box: Box, span: int, limit: int) -> Iterator[Box]:
         return
     for lead in boxes(tuple(lengths(box[:keep])), inner, max(limit, inner)):
         yield (*((a + at, b + at) for (a, b), (at, _) in zip(lead, box[:keep], strict=True)), *box[keep:])
-
-
-def ranges(shape: Shape, start: int, stop: int) -> Iterator[Box]:
-    """Boxes that make up elements [start, stop) of a shape, in row-major order."""
-    if not shape:
-        if start < stop:
-            yield ()
-        return
-    inner = math.prod(shape[1:])
-    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
-    if first == last:
-        for box in ranges(shape[1:], head, tail):
-            yield ((first, first + 1), *box)
-        return
-    if head:
-        for box in ranges(shape[1:], head, inner):
-            yield ((first, first + 1), *box)
-        first += 1
-    if first < last:
-        yield ((first, last), *whole(shape[1:]))
-    if tail:
-        for box in ranges(shape[1:], 0, tail):
-            yield ((last, last + 1), *box)

@@ -27,7 +27,7 @@ from surgery.formats import Checkpoint, Options
 from surgery.soups import layers
 from surgery.soups.config import Recipe, Reference, parse_recipe, read_recipe
 from surgery.soups.delegate import by_mergekit, reason_for_mergekit
-from surgery.soups.engine import Engine
+from surgery.soups.engine import Engine, compiled_loops
 from surgery.soups.padding import trimmed
 from surgery.soups.references import open_all
 from surgery.staging import check_free
@@ -75,7 +75,7 @@ def prepared(recipe: Recipe, settings: Settings) -> Iterator[Plan]:
         raise UsageError(f"no format has an option {', '.join(unknown)}", hint="`surgery formats` lists them all")
     opened = open_all(recipe.models(), reading)
     memory = settings.max_memory or default_memory()
-    engine = Engine(settings.threads or stream.cores(), memory)
+    engine = Engine(settings.threads or stream.cores(), memory, compiled_loops())
     with tempfile.TemporaryDirectory(prefix="surgery-soup-") as scratch:
         try:
             merged = derive(recipe, opened, settings.arithmetic, engine, Path(scratch))

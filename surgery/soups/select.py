@@ -96,6 +96,13 @@ def bits_of(t: torch.Tensor) -> torch.Tensor:
     return t.float().contiguous().view(torch.int32)
 
 
+def integers(values: Any) -> Any:
+    """`bits_of`, flat, as numpy's; of what is that already, itself."""
+    import torch
+
+    return bits_of(values).reshape(-1).numpy() if isinstance(values, torch.Tensor) else values
+
+
 def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found]:
     """Answer all queries.  `values` gives non-negative tensors, one for every `of`, for flat blocks."""
     found = _bracketed(inputs, values, queries) if queries else []
@@ -123,7 +130,9 @@ class Piece:
         return self._count(self.bits == bits)
 
     def _count(self, chosen: Any) -> int:
-        return int(chosen.sum() if self.counts is None else self.counts[chosen].sum())
+        import numpy as np
+
+        return int(np.count_nonzero(chosen) if self.counts is None else self.counts[chosen].sum())
 
 
 def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found | None]:
@@ -134,10 +143,20 @@ def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list
     room = inputs.chunk // CROWDED
 
     def look(block: Block) -> list[Piece | None]:
-        own = [bits_of(v).reshape(-1).numpy() for v in values(block)]
+        own = [integers(v) for v in values(block)]
         return [piece(own[q.of], *limits) for q, limits in zip(queries, ranges, strict=True)]
 
+    def compiled(bits: Any, low: int, high: int) -> Piece | None:
+        inside = np.empty_like(bits)
+        under, count = inputs.engine.kernels.within(bits, bits.dtype.type(low), bits.dtype.type(high), inside)
+        if count <= room:
+            return Piece(under, inside[:count].copy())
+        different, counts = np.unique(inside[:count], return_counts=True)
+        return Piece(under, different, counts) if len(different) <= room else None
+
     def piece(bits: Any, low: int, high: int) -> Piece | None:
+        if inputs.stored:
+            return compiled(bits, low, high)
         inside, above = bits >= low, bits > high
         under = len(bits) - int(np.count_nonzero(inside))
         few = len(bits) - under - int(np.count_nonzero(above)) <= room
@@ -154,19 +173,21 @@ def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list
 def _within(inputs: Inputs, values: Values, q: Query, pieces: Sequence[Piece | None]) -> Found | None:
     """The answer among the values that were kept, if it is there."""
     kept = [p for p in pieces if p is not None]
-    bits = _ranked(kept, q.rank - sum(p.under for p in kept)) if len(kept) == len(pieces) else None
+    bits = _ranked(inputs, kept, q.rank - sum(p.under for p in kept)) if len(kept) == len(pieces) else None
     if bits is None:
         return None
     return _locate(inputs, values, q, bits, q.rank - sum(p.smaller(bits) for p in kept), [p.equal(bits) for p in kept])
 
 
-def _ranked(pieces: Sequence[Piece], rank: int) -> int | None:
+def _ranked(inputs: Inputs, pieces: Sequence[Piece], rank: int) -> int | None:
     """The bits of a rank among the values of all pieces."""
     import numpy as np
 
     bits = np.concatenate([p.bits for p in pieces])
     if all(p.counts is None for p in pieces):
-        return int(np.partition(bits, rank)[rank]) if 0 <= rank < len(bits) else None
+        if not 0 <= rank < len(bits):
+            return None
+        return int(inputs.engine.kernels.ranked(bits, rank) if inputs.stored else np.partition(bits, rank)[rank])
     counts = np.concatenate([np.ones(len(p.bits), np.int64) if p.counts is None else p.counts for p in pieces])
     order = np.argsort(bits)
     last = np.cumsum(counts[order])  # the rank behind the last of each
@@ -177,12 +198,11 @@ def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[
     """Bits between which each rank lies with near certainty, from slices of the tensor at equal distances."""
     import numpy as np
 
-    count = max(1, min(max(SLICES, inputs.numel >> 16), 16 * SLICES, inputs.numel // SLICE))
-    starts = [inputs.numel * i // count // SLICE * SLICE for i in range(count)]
-    taken = inputs.engine.map(lambda at: values(inputs.flat(at, min(at + SLICE, inputs.numel))), starts)
+    count = max(1, min(max(SLICES, inputs.numel >> 18), 16 * SLICES, inputs.numel // SLICE))
+    taken = values(inputs.sample([inputs.numel * i // count // SLICE * SLICE for i in range(count)], SLICE))
     ranges = []
     for q in queries:
-        sample = np.sort(np.concatenate([bits_of(t[q.of]).reshape(-1).numpy() for t in taken]))
+        sample = np.sort(integers(taken[q.of]))
         share, n = (q.rank + 0.5) / inputs.numel, len(sample)
         reach = 6 * (share * (1 - share) / n) ** 0.5 + 2 / n
         low, high = math.floor((share - reach) * n), math.ceil((share + reach) * n)
@@ -226,12 +246,13 @@ def _histograms(
     inputs: Inputs, values: Values, queries: Sequence[Query], prefix: Sequence[int], above: int, shift: int, size: int
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Per chunk and query: which of the next bits occur behind the query's prefix, and how often."""
+    import numpy as np
     import torch
 
     first = all(p == 0 for p in prefix) and above in (31, 63)
 
     def count(block: Block) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        bits = [bits_of(v).reshape(-1) for v in values(block)]
+        bits = [torch.from_numpy(integers(v).view(np.int64 if inputs.work == "float64" else np.int32)) for v in values(block)]
         made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for q, p in zip(queries, prefix, strict=True):
             if (q.of, p) not in made:
@@ -246,12 +267,14 @@ def _histograms(
 
 def _locate(inputs: Inputs, values: Values, q: Query, bits: int, rank: int, equals: Sequence[int]) -> Found:
     """The element: the `rank`-th of those that have these bits, of which every chunk has as many as `equals` says."""
+    import numpy as np
+
     left = sum(equals) - rank - 1 if q.last else rank
     for chunk, have in enumerate(equals):
         if left < have:
             start = chunk * inputs.chunk
             block = inputs.flat(start, min(start + inputs.chunk, inputs.numel))
-            hits = (bits_of(values(block)[q.of]).reshape(-1) == bits).nonzero().reshape(-1)
+            hits = np.flatnonzero(integers(values(block)[q.of]) == bits)
             return Found(bits, inputs.work == "float64", start + int(hits[left]))
         left -= have
     raise AssertionError("a rank lies outside the tensor")

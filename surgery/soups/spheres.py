@@ -50,7 +50,11 @@ def slerp(inputs: Inputs, options: Options) -> Ready:
     sin = torch.sin(theta)
     of_a = torch.where(straight, 1 - t, torch.sin((1 - t) * theta) / sin).reshape(())
     of_b = torch.where(straight, t, torch.sin(t * theta) / sin).reshape(())
-    return Ready(lambda block: of_a * block.tensors[0].to(wide) + of_b * block.tensors[1].to(wide))
+    factors = of_a.numpy()[()], of_b.numpy()[()]
+    return Ready(
+        lambda block: of_a * block.tensors[0].to(wide) + of_b * block.tensors[1].to(wide),
+        fused=lambda block, bits: block.kernels.blend(block.bits, *factors, bits),
+    )
 
 
 def nuslerp(inputs: Inputs, options: Options) -> Ready:

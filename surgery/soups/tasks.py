@@ -15,14 +15,16 @@ With `agree`, an element takes part only where its sign is that of the weighted 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
 from surgery.soups.arithmetic import added, mask, oriented, sums
-from surgery.soups.engine import KEPT, Block, Inputs, Ready
-from surgery.soups.masks import Marks
+from surgery.soups.engine import KEPT, Block, Fused, Inputs, Ready, fresh
+from surgery.soups.masks import Marks, keys
+from surgery.soups.picks import NEVER, Bound, Pick, between, everything, parts
 from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
 
 if TYPE_CHECKING:
@@ -31,14 +33,19 @@ if TYPE_CHECKING:
 Options = Mapping[str, Any]
 Thin = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]  # block, source, delta -> delta, zero where it goes
 Choose = Callable[[Block, int, "torch.Tensor"], Any]  # block, source, delta -> what stays: numpy's booleans, flat
+Picks = Callable[[Block], "Sequence[Pick]"]
 TINY = 1e-7
 
 
 @dataclass(frozen=True)
 class Thinning:
-    """How a task vector is thinned: `thin`, the dimensions it needs whole, and what it notes while it is scanned."""
+    """How a task vector is thinned: `thin`, the dimensions it needs whole, and what it notes while it is scanned.
+
+    picks: the same as `thin`, for compiled loops.
+    """
 
     thin: Thin
+    picks: Picks
     span: int = 0
     marks: Marks | None = None
     nbytes: int = 1024
@@ -51,10 +58,13 @@ def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
         if not inputs.count:
             return Ready(lambda block: block.base)
         way = THINNING[thinning](inputs, options)
-        factors = _factors(inputs, way) if options["rescale"] and thinning else None
+        factors = _factors(inputs, way) if options["rescale"] and thinning else [None] * inputs.count
         if way.marks:
             way.marks.close()
-        return Ready(_mixer(inputs, options, agree, way.thin, factors), way.span, way.nbytes)
+        apply = _mixer(inputs, options, agree, way.thin, factors)
+        element_wise = not way.span or (way.marks is not None and way.marks.complete)
+        fused = _fused(inputs, options, agree, way.picks, factors) if element_wise else None
+        return Ready(apply, way.span, way.nbytes, fused)
 
     return run
 
@@ -65,6 +75,7 @@ def _deltas(block: Block) -> list[torch.Tensor]:
 
 def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
+    import torch
 
     from surgery.lazy import torch_dtype
 
@@ -73,8 +84,17 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
         thinned = [way.thin(block, i, d).abs() for i, d in enumerate(deltas)]
         return [x for d, kept in zip(deltas, thinned, strict=True) for x in (d.abs_(), kept)]
 
-    totals = sums(inputs, lengths, way.span)
+    def compiled(block: Block) -> torch.Tensor:
+        out = torch.zeros((inputs.count, 2), dtype=torch.float64)
+        for bits, pick in parts(block, way.picks(block)):
+            block.kernels.lengths(bits, pick.kept, pick.least, pick.most, out.numpy())
+        return out
+
     kind = torch_dtype(inputs.work)
+    if inputs.stored and not inputs.single:
+        totals = list(sum(inputs.scan(compiled, way.span), torch.zeros(())).to(kind).reshape(-1))
+    else:
+        totals = sums(inputs, lengths, way.span)
     out: list[torch.Tensor | None] = []
     for before, after in zip(totals[::2], totals[1::2], strict=True):
         out.append(None if before < TINY or after < TINY else before.to(kind) / after.to(kind))
@@ -82,22 +102,14 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
 
 
 def _mixer(
-    inputs: Inputs, options: Options, agree: bool, thin: Thin, factors: list[torch.Tensor | None] | None
+    inputs: Inputs, options: Options, agree: bool, thin: Thin, factors: Sequence[torch.Tensor | None]
 ) -> Callable[[Block], torch.Tensor]:
-    import torch
-
-    from surgery.lazy import torch_dtype
-
-    dtype = torch_dtype(inputs.work)
-    weights = torch.tensor(options["weight"], dtype=dtype)
-    total = weights.sum(dim=0)
-    total = torch.where(total.abs() < 1e-8, 1, total)
+    weights, total = _weights(inputs, options)
 
     def weighted(block: Block) -> list[torch.Tensor]:
         out = []
         for i, delta in enumerate(_deltas(block)):
-            kept = thin(block, i, delta)
-            factor = factors[i] if factors else None
+            kept, factor = thin(block, i, delta), factors[i]
             out.append((kept if factor is None else kept.mul_(factor)).mul_(weights[i]))
         return out
 
@@ -121,8 +133,41 @@ def _mixer(
     return apply
 
 
+def _fused(
+    inputs: Inputs, options: Options, agree: bool, picks: Picks, factors: Sequence[torch.Tensor | None]
+) -> Fused | None:
+    """The same as `_mixer`, compiled."""
+    import numpy as np
+
+    if not inputs.stored:
+        return None
+    weights, total = (t.numpy() for t in _weights(inputs, options))
+    scales = np.array([1 if f is None else float(f) for f in factors], np.float32)
+    how = agree, bool(options["normalize"]), total[()], np.float32(options["lambda"])
+
+    def fused(block: Block, out: Any) -> None:
+        at = 0
+        for bits, pick in parts(block, picks(block)):
+            n = bits.shape[1]
+            block.kernels.mix(bits, pick.kept, pick.least, pick.most, scales, weights, *how, out[at : at + n])
+            at += n
+
+    return fused
+
+
+def _weights(inputs: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights, and what to divide by where all models take part."""
+    import torch
+
+    from surgery.lazy import torch_dtype
+
+    weights = torch.tensor(options["weight"], dtype=torch_dtype(inputs.work))
+    total = weights.sum(dim=0)
+    return weights, torch.where(total.abs() < 1e-8, 1, total)
+
+
 def _none(inputs: Inputs, options: Options) -> Thinning:
-    return Thinning(lambda block, i, delta: delta)
+    return Thinning(lambda block, i, delta: delta, lambda block: [everything(block)])
 
 
 def _magnitude(inputs: Inputs, options: Options) -> Thinning:
@@ -136,11 +181,17 @@ def _magnitude(inputs: Inputs, options: Options) -> Thinning:
             return delta
         return _behind(block, delta, found[i], True) if i in found else delta * 0
 
-    return Thinning(thin)
+    bounds = [(0 if d >= 1 else found.get(i, NEVER), NEVER) for i, d in enumerate(options["density"])]
+    return Thinning(thin, lambda block: between(block, bounds, True))
 
 
-def _magnitudes(block: Block) -> list[torch.Tensor]:
-    return [d.abs_() for d in _deltas(block)]
+def _magnitudes(block: Block) -> list[Any]:
+    if block.bits is None:
+        return [d.abs_() for d in _deltas(block)]
+    out = fresh((len(block.bits) - 1) * block.numel, 4).reshape(-1, block.numel)
+    for stored, own in zip(block.bits[1:], out, strict=True):
+        block.kernels.magnitudes(block.bits[0], stored, own)
+    return list(out)
 
 
 def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
@@ -175,18 +226,41 @@ def _outliers(inputs: Inputs, options: Options) -> Thinning:
         kept = _behind(block, delta, found[i, low], False) if (i, low) in found else delta
         return kept if above is None else kept - above
 
-    return Thinning(thin)
+    def bound(i: int) -> tuple[Bound, Bound]:
+        low, high = ranges[i]
+        if options["density"][i] >= 1:
+            return 0, NEVER
+        return (NEVER, NEVER) if low >= high else (found.get((i, low), 0), found.get((i, high), NEVER))
+
+    bounds = [bound(i) for i in range(inputs.count)]
+    return Thinning(thin, lambda block: between(block, bounds, False))
 
 
 def _random(inputs: Inputs, options: Options) -> Thinning:
     """Each element with probability `density`."""
+    import numpy as np
+
     if bad := [d for d in options["density"] if d < 0]:
         raise ConfigError(f"density is {bad[0]}, no probability")
-    return _chosen(inputs, options, lambda block, i, delta: block.below(i, options["density"][i]), 0)
+
+    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
+        return block.below(i, options["density"][i])
+
+    def compiled(block: Block, i: int) -> Any:
+        starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
+        coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
+        share, out = options["density"][i] * 65536, np.empty(block.numel, bool)
+        block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
+        return out
+
+    return _chosen(inputs, options, choose, 0, compiled)
 
 
 def _ranks(inputs: Inputs, options: Options) -> Thinning:
     """With a probability from density - epsilon (the smallest of a row) to density + epsilon (the largest)."""
+    import numpy as np
+    import torch
+
     for d, e in zip(options["density"], options["epsilon"], strict=True):
         if 0 < d < 1 and (d + e >= 1 or d - e <= 0):
             raise ConfigError(f"density {d} and epsilon {e}: the probabilities do not lie between 0 and 1")
@@ -196,8 +270,22 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
         return block.below(i, _chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
 
+    def compiled(block: Block, i: int) -> Any:
+        (start, _), *more = block.runs()
+        assert not more, (inputs.name, block.box)  # whole rows follow each other
+        shape = block.shape if len(block.shape) > 1 else (1, *block.shape)
+        share = _chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]) * 65536
+        whole = np.minimum(share, 65535).astype(np.uint16)
+        values, out = fresh(block.numel, 4), np.empty(block.numel, bool)
+        block.kernels.magnitudes(block.bits[0], block.bits[i + 1], values)
+        coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
+        lines = shape[0], shape[1], math.prod(shape[2:])
+        block.kernels.choose_by_rank(values, lines, start, coarse, fine, whole, share - whole, out)
+        return out
+
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
-    return _chosen(inputs, options, choose, 2 if len(inputs.shape) > 2 else 1)
+    span = 2 if len(inputs.shape) > 2 else 1
+    return _chosen(inputs, options, choose, span, compiled if len(inputs.shape) <= 3 else None)
 
 
 @functools.lru_cache
@@ -210,9 +298,15 @@ def _chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> 
     return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
 
 
-def _chosen(inputs: Inputs, options: Options, choose: Choose, span: int) -> Thinning:
-    """Thin by what `choose` chooses.  If the vectors are to be scaled, what it chooses in the scan for their lengths
-    is kept for the merge, one bit per element, where there is room."""
+def _chosen(
+    inputs: Inputs, options: Options, choose: Choose, span: int, compiled: Callable[[Block, int], Any] | None
+) -> Thinning:
+    """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops).
+
+    If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge, one bit per
+    element, where there is room.
+    """
+    import numpy as np
     import torch
 
     from surgery.lazy import torch_dtype
@@ -225,20 +319,32 @@ def _chosen(inputs: Inputs, options: Options, choose: Choose, span: int) -> Thin
         else None
     )
 
+    def noted(block: Block, i: int, make: Callable[[], Any]) -> Any:
+        if marks and marks.complete:
+            return marks.get(i, block.runs())
+        chosen = make()
+        if marks:
+            marks.put(i, block.runs(), chosen)
+        return chosen
+
     def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
         if densities[i] >= 1:
             return delta
         if densities[i] <= 0:
             return delta * 0
-        if marks and marks.complete:
-            chosen = marks.get(i, block.runs())
-        else:
-            chosen = choose(block, i, delta)
-            if marks:
-                marks.put(i, block.runs(), chosen)
+        chosen = noted(block, i, lambda: choose(block, i, delta))
         return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
 
-    return Thinning(thin, span, marks, nbytes if marks else 1024)
+    def make(block: Block, i: int) -> Any:
+        return compiled(block, i) if compiled else choose(block, i, block.others[i] - block.base)
+
+    def picks(block: Block) -> list[Pick]:
+        kept = np.empty((inputs.count, block.numel), np.uint8)
+        for i, density in enumerate(densities):
+            kept[i] = noted(block, i, functools.partial(make, block, i)) if 0 < density < 1 else density > 0
+        return [everything(block, kept)]
+
+    return Thinning(thin, picks, span, marks, nbytes if marks else 1024)
 
 
 def ranks_in_rows(magnitudes: torch.Tensor) -> Any:
