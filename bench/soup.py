@@ -6,8 +6,9 @@
 A synthetic Llama-shaped model and two copies with noise are merged by each method, by both programs one after the
 other; `cp` copies all inputs of the merge and as much again as its output.  Medians of the runs.  `wall` is of the
 whole process, imports included; `work` is what the program measures without them; `cpu` and `peak` are less those of a
-process that only imports the modules.  surgery runs with its default arithmetic (fp32, rounded once) and without
-reading back; mergekit with `dtype: float32`, `out_dtype: bfloat16`, which is the same arithmetic.
+process that only imports the modules.  surgery runs once before it is measured, for numba compiles its loops at their
+first call and keeps them; it runs with its default arithmetic (fp32, rounded once) and without reading back; mergekit
+with `dtype: float32`, `out_dtype: bfloat16`, which is the same arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from timing import Result, timed
 
-EMPTY = "import torch, numpy, surgery.cli, surgery.soups.run"
+EMPTY = "import torch, numpy, surgery.cli, surgery.soups.engine as e, surgery.soups.run; e.compiled_loops()"
 TASK = {"weight": 0.5, "density": 0.5}
 # method -> how many models (of which the first is the base), parameters of each, of the whole
 METHODS: Mapping[str, tuple[int, Mapping[str, float], Mapping[str, float]]] = {
@@ -96,6 +97,8 @@ def measure(root: Path, method: str, runs: int, memory: str, theirs: bool) -> di
         memory,
     ]
     mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), str(out), "--quiet"]
+    timed(soup, Result(), quiet=True)
+    shutil.rmtree(out)
     for _ in range(runs):
         timed([sys.executable, "-c", EMPTY], results["imports"])
         out.mkdir()

@@ -3,8 +3,9 @@
     @compiled
     def scale(values, factor): ...
 
-Modules that import this one need numba, which is optional.  Code is compiled at its first call and kept for the next process, beside the source or, where that cannot be written, in numba's cache
-folder.  No flag lets it reorder arithmetic: results are those of the same operations in torch.
+Modules that import this one need numba, which is optional.  Code is compiled at its first call and kept for the next
+process, beside the source or, where that cannot be written, in numba's cache folder.  No flag lets it reorder
+arithmetic: results are those of the same operations in torch.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 def compiled(fn: F) -> F:
     """`fn`, compiled; other threads run while it does."""
     try:
-        return njit(nogil=True, cache=True, error_model="numpy")(fn)  # type: ignore[no-any-return]
+        return njit(nogil=True, cache=True, error_model="numpy")(fn)
     except RuntimeError:  # no folder for a cache can be written
-        return njit(nogil=True, error_model="numpy")(fn)  # type: ignore[no-any-return]
+        return njit(nogil=True, error_model="numpy")(fn)
 
 
 @intrinsic

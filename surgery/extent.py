@@ -55,11 +55,10 @@ class Extent(Lazy):
         return (1 + sum((b - a - 1) * s for (a, b), s in zip(box, strides, strict=True))) * ITEMSIZE[self.kind]
 
     def read(self, box: Box) -> torch.Tensor:
-        lens = lengths(box)
-        if self.strides is not None and math.prod(lens):
+        if self.strides is not None and all(a < b for a, b in box):
             out = self._read_strided(box)
         else:
-            out = empty(lens, self.kind)
+            out = empty(lengths(box), self.kind)
             self._read_dense(self.shape, box, out)
         return _byteswapped(out) if self.swap else out
 

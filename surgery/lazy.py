@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.errors import FileError, LayoutError
+from surgery.memory import buffer
 
 if TYPE_CHECKING:
     import torch
@@ -106,18 +107,13 @@ def torch_dtype(kind: str) -> torch.dtype:
 
 
 def empty(shape: Sequence[int], kind: str) -> torch.Tensor:
-    """A tensor to be filled, in memory that numpy allocates.
-
-    torch asks for aligned memory, and glibc does not find what was freed again for that: with blocks of one size in
-    several threads the process grows by a tenth of all that is ever allocated.
-    """
-    import numpy as np
+    """A tensor to be filled, in memory that served before, if it is large (see `memory.buffer`)."""
     import torch
 
     size = math.prod(shape) * ITEMSIZE[kind]
     if not size:
         return torch.empty(tuple(shape), dtype=torch_dtype(kind))
-    return torch.from_numpy(np.empty(size, np.uint8)).view(torch_dtype(kind)).reshape(tuple(shape))
+    return torch.from_numpy(buffer(size)).view(torch_dtype(kind)).reshape(tuple(shape))
 
 
 def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:

@@ -1,4 +1,4 @@
-"""Merged tensors are the same whatever the blocks, threads and memory; random masks against mergekit's formulas."""
+"""Merged tensors are the same whatever the blocks, threads, memory and loops; random masks are mergekit's formulas."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.errors import SurgeryError
 from surgery import lazy
+from surgery.errors import SurgeryError
 from surgery.lazy import Lazy, lengths, whole
 from surgery.soups import engine, masks, select
 from surgery.soups.engine import Engine, Inputs, Merged
 from surgery.soups.methods import METHODS
 from surgery.soups.settings import resolve
+
+
+@pytest.fixture(params=["torch", "compiled"])
+def loops(request):
+    """The compiled loops or None, for tests that must hold with both."""
+    if request.param == "torch":
+        return None
+    assert engine.compiled_loops(), "numba, which the tests need, is not installed"
+    return engine.compiled_loops()
 
 
 class Given(Lazy):
@@ -50,10 +59,11 @@ def options_of(name, count, given):
     return out
 
 
-def merge(name, given, engine=None, kind="float32", work="float32", tensor="w", seed=3, **own):
+def merge(name, given, engine=None, kind="float32", work="float32", tensor="w", seed=3, loops=None, **own):
     base = None if METHODS[name].base == "ignored" else 0
     inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed)
-    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind, engine or Engine(1))
+    used = engine or Engine(1, kernels=loops)
+    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind, used)
 
 
 COUNT = {"passthrough": 1, "slerp": 2, "nearswap": 2, "arcee_fusion": 2, "linear": 3}
@@ -68,13 +78,15 @@ ALL = [(name, {}) for name in METHODS] + [
 
 @pytest.mark.parametrize(("name", "own"), ALL, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
 @pytest.mark.parametrize("shape", [(24, 50), (4, 10, 14), (900,)])
-def test_any_box_in_any_threads_is_the_same(name, own, shape, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_box_in_any_threads_is_the_same(name, own, shape, dtype, loops, monkeypatch):
     """Chunks are fixed by the tensor; a box, a block size or a pool of threads changes no bit."""
     monkeypatch.setattr(engine, "CHUNK", 256)
-    given = tensors(shape, COUNT.get(name, 3))
-    full = merge(name, given, **own).full()
+    given = tensors(shape, COUNT.get(name, 3), dtype)
+    full = merge(name, given, loops=loops, **own).full()
     monkeypatch.setattr(engine, "BLOCK", 64)
-    pool = Engine(3, memory=1 << 14)
+    monkeypatch.setattr(engine, "LARGE_BLOCK", 64)
+    pool = Engine(3, memory=1 << 14, kernels=loops)
     try:
         lazy = merge(name, given, pool, **own)
         assert torch.equal(lazy.full(), full)
@@ -85,11 +97,43 @@ def test_any_box_in_any_threads_is_the_same(name, own, shape, monkeypatch):
     finally:
         pool.close()
     monkeypatch.setattr(engine, "CHUNK", 1 << 20)
-    assert torch.allclose(merge(name, given, **own).full(), full, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(merge(name, given, loops=loops, **own).full(), full, rtol=1e-4, atol=1e-6)
+
+
+LARGE = {"density": [0.5, 0.2, 0.7]} | {"gamma": [0.1, 0.0, 0.3]}
+
+
+@pytest.mark.parametrize("own", [{}, {"normalize": False, "lambda": 0.7}, {"normalize": True, "rescale": True}, LARGE])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_compiled_loops_and_torch_give_the_same_bits(name, own):
+    """Dtypes alone and mixed, infinities, zeros of both signs, many equal values, and any dtype of the result."""
+    compiled = engine.compiled_loops()
+    count = COUNT.get(name, 3)
+    for seed, shape in enumerate([(37, 75), (2, 30, 40), (1203,), (1, 1)]):
+        kinds = [torch.float32, torch.bfloat16, torch.float16]
+        for given in (
+            *(tensors(shape, count, kind, seed) for kind in kinds),
+            [t.to(kinds[i]) for i, t in enumerate(tensors(shape, count, seed=seed))],
+            [(t * 4).round() / 4 for t in tensors(shape, count, torch.bfloat16, seed)],
+            [t * (t.abs() > 1) * -1 for t in tensors(shape, count, torch.bfloat16, seed)],
+        ):
+            for kind in ("bfloat16", "float32", "float16"):
+                ours, theirs = (merge(name, given, kind=kind, loops=k, **own).full() for k in (compiled, None))
+                assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), (shape, given[0].dtype, kind)
+
+
+@pytest.mark.parametrize("name", ["linear", "ties", "breadcrumbs_ties", "dare_ties", "sce", "model_stock", "slerp"])
+def test_what_is_not_finite_stays_so(name, loops):
+    """In both lanes: a NaN or an infinity of a model is not turned into a number."""
+    given = tensors((40, 50), COUNT.get(name, 3), torch.bfloat16)
+    given[-1][3, 7], given[-1][20, 1] = torch.nan, torch.inf
+    made = merge(name, given, kind="bfloat16", loops=loops, density=[1.0, 1.0], gamma=[0.0, 0.0]).full()
+    assert not made[3, 7].isfinite()
+    assert not made[20, 1].isfinite()
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "breadcrumbs", "breadcrumbs_ties", "nearswap", "ram", "ramplus_tl"])
-def test_many_chunks_give_what_mergekit_gives(name, monkeypatch):
+def test_many_chunks_give_what_mergekit_gives(name, loops, monkeypatch):
     """Where nothing is summed over the tensor, cutting it into chunks changes no bit."""
     from mergekit.merge_methods.api import merge_tensors
 
@@ -97,7 +141,7 @@ def test_many_chunks_give_what_mergekit_gives(name, monkeypatch):
     given = tensors((33, 41), COUNT.get(name, 3))
     options = options_of(name, len(given), {"epsilon": 0.05})
     theirs = merge_tensors(given, name, parameters=options, base_index=None if name == "linear" else 0)
-    assert torch.equal(merge(name, given, epsilon=0.05).full(), theirs)
+    assert torch.equal(merge(name, given, loops=loops, epsilon=0.05).full(), theirs)
 
 
 def splitmix64(place, key):
@@ -120,7 +164,7 @@ def numbers(key, count):
 @pytest.mark.parametrize("name", ["dare_ties", "dare_linear", "della", "della_linear"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(30, 44), (700,), (3, 14, 20)])
-def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape):
+def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape, loops):
     """Its `torch.bernoulli` is given our numbers; the rest is its own code."""
     from mergekit.merge_methods.api import merge_tensors
 
@@ -137,7 +181,7 @@ def test_random_methods_are_mergekits_with_the_same_mask(name, dtype, shape):
     with mock.patch("torch.bernoulli", bernoulli), ties_by_place():
         theirs = merge_tensors(given, name, parameters=options, base_index=0)
     own = {"epsilon": options.get("epsilon"), "density": options["density"]}
-    ours = merge(name, given, kind=dtype, work=dtype, **{k: v for k, v in own.items() if v}).full()
+    ours = merge(name, given, kind=dtype, work=dtype, loops=loops, **{k: v for k, v in own.items() if v}).full()
     assert next(calls) == 2
     assert torch.equal(ours, theirs)
 
@@ -200,7 +244,7 @@ def test_marks_that_would_share_a_byte_are_given_up():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("chunk", [64, 1 << 14])
-def test_selection_is_a_stable_sort(dtype, last, chunk, monkeypatch):
+def test_selection_is_a_stable_sort(dtype, last, chunk, loops, monkeypatch):
     """The n-th of values full of ties, and which element it is: by a bracket, or (too many ties) by histograms."""
     monkeypatch.setattr(engine, "CHUNK", chunk)
     answers = []
@@ -209,6 +253,7 @@ def test_selection_is_a_stable_sort(dtype, last, chunk, monkeypatch):
     generator = torch.Generator().manual_seed(4)
     values = (torch.randint(0, 40, (13, 29), generator=generator) / 8).to(dtype)
     inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0)
+    inputs.engine = Engine(1, kernels=loops)
     flat = values.reshape(-1)
     order = torch.sort(flat, descending=last, stable=True).indices
     order = order.flip(0) if last else order
@@ -234,9 +279,9 @@ def test_bad_numbers_are_told_with_the_tensor():
             merge(name, given, **own).full()
 
 
-def test_empty_and_scalar_tensors():
+def test_empty_and_scalar_tensors(loops):
     for shape in ((0, 4), (1,), ()):
         given = tensors(shape, 3)
         for name in ("linear", "ties", "slerp", "model_stock", "dare_ties"):
-            got = merge(name, given[: COUNT.get(name, 3)]).read(whole(shape))
+            got = merge(name, given[: COUNT.get(name, 3)], loops=loops).read(whole(shape))
             assert list(got.shape) == lengths(whole(shape))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.soups.arithmetic import added, mask, norms, oriented, squares, sums, totals, whole
-from surgery.soups.engine import Block, Inputs, Ready, fresh
+from surgery.soups.engine import Block, Inputs, Ready
 from surgery.soups.picks import NEVER, Bound, between, parts
 from surgery.soups.select import Found, Query, behind, integers, order
 
@@ -36,10 +36,12 @@ def model_stock(inputs: Inputs, options: Options) -> Ready:
     cosines = [_cosine(dot, lengths[i], lengths[j]) for dot, (i, j) in zip(dots, pairs, strict=True)]
     mean = torch.stack(cosines).mean(dim=0)
     share = _share(inputs.count, mean)
-    t, rest = (x.reshape(()).numpy()[()] for x in (share, 1 - share))
-    return Ready(
-        lambda block: _stock(block, mean), fused=lambda block, bits: block.kernels.stock(block.bits, t, rest, bits)
-    )
+
+    def fused(block: Block, out: Any) -> None:
+        t, rest = (x.reshape(()).numpy()[()] for x in (share, 1 - share))
+        block.kernels.stock(block.bits, t, rest, out)
+
+    return Ready(lambda block: _stock(block, mean), fused=fused)
 
 
 def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -58,10 +60,9 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
         yield from products(block)
 
     def compiled(block: Block) -> torch.Tensor:
-        out, all_pairs = torch.zeros(inputs.count + len(pairs), dtype=torch.float64), np.array(
-            [(i, i) for i in range(inputs.count)] + list(pairs)
-        )
-        block.kernels.products(block.bits, all_pairs[:, 0].copy(), all_pairs[:, 1].copy(), out.numpy())
+        first, second = np.array([(i, i) for i in range(inputs.count)] + list(pairs)).T.copy()
+        out = torch.zeros(len(first), dtype=torch.float64)
+        block.kernels.products(block.bits, first, second, out.numpy())
         return out
 
     if inputs.single:
@@ -178,7 +179,7 @@ def _most_varied(inputs: Inputs, share: float) -> Bound:
 
 def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:
     """The bits of a block in parts, the variances of each, and how large they must be there."""
-    values, at = fresh(block.numel, 4), 0
+    values, at = block.room("values")[0], 0
     if isinstance(bound, Found):
         block.kernels.variances(block.bits, values)
     for bits, pick in parts(block, between(block, [(bound, NEVER)], True)):
@@ -189,7 +190,7 @@ def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:
 def _variances(block: Block) -> Any:
     if block.bits is None:
         return _variance(_offsets(block))
-    out = fresh(block.numel, 4)
+    out = block.room("values")[0]
     block.kernels.variances(block.bits, out)
     return out
 

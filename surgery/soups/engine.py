@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
-BLOCK = 1 << 20  # elements of a block of a result
+BLOCK = 1 << 18  # elements of a block of a result
+LARGE_PIECE, LARGE_BLOCK = 1 << 19, 1 << 20  # the same for compiled loops, which take them in strips
 FUSED = ("bfloat16", "float32")  # what compiled loops write
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept
 
@@ -70,6 +71,10 @@ class Block:
         """The compiled loops, where there are `bits`."""
         return self.inputs.engine.kernels
 
+    def room(self, use: str, rows: int = 1, itemsize: int = 4) -> Any:
+        """[rows, elements] integers for one use; see `Engine.scratch`."""
+        return self.inputs.engine.scratch(use, rows * self.numel, itemsize).reshape(rows, self.numel)
+
     @property
     def base(self) -> torch.Tensor:
         return self.tensors[0]
@@ -102,13 +107,17 @@ class Inputs:
         self.shape: Shape = sources[0].shape
         self.numel = math.prod(self.shape)
         self.engine: Engine = ONE
-        row = max(1, self.shape[-1]) if self.shape else 1
-        self.chunk = min(CHUNK, PIECE if row > PIECE else PIECE // row * row)  # whole rows are read at once
 
     @property
     def count(self) -> int:
         """How many sources there are besides the base."""
         return len(self.sources) - self.based
+
+    @property
+    def chunk(self) -> int:
+        """Elements that are scanned at once: whole rows, if possible."""
+        piece, row = LARGE_PIECE if self.stored else PIECE, max(1, self.shape[-1]) if self.shape else 1
+        return min(CHUNK, piece if row > piece else piece // row * row)
 
     @property
     def single(self) -> bool:
@@ -155,7 +164,7 @@ class Inputs:
         kind = self.stored
         numel = sum(count for _, count in runs)
         if kind:
-            bits = self.engine.scratch(len(self.sources) * numel, ITEMSIZE[kind])
+            bits = self.engine.scratch("read", len(self.sources) * numel, ITEMSIZE[kind])
         else:
             bits = fresh(len(self.sources) * numel, ITEMSIZE[self.work])
         bits = bits.reshape(len(self.sources), numel)
@@ -231,14 +240,17 @@ class Engine:
                     total -= self._known.pop(k)[0].nbytes
             return ready
 
-    def scratch(self, count: int, itemsize: int) -> Any:
-        """Integers of a thread, for one block: overwritten when it asks again."""
+    def scratch(self, use: str, count: int, itemsize: int) -> Any:
+        """Integers of a thread for one use: overwritten when it asks for that use again.
+
+        Large buffers that are freed and asked for again, with small ones between them, make the process grow.
+        """
         import numpy as np
 
-        held = getattr(self._local, "scratch", None)
-        if held is None or held.nbytes < count * itemsize:
-            held = self._local.scratch = np.empty(count * itemsize, np.uint8)
-        return held[: count * itemsize].view(f"u{itemsize}")
+        held: dict[str, Any] = self._local.__dict__
+        if use not in held or held[use].nbytes < count * itemsize:
+            held[use] = np.empty(count * itemsize, np.uint8)
+        return held[use][: count * itemsize].view(f"u{itemsize}")
 
     def close(self) -> None:
         if self._pool is not None:
@@ -288,9 +300,10 @@ class Merged(Lazy):
         if not out.numel():
             return out
         ready = self.engine.known(self, self._ready)
-        per_element = 16 * (len(self.inputs.sources) + 2) * self.engine.threads
-        limit = max(1 << 12, min(BLOCK, self.engine.memory // 4 // per_element))
-        if ready.fused and self.inputs.stored and self.kind in FUSED:
+        fused = ready.fused and self.inputs.stored and self.kind in FUSED
+        per_element = (4 if fused else 16) * (len(self.inputs.sources) + 2) * self.engine.threads
+        limit = max(1 << 12, min(LARGE_BLOCK if fused else BLOCK, self.engine.memory // 4 // per_element))
+        if fused:
             self._fuse(ready, box, limit, out.reshape(-1).view(torch_dtype(f"uint{8 * out.itemsize}")).numpy())
             return out
         for part in spanned(box, ready.span, limit):

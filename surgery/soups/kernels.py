@@ -86,7 +86,7 @@ def within(values: Any, low: Any, high: Any, out: Any) -> Any:
 
     What lies behind them in `out` is overwritten.
     """
-    under, count, span = 0, 0, u4(high - low)
+    under, count, span = np.int64(0), np.int64(0), u4(high - low)
     for j in range(len(values)):
         under += values[j] < low
     for j in range(len(values)):
@@ -245,7 +245,9 @@ def choose(starts: Any, counts: Any, coarse: Any, fine: Any, whole: Any, rest: A
 
 
 @compiled
-def choose_by_rank(values: Any, lines: Any, place: int, coarse: Any, fine: Any, whole: Any, rest: Any, out: Any) -> None:
+def choose_by_rank(
+    values: Any, lines: Any, place: int, coarse: Any, fine: Any, whole: Any, rest: Any, out: Any
+) -> None:
     """As `choose`, with the probability of every element's rank in its line, from the smallest value.
 
     `values`, bits of magnitudes, are the elements from `place` on as [outer, n, inner], `lines`; lines run along n.
@@ -289,7 +291,7 @@ def _classify(drawn: Any, bucket: Any, low: Any, high: Any, own: Any, doubtful: 
 
 
 @compiled
-def _rank(line: Any, place: int) -> int:
+def _rank(line: Any, place: int) -> Any:
     """How many values are smaller than the one at a place, or equal and before it."""
     value, count = line[place], u4(0)
     for j in range(place):
@@ -394,11 +396,10 @@ def stock(bits: Any, t: Any, rest: Any, out: Any) -> None:
     sums, count = np.empty(STRIP, f4), f4(len(bits) - 1)
     for at in range(0, len(out), STRIP):
         m = min(STRIP, len(out) - at)
-        acc, end = sums[:m], out[at : at + m]
-        acc[:] = 0
+        base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
+        acc[:] = f4(-0.0)  # which adds nothing, not even to the sign of a zero
         for i in range(1, len(bits)):
             _add(bits[i, at : at + m], acc)
-        base = bits[0, at : at + m]
         for j in range(m):
             store(t * (acc[j] / count) + rest * load(base, j), end, j)
 
@@ -489,3 +490,15 @@ def _add_weighted(delta: Any, total: Any, weight: Any, mixed: Any, own: Any) -> 
         value = delta[j] * (f4(1) if total[j] >= 0 else f4(-1))
         mixed[j] += f4(0) if value < 0 else value * weight
         own[j] += weight if value > 0 else f4(0)
+
+
+@compiled
+def row_sums(words: Any, weights: Any) -> Any:
+    """What a fingerprint adds up: of every row of 32-bit words, the sum of their products with 64-bit weights."""
+    out = np.zeros(len(words), np.int64)
+    for r in range(len(words)):
+        row, total = words[r], np.int64(0)
+        for k in range(len(weights)):
+            total += np.int64(row[k]) * weights[k]
+        out[r] = total
+    return out

@@ -81,8 +81,11 @@ def prepared(recipe: Recipe, settings: Settings) -> Iterator[Plan]:
             merged = derive(recipe, opened, settings.arithmetic, engine, Path(scratch))
             plan = plan_for(
                 merged, to=settings.to, topology=settings.topology, options=writing, max_memory=memory,
-                settings={"soup": repr(recipe), "arithmetic": settings.arithmetic, "derived": True},
+                settings={"soup": repr(recipe), "arithmetic": settings.arithmetic, "compiled": bool(engine.kernels),
+                          "derived": True},
             )  # fmt: skip
+            if engine.kernels:
+                plan.ledger.row_sums = engine.kernels.row_sums
             record = text_file(RECORD, _record(recipe, opened, settings))
             output = replace(plan.output, files=(*plan.output.files, record))
             yield replace(plan, output=output, threads=engine.threads)
@@ -130,6 +133,8 @@ def derive(
             found, recipe.chat_template, [c.tokenizer for c in opened.values()], scratch / "chat"
         )
         notes.append(note)
+    if not engine.kernels:
+        notes.append("numba is not there, so it takes several times as long: pip install 'checkpoint-surgery[merge]'")
     for model, checkpoint in opened.items():
         notes += [f"{model}: {note}" for note in checkpoint.notes]
     return replace(

@@ -147,8 +147,8 @@ def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list
         return [piece(own[q.of], *limits) for q, limits in zip(queries, ranges, strict=True)]
 
     def compiled(bits: Any, low: int, high: int) -> Piece | None:
-        inside = np.empty_like(bits)
-        under, count = inputs.engine.kernels.within(bits, bits.dtype.type(low), bits.dtype.type(high), inside)
+        inside = inputs.engine.scratch("inside", len(bits), bits.itemsize)
+        under, count = inputs.engine.kernels.within(bits, np.uint32(low), np.uint32(high), inside)
         if count <= room:
             return Piece(under, inside[:count].copy())
         different, counts = np.unique(inside[:count], return_counts=True)
@@ -252,7 +252,10 @@ def _histograms(
     first = all(p == 0 for p in prefix) and above in (31, 63)
 
     def count(block: Block) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        bits = [torch.from_numpy(integers(v).view(np.int64 if inputs.work == "float64" else np.int32)) for v in values(block)]
+        bits = [
+            torch.from_numpy(integers(v).view(np.int64 if inputs.work == "float64" else np.int32))
+            for v in values(block)
+        ]
         made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         for q, p in zip(queries, prefix, strict=True):
             if (q.of, p) not in made:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
 from surgery.soups.arithmetic import added, mask, oriented, sums
-from surgery.soups.engine import KEPT, Block, Fused, Inputs, Ready, fresh
+from surgery.soups.engine import KEPT, Block, Fused, Inputs, Ready
 from surgery.soups.masks import Marks, keys
 from surgery.soups.picks import NEVER, Bound, Pick, between, everything, parts
 from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
@@ -91,7 +91,9 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
         return out
 
     kind = torch_dtype(inputs.work)
-    if inputs.stored and not inputs.single:
+    if inputs.stored and inputs.single and inputs.numel:
+        totals = _lengths(inputs.all(), way.picks)
+    elif inputs.stored:
         totals = list(sum(inputs.scan(compiled, way.span), torch.zeros(())).to(kind).reshape(-1))
     else:
         totals = sums(inputs, lengths, way.span)
@@ -99,6 +101,25 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     for before, after in zip(totals[::2], totals[1::2], strict=True):
         out.append(None if before < TINY or after < TINY else before.to(kind) / after.to(kind))
     return out
+
+
+def _lengths(block: Block, picks: Picks) -> list[torch.Tensor]:
+    """Of a whole small tensor, by torch's own sum: the l1 length of every task vector before and after."""
+    import torch
+
+    values, totals = block.room("lengths", 2), []
+    made = list(parts(block, picks(block)))
+    for i in range(len(block.bits) - 1):
+        at = 0
+        for bits, pick in made:
+            before, after = values[:, at : at + pick.count]
+            block.kernels.magnitudes(bits[0], bits[i + 1], before)
+            least, most = pick.least[i], pick.most[i]
+            block.kernels.thinned(bits[0], bits[i + 1], least, most, pick.kept[i], after.view("f4"))
+            at += pick.count
+        values[1] &= 0x7FFFFFFF
+        totals += [row.sum() for row in torch.from_numpy(values.view("f4"))]
+    return totals
 
 
 def _mixer(
@@ -188,7 +209,7 @@ def _magnitude(inputs: Inputs, options: Options) -> Thinning:
 def _magnitudes(block: Block) -> list[Any]:
     if block.bits is None:
         return [d.abs_() for d in _deltas(block)]
-    out = fresh((len(block.bits) - 1) * block.numel, 4).reshape(-1, block.numel)
+    out = block.room("values", len(block.bits) - 1)
     for stored, own in zip(block.bits[1:], out, strict=True):
         block.kernels.magnitudes(block.bits[0], stored, own)
     return list(out)
@@ -249,11 +270,11 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
     def compiled(block: Block, i: int) -> Any:
         starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
-        share, out = options["density"][i] * 65536, np.empty(block.numel, bool)
+        share, out = options["density"][i] * 65536, block.room("chosen", itemsize=1)[0].view(bool)
         block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
         return out
 
-    return _chosen(inputs, options, choose, 0, compiled)
+    return _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
 
 
 def _ranks(inputs: Inputs, options: Options) -> Thinning:
@@ -276,7 +297,7 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         shape = block.shape if len(block.shape) > 1 else (1, *block.shape)
         share = _chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]) * 65536
         whole = np.minimum(share, 65535).astype(np.uint16)
-        values, out = fresh(block.numel, 4), np.empty(block.numel, bool)
+        values, out = block.room("values")[0], block.room("chosen", itemsize=1)[0].view(bool)
         block.kernels.magnitudes(block.bits[0], block.bits[i + 1], values)
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
         lines = shape[0], shape[1], math.prod(shape[2:])
@@ -299,14 +320,18 @@ def _chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> 
 
 
 def _chosen(
-    inputs: Inputs, options: Options, choose: Choose, span: int, compiled: Callable[[Block, int], Any] | None
+    inputs: Inputs,
+    options: Options,
+    choose: Choose,
+    span: int,
+    compiled: Callable[[Block, int], Any] | None,
+    keep: bool = True,
 ) -> Thinning:
     """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops).
 
-    If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge, one bit per
-    element, where there is room.
+    If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge (unless not
+    `keep`, as it is made again sooner than kept), one bit per element, where there is room.
     """
-    import numpy as np
     import torch
 
     from surgery.lazy import torch_dtype
@@ -315,7 +340,7 @@ def _chosen(
     nbytes = inputs.count * inputs.numel // 8
     marks = (
         Marks(inputs.count, inputs.numel)
-        if options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
+        if keep and options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
         else None
     )
 
@@ -339,7 +364,7 @@ def _chosen(
         return compiled(block, i) if compiled else choose(block, i, block.others[i] - block.base)
 
     def picks(block: Block) -> list[Pick]:
-        kept = np.empty((inputs.count, block.numel), np.uint8)
+        kept = block.room("kept", inputs.count, 1)
         for i, density in enumerate(densities):
             kept[i] = noted(block, i, functools.partial(make, block, i)) if 0 < density < 1 else density > 0
         return [everything(block, kept)]
