@@ -14,7 +14,9 @@ from surgery import lazy
 from surgery.errors import SurgeryError
 from surgery.lazy import Lazy, lengths, whole
 from surgery.soups import engine, masks, select
-from surgery.soups.engine import Engine, Inputs, Merged
+from surgery.soups import inputs as soup_inputs
+from surgery.soups.engine import Engine, Merged
+from surgery.soups.inputs import Inputs
 from surgery.soups.methods import METHODS
 from surgery.soups.settings import resolve
 
@@ -61,9 +63,8 @@ def options_of(name, count, given):
 
 def merge(name, given, engine=None, kind="float32", work="float32", tensor="w", seed=3, loops=None, **own):
     base = None if METHODS[name].base == "ignored" else 0
-    inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed)
-    used = engine or Engine(1, kernels=loops)
-    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind, used)
+    inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed, engine or Engine(1, kernels=loops))
+    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind)
 
 
 COUNT = {"passthrough": 1, "slerp": 2, "nearswap": 2, "arcee_fusion": 2, "linear": 3}
@@ -81,7 +82,7 @@ ALL = [(name, {}) for name in METHODS] + [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_box_in_any_threads_is_the_same(name, own, shape, dtype, loops, monkeypatch):
     """Chunks are fixed by the tensor; a box, a block size or a pool of threads changes no bit."""
-    monkeypatch.setattr(engine, "CHUNK", 256)
+    monkeypatch.setattr(soup_inputs, "CHUNK", 256)
     given = tensors(shape, COUNT.get(name, 3), dtype)
     full = merge(name, given, loops=loops, **own).full()
     monkeypatch.setattr(engine, "BLOCK", 64)
@@ -96,7 +97,7 @@ def test_any_box_in_any_threads_is_the_same(name, own, shape, dtype, loops, monk
             assert torch.equal(lazy.read(box), full[tuple(slice(a, b) for a, b in box)])
     finally:
         pool.close()
-    monkeypatch.setattr(engine, "CHUNK", 1 << 20)
+    monkeypatch.setattr(soup_inputs, "CHUNK", 1 << 20)
     assert torch.allclose(merge(name, given, loops=loops, **own).full(), full, rtol=1e-4, atol=1e-6)
 
 
@@ -137,7 +138,7 @@ def test_many_chunks_give_what_mergekit_gives(name, loops, monkeypatch):
     """Where nothing is summed over the tensor, cutting it into chunks changes no bit."""
     from mergekit.merge_methods.api import merge_tensors
 
-    monkeypatch.setattr(engine, "CHUNK", 128)
+    monkeypatch.setattr(soup_inputs, "CHUNK", 128)
     given = tensors((33, 41), COUNT.get(name, 3))
     options = options_of(name, len(given), {"epsilon": 0.05})
     theirs = merge_tensors(given, name, parameters=options, base_index=None if name == "linear" else 0)
@@ -246,14 +247,13 @@ def test_marks_that_would_share_a_byte_are_given_up():
 @pytest.mark.parametrize("chunk", [64, 1 << 14])
 def test_selection_is_a_stable_sort(dtype, last, chunk, loops, monkeypatch):
     """The n-th of values full of ties, and which element it is: by a bracket, or (too many ties) by histograms."""
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(soup_inputs, "CHUNK", chunk)
     answers = []
     bracketed = select._bracketed
     monkeypatch.setattr(select, "_bracketed", lambda *a: answers.extend(found := bracketed(*a)) or found)
     generator = torch.Generator().manual_seed(4)
     values = (torch.randint(0, 40, (13, 29), generator=generator) / 8).to(dtype)
-    inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0)
-    inputs.engine = Engine(1, kernels=loops)
+    inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0, Engine(1, kernels=loops))
     flat = values.reshape(-1)
     order = torch.sort(flat, descending=last, stable=True).indices
     order = order.flip(0) if last else order

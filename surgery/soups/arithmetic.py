@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from surgery.soups.engine import Block, Inputs
+    from surgery.soups.inputs import Block, Inputs
 
 GROUP = 128
 Values = Callable[["Block"], "Sequence[torch.Tensor]"]

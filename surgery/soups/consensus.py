@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.soups.arithmetic import added, mask, norms, oriented, squares, sums, totals, whole
-from surgery.soups.engine import Block, Inputs, Ready
+from surgery.soups.engine import Ready
+from surgery.soups.inputs import Block, Inputs
 from surgery.soups.picks import NEVER, Bound, between, parts
 from surgery.soups.select import Found, Query, behind, integers, order
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
 from surgery.soups.arithmetic import added
-from surgery.soups.engine import Block, Inputs, Ready
+from surgery.soups.engine import Ready
+from surgery.soups.inputs import Block, Inputs
 
 if TYPE_CHECKING:
     import torch

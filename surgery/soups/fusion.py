@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.soups.engine import Block, Inputs, Ready
+from surgery.soups.engine import Ready
+from surgery.soups.inputs import Block, Inputs
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,8 @@ from surgery.errors import LayoutError, show, some
 from surgery.formats import Checkpoint
 from surgery.lazy import Lazy, cast
 from surgery.soups.config import OutputSlice, Recipe, Reference, Source
-from surgery.soups.engine import Engine, Inputs, Merged
+from surgery.soups.engine import Engine, Merged
+from surgery.soups.inputs import Inputs
 from surgery.soups.methods import METHODS
 from surgery.soups.settings import filters, resolve
 
@@ -191,8 +192,8 @@ def _tensor(
     lazies = [sources[m] for m in order]
     if recipe.method == "passthrough" and options["scale"] == [None]:
         return cast(lazies[0], kind)
-    inputs = Inputs(name, lazies, 0 if base is not None else None, work, recipe.seed)
-    return Merged(method, inputs, options, kind, engine)
+    inputs = Inputs(name, lazies, 0 if base is not None else None, work, recipe.seed, engine)
+    return Merged(method, inputs, options, kind)
 
 
 def promoted(name: str, kinds: Sequence[str]) -> str:

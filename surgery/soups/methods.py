@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from surgery.soups import consensus, elementwise, fusion, spheres, tasks
-from surgery.soups.engine import Inputs, Ready
+from surgery.soups.engine import Ready
+from surgery.soups.inputs import Inputs
 from surgery.soups.settings import Parameter
 
 Run = Callable[[Inputs, Mapping[str, Any]], Ready]

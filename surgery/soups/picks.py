@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.soups.select import Found
 
 if TYPE_CHECKING:
-    from surgery.soups.engine import Block
+    from surgery.soups.inputs import Block
 
 NEVER = 0xFFFFFFFF  # above the bits of any magnitude
 Bound = Found | int

@@ -22,7 +22,7 @@ from surgery.soups.arithmetic import mask
 if TYPE_CHECKING:
     import torch
 
-    from surgery.soups.engine import Block, Inputs
+    from surgery.soups.inputs import Block, Inputs
 
 Values = Callable[["Block"], "Sequence[torch.Tensor]"]
 SLICES, SLICE = 64, 1 << 10  # of a sample: how many (for large tensors up to 16 times so many), of how many elements

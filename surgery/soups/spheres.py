@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError
 from surgery.soups.arithmetic import added, norms, sums
-from surgery.soups.engine import CHUNK, Block, Inputs, Ready
+from surgery.soups.engine import Ready
+from surgery.soups.inputs import CHUNK, Block, Inputs
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
 from surgery.soups.arithmetic import added, mask, oriented, sums
-from surgery.soups.engine import KEPT, Block, Fused, Inputs, Ready
+from surgery.soups.engine import KEPT, Fused, Ready
+from surgery.soups.inputs import Block, Inputs
 from surgery.soups.masks import Marks, keys
 from surgery.soups.picks import NEVER, Bound, Pick, between, everything, parts
 from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
