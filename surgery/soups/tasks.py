@@ -14,42 +14,20 @@ With `agree`, an element takes part only where its sign is that of the weighted 
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ConfigError
 from surgery.soups.arithmetic import added, mask, oriented, sums
-from surgery.soups.engine import KEPT, Fused, Ready
+from surgery.soups.engine import Fused, Ready
 from surgery.soups.inputs import Block, Inputs
-from surgery.soups.masks import Marks, keys
-from surgery.soups.picks import NEVER, Bound, Pick, between, everything, parts
-from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
+from surgery.soups.picks import parts
+from surgery.soups.thinning import THINNING, Picks, Thin, Thinning, deltas
 
 if TYPE_CHECKING:
     import torch
 
 Options = Mapping[str, Any]
-Thin = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]  # block, source, delta -> delta, zero where it goes
-Choose = Callable[[Block, int, "torch.Tensor"], Any]  # block, source, delta -> what stays: numpy's booleans, flat
-Picks = Callable[[Block], "Sequence[Pick]"]
 TINY = 1e-7
-
-
-@dataclass(frozen=True)
-class Thinning:
-    """How a task vector is thinned: `thin`, the dimensions it needs whole, and what it notes while it is scanned.
-
-    picks: the same as `thin`, for compiled loops.
-    """
-
-    thin: Thin
-    picks: Picks
-    span: int = 0
-    marks: Marks | None = None
-    nbytes: int = 1024
 
 
 def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
@@ -70,10 +48,6 @@ def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
     return run
 
 
-def _deltas(block: Block) -> list[torch.Tensor]:
-    return [t - block.base for t in block.others]
-
-
 def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
     import torch
@@ -81,9 +55,9 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     from surgery.lazy import torch_dtype
 
     def lengths(block: Block) -> list[torch.Tensor]:
-        deltas = _deltas(block)
-        thinned = [way.thin(block, i, d).abs() for i, d in enumerate(deltas)]
-        return [x for d, kept in zip(deltas, thinned, strict=True) for x in (d.abs_(), kept)]
+        own = deltas(block)
+        thinned = [way.thin(block, i, d).abs() for i, d in enumerate(own)]
+        return [x for d, kept in zip(own, thinned, strict=True) for x in (d.abs_(), kept)]
 
     def compiled(block: Block) -> torch.Tensor:
         out = torch.zeros((inputs.count, 2), dtype=torch.float64)
@@ -130,22 +104,22 @@ def _mixer(
 
     def weighted(block: Block) -> list[torch.Tensor]:
         out = []
-        for i, delta in enumerate(_deltas(block)):
+        for i, delta in enumerate(deltas(block)):
             kept, factor = thin(block, i, delta), factors[i]
             out.append((kept if factor is None else kept.mul_(factor)).mul_(weights[i]))
         return out
 
     def apply(block: Block) -> torch.Tensor:
-        deltas = weighted(block)
+        own = weighted(block)
         divisor = total
         if agree:
-            sign = oriented(deltas)
-            mixed = added(deltas).mul_(sign)
+            sign = oriented(own)
+            mixed = added(own).mul_(sign)
             if options["normalize"]:
-                divisor = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, deltas, strict=True)])
+                divisor = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, own, strict=True)])
                 divisor += mask(divisor, "eq", 0)
         else:
-            mixed = added(deltas)
+            mixed = added(own)
         if options["normalize"]:
             mixed /= divisor
         if options["lambda"] != 1:
@@ -186,215 +160,3 @@ def _weights(inputs: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tens
     weights = torch.tensor(options["weight"], dtype=torch_dtype(inputs.work))
     total = weights.sum(dim=0)
     return weights, torch.where(total.abs() < 1e-8, 1, total)
-
-
-def _none(inputs: Inputs, options: Options) -> Thinning:
-    return Thinning(lambda block, i, delta: delta, lambda block: [everything(block)])
-
-
-def _magnitude(inputs: Inputs, options: Options) -> Thinning:
-    """The largest max(1, density * n) elements; of equal ones the first in the tensor."""
-    n = inputs.numel
-    queries = [Query(i, n - max(1, int(d * n)), True) for i, d in enumerate(options["density"]) if 0 < d < 1 and n]
-    found = dict(zip((q.of for q in queries), order(inputs, _magnitudes, queries), strict=True))
-
-    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
-        if options["density"][i] >= 1:
-            return delta
-        return _behind(block, delta, found[i], True) if i in found else delta * 0
-
-    bounds = [(0 if d >= 1 else found.get(i, NEVER), NEVER) for i, d in enumerate(options["density"])]
-    return Thinning(thin, lambda block: between(block, bounds, True))
-
-
-def _magnitudes(block: Block) -> list[Any]:
-    if block.bits is None:
-        return [d.abs_() for d in _deltas(block)]
-    out = block.room("values", len(block.bits) - 1)
-    for stored, own in zip(block.bits[1:], out, strict=True):
-        block.kernels.magnitudes(block.bits[0], stored, own)
-    return list(out)
-
-
-def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
-    """`delta` where its magnitude is that of the element, or larger (see `behind`); else zero."""
-    import torch
-
-    bits = least(block, found, first_wins)
-    if bits is None or delta.dtype.itemsize < 4:
-        return delta * behind(block, delta.abs(), found, first_wins)
-    return torch.nn.functional.hardshrink(delta, number(bits - 1, found.wide)) if bits else delta
-
-
-def _outliers(inputs: Inputs, options: Options) -> Thinning:
-    """density * n elements, beginning behind the gamma * n largest; of equal ones, the last count as larger."""
-    n = inputs.numel
-    queries, ranges = [], []
-    for i, (density, gamma) in enumerate(zip(options["density"], options["gamma"], strict=True)):
-        target = int(density * n)
-        low = max(0, n - target - int(gamma * n))
-        ranges.append((low, low + target))
-        if density < 1:
-            queries += [Query(i, rank) for rank in (low, low + target) if 0 < rank < n]
-    found = {(q.of, q.rank): f for q, f in zip(queries, order(inputs, _magnitudes, queries), strict=True)}
-
-    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
-        if options["density"][i] >= 1:
-            return delta
-        low, high = ranges[i]
-        if low >= high:
-            return delta * 0
-        above = _behind(block, delta, found[i, high], False) if (i, high) in found else None
-        kept = _behind(block, delta, found[i, low], False) if (i, low) in found else delta
-        return kept if above is None else kept - above
-
-    def bound(i: int) -> tuple[Bound, Bound]:
-        low, high = ranges[i]
-        if options["density"][i] >= 1:
-            return 0, NEVER
-        return (NEVER, NEVER) if low >= high else (found.get((i, low), 0), found.get((i, high), NEVER))
-
-    bounds = [bound(i) for i in range(inputs.count)]
-    return Thinning(thin, lambda block: between(block, bounds, False))
-
-
-def _random(inputs: Inputs, options: Options) -> Thinning:
-    """Each element with probability `density`."""
-    import numpy as np
-
-    if bad := [d for d in options["density"] if d < 0]:
-        raise ConfigError(f"density is {bad[0]}, no probability")
-
-    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
-        return block.below(i, options["density"][i])
-
-    def compiled(block: Block, i: int) -> Any:
-        starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
-        coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
-        share, out = options["density"][i] * 65536, block.room("chosen", itemsize=1)[0].view(bool)
-        block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
-        return out
-
-    return _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
-
-
-def _ranks(inputs: Inputs, options: Options) -> Thinning:
-    """With a probability from density - epsilon (the smallest of a row) to density + epsilon (the largest)."""
-    import numpy as np
-    import torch
-
-    for d, e in zip(options["density"], options["epsilon"], strict=True):
-        if 0 < d < 1 and (d + e >= 1 or d - e <= 0):
-            raise ConfigError(f"density {d} and epsilon {e}: the probabilities do not lie between 0 and 1")
-
-    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
-        density, epsilon = options["density"][i], options["epsilon"][i]
-        rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
-        return block.below(i, _chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
-
-    def compiled(block: Block, i: int) -> Any:
-        (start, _), *more = block.runs()
-        assert not more, (inputs.name, block.box)  # whole rows follow each other
-        shape = block.shape if len(block.shape) > 1 else (1, *block.shape)
-        share = _chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]) * 65536
-        whole = np.minimum(share, 65535).astype(np.uint16)
-        values, out = block.room("values")[0], block.room("chosen", itemsize=1)[0].view(bool)
-        block.kernels.magnitudes(block.bits[0], block.bits[i + 1], values)
-        coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
-        lines = shape[0], shape[1], math.prod(shape[2:])
-        block.kernels.choose_by_rank(values, lines, start, coarse, fine, whole, share - whole, out)
-        return out
-
-    # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
-    span = 2 if len(inputs.shape) > 2 else 1
-    return _chosen(inputs, options, choose, span, compiled if len(inputs.shape) <= 3 else None)
-
-
-@functools.lru_cache
-def _chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> Any:
-    """The probability of each rank among `count`, in fp64, rounded where mergekit rounds."""
-    import torch
-
-    ranks = torch.arange(count).to(dtype if dtype != torch.float16 else torch.float32) + 1
-    chance = (density - epsilon) + ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) * 2 * epsilon
-    return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
-
-
-def _chosen(
-    inputs: Inputs,
-    options: Options,
-    choose: Choose,
-    span: int,
-    compiled: Callable[[Block, int], Any] | None,
-    keep: bool = True,
-) -> Thinning:
-    """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops).
-
-    If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge (unless not
-    `keep`, as it is made again sooner than kept), one bit per element, where there is room.
-    """
-    import torch
-
-    from surgery.lazy import torch_dtype
-
-    densities, number = options["density"], torch_dtype(inputs.work)
-    nbytes = inputs.count * inputs.numel // 8
-    marks = (
-        Marks(inputs.count, inputs.numel)
-        if keep and options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
-        else None
-    )
-
-    def noted(block: Block, i: int, make: Callable[[], Any]) -> Any:
-        if marks and marks.complete:
-            return marks.get(i, block.runs())
-        chosen = make()
-        if marks:
-            marks.put(i, block.runs(), chosen)
-        return chosen
-
-    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
-        if densities[i] >= 1:
-            return delta
-        if densities[i] <= 0:
-            return delta * 0
-        chosen = noted(block, i, lambda: choose(block, i, delta))
-        return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
-
-    def make(block: Block, i: int) -> Any:
-        return compiled(block, i) if compiled else choose(block, i, block.others[i] - block.base)
-
-    def picks(block: Block) -> list[Pick]:
-        kept = block.room("kept", inputs.count, 1)
-        for i, density in enumerate(densities):
-            kept[i] = noted(block, i, functools.partial(make, block, i)) if 0 < density < 1 else density > 0
-        return [everything(block, kept)]
-
-    return Thinning(thin, picks, span, marks, nbytes if marks else 1024)
-
-
-def ranks_in_rows(magnitudes: torch.Tensor) -> Any:
-    """The rank (from 0) of every element along dimension 1, as numpy's int64, flat; of equal ones the first is less.
-
-    numpy sorts integers several times faster than anything sorts with the places: these become part of the integers.
-    """
-    import numpy as np
-    import torch
-
-    lines = magnitudes.movedim(1, -1)
-    if magnitudes.dtype == torch.float64 or magnitudes.shape[1] >= 1 << 31:
-        order = torch.sort(lines, dim=-1, stable=True).indices
-    else:
-        keys = (bits_of(lines).long() << 32) | torch.arange(lines.shape[-1])
-        order = torch.from_numpy(np.sort(keys.numpy(), axis=-1)).bitwise_and_(0xFFFFFFFF)
-    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order))
-    return ranks.movedim(-1, 1).reshape(-1).numpy()
-
-
-THINNING: Mapping[str, Callable[[Inputs, Options], Thinning]] = {
-    "": _none,
-    "magnitude": _magnitude,
-    "random": _random,
-    "outliers": _outliers,
-    "ranks": _ranks,
-}

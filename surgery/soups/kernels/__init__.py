@@ -1,0 +1,20 @@
+"""The inner loops of merging, compiled: every source is read once, and nothing in between leaves the first cache.
+
+    linear(bits, weights, total, out)
+
+`bits` [sources, n] are the elements as they are stored: bf16 in uint16, fp32 in uint32; where there is a base, it is
+the first.  `out` [n] is of one of these, too.  Arithmetic is fp32, in the order of the torch code that each of these
+stands for, and rounded once; sums over many elements are taken in fp64.
+"""
+
+from surgery.soups.kernels.choices import choose, choose_by_rank, splitmix64
+from surgery.soups.kernels.consensus import agree, products, squares, stock, variances
+from surgery.soups.kernels.elementwise import blend, linear
+from surgery.soups.kernels.ranks import ranked, within
+from surgery.soups.kernels.tasks import lengths, magnitudes, mix, thinned
+from surgery.soups.kernels.words import row_sums
+
+__all__ = [
+    "agree", "blend", "choose", "choose_by_rank", "lengths", "linear", "magnitudes", "mix", "products", "ranked",
+    "row_sums", "splitmix64", "squares", "stock", "thinned", "variances", "within",
+]  # fmt: skip

@@ -1,0 +1,137 @@
+"""Loops of the methods that weigh models by how they agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from surgery.compiled import bits_of, compiled, fma
+from surgery.soups.kernels.numbers import GROUP, STRIP, f4, f8, load, store
+
+
+@compiled
+def products(bits: Any, first: Any, second: Any, out: Any) -> None:
+    """out[p] += the product of task vectors first[p] and second[p], numbered from 0.
+
+    fp32 adds up to GROUP elements that lie STRIP apart, fp64 the rest.
+    """
+    n, sums = bits.shape[1], np.zeros(STRIP, f4)
+    for p in range(len(out)):
+        for group in range(0, n, STRIP * GROUP):
+            for at in range(group, min(group + STRIP * GROUP, n), STRIP):
+                m = min(STRIP, n - at)
+                a, b = bits[first[p] + 1, at : at + m], bits[second[p] + 1, at : at + m]
+                _add_products(bits[0, at : at + m], a, b, sums[:m])
+            for j in range(STRIP):
+                out[p] += f8(sums[j])
+                sums[j] = 0
+
+
+@compiled
+def _add_products(base: Any, a: Any, b: Any, sums: Any) -> None:
+    for j in range(len(sums)):
+        origin = load(base, j)
+        sums[j] += (load(a, j) - origin) * (load(b, j) - origin)
+
+
+@compiled
+def stock(bits: Any, t: Any, rest: Any, out: Any) -> None:
+    """t times the mean of all but the base, and rest times the base."""
+    sums, count = np.empty(STRIP, f4), f4(len(bits) - 1)
+    for at in range(0, len(out), STRIP):
+        m = min(STRIP, len(out) - at)
+        base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
+        acc[:] = f4(-0.0)  # which adds nothing, not even to the sign of a zero
+        for i in range(1, len(bits)):
+            _add(bits[i, at : at + m], acc)
+        for j in range(m):
+            store(t * (acc[j] / count) + rest * load(base, j), end, j)
+
+
+@compiled
+def _add(stored: Any, acc: Any) -> None:
+    for j in range(len(acc)):
+        acc[j] += load(stored, j)
+
+
+@compiled
+def variances(bits: Any, out: Any) -> None:
+    """The bits of the variance of the task vectors, element by element; see `consensus`."""
+    mean, total = np.empty(STRIP, f8), np.empty(STRIP, f8)
+    for at in range(0, len(out), STRIP):
+        m = min(STRIP, len(out) - at)
+        own, mean_, total_ = out[at : at + m], mean[:m], total[:m]
+        mean_[:] = 0
+        total_[:] = 0
+        for i in range(1, len(bits)):
+            _welford(bits[0, at : at + m], bits[i, at : at + m], f8(i), mean_, total_)
+        for j in range(m):
+            own[j] = bits_of(f4(total_[j] / f8(len(bits) - 1)))
+
+
+@compiled
+def _welford(base: Any, stored: Any, count: Any, mean: Any, total: Any) -> None:
+    for j in range(len(mean)):
+        value = f8(load(stored, j) - load(base, j))
+        off = value - mean[j]
+        mean[j] += off / count
+        total[j] = fma(off, value - mean[j], total[j])
+
+
+@compiled
+def squares(bits: Any, values: Any, least: Any, out: Any) -> None:
+    """out[i] += the squares of task vector i, of its elements whose value is at least `least`."""
+    n, sums = bits.shape[1], np.zeros(STRIP, f4)
+    for i in range(len(out)):
+        for group in range(0, n, STRIP * GROUP):
+            for at in range(group, min(group + STRIP * GROUP, n), STRIP):
+                m = min(STRIP, n - at)
+                _add_squares(bits[0, at : at + m], bits[i + 1, at : at + m], values[at : at + m], least, sums[:m])
+            for j in range(STRIP):
+                out[i] += f8(sums[j])
+                sums[j] = 0
+
+
+@compiled
+def _add_squares(base: Any, stored: Any, values: Any, least: Any, sums: Any) -> None:
+    for j in range(len(sums)):
+        delta = load(stored, j) - load(base, j)  # before the choice, which then takes no branch
+        delta = delta if values[j] >= least else f4(0)
+        sums[j] += delta * delta
+
+
+@compiled
+def agree(bits: Any, values: Any, least: Any, weights: Any, floor: Any, out: Any) -> None:
+    """The base and the weighted mean of the task vectors that have the sign of their sum, where value >= least."""
+    n, count = len(out), len(bits) - 1
+    deltas = np.empty((count, STRIP), f4)
+    sums, mixed, own = np.empty(STRIP, f4), np.empty(STRIP, f4), np.empty(STRIP, f4)
+    for at in range(0, n, STRIP):
+        m = min(STRIP, n - at)
+        base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
+        acc[:], mixed[:], own[:] = 0, 0, 0
+        for i in range(count):
+            _take(base, bits[i + 1, at : at + m], values[at : at + m], least, deltas[i, :m], acc)
+        for i in range(count):
+            _add_weighted(deltas[i, :m], acc, weights[i], mixed[:m], own[:m])
+        for j in range(m):
+            sign = f4(1) if acc[j] >= 0 else f4(-1)
+            share = own[j] if own[j] > floor else floor
+            store(mixed[j] * sign / share + load(base, j), end, j)
+
+
+@compiled
+def _take(base: Any, stored: Any, values: Any, least: Any, delta: Any, acc: Any) -> None:
+    for j in range(len(acc)):
+        value = load(stored, j) - load(base, j)
+        delta[j] = value if values[j] >= least else f4(0)
+        acc[j] += delta[j]
+
+
+@compiled
+def _add_weighted(delta: Any, total: Any, weight: Any, mixed: Any, own: Any) -> None:
+    for j in range(len(mixed)):
+        value = delta[j] * (f4(1) if total[j] >= 0 else f4(-1))
+        mixed[j] += f4(0) if value < 0 else value * weight
+        own[j] += weight if value > 0 else f4(0)
