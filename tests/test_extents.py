@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from surgery.errors import FileError
 from surgery.extent import Extent
 from surgery.files import IO, File
-from surgery.lazy import boxes, bytes_of, same_bits
+from surgery.fingerprint import Ledger
+from surgery.lazy import Concat, Fill, Map, Slice, boxes, bytes_of, lengths, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,43 @@ def test_any_box_reads_exactly_its_bytes(numbers, data):
     got = Extent(File(path), 4 + 400, shape, "int32").read(tuple(box))
     assert got.shape == want.shape and torch.equal(got, want)
     assert IO["bytes"] - before == want.nbytes
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_every_way_of_reading_gives_the_same(numbers, data):
+    """`read`, `read_into` a given tensor (dense or not), and `read_flat` of any range, of every kind of node."""
+    file = File(numbers[0])
+    a, b = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    plain, turned = Extent(file, 4, (a, b), "int32"), Extent(file, 404, (a, b), "int32", (1, a))
+    cut = data.draw(st.integers(0, a))
+    node = data.draw(
+        st.sampled_from(
+            [
+                plain,
+                turned,
+                Extent(file, 4, (a, b), "int32", swap=True),
+                Slice(Extent(file, 44, (a + 3, b), "int32"), 0, 2, a + 2),
+                Slice(Extent(file, 44, (a, b + 3), "int32"), 1, 1, b + 1),
+                Concat((Slice(plain, 0, 0, cut), Slice(turned, 0, cut, a)), 0),
+                Concat((plain, Fill((a, 2), "int32", 7), turned), 1),
+                Map(torch.neg, (plain,)),
+                Ledger().tap("x", plain),
+            ]
+        )
+    )
+    full = node.full()
+    box = tuple(tuple(sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))) for n in node.shape)
+    want = full[tuple(slice(i, j) for i, j in box)]
+    dense, spaced = torch.zeros(lengths(box), dtype=torch.int32), torch.zeros((*lengths(box), 2), dtype=torch.int32)
+    node.read_into(box, dense)
+    node.read_into(box, spaced[..., 0])
+    assert same_bits(node.read(box), want) and same_bits(dense, want) and same_bits(spaced[..., 0], want)
+    assert not spaced[..., 1].any()
+    start, stop = sorted((data.draw(st.integers(0, full.numel())), data.draw(st.integers(0, full.numel()))))
+    flat = torch.zeros(stop - start, dtype=torch.int32)
+    node.read_flat(start, stop, bytes_of(flat))
+    assert same_bits(flat, full.reshape(-1)[start:stop])
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,68 @@
+"""Large buffers serve again once nobody refers to them, and not before."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from surgery import memory
+from surgery.lazy import empty
+from surgery.memory import POOLED, buffer
+
+
+@pytest.fixture(autouse=True)
+def pool(monkeypatch):
+    """A pool of the test's own."""
+    monkeypatch.setattr(memory, "_pool", memory.defaultdict(list))
+    monkeypatch.setattr(memory, "_pooled", 0)
+
+
+def place(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_a_buffer_serves_again_when_its_last_view_is_gone():
+    first = empty((POOLED,), "float32")
+    at, view = first.data_ptr(), first.reshape(2, -1)[1, 3:]
+    del first
+    second = empty((POOLED,), "float32")
+    assert second.data_ptr() != at, "a view still reads it"
+    del view
+    assert empty((POOLED,), "float32").data_ptr() == at
+    assert second.data_ptr() != at
+
+
+def test_sizes_that_differ_a_little_share_buffers():
+    at = place(buffer(4 * POOLED))
+    again = buffer(4 * POOLED - 1000)
+    assert place(again) == at and again.nbytes == 4 * POOLED - 1000
+
+
+def test_small_ones_and_what_is_too_much_are_not_kept(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 3 * POOLED)
+    del (small := [buffer(POOLED - 1)])[:]
+    assert memory._pooled == 0 and not small
+    held = [buffer(POOLED) for _ in range(5)]
+    del held
+    assert memory._pooled == 3 * POOLED == sum(b.nbytes for own in memory._pool.values() for b in own)
+
+
+def test_threads_never_share_a_buffer():
+    wrong = []
+
+    def work(number):
+        for _ in range(300):
+            own = buffer(2 * POOLED)
+            own[:] = number
+            if not (own[::4096] == number).all():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert np.unique([place(b) for own in memory._pool.values() for b in own]).size <= 4
