@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from surgery.flags import no_sync
 from surgery.progress import progress_bar
 from surgery.soups.flags import soup_flags
 from surgery.upcycling.command import experts_command, upcycle_command
@@ -173,6 +174,7 @@ def inspect_command(
 @click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
 @click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
 @click.option("--no-verify", is_flag=True, help="Do not read the output back.")
+@no_sync
 @_options_flag
 @_json_flag
 def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
@@ -207,7 +209,13 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     weights = sum(p.nbytes for p in plan.source.parts.values())
     with progress_bar("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
         report = conversion.execute(
-            plan, dst, force=flags["force"], verify=verify, command=["surgery", *sys.argv[1:]], progress=advance
+            plan,
+            dst,
+            force=flags["force"],
+            verify=verify,
+            sync=not flags["no_sync"],
+            command=["surgery", *sys.argv[1:]],
+            progress=advance,
         )
     if as_json:
         from dataclasses import asdict

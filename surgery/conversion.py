@@ -230,6 +230,7 @@ def convert(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     allow: Collection[str] = (),
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
@@ -244,7 +245,7 @@ def convert(
         src, to=to, from_=from_, topology=topology, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer,
         options=options, max_memory=max_memory, allow=allow,
     )  # fmt: skip
-    return execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
+    return execute(plan, dst, force=force, verify=verify, sync=sync, command=command, progress=progress)
 
 
 def execute(
@@ -253,12 +254,14 @@ def execute(
     *,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
     prove: Prove | None = None,
 ) -> Report:
     """Carry out a plan.
 
+    sync=False leaves it to the system when the output is on disk: sooner done, but a power cut may spoil it.
     `prove` is shown the complete output, opened, before it is published: what it answers joins surgery.json, and if it
     raises, the output does not appear.
     """
@@ -280,7 +283,7 @@ def execute(
 
     job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
-                        progress=progress, force=force, threads=plan.threads, closing=close)  # fmt: skip
+                        progress=progress, force=force, durable=sync, threads=plan.threads, closing=close)  # fmt: skip
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -175,3 +176,24 @@ def test_no_message_holds_control_characters(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     output = run("inspect", tmp_path).output
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", output)
+
+
+def test_no_sync_waits_for_no_disk(tmp_path, monkeypatch):
+    """Every command that writes weights has the flag; the output is the same."""
+    calls = []
+    for name in ("fsync", "fdatasync"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda fd, real=real: (calls.append(fd), real(fd))[1])
+    good("convert", META, tmp_path / "synced", "--to", "hf")
+    assert calls
+    calls.clear()
+    model, recipe = tmp_path / "model", tmp_path / "soup.json"
+    good("convert", META, model, "--to", "hf", "--no-sync")
+    written = {p.name: p.read_bytes() for p in model.iterdir() if p.suffix == ".safetensors"}
+    assert written == {name: (tmp_path / "synced" / name).read_bytes() for name in written} != {}
+    recipe.write_text(
+        json.dumps({"merge_method": "linear", "models": [{"model": str(model), "parameters": {"weight": 1}}]})
+    )
+    good("soup", recipe, tmp_path / "merged", "--no-sync")
+    good("upcycle", model, tmp_path / "moe", "--experts", 2, "--top-k", 1, "--no-sync", "--verify-tokens", 8)
+    assert not calls

@@ -63,4 +63,4 @@ def execute(recipe: Recipe, settings: run.Settings, dst: Path, flags: Mapping[st
     with run.prepared(recipe, settings) as plan:
         weights = sum(p.nbytes for p in plan.source.parts.values())
         with bar(plan.bytes + (weights if verify else 0)) as advance:
-            return run.carry_out(recipe, plan, dst, verify=verify, progress=advance, **more)
+            return run.carry_out(recipe, plan, dst, verify=verify, sync=not flags["no_sync"], progress=advance, **more)

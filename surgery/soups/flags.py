@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from surgery.flags import no_sync
+
 _FLAGS = (
     click.argument("config", type=click.Path()),
     click.argument("dst", type=click.Path()),
@@ -43,6 +45,7 @@ _FLAGS = (
     click.option("--dry-run", is_flag=True, help="Show the plan: config, files, bytes, memory; write nothing."),
     click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
     click.option("--no-verify", is_flag=True, help="Do not read the output back."),
+    no_sync,
 )  # fmt: skip
 
 

@@ -162,6 +162,7 @@ def soup(
     arithmetic: str = "fp32",
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
 ) -> Report:
@@ -176,7 +177,7 @@ def soup(
     if why := reason_for_mergekit(recipe, settings.to):
         return by_mergekit(recipe, Path(dst), why, force=force, command=command)
     with prepared(recipe, settings) as plan:
-        return carry_out(recipe, plan, dst, force=force, verify=verify, command=command, progress=progress)
+        return carry_out(recipe, plan, dst, force=force, verify=verify, sync=sync, command=command, progress=progress)
 
 
 def carry_out(
@@ -186,12 +187,13 @@ def carry_out(
     *,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
 ) -> Report:
     """Write what `prepared` planned, while its context is open."""
     refuse_overlap(plan.source, Path(dst))
-    report = execute(plan, dst, force=force, verify=verify, command=command, progress=progress)
+    report = execute(plan, dst, force=force, verify=verify, sync=sync, command=command, progress=progress)
     return replace(report, source=summary(recipe))
 
 

@@ -95,7 +95,7 @@ class Tried:
                 folder = Path(scratch) / "candidate"
                 hf = replace(self.settings, to="hf", topology=ONE_RANK, options=None)
                 with run.prepared(recipe, hf) as plan:
-                    run.carry_out(recipe, plan, folder, verify=False)
+                    run.carry_out(recipe, plan, folder, verify=False, sync=False)
                 value = loss_of(folder, self.text, self.tokens, self.device)
             self.losses[key] = value
             self.merged += 1

@@ -39,6 +39,7 @@ def upcycle(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     verify_tokens: int = TOKENS,
     device: str = "cpu",
     command: Sequence[str] = (),
@@ -58,7 +59,7 @@ def upcycle(
     check_free(Path(dst), force)
     ready = run.prepare(src, wanted, to=to, topology=topology, dtype=dtype, options=options, max_memory=max_memory,
                         on=on)  # fmt: skip
-    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, command=command,
+    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, sync=sync, command=command,
                      progress=progress, proving=proving)  # fmt: skip
 
 
@@ -72,6 +73,7 @@ def experts(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     verify_tokens: int = TOKENS,
     device: str = "cpu",
     command: Sequence[str] = (),
@@ -88,7 +90,7 @@ def experts(
     wanted, on = from_values(choice), _device(device)
     check_free(Path(dst), force)
     ready = prepare_experts(src, wanted, to=to, topology=topology, options=options, max_memory=max_memory, on=on)
-    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, command=command,
+    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, sync=sync, command=command,
                      progress=progress, proving=proving)  # fmt: skip
 
 
@@ -104,6 +106,7 @@ def collapse(
     max_memory: int | None = None,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     verify_tokens: int = TOKENS,
     device: str = "cpu",
     command: Sequence[str] = (),
@@ -120,7 +123,7 @@ def collapse(
     check_free(Path(dst), force)
     ready = prepare_collapse(src, by, force_lossy, to=to, topology=topology, options=options, max_memory=max_memory,
                              on=on)  # fmt: skip
-    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, command=command,
+    return carry_out(ready, dst, verify_tokens=verify_tokens, force=force, verify=verify, sync=sync, command=command,
                      progress=progress, proving=proving)  # fmt: skip
 
 

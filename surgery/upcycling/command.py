@@ -108,7 +108,7 @@ def _finish(prepared: Callable[[Any], Any], dst: str, flags: dict[str, Any]) -> 
     with progress_bars(flags["as_json"]) as begin:
         ready = prepared(device(flags["device"], begin("measure", None)))
         done = None if dry else run.carry_out(
-            ready, dst, verify_tokens=tokens, force=flags["force"], verify=verify,
+            ready, dst, verify_tokens=tokens, force=flags["force"], verify=verify, sync=not flags["no_sync"],
             command=["surgery", *sys.argv[1:]], progress=begin("write", ready.bytes_to_write(verify)),
             proving=begin("prove", ready.bytes_to_prove(tokens if verify else 0)),
         )  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from surgery.flags import no_sync
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 SETTINGS: tuple[Decorator, ...] = (
@@ -81,6 +83,7 @@ OUTPUT: tuple[Decorator, ...] = (
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
                  help="Tokens of the proof; 0: no proof, but the output is read back."),
     click.option("--no-verify", is_flag=True, help="Neither read the output back nor prove anything."),
+    no_sync,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the proof runs, and the "
                  "model on a text: cpu, cuda or cuda:N."),
     click.option("--dry-run", is_flag=True, help="Show what would become of the model, and whether exactly."),

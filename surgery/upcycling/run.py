@@ -144,6 +144,7 @@ def carry_out(
     verify_tokens: int = TOKENS,
     force: bool = False,
     verify: bool = True,
+    sync: bool = True,
     command: Sequence[str] = (),
     progress: stream.Progress | None = None,
     proving: stream.Progress = nobody,
@@ -171,8 +172,8 @@ def carry_out(
             record["proof"] = found[0].to_json()
         return record
 
-    report = conversion.execute(ready.plan, dst, force=force, verify=verify, command=command, progress=progress,
-                                prove=extra)  # fmt: skip
+    report = conversion.execute(ready.plan, dst, force=force, verify=verify, sync=sync, command=command,
+                                progress=progress, prove=extra)  # fmt: skip
     return Outcome(report, ready.made, found[0] if found else None)
 
 
