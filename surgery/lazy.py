@@ -143,9 +143,15 @@ def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
+
+    return memoryview(_bytes(tensor).numpy())  # type: ignore[arg-type]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    # not reshape(-1): a tensor of one element is contiguous whatever its stride, and keeps that
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 class Fill(Lazy):
@@ -314,7 +320,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(_bytes(a.contiguous()), _bytes(b.contiguous()))
 
 
 def cast(src: Lazy, kind: str) -> Lazy:

@@ -65,4 +65,6 @@ def test_threads_never_share_a_buffer():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert np.unique([place(b) for own in memory._pool.values() for b in own]).size <= 4
+    assert (
+        np.unique([place(b) for own in memory._pool.values() for b in own]).size <= 8
+    )  # the next before the last goes
