@@ -53,11 +53,11 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
     from surgery.lazy import torch_dtype
 
     def products(block: Block) -> Iterator[torch.Tensor]:
-        offsets = _offsets(block)
+        offsets = block.deltas()
         yield from (offsets[i] * offsets[j] for i, j in pairs)
 
     def all_products(block: Block) -> Iterator[torch.Tensor]:
-        yield from map(squares, _offsets(block))
+        yield from map(squares, block.deltas())
         yield from products(block)
 
     def compiled(block: Block) -> torch.Tensor:
@@ -67,15 +67,11 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
         return out
 
     if inputs.single:
-        return norms(inputs, _offsets), sums(inputs, lambda block: list(products(block)))
+        return norms(inputs, Block.deltas), sums(inputs, lambda block: list(products(block)))
     found = list(sum(inputs.scan(compiled), torch.zeros(()))) if inputs.stored else totals(inputs, all_products)
     dtype = torch_dtype(inputs.work)
     lengths = [s.sqrt().to(dtype) for s in found[: inputs.count]]
     return lengths, [d.to(dtype) for d in found[inputs.count :]]
-
-
-def _offsets(block: Block) -> list[torch.Tensor]:
-    return [t - block.base for t in block.others]
 
 
 def _cosine(dot: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -85,7 +81,7 @@ def _cosine(dot: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
 def _cosines_of_rows(block: Block) -> torch.Tensor:
     import torch
 
-    offsets = _offsets(block)
+    offsets = block.deltas()
     lengths = [torch.norm(o, dim=-1) for o in offsets]
     cosines = [
         _cosine((offsets[i] * offsets[j]).sum(dim=-1), lengths[i], lengths[j])
@@ -123,7 +119,7 @@ def sce(inputs: Inputs, options: Options) -> Ready:
     dtype = torch_dtype(inputs.work)
 
     def vectors(block: Block) -> list[torch.Tensor]:
-        deltas = _offsets(block)
+        deltas = block.deltas()
         if bound == 0:
             return deltas
         varied = behind(block, _variance(deltas), bound, True) if isinstance(bound, Found) else 0
@@ -190,7 +186,7 @@ def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:
 
 def _variances(block: Block) -> Any:
     if block.bits is None:
-        return _variance(_offsets(block))
+        return _variance(block.deltas())
     out = block.room("values")[0]
     block.kernels.variances(block.bits, out)
     return out

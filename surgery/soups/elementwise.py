@@ -87,14 +87,14 @@ def _changed(block: Block, epsilon: float) -> torch.Tensor:
     """[models, elements]: where a model's task vector is larger than epsilon."""
     import torch
 
-    return torch.stack([(t - block.base).reshape(-1).abs() > epsilon for t in block.others])
+    return torch.stack([delta.reshape(-1).abs() > epsilon for delta in block.deltas()])
 
 
 def _ram(block: Block, epsilon: float, scales: torch.Tensor | None) -> torch.Tensor:
     base = block.base
     if not block.others:
         return base
-    deltas = [t - base for t in block.others]
+    deltas = block.deltas()
     changed = [d.abs() > epsilon for d in deltas]
     contributors = sum(c.long() for c in changed)
     assert not isinstance(contributors, int)

@@ -72,6 +72,10 @@ class Block:
     def others(self) -> list[torch.Tensor]:
         return self.tensors[1:] if self.inputs.based else self.tensors
 
+    def deltas(self) -> list[torch.Tensor]:
+        """The task vectors: all others, less the base."""
+        return [t - self.base for t in self.others]
+
     def below(self, source: int, probability: Any) -> Any:
         """Which elements are chosen at random, each with its probability: numpy's booleans, flat.
 

@@ -65,7 +65,7 @@ def nuslerp(inputs: Inputs, options: Options) -> Ready:
     t = 0.5 if abs(total) < 1e-6 else second / total
 
     def vectors(block: Block) -> list[torch.Tensor]:
-        return [x - block.base for x in block.others] if inputs.based else block.others
+        return block.deltas() if inputs.based else block.others
 
     if not options["nuslerp_flatten"] and len(inputs.shape) > 0:
         dim = 0 if options["nuslerp_row_wise"] else -1
@@ -149,7 +149,7 @@ def multislerp(inputs: Inputs, options: Options) -> Ready:
     eps = options["eps"]
 
     def vectors(block: Block) -> list[torch.Tensor]:
-        return [x - block.base for x in block.others] if inputs.based else block.others
+        return block.deltas() if inputs.based else block.others
 
     lengths = norms(inputs, vectors)
 

@@ -21,7 +21,7 @@ from surgery.soups.arithmetic import added, mask, oriented, sums
 from surgery.soups.engine import Fused, Ready
 from surgery.soups.inputs import Block, Inputs
 from surgery.soups.picks import parts
-from surgery.soups.thinning import THINNING, Picks, Thin, Thinning, deltas
+from surgery.soups.thinning import THINNING, Picks, Thin, Thinning
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     from surgery.lazy import torch_dtype
 
     def lengths(block: Block) -> list[torch.Tensor]:
-        own = deltas(block)
+        own = block.deltas()
         thinned = [way.thin(block, i, d).abs() for i, d in enumerate(own)]
         return [x for d, kept in zip(own, thinned, strict=True) for x in (d.abs_(), kept)]
 
@@ -104,7 +104,7 @@ def _mixer(
 
     def weighted(block: Block) -> list[torch.Tensor]:
         out = []
-        for i, delta in enumerate(deltas(block)):
+        for i, delta in enumerate(block.deltas()):
             kept, factor = thin(block, i, delta), factors[i]
             out.append((kept if factor is None else kept.mul_(factor)).mul_(weights[i]))
         return out

@@ -45,10 +45,6 @@ class Thinning:
     nbytes: int = 1024
 
 
-def deltas(block: Block) -> list[torch.Tensor]:
-    return [t - block.base for t in block.others]
-
-
 def _none(inputs: Inputs, options: Options) -> Thinning:
     return Thinning(lambda block, i, delta: delta, lambda block: [everything(block)])
 
@@ -70,7 +66,7 @@ def _magnitude(inputs: Inputs, options: Options) -> Thinning:
 
 def _magnitudes(block: Block) -> list[Any]:
     if block.bits is None:
-        return [d.abs_() for d in deltas(block)]
+        return [d.abs_() for d in block.deltas()]
     out = block.room("values", len(block.bits) - 1)
     for stored, own in zip(block.bits[1:], out, strict=True):
         block.kernels.magnitudes(block.bits[0], stored, own)
