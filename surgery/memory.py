@@ -59,10 +59,10 @@ def buffer(size: int) -> Any:
         return np.empty(size, np.uint8)
     rounded = -(-size // ROUNDED) * ROUNDED
     with _lock:
-        memory = _pool[rounded].pop() if _pool[rounded] else None
+        memory: Any = _pool[rounded].pop() if _pool[rounded] else None
         _pooled -= rounded if memory is not None else 0
     memory = np.empty(rounded, np.uint8) if memory is None else memory
-    out = memory[:size]
+    out = np.frombuffer(memoryview(memory), np.uint8, size)  # of memory[:size] a view would refer to memory alone
     weakref.finalize(out, _give_back, memory).atexit = False
     return out
 

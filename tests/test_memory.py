@@ -34,6 +34,15 @@ def test_a_buffer_serves_again_when_its_last_view_is_gone():
     assert second.data_ptr() != at
 
 
+def test_a_view_of_numpys_keeps_a_buffer():
+    first = buffer(POOLED)
+    at, view = place(first), first[8:].view("u4")[2:]
+    del first
+    assert place(second := buffer(POOLED)) != at
+    del view
+    assert place(buffer(POOLED)) == at != place(second)
+
+
 def test_sizes_that_differ_a_little_share_buffers():
     at = place(buffer(4 * POOLED))
     again = buffer(4 * POOLED - 1000)

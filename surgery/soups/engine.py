@@ -108,12 +108,18 @@ class Engine:
 
 @functools.cache
 def compiled_loops() -> Any:
-    """The module of compiled loops; None if numba is not installed, or is too old or too new for numpy or Python."""
+    """The module of compiled loops.
+
+    None if numba is not installed, is too old or too new for numpy or Python, or is told to compile nothing.
+    """
     try:
+        import numba
         import numpy as np
 
         from surgery.soups import kernels
     except ImportError:
+        return None
+    if numba.config.DISABLE_JIT:
         return None
     kernels.splitmix64(np.uint64(0), np.uint64(0))  # starts the compiler: half a second, 60 MB
     return kernels

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.lazy import ITEMSIZE, Box, Lazy, Shape, boxes, lengths, torch_dtype, whole
+from surgery.memory import buffer
 from surgery.soups import masks
 
 if TYPE_CHECKING:
@@ -192,9 +193,7 @@ def _read_runs(source: Lazy, runs: Sequence[tuple[int, int]], out: memoryview) -
 
 def fresh(count: int, itemsize: int) -> Any:
     """Integers to be filled."""
-    import numpy as np
-
-    return np.empty(count, f"u{itemsize}")
+    return buffer(count * itemsize).view(f"u{itemsize}")
 
 
 def tensor_of(data: memoryview, kind: str) -> torch.Tensor:
