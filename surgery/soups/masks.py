@@ -9,6 +9,7 @@ Both hashes have keys of their own, which are made of seed, tensor and source.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -46,6 +47,7 @@ def _places(runs: Sequence[tuple[int, int]], at: Any) -> Any:
     return (np.array([start for start, _ in runs])[which] + at - counts[which]).astype(np.uint64)
 
 
+@functools.lru_cache(maxsize=1024)
 def keys(key: tuple[int, str, int]) -> tuple[int, int]:
     """What the first 16 bits and what the others are hashed under."""
     digest = hashlib.sha256(repr(key).encode()).digest()

@@ -125,12 +125,11 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
     def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
         return block.below(i, options["density"][i])
 
-    def compiled(block: Block, i: int) -> Any:
+    def compiled(block: Block, i: int, out: Any) -> None:
         starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
-        share, out = options["density"][i] * 65536, block.room("chosen", itemsize=1)[0].view(bool)
+        share = options["density"][i] * 65536
         block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
-        return out
 
     return _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
 
@@ -149,18 +148,16 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
         return block.below(i, _chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
 
-    def compiled(block: Block, i: int) -> Any:
+    def compiled(block: Block, i: int, out: Any) -> None:
         (start, _), *more = block.runs()
         assert not more, (inputs.name, block.box)  # whole rows follow each other
         shape = block.shape if len(block.shape) > 1 else (1, *block.shape)
         share = _chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]) * 65536
         whole = np.minimum(share, 65535).astype(np.uint16)
-        values, out = block.room("values")[0], block.room("chosen", itemsize=1)[0].view(bool)
-        block.kernels.magnitudes(block.bits[0], block.bits[i + 1], values)
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
         lines = shape[0], shape[1], math.prod(shape[2:])
-        block.kernels.choose_by_rank(values, lines, start, coarse, fine, whole, share - whole, out)
-        return out
+        bits = block.bits
+        block.kernels.choose_by_rank(bits[0], bits[i + 1], lines, start, coarse, fine, whole, share - whole, out)
 
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
     span = 2 if len(inputs.shape) > 2 else 1
@@ -182,10 +179,10 @@ def _chosen(
     options: Options,
     choose: Choose,
     span: int,
-    compiled: Callable[[Block, int], Any] | None,
+    compiled: Callable[[Block, int, Any], None] | None,
     keep: bool = True,
 ) -> Thinning:
-    """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops).
+    """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops, into bytes).
 
     If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge (unless not
     `keep`, as it is made again sooner than kept), one bit per element, where there is room.
@@ -202,10 +199,7 @@ def _chosen(
         else None
     )
 
-    def noted(block: Block, i: int, make: Callable[[], Any]) -> Any:
-        if marks and marks.complete:
-            return marks.get(i, block.runs())
-        chosen = make()
+    def note(block: Block, i: int, chosen: Any) -> Any:
         if marks:
             marks.put(i, block.runs(), chosen)
         return chosen
@@ -215,16 +209,23 @@ def _chosen(
             return delta
         if densities[i] <= 0:
             return delta * 0
-        chosen = noted(block, i, lambda: choose(block, i, delta))
+        known = marks and marks.complete
+        chosen = marks.get(i, block.runs()) if known else note(block, i, choose(block, i, delta))
         return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
-
-    def make(block: Block, i: int) -> Any:
-        return compiled(block, i) if compiled else choose(block, i, block.others[i] - block.base)
 
     def picks(block: Block) -> list[Pick]:
         kept = block.room("kept", inputs.count, 1)
-        for i, density in enumerate(densities):
-            kept[i] = noted(block, i, functools.partial(make, block, i)) if 0 < density < 1 else density > 0
+        for i, (density, row) in enumerate(zip(densities, kept, strict=True)):
+            if not 0 < density < 1:
+                row[:] = density > 0
+            elif marks and marks.complete:
+                row[:] = marks.get(i, block.runs()).view("u1")
+            else:
+                if compiled:
+                    compiled(block, i, row)
+                else:
+                    row[:] = choose(block, i, block.others[i] - block.base).view("u1")
+                note(block, i, row)
         return [everything(block, kept)]
 
     return Thinning(thin, picks, span, marks, nbytes if marks else 1024)

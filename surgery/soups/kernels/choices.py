@@ -9,6 +9,7 @@ import numpy as np
 from surgery.compiled import compiled, float_of
 from surgery.soups.kernels.numbers import INFINITE, STRIP, f4, f8, u2, u4, u8
 from surgery.soups.kernels.ranks import rank_of, sort
+from surgery.soups.kernels.tasks import magnitudes
 
 BUCKETS, FEW = 512, 64
 TINY = u4(0x10000000)  # 2.5e-29
@@ -31,14 +32,13 @@ def choose(starts: Any, counts: Any, coarse: Any, fine: Any, whole: Any, rest: A
     for run in range(len(starts)):
         stop = starts[run] + counts[run]
         for first in range(starts[run] // 4 * 4, stop, STRIP):
-            for j in range(len(words)):
-                words[j] = splitmix64(u8(first // 4 + j), coarse)
+            _draw(first // 4, coarse, words)
             low, high = max(first, starts[run]), min(first + STRIP, stop)
             drawn, own = words.view(u2)[low - first : high - first], out[at : at + high - low]
-            close = 0
+            close = np.uint8(0)  # as narrow as what it is made of: a vector then holds the more
             for j in range(len(own)):
                 own[j] = drawn[j] < whole
-                close += drawn[j] == whole
+                close = np.uint8(close | np.uint8(drawn[j] == whole))
             if close and rest > 0:
                 for j in range(len(own)):
                     if drawn[j] == whole:
@@ -48,59 +48,61 @@ def choose(starts: Any, counts: Any, coarse: Any, fine: Any, whole: Any, rest: A
 
 @compiled
 def choose_by_rank(
-    values: Any, lines: Any, place: int, coarse: Any, fine: Any, whole: Any, rest: Any, out: Any
+    base: Any, stored: Any, lines: Any, place: int, coarse: Any, fine: Any, whole: Any, rest: Any, out: Any
 ) -> None:
-    """As `choose`, with the probability of every element's rank in its line, from the smallest value.
+    """As `choose`, with the probability of every element's rank in its line, from the smallest |stored - base|.
 
-    `values`, bits of magnitudes, are the elements from `place` on as [outer, n, inner], `lines`; lines run along n.
-    Of equal values the first is the smaller.  Values are counted in buckets, which tells nearly every element that its
-    number is below, or above, the probabilities of all ranks of its bucket; the ranks of the few others are counted,
-    or, where equal values make them many, found by sorting.
+    The elements from `place` on are [outer, n, inner], `lines`; lines run along n.  Of equal magnitudes the first is
+    the smaller.  They are counted in buckets, which tells nearly every element that its number is below, or above, the
+    probabilities of all ranks of its bucket; the ranks of the few others are counted, or, where equal ones make them
+    many, found by sorting.
     """
     outer, n, inner = lines
-    line, drawn, bucket, own = np.empty(n, u4), np.empty(n, u2), np.empty(n, np.int32), np.empty(n, np.uint8)
-    starts, low, high = np.empty(BUCKETS, np.int64), np.empty(BUCKETS, u2), np.empty(BUCKETS, u2)
-    doubtful, ranks = np.empty(n + 1, np.int64), np.empty(n, np.int64)
+    line, bucket, starts, table = np.empty(n, u4), np.empty(n, u2), np.empty(BUCKETS, u4), np.empty(BUCKETS, u4)
+    words, apart, own = np.empty(n // 4 + 2, u8), np.empty(n, u2), np.empty(n, np.uint8)
+    limits, close, doubtful, ranks = np.empty(n, u4), np.empty(n, np.uint8), np.empty(n + 1, u4), np.empty(n, u4)
     for o in range(outer):
         for i in range(inner):
             first = o * n * inner + i
-            line[:] = values[first : first + (n - 1) * inner + 1 : inner]
-            _draw(place + first, inner, coarse, drawn)
+            stop, at = first + (n - 1) * inner + 1, place + first
+            if inner == 1:
+                magnitudes(base[first:stop], stored[first:stop], line)
+                _draw(at // 4, coarse, words)
+                drawn = words.view(u2)[at % 4 : at % 4 + n]
+            else:
+                magnitudes(base[first:stop:inner], stored[first:stop:inner], line)
+                _draw_apart(at, inner, coarse, apart)
+                drawn = apart
             _count(line, bucket, starts)
-            _limits(starts, n, whole, low, high)
-            count = _classify(drawn, bucket, low, high, own, doubtful)
+            _limits(starts, whole, table)
+            for j in range(n):  # alone, for of the two lookups no vectors can be made
+                limits[j] = table[bucket[j]]
+            _classify(drawn, limits, own, close)
+            count = _places(close, doubtful)
             if count > FEW:
                 sort(line, ranks)
             for j in doubtful[:count]:
                 rank = ranks[j] if count > FEW else rank_of(line, j)
                 own[j] = drawn[j] < whole[rank]
                 if drawn[j] == whole[rank] and rest[rank] > 0:
-                    number = splitmix64(u8(place + first + j * inner), fine) >> u8(27)
+                    number = splitmix64(u8(at + j * inner), fine) >> u8(27)
                     own[j] = f8(number) * 2.0**-37 < rest[rank]
-            out[first : first + (n - 1) * inner + 1 : inner] = own
+            if inner == 1:
+                out[first:stop] = own
+            else:
+                out[first:stop:inner] = own
 
 
 @compiled
-def _classify(drawn: Any, bucket: Any, low: Any, high: Any, own: Any, doubtful: Any) -> int:
-    """What is chosen whatever its rank in its bucket; how many may be, and which."""
-    count = 0
-    for j in range(len(own)):
-        b = bucket[j]
-        own[j] = drawn[j] < low[b]
-        doubtful[count] = j
-        count += (drawn[j] >= low[b]) & (drawn[j] <= high[b])
-    return count
+def _draw(word: int, key: Any, out: Any) -> None:
+    """The first 16 bits of the numbers of elements from 4 * word on, four in one."""
+    for j in range(len(out)):
+        out[j] = splitmix64(u8(word + j), key)
 
 
 @compiled
-def _draw(place: int, stride: int, key: Any, out: Any) -> None:
+def _draw_apart(place: int, stride: int, key: Any, out: Any) -> None:
     """The first 16 bits of the numbers of every `stride`-th element from `place` on."""
-    if stride == 1:
-        words = np.empty(len(out) // 4 + 2, u8)
-        for j in range(len(words)):
-            words[j] = splitmix64(u8(place // 4 + j), key)
-        out[:] = words.view(u2)[place % 4 : place % 4 + len(out)]
-        return
     for j in range(len(out)):
         at = place + j * stride
         out[j] = u2(splitmix64(u8(at // 4), key) >> u8(16 * (at % 4)))
@@ -112,21 +114,48 @@ def _count(line: Any, bucket: Any, starts: Any) -> None:
     top = u4(0)
     for j in range(len(line)):
         top = max(top, line[j])
-    scale = f4(BUCKETS) / float_of(top) if (top > TINY) & (top < INFINITE) else f4(0)  # 0: all are in the first
     starts[:] = 0
+    if not (top > TINY) & (top < INFINITE):  # all are in the first
+        bucket[:], starts[0] = 0, len(line)
+        return
+    scale = f4(BUCKETS) / float_of(top)
     for j in range(len(line)):
-        bucket[j] = min(np.int32(float_of(line[j]) * scale), np.int32(BUCKETS - 1)) if scale > 0 else np.int32(0)
+        bucket[j] = u2(min(np.int32(float_of(line[j]) * scale), np.int32(BUCKETS - 1)))
     for j in range(len(line)):
-        starts[bucket[j]] += 1
+        starts[bucket[j]] += u4(1)
 
 
 @compiled
-def _limits(starts: Any, n: int, whole: Any, low: Any, high: Any) -> None:
-    """From how many are in each bucket to the rank of its first; the least and the largest of `whole` in each."""
-    total = 0
+def _limits(starts: Any, whole: Any, table: Any) -> None:
+    """From how many are in each bucket: the least of `whole` there and, 16 bits up, how far the largest is from it."""
+    total = u4(0)
     for b in range(len(starts)):
-        count, starts[b] = starts[b], total
+        count = starts[b]
         if count:
-            a, z = whole[total], whole[total + count - 1]
-            low[b], high[b] = min(a, z), max(a, z)
-        total += count
+            a, z = whole[total], whole[u4(total + count - u4(1))]
+            table[b] = u4(min(a, z)) | u4(u4(max(a, z) - min(a, z)) << u4(16))
+        total = u4(total + count)
+
+
+@compiled
+def _classify(drawn: Any, limits: Any, own: Any, close: Any) -> None:
+    """What is chosen whatever its rank in its bucket, and where that depends on it."""
+    for j in range(len(own)):
+        above = u4(u4(drawn[j]) - (limits[j] & u4(0xFFFF)))  # what is below wraps around
+        own[j] = np.uint8(above >> u4(31))
+        close[j] = above <= u4(limits[j] >> u4(16))
+
+
+@compiled
+def _places(flags: Any, out: Any) -> int:
+    """The places of the few flags that are set."""
+    count, words = 0, flags[: len(flags) // 8 * 8].view(u8)
+    for w in range(len(words)):
+        if words[w]:
+            for j in range(8 * w, 8 * w + 8):
+                out[count] = j
+                count += flags[j]
+    for j in range(8 * len(words), len(flags)):
+        out[count] = j
+        count += flags[j]
+    return count

@@ -61,22 +61,48 @@ def variances(bits: Any, out: Any) -> None:
     mean, total = np.empty(STRIP, f8), np.empty(STRIP, f8)
     for at in range(0, len(out), STRIP):
         m = min(STRIP, len(out) - at)
-        own, mean_, total_ = out[at : at + m], mean[:m], total[:m]
-        mean_[:] = 0
-        total_[:] = 0
-        for i in range(1, len(bits)):
-            _welford(bits[0, at : at + m], bits[i, at : at + m], f8(i), mean_, total_)
-        for j in range(m):
-            own[j] = bits_of(f4(total_[j] / f8(len(bits) - 1)))
+        base, own, mean_, total_ = bits[0, at : at + m], out[at : at + m], mean[:m], total[:m]
+        _begin(base, bits[1, at : at + m], mean_, total_)
+        for i in range(2, len(bits)):
+            _welford(base, bits[i, at : at + m], f8(i), mean_, total_)
+        count = f8(len(bits) - 1)
+        share = f8(1) / count if _halves(count) else f8(0)
+        if share > 0:
+            for j in range(m):
+                own[j] = bits_of(f4(total_[j] * share))
+        else:
+            for j in range(m):
+                own[j] = bits_of(f4(total_[j] / count))
+
+
+@compiled
+def _halves(count: Any) -> bool:
+    """Whether the inverse is a number, so that multiplying by it, which is many times faster, is dividing."""
+    return int(count) & (int(count) - 1) == 0
+
+
+@compiled
+def _begin(base: Any, stored: Any, mean: Any, total: Any) -> None:
+    for j in range(len(mean)):
+        mean[j] = f8(load(stored, j) - load(base, j))
+        total[j] = mean[j] - mean[j]  # 0, but for what is infinite
 
 
 @compiled
 def _welford(base: Any, stored: Any, count: Any, mean: Any, total: Any) -> None:
-    for j in range(len(mean)):
-        value = f8(load(stored, j) - load(base, j))
-        off = value - mean[j]
-        mean[j] += off / count
-        total[j] = fma(off, value - mean[j], total[j])
+    share = f8(1) / count
+    if _halves(count):
+        for j in range(len(mean)):
+            value = f8(load(stored, j) - load(base, j))
+            off = value - mean[j]
+            mean[j] += off * share
+            total[j] = fma(off, value - mean[j], total[j])
+    else:
+        for j in range(len(mean)):
+            value = f8(load(stored, j) - load(base, j))
+            off = value - mean[j]
+            mean[j] += off / count
+            total[j] = fma(off, value - mean[j], total[j])
 
 
 @compiled

@@ -43,13 +43,22 @@ def ranked(values: Any, rank: int) -> Any:
 
 
 @compiled
-def rank_of(line: Any, place: int) -> Any:
+def rank_of(line: Any, place: Any) -> Any:
     """How many values are smaller than the one at a place, or equal and before it."""
-    value, count = line[place], u4(0)
-    for j in range(place):
-        count += line[j] <= value
-    for j in range(place, len(line)):
-        count += line[j] < value
+    value = line[place]
+    return _below(line[:place], value, True) + _below(line[place:], value, False)
+
+
+@compiled
+def _below(line: Any, value: Any, equal: bool) -> Any:
+    """How many are smaller, or `equal`: beginning at 0, for of an index that may be negative numba makes slow loops."""
+    count = u4(0)
+    if equal:
+        for j in range(len(line)):
+            count = u4(count + u4(line[j] <= value))
+    else:
+        for j in range(len(line)):
+            count = u4(count + u4(line[j] < value))
     return count
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from surgery.compiled import bits_of, compiled
-from surgery.soups.kernels.numbers import GROUP, MAGNITUDE, STRIP, f4, f8, load, store
+from surgery.soups.kernels.numbers import GROUP, MAGNITUDE, STRIP, f4, f8, load, store, u4
+
+NEVER = u4(0xFFFFFFFF)  # as `surgery.soups.picks.NEVER`
 
 
 @compiled
@@ -19,13 +21,20 @@ def magnitudes(base: Any, stored: Any, out: Any) -> None:
 
 @compiled
 def thinned(base: Any, stored: Any, least: Any, most: Any, kept: Any, out: Any) -> None:
-    """stored - base where the bits of its magnitude lie in [least, most) and it is kept (no entries: all is)."""
-    for j in range(len(out)):
-        delta = load(stored, j) - load(base, j)
-        magnitude = bits_of(delta) & MAGNITUDE
-        out[j] = delta if (magnitude >= least) & (magnitude < most) else f4(0)
-    for j in range(len(kept)):
-        out[j] = out[j] if kept[j] else f4(0)
+    """stored - base where it is kept or, if `kept` has no entries, where its magnitude's bits lie in [least, most)."""
+    if len(kept):
+        for j in range(len(out)):
+            delta = load(stored, j) - load(base, j)
+            out[j] = delta if kept[j] else f4(0)
+    elif most == NEVER:
+        for j in range(len(out)):
+            delta = load(stored, j) - load(base, j)
+            out[j] = delta if (bits_of(delta) & MAGNITUDE) >= least else f4(0)
+    else:
+        for j in range(len(out)):
+            delta = load(stored, j) - load(base, j)
+            magnitude = bits_of(delta) & MAGNITUDE
+            out[j] = delta if (magnitude >= least) & (magnitude < most) else f4(0)
 
 
 @compiled
@@ -40,13 +49,24 @@ def lengths(bits: Any, kept: Any, least: Any, most: Any, out: Any) -> None:
         for group in range(0, n, STRIP * GROUP):
             for at in range(group, min(group + STRIP * GROUP, n), STRIP):
                 m = min(STRIP, n - at)
-                base, stored = bits[0, at : at + m], bits[i + 1, at : at + m]
-                thinned(base, stored, least[i], most[i], kept[i, at : at + m], value[:m])
-                _add_lengths(base, stored, value[:m], sums[0, :m], sums[1, :m])
+                base, stored, own = bits[0, at : at + m], bits[i + 1, at : at + m], kept[i, at : at + m]
+                if len(own):
+                    _add_kept_lengths(base, stored, own, sums[0, :m], sums[1, :m])
+                else:
+                    thinned(base, stored, least[i], most[i], own, value[:m])
+                    _add_lengths(base, stored, value[:m], sums[0, :m], sums[1, :m])
             for side in range(2):
                 for j in range(STRIP):
                     out[i, side] += f8(sums[side, j])
                     sums[side, j] = 0
+
+
+@compiled
+def _add_kept_lengths(base: Any, stored: Any, kept: Any, before: Any, after: Any) -> None:
+    for j in range(len(before)):
+        length = abs(load(stored, j) - load(base, j))
+        before[j] += length
+        after[j] += length if kept[j] else f4(0)
 
 
 @compiled
@@ -63,28 +83,28 @@ def mix(
 ) -> None:  # fmt: skip
     """Task vectors thinned, times their factors and weights, added up and added to the base; see `tasks`."""
     n, count = len(out), len(bits) - 1
-    deltas = np.empty((count, STRIP), f4)
-    sums, own = np.empty(STRIP, f4), np.empty(STRIP, f4)
+    deltas, sums = np.empty((count, STRIP), f4), np.empty(STRIP, f4)
+    agreeing, shares = np.empty(STRIP, f4), np.empty(STRIP, f4)
     for at in range(0, n, STRIP):
         m = min(STRIP, n - at)
-        base, acc = bits[0, at : at + m], sums[:m]
+        base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
         acc[:] = 0
         for i in range(count):
             delta = deltas[i, :m]
             thinned(base, bits[i + 1, at : at + m], least[i], most[i], kept[i, at : at + m], delta)
             _scale_and_add(delta, factors[i], weights[i], acc)
         if agree:
-            _elect(acc, deltas, weights, own[:m])
-            if normalize:
-                for j in range(m):
-                    acc[j] /= f4(1) if own[j] == 0 else own[j]
+            mixed, own = agreeing[:m], shares[:m]
+            mixed[:], own[:] = 0, 0
+            for i in range(count):
+                _add_agreeing(deltas[i, :m], acc, weights[i], mixed, own)
+            _turn(mixed, own, normalize, acc)
         elif normalize:
             for j in range(m):
                 acc[j] /= total
         if scale != 1:
             for j in range(m):
                 acc[j] *= scale
-        end = out[at : at + m]
         for j in range(m):
             store(acc[j] + load(base, j), end, j)
 
@@ -92,26 +112,25 @@ def mix(
 @compiled
 def _scale_and_add(delta: Any, factor: Any, weight: Any, acc: Any) -> None:
     for j in range(len(acc)):
-        delta[j] = delta[j] * factor * weight
-        acc[j] += delta[j]
+        value = delta[j] * factor * weight
+        delta[j] = value
+        acc[j] += value
 
 
 @compiled
-def _elect(acc: Any, deltas: Any, weights: Any, own: Any) -> None:
-    """acc: from the sum of all to that of those that have its sign;  own: the weights of these."""
-    signs = np.empty(len(acc), f4)
-    for j in range(len(acc)):
-        signs[j] = f4(1) if acc[j] >= 0 else f4(-1)
-        acc[j], own[j] = 0, 0
-    for i in range(len(deltas)):
-        _add_agreeing(deltas[i, : len(acc)], signs, weights[i], acc, own)
-    for j in range(len(acc)):
-        acc[j] *= signs[j]
-
-
-@compiled
-def _add_agreeing(delta: Any, signs: Any, weight: Any, acc: Any, own: Any) -> None:
-    for j in range(len(acc)):
-        value = delta[j] * signs[j]
-        acc[j] += f4(0) if value < 0 else value
+def _add_agreeing(delta: Any, total: Any, weight: Any, mixed: Any, own: Any) -> None:
+    """To `mixed` what has the sign of `total`, without its sign; to `own` the weights of these."""
+    for j in range(len(mixed)):
+        value = delta[j] * (f4(1) if total[j] >= 0 else f4(-1))
+        mixed[j] += f4(0) if value < 0 else value
         own[j] += weight if value > 0 else f4(0)
+
+
+@compiled
+def _turn(mixed: Any, own: Any, normalize: bool, acc: Any) -> None:
+    """acc: from the sum of all to that of those that have its sign, or to their mean."""
+    if normalize:
+        for j in range(len(acc)):
+            mixed[j] /= f4(1) if own[j] == 0 else own[j]
+    for j in range(len(acc)):
+        acc[j] = mixed[j] * (f4(1) if acc[j] >= 0 else f4(-1))
