@@ -87,16 +87,17 @@ def test_any_box_in_any_threads_is_the_same(name, own, shape, dtype, loops, monk
     full = merge(name, given, loops=loops, **own).full()
     monkeypatch.setattr(engine, "BLOCK", 64)
     monkeypatch.setattr(engine, "LARGE_BLOCK", 64)
-    pool = Engine(3, memory=1 << 14, kernels=loops)
-    try:
-        lazy = merge(name, given, pool, **own)
-        assert torch.equal(lazy.full(), full)
-        generator = np.random.default_rng(1)
-        for _ in range(4):
-            box = tuple(tuple(sorted(generator.choice(n + 1, 2, replace=False).tolist())) for n in shape)
-            assert torch.equal(lazy.read(box), full[tuple(slice(a, b) for a, b in box)])
-    finally:
-        pool.close()
+    for memory in (1 << 14, 1 << 20):  # too little to hold the sources, and enough
+        pool = Engine(3, memory, loops)
+        try:
+            lazy = merge(name, given, pool, **own)
+            assert torch.equal(lazy.full(), full)
+            generator = np.random.default_rng(1)
+            for _ in range(4):
+                box = tuple(tuple(sorted(generator.choice(n + 1, 2, replace=False).tolist())) for n in shape)
+                assert torch.equal(lazy.read(box), full[tuple(slice(a, b) for a, b in box)])
+        finally:
+            pool.close()
     monkeypatch.setattr(soup_inputs, "CHUNK", 1 << 20)
     assert torch.allclose(merge(name, given, loops=loops, **own).full(), full, rtol=1e-4, atol=1e-6)
 

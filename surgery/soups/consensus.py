@@ -160,18 +160,25 @@ def sce(inputs: Inputs, options: Options) -> Ready:
 
 def _most_varied(inputs: Inputs, share: float) -> Bound:
     """The least varied of the `share` of those elements that vary at all with the largest variance."""
-    import numpy as np
     import torch
 
     if share >= 1:
         return 0
     k = 0
     if share > 0:
-        counts = inputs.scan(lambda block: int(np.count_nonzero(integers(_variances(block)))))
+        counts = inputs.scan(_varying)
         k = int(torch.tensor(sum(counts)) * share)
     if k == 0:
         return NEVER
     return order(inputs, lambda block: [_variances(block)], [Query(0, inputs.numel - k, True)])[0]
+
+
+def _varying(block: Block) -> int:
+    """How many elements vary at all."""
+    import numpy as np
+
+    count = -1 if block.bits is None else block.kernels.varied(block.bits)
+    return int(np.count_nonzero(integers(_variances(block)))) if count < 0 else count
 
 
 def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:

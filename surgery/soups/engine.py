@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.errors import SurgeryError
 from surgery.lazy import Box, Lazy, Shape, empty, lengths, torch_dtype, whole
-from surgery.soups.inputs import Block, Inputs, spanned
+from surgery.soups.held import Held
+from surgery.soups.inputs import Again, Block, Inputs, spanned
 from surgery.stream import alone
 
 if TYPE_CHECKING:
@@ -58,10 +59,12 @@ class Engine:
     """Threads to compute in, and what is known of the tensors that are being merged.
 
     kernels  the compiled loops (`surgery.soups.kernels`), None where numba is not installed
+    held     what was read of tensors that are about to be merged
     """
 
     def __init__(self, threads: int = 1, memory: int = 1 << 30, kernels: Any = None) -> None:
         self.threads, self.memory, self.kernels = max(1, threads), memory, kernels
+        self.held = Held(memory // 3)
         self._local = threading.local()
         self._pool: ThreadPoolExecutor | None = None
         self._known: OrderedDict[int, tuple[Ready, object]] = OrderedDict()
@@ -157,7 +160,7 @@ class Merged(Lazy):
             return out
         for part in spanned(box, ready.span, limit):
             wide = widen(part, self.shape, ready.span)
-            made = ready.apply(self.inputs.block(wide))
+            made = ready.apply(self.inputs.block(wide, Again.NO))
             inner = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, wide, strict=True))
             target = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(part, box, strict=True))
             out[target] = made[inner]
@@ -168,7 +171,7 @@ class Merged(Lazy):
         assert ready.fused
         at = 0
         for part in spanned(box, 0, limit):
-            block = self.inputs.block(part)
+            block = self.inputs.block(part, Again.NO)
             ready.fused(block, out[at : at + block.numel])
             at += block.numel
 

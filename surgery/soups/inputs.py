@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.lazy import ITEMSIZE, Box, Lazy, Shape, boxes, lengths, torch_dtype, whole
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
-LARGE_PIECE = 1 << 19  # the same for compiled loops, which take it in strips
+LARGE_PIECE = 1 << 20  # the same for compiled loops, which take it in strips
+
+
+class Again(Enum):
+    """Whether what is read will be read again: then it is held in memory, if there is room; or is let go."""
+
+    YES = 1
+    MAYBE = 2
+    NO = 3
 
 
 class Block:
@@ -130,23 +139,24 @@ class Inputs:
             step = size or self.chunk
             starts = range(0, self.numel, step)
             return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts))
-        return self.engine.map(lambda box: fn(self.block(box)), list(spanned(whole(self.shape), span, self.chunk)))
+        boxes = list(spanned(whole(self.shape), span, self.chunk))
+        return self.engine.map(lambda box: fn(self.block(box, Again.YES)), boxes)
 
     def all(self) -> Block:
         """The whole tensor, in its own shape."""
-        return self.block(whole(self.shape))
+        return self.block(whole(self.shape), Again.YES)
 
     def flat(self, start: int, stop: int) -> Block:
-        """Elements [start, stop) in row-major order."""
-        return Block(self, self._read([(start, stop - start)], None), None, start, (stop - start,))
+        """Elements [start, stop) in row-major order, which will be wanted again."""
+        return Block(self, self._read([(start, stop - start)], None, Again.YES), None, start, (stop - start,))
 
     def sample(self, starts: Sequence[int], size: int) -> Block:
         """`size` elements (fewer at the end of the tensor) from each start on, one behind the other."""
-        read = self._read([(start, min(size, self.numel - start)) for start in starts], None)
+        read = self._read([(start, min(size, self.numel - start)) for start in starts], None, Again.MAYBE)
         return Block(self, read, None, 0, (read.shape[1],))
 
-    def block(self, box: Box) -> Block:
-        return Block(self, self._read(masks.runs(self.shape, box), box), box, 0, tuple(lengths(box)))
+    def block(self, box: Box, again: Again = Again.MAYBE) -> Block:
+        return Block(self, self._read(masks.runs(self.shape, box), box, again), box, 0, tuple(lengths(box)))
 
     @property
     def stored(self) -> str | None:
@@ -155,24 +165,43 @@ class Inputs:
             return None
         return "bfloat16" if all(s.kind == "bfloat16" for s in self.sources) else "float32"
 
-    def _read(self, runs: Sequence[tuple[int, int]], box: Box | None) -> Any:
-        """[sources, elements]: integers of the width of what is stored, or of the working dtype."""
+    @property
+    def holds(self) -> bool:
+        """Whether all of the sources may be held in memory, as they are stored."""
         kind = self.stored
+        return kind is not None and len(self.sources) * self.numel * ITEMSIZE[kind] <= self.engine.held.budget
+
+    def _read(self, runs: Sequence[tuple[int, int]], box: Box | None, again: Again) -> Any:
+        """[sources, elements]: integers of the width of what is stored, or of the working dtype."""
+        kind, held = self.stored, self.engine.held
+        (start, numel), single = runs[0], len(runs) == 1
+        if single and (parts := held.take(self, start, start + numel, again is Again.NO)):
+            return parts[0] if len(parts) == 1 and parts[0].flags.c_contiguous else self._joined(parts)
         numel = sum(count for _, count in runs)
-        if kind:
+        keep = single and again is Again.YES and self.holds
+        if kind and not keep:
             bits = self.engine.scratch("read", len(self.sources) * numel, ITEMSIZE[kind])
         else:
-            bits = fresh(len(self.sources) * numel, ITEMSIZE[self.work])
+            bits = fresh(len(self.sources) * numel, ITEMSIZE[kind or self.work])
         bits = bits.reshape(len(self.sources), numel)
         for source, row in zip(self.sources, bits, strict=True):
             out = memoryview(row).cast("B")
             if source.kind != (kind or self.work):
                 self._widen(source, runs, box, out)
-            elif box is None or len(runs) == 1:
+            elif box is None or single:
                 _read_runs(source, runs, out)
             else:
                 source.read_into(box, tensor_of(out, source.kind).reshape(lengths(box)))
+        if keep:
+            held.put(self, start, bits)
         return bits
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        import numpy as np
+
+        numel = sum(p.shape[1] for p in parts)
+        bits = self.engine.scratch("read", len(self.sources) * numel, parts[0].itemsize)
+        return np.concatenate(parts, axis=1, out=bits.reshape(len(self.sources), numel))
 
     def _widen(self, source: Lazy, runs: Sequence[tuple[int, int]], box: Box | None, out: memoryview) -> None:
         target = tensor_of(out, self.stored or self.work)

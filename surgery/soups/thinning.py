@@ -209,8 +209,10 @@ def _chosen(
             return delta
         if densities[i] <= 0:
             return delta * 0
-        known = marks and marks.complete
-        chosen = marks.get(i, block.runs()) if known else note(block, i, choose(block, i, delta))
+        if marks and marks.complete:
+            chosen = marks.get(i, block.runs())
+        else:
+            chosen = note(block, i, choose(block, i, delta))
         return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
 
     def picks(block: Block) -> list[Pick]:

@@ -8,7 +8,7 @@ stands for, and rounded once; sums over many elements are taken in fp64.
 """
 
 from surgery.soups.kernels.choices import choose, choose_by_rank, splitmix64
-from surgery.soups.kernels.consensus import agree, products, squares, stock, variances
+from surgery.soups.kernels.consensus import agree, products, squares, stock, variances, varied
 from surgery.soups.kernels.elementwise import blend, linear
 from surgery.soups.kernels.ranks import ranked, within
 from surgery.soups.kernels.tasks import lengths, magnitudes, mix, thinned
@@ -16,5 +16,5 @@ from surgery.soups.kernels.words import row_sums
 
 __all__ = [
     "agree", "blend", "choose", "choose_by_rank", "lengths", "linear", "magnitudes", "mix", "products", "ranked",
-    "row_sums", "splitmix64", "squares", "stock", "thinned", "variances", "within",
+    "row_sums", "splitmix64", "squares", "stock", "thinned", "variances", "varied", "within",
 ]  # fmt: skip

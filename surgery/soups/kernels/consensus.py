@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from surgery.compiled import bits_of, compiled, fma
-from surgery.soups.kernels.numbers import GROUP, STRIP, f4, f8, load, store
+from surgery.soups.kernels.numbers import GROUP, STRIP, f4, f8, load, store, u4
+
+NEAR, INFINITY = f4(2.0**-60), f4(np.inf)  # the square of what is nearer than NEAR may be zero
+DIFFERS, UNCLEAR = u4(1), u4(2)
 
 
 @compiled
@@ -65,20 +68,7 @@ def variances(bits: Any, out: Any) -> None:
         _begin(base, bits[1, at : at + m], mean_, total_)
         for i in range(2, len(bits)):
             _welford(base, bits[i, at : at + m], f8(i), mean_, total_)
-        count = f8(len(bits) - 1)
-        share = f8(1) / count if _halves(count) else f8(0)
-        if share > 0:
-            for j in range(m):
-                own[j] = bits_of(f4(total_[j] * share))
-        else:
-            for j in range(m):
-                own[j] = bits_of(f4(total_[j] / count))
-
-
-@compiled
-def _halves(count: Any) -> bool:
-    """Whether the inverse is a number, so that multiplying by it, which is many times faster, is dividing."""
-    return int(count) & (int(count) - 1) == 0
+        _divide(total_, f8(len(bits) - 1), own)
 
 
 @compiled
@@ -103,6 +93,52 @@ def _welford(base: Any, stored: Any, count: Any, mean: Any, total: Any) -> None:
             off = value - mean[j]
             mean[j] += off / count
             total[j] = fma(off, value - mean[j], total[j])
+
+
+@compiled
+def _halves(count: Any) -> bool:
+    """Whether it is a power of two: then multiplying by its inverse, several times faster, is dividing by it."""
+    return int(count) & (int(count) - 1) == 0
+
+
+@compiled
+def _divide(total: Any, count: Any, out: Any) -> None:
+    share = f8(1) / count
+    if _halves(count):
+        for j in range(len(out)):
+            out[j] = bits_of(f4(total[j] * share))
+    else:
+        for j in range(len(out)):
+            out[j] = bits_of(f4(total[j] / count))
+
+
+@compiled
+def varied(bits: Any) -> int:
+    """How many elements have a variance above zero in fp32; -1 if comparing the task vectors does not tell."""
+    count, n, states = 0, bits.shape[1], np.empty(STRIP, u4)
+    for at in range(0, n, STRIP):
+        m = min(STRIP, n - at)
+        base, first, state = bits[0, at : at + m], bits[1, at : at + m], states[:m]
+        for j in range(m):
+            state[j] = UNCLEAR if not abs(load(first, j) - load(base, j)) < INFINITY else u4(0)
+        for i in range(2, len(bits)):
+            _compare(base, first, bits[i, at : at + m], state)
+        differing, all_ = u4(0), u4(0)
+        for j in range(m):
+            differing = u4(differing + (state[j] & DIFFERS))
+            all_ |= state[j]
+        if all_ & UNCLEAR:
+            return -1
+        count += differing
+    return count
+
+
+@compiled
+def _compare(base: Any, first: Any, stored: Any, state: Any) -> None:
+    for j in range(len(state)):
+        off = abs((load(stored, j) - load(base, j)) - (load(first, j) - load(base, j)))
+        clear = (off == 0) | ((off > NEAR) & (off < INFINITY))
+        state[j] |= (DIFFERS if off > 0 else u4(0)) | (u4(0) if clear else UNCLEAR)
 
 
 @compiled

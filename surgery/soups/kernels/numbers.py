@@ -1,6 +1,6 @@
 """Elements as they are stored, and fp32 numbers; what the loops share.
 
-numba sees that a file has changed, not what it imports: after a change here, touch the other files of this folder.
+numba sees that a file has changed, not what it imports: after a change in this folder, touch all of its files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from surgery.compiled import bits_of, compiled, float_of
 
-STRIP = 1000  # elements that a loop handles at a time, so that some strips fit into the first cache; no power of two,
+STRIP = 2000  # elements that a loop handles at a time, so that what it makes of them stays in a cache; no power of two,
 #               for then strips would share the places they can have there
 GROUP = 64  # numbers that are added in fp32 before they go into an fp64 sum
 f4, f8, u2, u4, u8 = np.float32, np.float64, np.uint16, np.uint32, np.uint64

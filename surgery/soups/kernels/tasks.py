@@ -95,18 +95,16 @@ def mix(
             _scale_and_add(delta, factors[i], weights[i], acc)
         if agree:
             mixed, own = agreeing[:m], shares[:m]
-            mixed[:], own[:] = 0, 0
+            mixed[:] = 0
+            own[:] = 0
             for i in range(count):
                 _add_agreeing(deltas[i, :m], acc, weights[i], mixed, own)
-            _turn(mixed, own, normalize, acc)
-        elif normalize:
-            for j in range(m):
-                acc[j] /= total
-        if scale != 1:
-            for j in range(m):
-                acc[j] *= scale
-        for j in range(m):
-            store(acc[j] + load(base, j), end, j)
+            if normalize:
+                for j in range(m):
+                    mixed[j] /= f4(1) if own[j] == 0 else own[j]
+            _add_turned(mixed, acc, scale, base, end)
+        else:
+            _add_base(acc, total if normalize else f4(1), scale, base, end)
 
 
 @compiled
@@ -127,10 +125,13 @@ def _add_agreeing(delta: Any, total: Any, weight: Any, mixed: Any, own: Any) -> 
 
 
 @compiled
-def _turn(mixed: Any, own: Any, normalize: bool, acc: Any) -> None:
-    """acc: from the sum of all to that of those that have its sign, or to their mean."""
-    if normalize:
-        for j in range(len(acc)):
-            mixed[j] /= f4(1) if own[j] == 0 else own[j]
-    for j in range(len(acc)):
-        acc[j] = mixed[j] * (f4(1) if acc[j] >= 0 else f4(-1))
+def _add_turned(mixed: Any, total: Any, scale: Any, base: Any, out: Any) -> None:
+    """`mixed` with the sign of `total` again, times `scale`, and the base."""
+    for j in range(len(out)):
+        store(mixed[j] * (f4(1) if total[j] >= 0 else f4(-1)) * scale + load(base, j), out, j)
+
+
+@compiled
+def _add_base(acc: Any, divisor: Any, scale: Any, base: Any, out: Any) -> None:
+    for j in range(len(out)):
+        store(acc[j] / divisor * scale + load(base, j), out, j)
