@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_soup_engine import Given, merge, tensors
 
 from surgery.lazy import lengths
 from surgery.soups import engine
 from surgery.soups import inputs as soup_inputs
 from surgery.soups.engine import Engine
 from surgery.soups.held import Held
+from test_soup_engine import Given, merge, tensors
 
 
 class Counted(Given):

@@ -127,8 +127,8 @@ def sce(inputs: Inputs, options: Options) -> Ready:
 
     def compiled(block: Block) -> torch.Tensor:
         out = torch.zeros(inputs.count, dtype=torch.float64)
-        for bits, values, least in _varied(block, bound):
-            block.kernels.squares(bits, values, least, out.numpy())
+        for bits, pick in parts(block, between(block, [(bound, NEVER)], True)):
+            block.kernels.squares(bits, pick.least[0], out.numpy())
         return out
 
     if inputs.single and inputs.numel:
@@ -150,10 +150,10 @@ def sce(inputs: Inputs, options: Options) -> Ready:
 
     def fused(block: Block, out: Any) -> None:
         at = 0
-        for bits, values, least in _varied(block, bound):
-            n = len(values)
-            block.kernels.agree(bits, values, least, weights.numpy(), np.float32(FLOOR), out[at : at + n])
-            at += n
+        for bits, pick in parts(block, between(block, [(bound, NEVER)], True)):
+            own = out[at : at + pick.count]
+            block.kernels.agree(bits, pick.least[0], weights.numpy(), np.float32(FLOOR), own)
+            at += pick.count
 
     return Ready(apply, fused=fused)
 
@@ -179,16 +179,6 @@ def _varying(block: Block) -> int:
 
     count = -1 if block.bits is None else block.kernels.varied(block.bits)
     return int(np.count_nonzero(integers(_variances(block)))) if count < 0 else count
-
-
-def _varied(block: Block, bound: Bound) -> Iterator[tuple[Any, Any, Any]]:
-    """The bits of a block in parts, the variances of each, and how large they must be there."""
-    values, at = block.room("values")[0], 0
-    if isinstance(bound, Found):
-        block.kernels.variances(block.bits, values)
-    for bits, pick in parts(block, between(block, [(bound, NEVER)], True)):
-        yield bits, values[at : at + pick.count], pick.least[0]
-        at += pick.count
 
 
 def _variances(block: Block) -> Any:

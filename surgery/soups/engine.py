@@ -80,10 +80,11 @@ class Engine:
     def known(self, key: object, make: Callable[[], Ready]) -> Ready:
         """`make()`, remembered: all small results, and the last large ones."""
         with self._lock:
-            if id(key) not in self._known:
-                self._known[id(key)] = make(), key
-            self._known.move_to_end(id(key))
-            ready = self._known[id(key)][0]
+            if id(key) in self._known:
+                self._known.move_to_end(id(key))
+                return self._known[id(key)][0]
+            ready = make()
+            self._known[id(key)] = ready, key
             large = [k for k, (r, _) in self._known.items() if r.nbytes > 1 << 16]
             total = sum(self._known[k][0].nbytes for k in large)
             for k in large[:-1]:

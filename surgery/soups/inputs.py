@@ -10,6 +10,7 @@ whatever the memory and the number of threads.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -158,14 +159,14 @@ class Inputs:
     def block(self, box: Box, again: Again = Again.MAYBE) -> Block:
         return Block(self, self._read(masks.runs(self.shape, box), box, again), box, 0, tuple(lengths(box)))
 
-    @property
+    @functools.cached_property
     def stored(self) -> str | None:
         """As what compiled loops take the sources: bfloat16 if all are, else float32; None if they cannot."""
         if self.work != "float32" or not self.engine.kernels:
             return None
         return "bfloat16" if all(s.kind == "bfloat16" for s in self.sources) else "float32"
 
-    @property
+    @functools.cached_property
     def holds(self) -> bool:
         """Whether all of the sources may be held in memory, as they are stored."""
         kind = self.stored

@@ -8,6 +8,7 @@ one, those on one side of it count as larger: a block that it lies in is cut in 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,11 +38,15 @@ class Pick:
 
 def everything(block: Block, kept: Any = None) -> Pick:
     """All of a block; with `kept` [sources, elements] what that says."""
+    least, most, none = _no_limits(len(block.bits) - 1)
+    return Pick(block.numel, least, most, none if kept is None else kept)
+
+
+@functools.cache
+def _no_limits(sources: int) -> tuple[Any, Any, Any]:
     import numpy as np
 
-    sources = len(block.bits) - 1
-    least, most = np.zeros(sources, np.uint32), np.full(sources, NEVER, np.uint32)
-    return Pick(block.numel, least, most, np.empty((sources, 0), np.uint8) if kept is None else kept)
+    return np.zeros(sources, np.uint32), np.full(sources, NEVER, np.uint32), np.empty((sources, 0), np.uint8)
 
 
 def between(block: Block, bounds: Sequence[tuple[Bound, Bound]], first_wins: bool) -> list[Pick]:

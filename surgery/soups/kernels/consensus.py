@@ -63,19 +63,32 @@ def variances(bits: Any, out: Any) -> None:
     """The bits of the variance of the task vectors, element by element; see `consensus`."""
     mean, total = np.empty(STRIP, f8), np.empty(STRIP, f8)
     for at in range(0, len(out), STRIP):
-        m = min(STRIP, len(out) - at)
-        base, own, mean_, total_ = bits[0, at : at + m], out[at : at + m], mean[:m], total[:m]
-        _begin(base, bits[1, at : at + m], mean_, total_)
-        for i in range(2, len(bits)):
-            _welford(base, bits[i, at : at + m], f8(i), mean_, total_)
-        _divide(total_, f8(len(bits) - 1), own)
+        _strip_of_variances(bits, at, mean, total, out[at : at + STRIP])
 
 
 @compiled
-def _begin(base: Any, stored: Any, mean: Any, total: Any) -> None:
-    for j in range(len(mean)):
-        mean[j] = f8(load(stored, j) - load(base, j))
-        total[j] = mean[j] - mean[j]  # 0, but for what is infinite
+def _strip_of_variances(bits: Any, at: int, mean: Any, total: Any, out: Any) -> None:
+    m = len(out)
+    base, first, mean_, total_ = bits[0, at : at + m], bits[1, at : at + m], mean[:m], total[:m]
+    if len(bits) == 3:
+        _variances_of_two(base, first, bits[2, at : at + m], out)
+        return
+    for j in range(m):
+        mean_[j] = f8(load(first, j) - load(base, j))
+        total_[j] = mean_[j] - mean_[j]  # 0, but for what is infinite
+    for i in range(2, len(bits)):
+        _welford(base, bits[i, at : at + m], f8(i), mean_, total_)
+    _divide(total_, f8(len(bits) - 1), out)
+
+
+@compiled
+def _variances_of_two(base: Any, a: Any, b: Any, out: Any) -> None:
+    """The same steps, without what they keep in between."""
+    for j in range(len(out)):
+        first, value = f8(load(a, j) - load(base, j)), f8(load(b, j) - load(base, j))
+        off = value - first
+        mean = first + off * 0.5
+        out[j] = bits_of(f4(fma(off, value - mean, first - first) * 0.5))
 
 
 @compiled
@@ -123,7 +136,8 @@ def varied(bits: Any) -> int:
             state[j] = UNCLEAR if not abs(load(first, j) - load(base, j)) < INFINITY else u4(0)
         for i in range(2, len(bits)):
             _compare(base, first, bits[i, at : at + m], state)
-        differing, all_ = u4(0), u4(0)
+        differing: Any = u4(0)
+        all_: Any = u4(0)
         for j in range(m):
             differing = u4(differing + (state[j] & DIFFERS))
             all_ |= state[j]
@@ -142,17 +156,25 @@ def _compare(base: Any, first: Any, stored: Any, state: Any) -> None:
 
 
 @compiled
-def squares(bits: Any, values: Any, least: Any, out: Any) -> None:
-    """out[i] += the squares of task vector i, of its elements whose value is at least `least`."""
-    n, sums = bits.shape[1], np.zeros(STRIP, f4)
-    for i in range(len(out)):
-        for group in range(0, n, STRIP * GROUP):
-            for at in range(group, min(group + STRIP * GROUP, n), STRIP):
-                m = min(STRIP, n - at)
-                _add_squares(bits[0, at : at + m], bits[i + 1, at : at + m], values[at : at + m], least, sums[:m])
+def squares(bits: Any, least: Any, out: Any) -> None:
+    """out[i] += the squares of task vector i, of its elements whose variance has bits of at least `least`.
+
+    fp32 adds up to GROUP elements that lie STRIP apart, fp64 the rest.
+    """
+    n, count = bits.shape[1], len(out)
+    values, mean, total = np.zeros(STRIP, u4), np.empty(STRIP, f8), np.empty(STRIP, f8)
+    sums = np.zeros((count, STRIP), f4)
+    for group in range(0, n, STRIP * GROUP):
+        for at in range(group, min(group + STRIP * GROUP, n), STRIP):
+            m = min(STRIP, n - at)
+            if least > 0:
+                _strip_of_variances(bits, at, mean, total, values[:m])
+            for i in range(count):
+                _add_squares(bits[0, at : at + m], bits[i + 1, at : at + m], values[:m], least, sums[i, :m])
+        for i in range(count):
             for j in range(STRIP):
-                out[i] += f8(sums[j])
-                sums[j] = 0
+                out[i] += f8(sums[i, j])
+                sums[i, j] = 0
 
 
 @compiled
@@ -164,19 +186,22 @@ def _add_squares(base: Any, stored: Any, values: Any, least: Any, sums: Any) -> 
 
 
 @compiled
-def agree(bits: Any, values: Any, least: Any, weights: Any, floor: Any, out: Any) -> None:
-    """The base and the weighted mean of the task vectors that have the sign of their sum, where value >= least."""
+def agree(bits: Any, least: Any, weights: Any, floor: Any, out: Any) -> None:
+    """The base and the weighted mean of the task vectors with the sign of their sum, as far as `squares` takes them."""
     n, count = len(out), len(bits) - 1
-    deltas = np.empty((count, STRIP), f4)
-    sums, mixed, own = np.empty(STRIP, f4), np.empty(STRIP, f4), np.empty(STRIP, f4)
+    values, mean, total = np.zeros(STRIP, u4), np.empty(STRIP, f8), np.empty(STRIP, f8)
+    deltas, sums = np.empty((count, STRIP), f4), np.empty(STRIP, f4)
+    agreeing, shares = np.empty(STRIP, f4), np.empty(STRIP, f4)
     for at in range(0, n, STRIP):
         m = min(STRIP, n - at)
-        base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
+        base, acc, mixed, own, end = bits[0, at : at + m], sums[:m], agreeing[:m], shares[:m], out[at : at + m]
+        if least > 0:
+            _strip_of_variances(bits, at, mean, total, values[:m])
         acc[:], mixed[:], own[:] = 0, 0, 0
         for i in range(count):
-            _take(base, bits[i + 1, at : at + m], values[at : at + m], least, deltas[i, :m], acc)
+            _take(base, bits[i + 1, at : at + m], values[:m], least, deltas[i, :m], acc)
         for i in range(count):
-            _add_weighted(deltas[i, :m], acc, weights[i], mixed[:m], own[:m])
+            _add_weighted(deltas[i, :m], acc, weights[i], mixed, own)
         for j in range(m):
             sign = f4(1) if acc[j] >= 0 else f4(-1)
             share = own[j] if own[j] > floor else floor
