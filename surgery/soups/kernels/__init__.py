@@ -1,4 +1,4 @@
-"""The inner loops of merging, compiled: every source is read once, and nothing in between leaves the first cache.
+"""The inner loops of merging, compiled: what they make of a strip of the sources stays in a core's cache.
 
     linear(bits, weights, total, out)
 
