@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 MASK = (1 << 64) - 1
-WORDS = 1 << 17  # words per step: half a MiB of data and a MiB of weights stay in the cache
-COLUMNS = 1 << 16  # words of one row per step
+COLUMNS = 1 << 16  # words of one row per step: half a MiB of weights
 ROW_SEED, COLUMN_SEED = 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B
 
 SOURCE = "source/"  # begins the name of a part as it was before it was changed (cast)
@@ -63,15 +62,12 @@ def box_sum(data: torch.Tensor, box: Box, shape: Shape, row_sums: RowSums = row_
     item = data.element_size()
     rows = places(box[:-1], shape[:-1])
     raw = np.frombuffer(bytes_of(data.contiguous()), np.uint8).reshape(len(rows), (stop - start) * item)
+    row_weights = _weights(rows, ROW_SEED)
     total, at = 0, start * item  # `at`: byte of the row at which `raw` begins
     for k0 in range(at // 4, -(-stop * item // 4), COLUMNS):
         k1 = min(k0 + COLUMNS, -(-stop * item // 4))
-        weights = _column_weights(k0, k1)
-        step = max(1, WORDS // (k1 - k0))
-        for r in range(0, len(rows), step):
-            words = _words(raw[r : r + step], 4 * k0 - at, 4 * k1 - at)
-            sums = row_sums(words, weights)
-            total += int(np.einsum("r,r->", sums, _weights(rows[r : r + step], ROW_SEED)))
+        sums = row_sums(_words(raw, 4 * k0 - at, 4 * k1 - at), _column_weights(k0, k1))
+        total += int(sums @ row_weights)
     return total & MASK
 
 

@@ -40,7 +40,7 @@ def keep_blocks() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, FREE)
 
 
-POOLED, ROUNDED, KEPT = 256 << 10, 256 << 10, 32 << 20  # bytes: of the least buffer that is pooled, of a step, of all
+POOLED, ROUNDED, KEPT = 256 << 10, 256 << 10, 128 << 20  # bytes: of the least buffer that is pooled, of a step, of all
 _pool: defaultdict[int, list[Any]] = defaultdict(list)
 _pooled = 0
 _lock = threading.RLock()  # a buffer may be given back while this thread asks for one, by garbage collection
