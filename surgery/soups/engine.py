@@ -5,8 +5,8 @@
     merged.read(((0, 64), (0, 2048)))        # 64 rows of the merge; only these rows of the sources are read ...
 
 ... but for what the method must know of the whole tensor first, such as norms or thresholds: it asks for them by
-`Inputs.scan`, which streams the sources in chunks, and holds these for the merge if there is room.  The result is the same bits whatever the block size, the
-memory and the number of threads.
+`Inputs.scan`, which streams the sources in chunks, and holds these for the merge if there is room.  The result is the
+same bits whatever the block size, the memory and the number of threads.
 """
 
 from __future__ import annotations

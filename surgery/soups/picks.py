@@ -27,19 +27,29 @@ Bound = Found | int
 class Pick:
     """Of the next `count` elements of a block, and of each source i but the base, these stay:
 
-    those with bits of magnitude in [least[i], most[i]), and of them those with kept[i] (of no length: all).
+    those with kept[i] or, if that has no entries, with bits of magnitude in [least[i], most[i]).  What is kept can be
+    left to the loops: chance says (the first element's place, or -1; then for each source, as arrays: the keys of its
+    random numbers, and the probability in 65536ths: how many, and what is left).
     """
 
     count: int
     least: Any
     most: Any
     kept: Any
+    chance: Any
 
 
-def everything(block: Block, kept: Any = None) -> Pick:
-    """All of a block; with `kept` [sources, elements] what that says."""
+def everything(block: Block, kept: Any = None, chance: Any = None) -> Pick:
+    """All of a block; with `kept` [sources, elements] what that says, or what `chance` says."""
     least, most, none = _no_limits(len(block.bits) - 1)
-    return Pick(block.numel, least, most, none if kept is None else kept)
+    return Pick(block.numel, least, most, none if kept is None else kept, chance or _no_chance())
+
+
+@functools.cache
+def _no_chance() -> tuple[int, Any, Any, Any, Any]:
+    import numpy as np
+
+    return -1, np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0)
 
 
 @functools.cache
@@ -65,7 +75,7 @@ def between(block: Block, bounds: Sequence[tuple[Bound, Bound]], first_wins: boo
     picks = []
     for a, b in pairwise(sorted(cuts)):
         low, high = (np.array([bits(pair[side], a) for pair in bounds], np.uint32) for side in (0, 1))
-        picks.append(Pick(b - a, low, high, none))
+        picks.append(Pick(b - a, low, high, none, _no_chance()))
     return picks
 
 

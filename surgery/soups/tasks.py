@@ -62,7 +62,7 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     def compiled(block: Block) -> torch.Tensor:
         out = torch.zeros((inputs.count, 2), dtype=torch.float64)
         for bits, pick in parts(block, way.picks(block)):
-            block.kernels.lengths(bits, pick.kept, pick.least, pick.most, out.numpy())
+            block.kernels.lengths(bits, pick.kept, pick.chance, pick.least, pick.most, out.numpy())
         return out
 
     kind = torch_dtype(inputs.work)
@@ -145,7 +145,8 @@ def _fused(
         at = 0
         for bits, pick in parts(block, picks(block)):
             n = bits.shape[1]
-            block.kernels.mix(bits, pick.kept, pick.least, pick.most, scales, weights, *how, out[at : at + n])
+            limits = pick.kept, pick.chance, pick.least, pick.most
+            block.kernels.mix(bits, *limits, scales, weights, *how, out[at : at + n])
             at += n
 
     return fused

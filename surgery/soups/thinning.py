@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
@@ -131,7 +131,18 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
         share = options["density"][i] * 65536
         block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
 
-    return _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
+    way = _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
+    if inputs.single or not all(0 < d < 1 for d in options["density"]):
+        return way
+    shares = [d * 65536 for d in options["density"]]
+    coarse, fine = np.array([keys((inputs.seed, inputs.name, i)) for i in range(inputs.count)], np.uint64).T.copy()
+    how = coarse, fine, np.array(shares, np.uint16), np.array([s - int(s) for s in shares])
+
+    def picks(block: Block) -> Sequence[Pick]:
+        (start, _), *more = block.runs()
+        return way.picks(block) if more else [everything(block, chance=(start, *how))]
+
+    return replace(way, picks=picks)
 
 
 def _ranks(inputs: Inputs, options: Options) -> Thinning:

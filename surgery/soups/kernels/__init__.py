@@ -10,8 +10,9 @@ stands for, and rounded once; sums over many elements are taken in fp64.
 from surgery.soups.kernels.choices import choose, choose_by_rank, splitmix64
 from surgery.soups.kernels.consensus import agree, products, squares, stock, variances, varied
 from surgery.soups.kernels.elementwise import blend, linear
+from surgery.soups.kernels.numbers import magnitudes
 from surgery.soups.kernels.ranks import ranked, within
-from surgery.soups.kernels.tasks import lengths, magnitudes, mix, thinned
+from surgery.soups.kernels.tasks import lengths, mix, thinned
 from surgery.soups.kernels.words import row_sums
 
 __all__ = [

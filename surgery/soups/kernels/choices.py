@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from surgery.compiled import compiled, float_of
-from surgery.soups.kernels.numbers import INFINITE, STRIP, f4, f8, u2, u4, u8
+from surgery.soups.kernels.numbers import INFINITE, STRIP, f4, f8, magnitudes, u2, u4, u8
 from surgery.soups.kernels.ranks import rank_of, sort
-from surgery.soups.kernels.tasks import magnitudes
 
 BUCKETS, FEW = 512, 64
 TINY = u4(0x10000000)  # 2.5e-29
@@ -27,23 +26,27 @@ def splitmix64(place: Any, key: Any) -> Any:
 @compiled
 def choose(starts: Any, counts: Any, coarse: Any, fine: Any, whole: Any, rest: Any, out: Any) -> None:
     """As `masks.below` of one probability: `whole` of 65536, and `rest` of one of these."""
-    words = np.empty(STRIP // 4, u8)
-    at = 0
+    words, done = np.empty(STRIP // 4 + 2, u8), 0
     for run in range(len(starts)):
-        stop = starts[run] + counts[run]
-        for first in range(starts[run] // 4 * 4, stop, STRIP):
-            _draw(first // 4, coarse, words)
-            low, high = max(first, starts[run]), min(first + STRIP, stop)
-            drawn, own = words.view(u2)[low - first : high - first], out[at : at + high - low]
-            close = np.uint8(0)  # as narrow as what it is made of: a vector then holds the more
-            for j in range(len(own)):
-                own[j] = drawn[j] < whole
-                close = np.uint8(close | np.uint8(drawn[j] == whole))
-            if close and rest > 0:
-                for j in range(len(own)):
-                    if drawn[j] == whole:
-                        own[j] = f8(splitmix64(u8(low + j), fine) >> u8(27)) * 2.0**-37 < rest
-            at += high - low
+        for at in range(0, counts[run], STRIP):
+            m = min(STRIP, counts[run] - at)
+            choose_from(starts[run] + at, coarse, fine, whole, rest, words, out[done : done + m])
+            done += m
+
+
+@compiled
+def choose_from(first: int, coarse: Any, fine: Any, whole: Any, rest: Any, words: Any, out: Any) -> None:
+    """The same of a strip of elements, `first` being its first; `words` is overwritten."""
+    _draw(first // 4, coarse, words[: len(out) // 4 + 2])
+    drawn = words.view(u2)[first % 4 : first % 4 + len(out)]
+    close = np.uint8(0)  # as narrow as what it is made of: a vector then holds the more
+    for j in range(len(out)):
+        out[j] = drawn[j] < whole
+        close = np.uint8(close | np.uint8(drawn[j] == whole))
+    if close and rest > 0:
+        for j in range(len(out)):
+            if drawn[j] == whole:
+                out[j] = f8(splitmix64(u8(first + j), fine) >> u8(27)) * 2.0**-37 < rest
 
 
 @compiled

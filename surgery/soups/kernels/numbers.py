@@ -33,3 +33,10 @@ def store(value: Any, out: Any, j: int) -> None:
         out[j] = u2(0x7FC0) if (bits & MAGNITUDE) > INFINITE else u2(rounded)
     else:
         out[j] = bits
+
+
+@compiled
+def magnitudes(base: Any, stored: Any, out: Any) -> None:
+    """The bits of |stored - base|: integers of the same order."""
+    for j in range(len(out)):
+        out[j] = bits_of(load(stored, j) - load(base, j)) & MAGNITUDE

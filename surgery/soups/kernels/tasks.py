@@ -7,16 +7,10 @@ from typing import Any
 import numpy as np
 
 from surgery.compiled import bits_of, compiled
-from surgery.soups.kernels.numbers import GROUP, MAGNITUDE, STRIP, f4, f8, load, store, u4
+from surgery.soups.kernels.choices import choose_from
+from surgery.soups.kernels.numbers import GROUP, MAGNITUDE, STRIP, f4, f8, load, store, u4, u8
 
 NEVER = u4(0xFFFFFFFF)  # as `surgery.soups.picks.NEVER`
-
-
-@compiled
-def magnitudes(base: Any, stored: Any, out: Any) -> None:
-    """The bits of |stored - base|: integers of the same order."""
-    for j in range(len(out)):
-        out[j] = bits_of(load(stored, j) - load(base, j)) & MAGNITUDE
 
 
 @compiled
@@ -38,18 +32,20 @@ def thinned(base: Any, stored: Any, least: Any, most: Any, kept: Any, out: Any) 
 
 
 @compiled
-def lengths(bits: Any, kept: Any, least: Any, most: Any, out: Any) -> None:
+def lengths(bits: Any, kept: Any, chance: Any, least: Any, most: Any, out: Any) -> None:
     """out[i] += the l1 length of task vector i before, and after it was thinned.
 
     fp32 adds up to GROUP elements that lie STRIP apart, fp64 the rest.
     """
     n, count = bits.shape[1], len(bits) - 1
     value, sums = np.empty(STRIP, f4), np.zeros((2, STRIP), f4)
+    flags, words = np.empty(STRIP, np.uint8), np.empty(STRIP // 4 + 2, u8)
     for i in range(count):
         for group in range(0, n, STRIP * GROUP):
             for at in range(group, min(group + STRIP * GROUP, n), STRIP):
                 m = min(STRIP, n - at)
-                base, stored, own = bits[0, at : at + m], bits[i + 1, at : at + m], kept[i, at : at + m]
+                base, stored = bits[0, at : at + m], bits[i + 1, at : at + m]
+                own = _choice(kept, chance, i, at, words, flags[:m])
                 if len(own):
                     _add_kept_lengths(base, stored, own, sums[0, :m], sums[1, :m])
                 else:
@@ -59,6 +55,16 @@ def lengths(bits: Any, kept: Any, least: Any, most: Any, out: Any) -> None:
                 for j in range(STRIP):
                     out[i, side] += f8(sums[side, j])
                     sums[side, j] = 0
+
+
+@compiled
+def _choice(kept: Any, chance: Any, i: int, at: int, words: Any, flags: Any) -> Any:
+    """What stays of a strip of task vector i: chosen here by its `chance`, or as `kept` says (no entries: all)."""
+    first, coarse, fine, whole, rest = chance
+    if first < 0:
+        return kept[i, at : at + len(flags)]
+    choose_from(first + at, coarse[i], fine[i], whole[i], rest[i], words, flags)
+    return flags
 
 
 @compiled
@@ -78,30 +84,31 @@ def _add_lengths(base: Any, stored: Any, value: Any, before: Any, after: Any) ->
 
 @compiled
 def mix(
-    bits: Any, kept: Any, least: Any, most: Any, factors: Any, weights: Any, agree: bool, normalize: bool,
-    total: Any, scale: Any, out: Any,
+    bits: Any, kept: Any, chance: Any, least: Any, most: Any, factors: Any, weights: Any, agree: bool,
+    normalize: bool, total: Any, scale: Any, out: Any,
 ) -> None:  # fmt: skip
     """Task vectors thinned, times their factors and weights, added up and added to the base; see `tasks`."""
     n, count = len(out), len(bits) - 1
     deltas, sums = np.empty((count, STRIP), f4), np.empty(STRIP, f4)
     agreeing, shares = np.empty(STRIP, f4), np.empty(STRIP, f4)
+    flags, words = np.empty(STRIP, np.uint8), np.empty(STRIP // 4 + 2, u8)
     for at in range(0, n, STRIP):
         m = min(STRIP, n - at)
         base, acc, end = bits[0, at : at + m], sums[:m], out[at : at + m]
         acc[:] = 0
         for i in range(count):
-            delta = deltas[i, :m]
-            thinned(base, bits[i + 1, at : at + m], least[i], most[i], kept[i, at : at + m], delta)
+            delta, own = deltas[i, :m], _choice(kept, chance, i, at, words, flags[:m])
+            thinned(base, bits[i + 1, at : at + m], least[i], most[i], own, delta)
             _scale_and_add(delta, factors[i], weights[i], acc)
         if agree:
-            mixed, own = agreeing[:m], shares[:m]
+            mixed, share = agreeing[:m], shares[:m]
             mixed[:] = 0
-            own[:] = 0
+            share[:] = 0
             for i in range(count):
-                _add_agreeing(deltas[i, :m], acc, weights[i], mixed, own)
+                _add_agreeing(deltas[i, :m], acc, weights[i], mixed, share)
             if normalize:
                 for j in range(m):
-                    mixed[j] /= f4(1) if own[j] == 0 else own[j]
+                    mixed[j] /= f4(1) if share[j] == 0 else share[j]
             _add_turned(mixed, acc, scale, base, end)
         else:
             _add_base(acc, total if normalize else f4(1), scale, base, end)
@@ -116,12 +123,12 @@ def _scale_and_add(delta: Any, factor: Any, weight: Any, acc: Any) -> None:
 
 
 @compiled
-def _add_agreeing(delta: Any, total: Any, weight: Any, mixed: Any, own: Any) -> None:
-    """To `mixed` what has the sign of `total`, without its sign; to `own` the weights of these."""
+def _add_agreeing(delta: Any, total: Any, weight: Any, mixed: Any, share: Any) -> None:
+    """To `mixed` what has the sign of `total`, without its sign; to `share` the weights of these."""
     for j in range(len(mixed)):
         value = delta[j] * (f4(1) if total[j] >= 0 else f4(-1))
         mixed[j] += f4(0) if value < 0 else value
-        own[j] += weight if value > 0 else f4(0)
+        share[j] += weight if value > 0 else f4(0)
 
 
 @compiled
