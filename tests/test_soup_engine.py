@@ -124,6 +124,12 @@ def test_compiled_loops_and_torch_give_the_same_bits(name, own):
                 assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), (shape, given[0].dtype, kind)
 
 
+def test_ranks_in_long_rows_of_few_different_values_are_those_of_a_sort():
+    given = [(t * 4).round() / 4 for t in tensors((2, 20000), 3, torch.bfloat16)]
+    compiled, plain = (merge("della", given, kind="float32", loops=k).full() for k in (engine.compiled_loops(), None))
+    assert torch.equal(compiled, plain)
+
+
 @pytest.mark.parametrize("name", ["linear", "ties", "breadcrumbs_ties", "dare_ties", "sce", "model_stock", "slerp"])
 def test_what_is_not_finite_stays_so(name, loops):
     """In both lanes: a NaN or an infinity of a model is not turned into a number."""
