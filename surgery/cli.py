@@ -5,6 +5,8 @@ Only click is imported here; everything else is imported by the command that nee
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import sys
@@ -21,6 +23,7 @@ from surgery.upcycling.command import experts_command, upcycle_command
 if TYPE_CHECKING:
     from surgery.dialect import Topology
 
+atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 

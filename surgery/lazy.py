@@ -143,7 +143,6 @@ def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
-
     return memoryview(_bytes(tensor).numpy())  # type: ignore[arg-type]
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import re
 import resource
 import sys
 import threading
 import weakref
 from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,22 @@ def keep_blocks() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, BLOCK)
         libc.mallopt(M_TRIM_THRESHOLD, FREE)
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Have the garbage collector leave alone what there is already.
+
+    torch and transformers are some hundred thousand objects; while it looks through them, all threads wait.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 POOLED, ROUNDED, KEPT = 256 << 10, 256 << 10, 128 << 20  # bytes: of the least buffer that is pooled, of a step, of all

@@ -37,7 +37,7 @@ from surgery.files import IO
 from surgery.fingerprint import Counts, Ledger
 from surgery.journal import State
 from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
-from surgery.memory import Peak, keep_blocks
+from surgery.memory import Peak, keep_blocks, settled
 from surgery.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.staging import Staging
 
@@ -255,7 +255,7 @@ def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iter
             made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
             yield item
 
-    with _one_thread(), ThreadPoolExecutor(count, "surgery-read", initializer=alone) as pool:
+    with _one_thread(), settled(), ThreadPoolExecutor(count, "surgery-read", initializer=alone) as pool:
         try:
             yield take(pool)
         finally:

@@ -1,7 +1,10 @@
-"""Large buffers serve again once nobody refers to them, and not before."""
+"""Large buffers serve again once nobody refers to them, and not before; the garbage collector rests meanwhile."""
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 
 from surgery import memory
 from surgery.lazy import empty
-from surgery.memory import POOLED, buffer
+from surgery.memory import POOLED, buffer, settled
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +80,34 @@ def test_threads_never_share_a_buffer():
     assert (
         np.unique([place(b) for own in memory._pool.values() for b in own]).size <= 8
     )  # the next before the last goes
+
+
+def test_garbage_is_looked_for_again_after_the_work():
+    def work():
+        with settled():
+            assert gc.get_freeze_count()
+            with settled():
+                pass
+            assert gc.get_freeze_count(), "work within work does not end it"
+            raise KeyError
+
+    assert not gc.get_freeze_count()
+    with pytest.raises(KeyError):
+        work()
+    assert not gc.get_freeze_count()
+
+
+def test_what_the_caller_froze_stays_frozen():
+    gc.freeze()
+    try:
+        with settled():
+            pass
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+
+
+def test_a_command_ends_without_looking_for_garbage():
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import surgery.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -124,6 +124,16 @@ def test_compiled_loops_and_torch_give_the_same_bits(name, own):
                 assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), (shape, given[0].dtype, kind)
 
 
+@pytest.mark.parametrize("own", [{}, {"normalize": True, "rescale": True}])
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if "density" in {p.name for p in m.parameters}))
+def test_any_number_of_task_vectors_gives_the_same_bits_in_both_lanes(name, count, own):
+    given = [t * (t.abs() > 0.3) for t in tensors((37, 75), count, torch.bfloat16)]
+    lanes = (engine.compiled_loops(), None)
+    compiled, plain = (merge(name, given, kind="bfloat16", loops=k, **own).full() for k in lanes)
+    assert torch.equal(compiled, plain)
+
+
 def test_ranks_in_long_rows_of_few_different_values_are_those_of_a_sort():
     given = [(t * 4).round() / 4 for t in tensors((2, 20000), 3, torch.bfloat16)]
     compiled, plain = (merge("della", given, kind="float32", loops=k).full() for k in (engine.compiled_loops(), None))

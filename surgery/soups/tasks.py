@@ -50,6 +50,7 @@ def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
 
 def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
+    import numpy as np
     import torch
 
     from surgery.lazy import torch_dtype
@@ -59,17 +60,18 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
         thinned = [way.thin(block, i, d).abs() for i, d in enumerate(own)]
         return [x for d, kept in zip(own, thinned, strict=True) for x in (d.abs_(), kept)]
 
-    def compiled(block: Block) -> torch.Tensor:
-        out = torch.zeros((inputs.count, 2), dtype=torch.float64)
+    def compiled(block: Block) -> Any:
+        out = np.zeros((inputs.count, 2))
         for bits, pick in parts(block, way.picks(block)):
-            block.kernels.lengths(bits, pick.kept, pick.chance, pick.least, pick.most, out.numpy())
+            block.kernels.lengths(bits, pick.kept, pick.chance, pick.least, pick.most, out)
         return out
 
     kind = torch_dtype(inputs.work)
     if inputs.stored and inputs.single and inputs.numel:
         totals = _lengths(inputs.all(), way.picks)
     elif inputs.stored:
-        totals = list(sum(inputs.scan(compiled, way.span), torch.zeros(())).to(kind).reshape(-1))
+        added_up = sum(inputs.scan(compiled, way.span), np.zeros((inputs.count, 2)))
+        totals = list(torch.from_numpy(added_up).to(kind).reshape(-1))
     else:
         totals = sums(inputs, lengths, way.span)
     out: list[torch.Tensor | None] = []

@@ -122,21 +122,21 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
     if bad := [d for d in options["density"] if d < 0]:
         raise ConfigError(f"density is {bad[0]}, no probability")
 
+    coarse, fine = np.array([keys((inputs.seed, inputs.name, i)) for i in range(inputs.count)], np.uint64).T.copy()
+    shares = np.array(options["density"], np.float64) * 65536
+    whole = np.minimum(shares, 65535).astype(np.uint16)
+    how = coarse, fine, whole, shares - whole
+
     def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
         return block.below(i, options["density"][i])
 
     def compiled(block: Block, i: int, out: Any) -> None:
         starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
-        coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
-        share = options["density"][i] * 65536
-        block.kernels.choose(starts, counts, coarse, fine, np.uint16(share), share - int(share), out)
+        block.kernels.choose(starts, counts, *(column[i] for column in how), out)
 
     way = _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
     if inputs.single or not all(0 < d < 1 for d in options["density"]):
         return way
-    shares = [d * 65536 for d in options["density"]]
-    coarse, fine = np.array([keys((inputs.seed, inputs.name, i)) for i in range(inputs.count)], np.uint64).T.copy()
-    how = coarse, fine, np.array(shares, np.uint16), np.array([s - int(s) for s in shares])
 
     def picks(block: Block) -> Sequence[Pick]:
         (start, _), *more = block.runs()
