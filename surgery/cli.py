@@ -10,18 +10,28 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from surgery.flags import no_sync
+from surgery.flags import (
+    DTYPE,
+    FORCE,
+    JSON,
+    NO_SYNC,
+    NO_VERIFY,
+    OPTIONS,
+    PARALLEL,
+    SHARD_SIZE,
+    max_memory,
+    options_of,
+    size,
+    topology,
+    with_flags,
+)
 from surgery.progress import progress_bar
-from surgery.soups.flags import soup_flags
+from surgery.soups.flags import SOUP
 from surgery.upcycling.command import experts_command, upcycle_command
-
-if TYPE_CHECKING:
-    from surgery.dialect import Topology
 
 atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -66,34 +76,6 @@ def main() -> None:
     """
 
 
-def _json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
-
-
-def _options_flag(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "-O",
-        "options",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="A choice of the format; see `surgery formats`. Repeatable.",
-    )(command)
-
-
-def _parse_options(pairs: tuple[str, ...]) -> dict[str, str]:
-    from surgery.errors import UsageError
-
-    out: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f"-O {pair}: write -O NAME=VALUE")
-        if name in out:
-            raise UsageError(f"-O {name} is given twice")
-        out[name] = value
-    return out
-
-
 @main.command("inspect")
 @click.argument("path", type=click.Path())
 @click.option("--from", "from_", metavar="FORMAT", help="The format, where a folder holds several.")
@@ -103,8 +85,7 @@ def _parse_options(pairs: tuple[str, ...]) -> dict[str, str]:
 @click.option("--try-text", type=click.Path(), metavar="FILE", help="Where the files can be read in several ways: "
               "which reading predicts this text? Converts and runs each.")  # fmt: skip
 @click.option("--tokenizer", type=click.Path(), help="Of --try-text, where the checkpoint has none.")
-@_options_flag
-@_json_flag
+@with_flags((OPTIONS, JSON))
 def inspect_command(
     path: str,
     from_: str | None,
@@ -113,8 +94,8 @@ def inspect_command(
     scan: bool,
     try_text: str | None,
     tokenizer: str | None,
-    options: tuple[str, ...],
     as_json: bool,
+    **flags: Any,
 ) -> None:
     """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
     from surgery import inspect
@@ -127,12 +108,10 @@ def inspect_command(
     if try_text:
         from surgery.verification import readings, render
 
-        tried = readings.try_readings(
-            path, try_text, format=from_, options=_parse_options(options), tokenizer=tokenizer
-        )
+        tried = readings.try_readings(path, try_text, format=from_, options=options_of(flags), tokenizer=tokenizer)
         click.echo(json.dumps(tried.to_json(), indent=2)) if as_json else render.readings(tried)
         return
-    checkpoint = open_checkpoint(path, format=from_, options=_parse_options(options))
+    checkpoint = open_checkpoint(path, format=from_, options=options_of(flags))
     found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
     if scan:
         total = sum(p.nbytes for p in checkpoint.parts.values())
@@ -151,35 +130,16 @@ def inspect_command(
 @click.argument("dst", type=click.Path())
 @click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
 @click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
-@click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output.")
-@click.option("--pp", type=click.IntRange(0), default=1, help="Pipeline stages of the output; 0: none (neox).")
-@click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output.")
-@click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "bf16", "fp16", "fp32"]),
-    default="keep",
-    show_default=True,
-    help="Cast the weights; by default every bit is kept.",
-)
+@with_flags(PARALLEL, (DTYPE,))
 @click.option("--vocab-size", type=click.IntRange(1), help="Cut padding rows of the vocabulary, or add rows of zeros.")
-@click.option(
-    "--max-memory",
-    metavar="SIZE",
-    help="Memory for weights, e.g. 512MiB. [default: a quarter of what is free, at most 2GiB]",
-)
-@click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]")
+@with_flags((max_memory(), SHARD_SIZE))
 @click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
 @click.option("--allow", multiple=True, metavar="NAME", help="Leave this out if the target cannot hold it; refused "
               "where the logits depend on it. NAME: qkv_bias, o_bias, mlp_bias, router_bias, norm_bias (only zeros), "
               "norm_weight (only ones), windows (none shorter than the context). "
               "Repeatable.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
-@click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
-@click.option("--no-verify", is_flag=True, help="Do not read the output back.")
-@no_sync
-@_options_flag
-@_json_flag
+@with_flags((FORCE, NO_VERIFY, NO_SYNC, OPTIONS, JSON))
 def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     """Convert a checkpoint into another format, at any parallel sizes.
 
@@ -193,12 +153,12 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         src,
         to=flags["to"],
         from_=flags["from_"],
-        topology=_topology(flags),
+        topology=topology(flags),
         dtype=flags["dtype"],
         vocab_size=flags["vocab_size"],
         tokenizer=flags["tokenizer"],
-        options=_shard_size(flags),
-        max_memory=_size(flags["max_memory"]),
+        options=options_of(flags),
+        max_memory=size(flags["max_memory"]),
         allow=flags["allow"],
     )
     if flags["dry_run"]:
@@ -229,9 +189,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
 
 
 @main.command("soup")
-@soup_flags
-@_options_flag
-@_json_flag
+@with_flags(SOUP)
 def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
     """Merge models of any formats as a YAML of mergekit says, into any format.
 
@@ -252,7 +210,7 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
     from surgery.soups import command, run
     from surgery.staging import check_free
 
-    settings = run.Settings(flags["to"], _topology(flags), _shard_size(flags), _size(flags["max_memory"]),
+    settings = run.Settings(flags["to"], topology(flags), options_of(flags), size(flags["max_memory"]),
                             flags["threads"], flags["arithmetic"])  # fmt: skip
     recipe = run.read(config)
     if flags["dry_run"]:
@@ -268,41 +226,12 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
         show.report(report)
 
 
-def _topology(flags: dict[str, Any]) -> Topology:
-    from surgery.dialect import Topology
-
-    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"], vpp=flags["vpp"])
-
-
-def _shard_size(flags: dict[str, Any]) -> dict[str, str]:
-    options = _parse_options(flags["options"])
-    if flags["shard_size"]:
-        from surgery.errors import UsageError
-
-        if flags["to"] != "hf":
-            raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
-        options["shard_size"] = flags["shard_size"]
-    return options
-
-
-def _size(text: str | None) -> int | None:
-    if text is None:
-        return None
-    from surgery.sizes import parse_size
-
-    return parse_size(text)
-
-
 @main.command("verify")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
-@click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB.")
-@_options_flag
-@_json_flag
-def verify_command(
-    a: str, b: str, logits: bool, max_memory: str | None, options: tuple[str, ...], as_json: bool
-) -> None:
+@with_flags((max_memory(), OPTIONS, JSON))
+def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
     """Are two checkpoints, in any two formats and parallel sizes, the same model?
 
     Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
@@ -311,9 +240,9 @@ def verify_command(
     from surgery.verification import compare
     from surgery.verification.folders import open_both
 
-    given = _parse_options(options)
+    given = options_of(flags)
     left, right = open_both(a, b, given)
-    memory = _size(max_memory) or default_memory()
+    memory = size(flags["max_memory"]) or default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with progress_bar("verify", total, as_json) as advance:
         result = compare(left, right, max_memory=memory, progress=advance)
@@ -333,7 +262,7 @@ def verify_command(
 
 @main.command("formats")
 @click.argument("name", required=False)
-@_json_flag
+@JSON
 def formats_command(name: str | None, as_json: bool) -> None:
     """List the formats, or the options of one, with their meaning and defaults."""
     from surgery import show

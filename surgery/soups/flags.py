@@ -1,7 +1,7 @@
-"""The flags of `surgery soup`, apart from those that every command that writes has.
+"""The flags of `surgery soup`.
 
     @main.command("soup")
-    @soup_flags
+    @with_flags(SOUP)
     def soup_command(config, dst, **flags): ...
 
 Only click is imported, as for everything that `surgery --help` shows.
@@ -9,22 +9,16 @@ Only click is imported, as for everything that `surgery --help` shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
-from surgery.flags import no_sync
+from surgery.flags import FORCE, JSON, NO_SYNC, NO_VERIFY, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag, max_memory
 
-_FLAGS = (
+SOUP: tuple[Flag, ...] = (
     click.argument("config", type=click.Path()),
     click.argument("dst", type=click.Path()),
-    click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
-    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
-    click.option("--pp", type=click.IntRange(0), default=1, help="Pipeline stages of the output; 0: none (neox)."),
-    click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
-    click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
-    click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB. The result is the same."),
+    TO,
+    *PARALLEL,
+    max_memory(" The result is the same."),
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads that compute. [default: all cores]"),
     click.option(
         "--arithmetic",
@@ -41,16 +35,11 @@ _FLAGS = (
     click.option("--device", metavar="NAME", help="Where --eval runs: cpu, cuda, ... [default: a GPU if there is one]"),
     click.option("--log", type=click.Path(), metavar="FILE", help="What was tried, one line each; tried weightings "
                  "are not tried again. [default: DST.tried.jsonl]"),
-    click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
+    SHARD_SIZE,
     click.option("--dry-run", is_flag=True, help="Show the plan: config, files, bytes, memory; write nothing."),
-    click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
-    click.option("--no-verify", is_flag=True, help="Do not read the output back."),
-    no_sync,
+    FORCE,
+    NO_VERIFY,
+    NO_SYNC,
+    OPTIONS,
+    JSON,
 )  # fmt: skip
-
-
-def soup_flags(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a function all of them."""
-    for flag in reversed(_FLAGS):
-        command = flag(command)
-    return command

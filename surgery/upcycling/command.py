@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
+from surgery.flags import DTYPE, options_of, size, topology, with_flags
 from surgery.progress import progress_bars
-from surgery.upcycling.flags import CHOICE, DTYPE, OUTPUT, SETTINGS, with_flags
+from surgery.upcycling.flags import CHOICE, OUTPUT, SETTINGS
 
 
 @click.command("upcycle")
@@ -91,7 +92,7 @@ def _attention(src: str, flags: dict[str, Any], on: Any) -> Any:
         raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
     settings = _settings(flags) if flags["recipe"] or _given(flags, but=("seed",)) else None
     return attention_run.prepare(
-        src, wanted, settings, dtype=flags["dtype"], options=_options(flags), max_memory=_size(flags["max_memory"]),
+        src, wanted, settings, dtype=flags["dtype"], options=options_of(flags), max_memory=size(flags["max_memory"]),
         force_lossy=bool(flags["force_lossy"]), on=on,
     )  # fmt: skip
 
@@ -163,33 +164,5 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def _shape(flags: dict[str, Any]) -> dict[str, Any]:
     """What the output is written as."""
-    return {"to": flags["to"], "topology": _topology(flags), "options": _options(flags),
-            "max_memory": _size(flags["max_memory"])}  # fmt: skip
-
-
-def _topology(flags: dict[str, Any]) -> Any:
-    from surgery.dialect import Topology
-
-    return Topology(tp=flags["tp"], pp=flags["pp"], vpp=flags["vpp"], ep=flags["ep"])
-
-
-def _options(flags: dict[str, Any]) -> dict[str, str]:
-    from surgery.errors import UsageError
-
-    out: dict[str, str] = {}
-    for pair in flags["options"]:
-        name, equals, value = pair.partition("=")
-        if not equals or not name or name in out:
-            raise UsageError(f"-O {pair}: write -O NAME=VALUE, every name once")
-        out[name] = value
-    if flags["shard_size"]:
-        if flags["to"] != "hf":
-            raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
-        out["shard_size"] = flags["shard_size"]
-    return out
-
-
-def _size(text: str | None) -> int | None:
-    from surgery.sizes import parse_size
-
-    return None if text is None else parse_size(text)
+    return {"to": flags["to"], "topology": topology(flags), "options": options_of(flags),
+            "max_memory": size(flags["max_memory"])}  # fmt: skip

@@ -6,16 +6,11 @@ def command(src, dst, **flags): ...
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
-from surgery.flags import no_sync
+from surgery.flags import DTYPE, FORCE, JSON, NO_SYNC, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag, max_memory
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-SETTINGS: tuple[Decorator, ...] = (
+SETTINGS: tuple[Flag, ...] = (
     click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
     click.option("--top-k", type=click.IntRange(1), help="How many of them a token uses."),
     click.option("--strategy", metavar="NAME", help="copy: whole copies of the mlp. virtual-group: copies cut into "
@@ -68,33 +63,27 @@ SETTINGS: tuple[Decorator, ...] = (
 )  # fmt: skip
 
 RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
-DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
-                      help="Cast the weights before anything else.")  # fmt: skip
-OUTPUT: tuple[Decorator, ...] = (
+OUTPUT: tuple[Flag, ...] = (
     RECIPE,
-    click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write."),
-    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
-    click.option("--pp", type=click.IntRange(1), default=1, help="Pipeline stages of the output."),
-    click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
-    click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
+    TO,
+    *PARALLEL,
     DTYPE,
-    click.option("--max-memory", metavar="SIZE", help="Memory for weights while writing, e.g. 512MiB."),
-    click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. [default: 5GB]"),
+    max_memory(),
+    SHARD_SIZE,
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
                  help="Tokens of the proof; 0: no proof, but the output is read back."),
     click.option("--no-verify", is_flag=True, help="Neither read the output back nor prove anything."),
-    no_sync,
+    NO_SYNC,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="Where the proof runs, and the "
                  "model on a text: cpu, cuda or cuda:N."),
     click.option("--dry-run", is_flag=True, help="Show what would become of the model, and whether exactly."),
-    click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete)."),
-    click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of the source's or the output's "
-                 "format; see `surgery formats`. Repeatable."),
-    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text."),
+    FORCE,
+    OPTIONS,
+    JSON,
 )  # fmt: skip
 
 WHICH = "[LAYERS:]E,E"
-CHOICE: tuple[Decorator, ...] = (
+CHOICE: tuple[Flag, ...] = (
     click.option("--keep", multiple=True, metavar=WHICH, help="Only these experts, in this order: 0,3-5; with layers "
                  "in front (3-5:0,1) in these layers. Repeatable."),
     click.option("--prune", multiple=True, metavar=WHICH, help="All but these. Repeatable."),
@@ -113,14 +102,3 @@ CHOICE: tuple[Decorator, ...] = (
     click.option("--seed", type=int, help="Of the noise. [default: 0]"),
     click.option("--force-lossy", is_flag=True, default=None, help="Allow what does not preserve the function."),
 )  # fmt: skip
-
-
-def with_flags(*groups: tuple[Decorator, ...]) -> Decorator:
-    """A decorator that gives a command all options of these groups, in this order."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed([option for group in groups for option in group]):
-            function = option(function)
-        return function
-
-    return decorate
