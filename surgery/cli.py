@@ -18,12 +18,12 @@ from surgery.flags import (
     DTYPE,
     FORCE,
     JSON,
+    MAX_MEMORY,
     NO_SYNC,
     NO_VERIFY,
     OPTIONS,
     PARALLEL,
     SHARD_SIZE,
-    max_memory,
     options_of,
     size,
     topology,
@@ -132,7 +132,7 @@ def inspect_command(
 @click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
 @with_flags(PARALLEL, (DTYPE,))
 @click.option("--vocab-size", type=click.IntRange(1), help="Cut padding rows of the vocabulary, or add rows of zeros.")
-@with_flags((max_memory(), SHARD_SIZE))
+@with_flags((MAX_MEMORY, SHARD_SIZE))
 @click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
 @click.option("--allow", multiple=True, metavar="NAME", help="Leave this out if the target cannot hold it; refused "
               "where the logits depend on it. NAME: qkv_bias, o_bias, mlp_bias, router_bias, norm_bias (only zeros), "
@@ -230,7 +230,7 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
-@with_flags((max_memory(), OPTIONS, JSON))
+@with_flags((MAX_MEMORY, OPTIONS, JSON))
 def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
     """Are two checkpoints, in any two formats and parallel sizes, the same model?
 

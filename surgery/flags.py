@@ -29,6 +29,8 @@ PARALLEL: tuple[Flag, ...] = (
 TO = click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write.")
 DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
                      help="Cast the weights before anything else; by default every bit is kept.")  # fmt: skip
+MAX_MEMORY = click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB; the result is the "
+                          "same. [default: a quarter of what is free, at most 2GiB]")  # fmt: skip
 SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. "
                           "[default: 5GB]")  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
@@ -38,11 +40,6 @@ NO_SYNC = click.option("--no-sync", is_flag=True, help="Do not wait until the di
 OPTIONS = click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of a format; see `surgery "
                        "formats`. Repeatable.")  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-
-
-def max_memory(more: str = "") -> Flag:
-    return click.option("--max-memory", metavar="SIZE", help=f"Memory for weights, e.g. 512MiB.{more} [default: a "
-                        "quarter of what is free, at most 2GiB]")  # fmt: skip
 
 
 def with_flags(*groups: Sequence[Flag]) -> Flag:

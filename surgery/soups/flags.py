@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import click
 
-from surgery.flags import FORCE, JSON, NO_SYNC, NO_VERIFY, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag, max_memory
+from surgery.flags import FORCE, JSON, MAX_MEMORY, NO_SYNC, NO_VERIFY, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag
 
 SOUP: tuple[Flag, ...] = (
     click.argument("config", type=click.Path()),
     click.argument("dst", type=click.Path()),
     TO,
     *PARALLEL,
-    max_memory(" The result is the same."),
+    MAX_MEMORY,
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads that compute. [default: all cores]"),
     click.option(
         "--arithmetic",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.flags import DTYPE, FORCE, JSON, NO_SYNC, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag, max_memory
+from surgery.flags import DTYPE, FORCE, JSON, MAX_MEMORY, NO_SYNC, OPTIONS, PARALLEL, SHARD_SIZE, TO, Flag
 
 SETTINGS: tuple[Flag, ...] = (
     click.option("--experts", type=click.IntRange(1), help="How many experts each layer gets."),
@@ -68,7 +68,7 @@ OUTPUT: tuple[Flag, ...] = (
     TO,
     *PARALLEL,
     DTYPE,
-    max_memory(),
+    MAX_MEMORY,
     SHARD_SIZE,
     click.option("--verify-tokens", type=click.IntRange(0), default=256, show_default=True,
                  help="Tokens of the proof; 0: no proof, but the output is read back."),
