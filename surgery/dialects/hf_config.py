@@ -21,6 +21,10 @@ from surgery.errors import ConfigError, show
 
 Config = Mapping[str, object]
 Json = dict[str, object]
+ELSEWHERE = {  # what is written and not read
+    "attention_moe": "what --attention-experts made is for transformers (trust_remote_code=True) alone; change the "
+    "model that it was made of (surgery.json says which), then add attention experts again",
+}
 
 
 def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
@@ -31,7 +35,8 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        raise ConfigError(f"model_type is {show(kind)}", file=file, hint=f"known families: {', '.join(FAMILIES)}")
+        hint = ELSEWHERE.get(str(kind), f"known families: {', '.join(FAMILIES)}")
+        raise ConfigError(f"model_type is {show(kind)}", file=file, hint=hint)
     for key, why in REFUSED.items():
         if config.get(key) and not (key == "auto_map" and family.architecture in _names(config)):
             raise ConfigError(f"{key} is set: {why}", file=file)
