@@ -132,7 +132,7 @@ def _mix_two(
     base: Any, one: Any, two: Any, kept_one: Any, kept_two: Any, least: Any, most: Any, factors: Any, weights: Any,
     normalize: bool, scale: Any, out: Any,
 ) -> None:  # fmt: skip
-    """Two that must agree, as `mix` in steps: nothing between these goes to memory, and it takes three quarters."""
+    """Two that must agree: the steps of `mix` in one pass, with nothing in memory between them, is a quarter faster."""
     f, g, v, w = factors[0], factors[1], weights[0], weights[1]
     if len(kept_one):
         for j in range(len(out)):
