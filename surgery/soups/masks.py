@@ -29,13 +29,21 @@ def below(key: tuple[int, str, int], runs: Sequence[tuple[int, int]], probabilit
     coarse, fine = keys(key)
     pieces = [_coarse(coarse, start, count) for start, count in runs]
     drawn = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    whole, rest = shares(probability)
+    chosen = drawn < whole
+    if rest.any() and len(close := np.flatnonzero(drawn == whole)):
+        number = (splitmix64(_places(runs, close), fine) >> np.uint64(64 - FINE)).astype(np.float64) * 2.0**-FINE
+        chosen[close] = number < (rest if rest.ndim == 0 else rest[close])
+    return chosen
+
+
+def shares(probability: Any) -> tuple[Any, Any]:
+    """A probability, or an array of them, in 65536ths: how many (16 bits), and what is left of one."""
+    import numpy as np
+
     scaled = np.asarray(probability, np.float64) * 65536
     whole = np.minimum(scaled, 65535).astype(np.uint16)[()]
-    chosen = drawn < whole
-    if (scaled != whole).any() and len(close := np.flatnonzero(drawn == whole)):
-        rest = (splitmix64(_places(runs, close), fine) >> np.uint64(64 - FINE)).astype(np.float64) * 2.0**-FINE
-        chosen[close] = rest < (scaled - whole if scaled.ndim == 0 else (scaled - whole)[close])
-    return chosen
+    return whole, scaled - whole
 
 
 def _places(runs: Sequence[tuple[int, int]], at: Any) -> Any:

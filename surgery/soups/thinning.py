@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import ConfigError
 from surgery.soups.engine import KEPT
 from surgery.soups.inputs import Block, Inputs
-from surgery.soups.masks import Marks, keys
+from surgery.soups.masks import Marks, keys, shares
 from surgery.soups.picks import NEVER, Bound, Pick, between, everything
 from surgery.soups.select import Found, Query, behind, bits_of, least, number, order
 
@@ -123,9 +123,7 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
         raise ConfigError(f"density is {bad[0]}, no probability")
 
     coarse, fine = np.array([keys((inputs.seed, inputs.name, i)) for i in range(inputs.count)], np.uint64).T.copy()
-    shares = np.array(options["density"], np.float64) * 65536
-    whole = np.minimum(shares, 65535).astype(np.uint16)
-    how = coarse, fine, whole, shares - whole
+    how = coarse, fine, *shares(options["density"])
 
     def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
         return block.below(i, options["density"][i])
@@ -163,12 +161,11 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         (start, _), *more = block.runs()
         assert not more, (inputs.name, block.box)  # whole rows follow each other
         shape = block.shape if len(block.shape) > 1 else (1, *block.shape)
-        share = _chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]) * 65536
-        whole = np.minimum(share, 65535).astype(np.uint16)
+        whole, rest = shares(_chances(shape[1], torch.float32, options["density"][i], options["epsilon"][i]))
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
         lines = shape[0], shape[1], math.prod(shape[2:])
         bits = block.bits
-        block.kernels.choose_by_rank(bits[0], bits[i + 1], lines, start, coarse, fine, whole, share - whole, out)
+        block.kernels.choose_by_rank(bits[0], bits[i + 1], lines, start, coarse, fine, whole, rest, out)
 
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
     span = 2 if len(inputs.shape) > 2 else 1
