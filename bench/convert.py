@@ -38,7 +38,7 @@ CHAIN = (  # a name for the folder, and how it is made of the one before; 32000 
     ("olmo-core", ("--to", "olmo-core")),
     ("hf", ("--to", "hf")),
 )
-EMPTY = "import torch, numpy, surgery.cli, surgery.conversion"
+EMPTY = "import torch, numpy, surgery.cli.main, surgery.conversion.convert"
 
 TODAY = '''
 """What people do today: load all, map, save.  One direction per call."""

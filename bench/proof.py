@@ -22,10 +22,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    from surgery.checkpoint import open_checkpoint
-    from surgery.memory import Peak
-    from surgery.upcycling.device import device
-    from surgery.upcycling.layerwise import bytes_of_a_pass, empty_model, forward
+    from surgery.formats.registry import open_checkpoint
+    from surgery.running.device import device
+    from surgery.running.layerwise import bytes_of_a_pass, empty_model, forward
+    from surgery.tensors.memory import Peak
     from surgery.upcycling.proof import prose_tokens
 
     model, on = open_checkpoint(args.model), device(args.device)

@@ -25,7 +25,7 @@ CONFIG = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "tie_word_embeddings": False,
     "vocab_size": 32000, "torch_dtype": "bfloat16", "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-EMPTY = "import torch, numpy, surgery.cli, surgery.conversion, surgery.upcycling.run"
+EMPTY = "import torch, numpy, surgery.cli.main, surgery.conversion.convert, surgery.upcycling.run"
 WAYS = {
     "8 copies, top-2": ["--experts", "8", "--top-k", "2", "--strategy", "copy"],
     "64 in virtual groups, top-8": ["--experts", "64", "--top-k", "8"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from surgery.soups.evaluate import loss_of
+from surgery.running.loss import loss_of
 
 TOKENS = 256  # seconds on a CPU, and enough to tell these models apart
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.checkpoint import open_checkpoint
     from surgery.containers import open_tensors
-    from surgery.conversion import convert
-    from surgery.dialect import Topology
-    from surgery.soups.run import soup
+    from surgery.conversion.convert import convert
+    from surgery.formats.registry import open_checkpoint
+    from surgery.formats.table import Topology
+    from surgery.merging.run import soup
     from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification.folders import verify
 
@@ -32,13 +32,13 @@ __all__ = [
 ]  # fmt: skip
 
 _WHERE = {
-    "Topology": ("surgery.dialect", "Topology"),
+    "Topology": ("surgery.formats.table", "Topology"),
     "collapse": ("surgery.upcycling.api", "collapse"),
-    "convert": ("surgery.conversion", "convert"),
+    "convert": ("surgery.conversion.convert", "convert"),
     "experts": ("surgery.upcycling.api", "experts"),
-    "open_checkpoint": ("surgery.checkpoint", "open_checkpoint"),
+    "open_checkpoint": ("surgery.formats.registry", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
-    "soup": ("surgery.soups.run", "soup"),
+    "soup": ("surgery.merging.run", "soup"),
     "upcycle": ("surgery.upcycling.api", "upcycle"),
     "verify": ("surgery.verification.folders", "verify"),
 }

@@ -1,5 +1,5 @@
 """`python -m surgery` is `surgery`."""
 
-from surgery.cli import main
+from surgery.cli.main import main
 
 main(prog_name="surgery")

@@ -19,15 +19,15 @@ from pathlib import Path
 
 import torch
 
-from surgery import stream
 from surgery.containers.output import text_file
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import SurgeryError
-from surgery.extent import Extent
-from surgery.files import File
-from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Slice, bytes_of
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import File
+from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.lazy import Concat, Slice, bytes_of
+from surgery.writing import stream
 
 CHANGING = ["pwrite", "write", "rename", "mkdir", "rmdir", "unlink", "ftruncate", "fsync", "fdatasync", "open"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from surgery.anatomy import Rope, Spec
-from surgery.formats import Checkpoint
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import Rope, Spec
 
 ACTS = {
     "silu": F.silu,

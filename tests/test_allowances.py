@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from surgery.allowances import RULES
-from surgery.cli import main
-from surgery.conversion import convert, prepare
+from surgery.cli.main import main
+from surgery.conversion.allowances import RULES
+from surgery.conversion.convert import convert, prepare
 from surgery.errors import ConfigError, UsageError
 from tests import oracle, tiny
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.checkpoint import FORMATS, open_checkpoint
-from surgery.dialect import Topology
 from surgery.errors import ConfigError
+from surgery.formats.registry import FORMATS, open_checkpoint
+from surgery.formats.table import Topology
 from tests import matrix, oracle, tiny
 from tests.test_conversion import weights
 
@@ -53,7 +53,7 @@ def made(tiny_hf, tmp_path_factory):
     return get
 
 
-def convert(src: Path, dst: Path, to: str, setting: int, family: str) -> surgery.conversion.Report:
+def convert(src: Path, dst: Path, to: str, setting: int, family: str) -> surgery.conversion.convert.Report:
     topology = SETTINGS[to][setting]
     if setting == 0 and to in ("megatron", "megatron-dist") and tiny.FAMILIES[family][2].get("num_experts_per_tok"):
         topology = Topology(tp=2, pp=1, ep=2)

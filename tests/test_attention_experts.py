@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
-from surgery.upcycling import attention_run, run
-from surgery.upcycling.attention import Attention, modeling, open_attention
-from surgery.upcycling.settings import Settings
+from surgery.formats.registry import open_checkpoint
+from surgery.upcycling import run
+from surgery.upcycling.attention import plan as attention_run
+from surgery.upcycling.attention.experts import Attention, modeling, open_attention
+from surgery.upcycling.dense_to_moe.settings import Settings
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(3, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.axes import Named, Rearrange, flat, parse, pattern
 from surgery.errors import LayoutError
-from surgery.lazy import Concat, Fill, Lazy, Map, Same, Slice, boxes, whole
+from surgery.tensors.axes import Named, Rearrange, flat, parse, pattern
+from surgery.tensors.lazy import Concat, Fill, Lazy, Map, Same, Slice, boxes, whole
 
 
 class Memory(Lazy):

@@ -9,15 +9,16 @@ import torch
 from click.testing import CliRunner
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, FileError, UsageError
-from surgery.upcycling import measures
-from surgery.upcycling.build import upcycled
-from surgery.upcycling.calibration import Store, each_layer, layer_inputs, tokens_of
-from surgery.upcycling.clusters import assigned, balanced, unit
-from surgery.upcycling.prompts import mean_vectors, router_rows
-from surgery.upcycling.settings import Settings
+from surgery.formats.registry import open_checkpoint
+from surgery.running.activations import Store, each_layer, layer_inputs
+from surgery.running.tokens import tokens_of
+from surgery.upcycling.dense_to_moe import measures
+from surgery.upcycling.dense_to_moe.build import upcycled
+from surgery.upcycling.dense_to_moe.clusters import assigned, balanced, unit
+from surgery.upcycling.dense_to_moe.prompts import mean_vectors, router_rows
+from surgery.upcycling.dense_to_moe.settings import Settings
 from tests import oracle, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -115,7 +116,7 @@ def test_activations_and_gradients_are_those_of_the_whole_model(dense):
 
 def test_only_one_layer_is_in_memory(dense):
     """While a layer is shown, the others have no weights."""
-    from surgery.upcycling import layerwise
+    from surgery.running import layerwise
 
     held = []
     made = layerwise.empty_model
@@ -129,7 +130,7 @@ def test_only_one_layer_is_in_memory(dense):
         layers = watching.model.model.layers
         held.append([j for j, layer in enumerate(layers) if not layer.mlp.up_proj.weight.is_meta])
 
-    from surgery.upcycling import calibration
+    from surgery.running import activations as calibration
 
     calibration.empty_model = watching
     try:
@@ -203,7 +204,7 @@ def test_co_activation_puts_together_what_fires_together():
 
 
 def _layout(n, m, s):
-    from surgery.upcycling.resolve import Layout
+    from surgery.upcycling.dense_to_moe.resolve import Layout
 
     return Layout("partition", n, 1, 1, 1, m, s, n * m, (), 1.0, 1.0, 1.0, None)
 

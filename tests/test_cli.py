@@ -9,9 +9,9 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from surgery import cli
-from surgery.checkpoint import FORMATS
-from surgery.sizes import count, human, parse_size
+from surgery.cli import main as cli
+from surgery.formats.registry import FORMATS
+from surgery.units import count, human, parse_size
 from tests import oracle
 
 META = oracle.GOLDEN / "meta" / "llama31-mp2" / "checkpoint"

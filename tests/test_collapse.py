@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Topology
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
 from surgery.upcycling import run as running
 from surgery.upcycling.collapse import collapsed, router_shares
 from tests import oracle, reference, tiny
@@ -70,8 +70,8 @@ def test_the_way_back_gives_the_sources_bits(case, which, dense, tmp_path):
 
 def test_through_another_format_and_with_the_groups_torn_apart(dense, tmp_path):
     """The experts of a group need not stand side by side."""
-    from surgery.upcycling.chosen import chosen
-    from surgery.upcycling.selection import from_flags
+    from surgery.upcycling.edit_experts.choose import chosen
+    from surgery.upcycling.edit_experts.selection import from_flags
 
     surgery.upcycle(dense["llama"], tmp_path / "moe", experts=8, top_k=4, granularity=2, verify_tokens=0)
     wanted = from_flags({"permute": ("0,2,4,6,1,3,5,7",)})
@@ -144,7 +144,7 @@ def test_means_against_a_plain_loop(by, family, tiny_hf):
 
 def test_the_routers_shares_are_those_of_the_reference(tiny_hf):
     """The plain transformer, with its feed-forward observed, gives the same shares."""
-    from surgery.upcycling.proof import prose_tokens
+    from surgery.running.tokens import prose_tokens
 
     source = open_checkpoint(tiny_hf("mixtral"))
     ids, _ = prose_tokens(source, 64)

@@ -30,17 +30,17 @@ from torch.distributed.checkpoint.metadata import (
 
 from attacks.folders import Draft, saved
 from surgery.containers import open_file, open_tensors
-from surgery.containers.chunked import Chunk, Chunked
 from surgery.containers.dcp import Dcp
-from surgery.containers.olmo_names import decode_names, describe_value, is_encoded
 from surgery.containers.safetensors import Safetensors
 from surgery.containers.torch_legacy import TorchLegacy
 from surgery.containers.torch_zip import TorchZip
 from surgery.containers.zip_directory import ZipDirectory
 from surgery.errors import FileError
-from surgery.extent import Extent
-from surgery.files import IO, File
-from surgery.lazy import ITEMSIZE, same_bits
+from surgery.formats.olmo.names import decode_names, describe_value, is_encoded
+from surgery.tensors.chunked import Chunk, Chunked
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import IO, File
+from surgery.tensors.lazy import ITEMSIZE, same_bits
 
 # torch warns of its experimental dtypes, of TorchScript and of a save without process group: none is our doing
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery.checkpoint import open_checkpoint
-from surgery.conversion import convert
+from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
+from surgery.formats.registry import open_checkpoint
 from test_fuzz import damage
 from tests import oracle
 

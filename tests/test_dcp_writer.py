@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa: E402
 
-from surgery import stream  # noqa: E402
 from surgery.containers.dcp_writer import dcp_files  # noqa: E402
 from surgery.containers.output import OutputFile  # noqa: E402
-from surgery.containers.pickler import Record  # noqa: E402
-from surgery.lazy import Box, Lazy, Slice, same_bits  # noqa: E402
+from surgery.containers.pickles.pickler import Record  # noqa: E402
+from surgery.tensors.lazy import Box, Lazy, Slice, same_bits  # noqa: E402
+from surgery.writing import stream  # noqa: E402
 
 KINDS = ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool", "float8_e4m3fn")
 
@@ -149,7 +149,7 @@ def test_views_of_larger_tensors_are_stored_alone(tmp_path: Path) -> None:
 
 
 def test_a_record_that_is_made_without_its_initialiser() -> None:
-    from surgery.containers.pickler import pickle_tree
+    from surgery.containers.pickles.pickler import pickle_tree
 
     data, _ = pickle_tree(Record("collections", "UserDict", (), {"data": {"a": 1}}, new=True))
     ops = [op.name for op, _, _ in pickletools.genops(data)]
@@ -160,7 +160,7 @@ def test_a_record_that_is_made_without_its_initialiser() -> None:
 def test_planning_many_tensors_is_quick() -> None:
     import time
 
-    from surgery.lazy import Fill
+    from surgery.tensors.lazy import Fill
 
     began = time.monotonic()
     tensors = {f"layers.{i}.w": Fill((64, 64), "bfloat16") for i in range(5000)}

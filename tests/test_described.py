@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from attacks.build import WEIGHT, b, call, d, g, i, pkl, storage, t, tensor, u
-from surgery.containers.described import Limits, Truncated, describe
-from surgery.containers.records import Dict, Global, NumpyArray, Obj, TensorRecord, flatten
+from surgery.containers.pickles.described import Limits, Truncated, describe
+from surgery.containers.pickles.records import Dict, Global, NumpyArray, Obj, TensorRecord, flatten
 from surgery.errors import FileError
 
 PROTOCOLS = range(6)
@@ -204,7 +204,7 @@ def test_reading_imports_nothing_heavy_and_nothing_named(tmp_path: Any) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(pkl(d((u("a"), call(g("antigravity.fly"))), (u("b"), call(g("numpy.dtype"), u("f4"))))))
     program = (
-        "import sys; from surgery.containers.described import describe\n"
+        "import sys; from surgery.containers.pickles.described import describe\n"
         f"describe(open({str(path)!r}, 'rb').read(), file='x')\n"
         "assert not {'torch', 'numpy', 'antigravity', 'pickle'} & set(sys.modules), sys.modules\n"
     )
@@ -213,7 +213,7 @@ def test_reading_imports_nothing_heavy_and_nothing_named(tmp_path: Any) -> None:
 
 def test_the_library_writer_is_read_whole() -> None:
     """Every opcode that pickletools knows and pickle can write is in the table, or refused in words."""
-    from surgery.containers.opcode_table import TABLE, _unknown
+    from surgery.containers.pickles.table import TABLE, _unknown
 
     missing = [op.name for op in pickletools.opcodes if TABLE[ord(op.code)] is _unknown]
     assert missing == []

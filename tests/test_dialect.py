@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from surgery.anatomy import Spec
-from surgery.dialect import Dialect, Rank, Topology, gather, row, spread
 from surgery.errors import LayoutError
-from surgery.lazy import Lazy
+from surgery.formats.table import Dialect, Rank, Topology, gather, row, spread
+from surgery.model.spec import Spec
+from surgery.tensors.lazy import Lazy
 from tests.test_axes import Memory
 
 SPEC = Spec("llama", l=5, h=12, v=14, g=4, n=3, half=2, f=8, e=6, m=10, top_k=2, moe_layers=(1, 2, 4))
@@ -36,7 +36,7 @@ TABLE = Dialect(
 
 
 def random_parts(spec: Spec) -> dict[str, Lazy]:
-    from surgery.anatomy import layout
+    from surgery.model.spec import layout
 
     generator = torch.Generator().manual_seed(1)
     out = {}

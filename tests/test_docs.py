@@ -8,8 +8,8 @@ import shlex
 import click
 import pytest
 
-from surgery.checkpoint import FORMATS
-from surgery.cli import main
+from surgery.cli.main import main
+from surgery.formats.registry import FORMATS
 from tests import matrix, tiny
 from tests.tree import ROOT, files, replaced, says
 

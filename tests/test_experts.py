@@ -9,11 +9,11 @@ import torch
 from click.testing import CliRunner
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
+from surgery.cli import main as cli
 from surgery.errors import ConfigError
+from surgery.formats.registry import open_checkpoint
 from surgery.upcycling.collapse import collapsed
-from surgery.upcycling.experts import changed_experts
+from surgery.upcycling.edit_experts.experts import changed_experts
 from tests import oracle, tiny
 from tests.test_conversion import weights
 

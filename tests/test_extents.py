@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import FileError
-from surgery.extent import Extent
-from surgery.files import IO, File
-from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Fill, Map, Slice, boxes, bytes_of, lengths, same_bits
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import IO, File
+from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.lazy import Concat, Fill, Map, Slice, boxes, bytes_of, lengths, same_bits
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import LayoutError
-from surgery.fingerprint import Ledger, box_sum
-from surgery.lazy import ITEMSIZE, Lazy, bytes_of, torch_dtype, whole
+from surgery.tensors.fingerprint import Ledger, box_sum
+from surgery.tensors.lazy import ITEMSIZE, Lazy, bytes_of, torch_dtype, whole
 
 KINDS = ["bfloat16", "float32", "uint8", "bool", "float8_e4m3fn", "int64", "complex64", "uint16", "complex128"]
 

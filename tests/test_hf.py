@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Dialect, Rank, Row, Topology, gather
-from surgery.dialects import hf
-from surgery.dialects.hf_config import FAMILIES, choose_family, misfits, read_config, write_config
 from surgery.errors import ConfigError, LayoutError, SurgeryError
-from surgery.formats import Checkpoint
+from surgery.formats.base import Checkpoint
+from surgery.formats.hf import format as hf
+from surgery.formats.hf.config import FAMILIES, choose_family, misfits, read_config, write_config
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Dialect, Rank, Row, Topology, gather
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, 264, (2, 20), generator=torch.Generator().manual_seed(3))

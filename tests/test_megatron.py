@@ -11,17 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery.checkpoint import open_checkpoint
 from surgery.containers import open_file
 from surgery.containers.dcp import Dcp
 from surgery.containers.dcp_writer import dcp_files
-from surgery.conversion import convert
-from surgery.dialect import Rank, Topology, gather
-from surgery.dialects import megatron, megatron_dist, megatron_rows
-from surgery.dialects import megatron_folder as folders
+from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
-from surgery.lazy import same_bits
-from surgery.stream import write
+from surgery.formats.megatron import dist as megatron_dist
+from surgery.formats.megatron import folder as folders
+from surgery.formats.megatron import format as megatron
+from surgery.formats.megatron import rows as megatron_rows
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Rank, Topology, gather
+from surgery.tensors.lazy import same_bits
+from surgery.writing.stream import write
 from tests import oracle, reference, tiny
 
 GOLDEN = oracle.GOLDEN / "megatron"
@@ -314,7 +316,7 @@ def rewritten(folder, out, rename, objects=None, common=True):
 
 def singleton(name, tensor):
     """singleton_local_shards: a key per layer and expert, gate and up apart."""
-    from surgery.lazy import Slice
+    from surgery.tensors.lazy import Slice
 
     for part in (".mlp.linear_fc1.weight", ".mlp.experts.experts.linear_fc1.weight", ".experts.linear_fc2.weight"):
         if name.endswith(part) and ".layers." in name:
@@ -334,7 +336,7 @@ def singleton(name, tensor):
 
 def Whole(tensor):
     """A lazy tensor without its first dimension of size one."""
-    from surgery.axes import Rearrange
+    from surgery.tensors.axes import Rearrange
 
     sizes = {"one": 1, "a": tensor.shape[1], "b": tensor.shape[2]}
     return Rearrange(tensor, (("one",), ("a",), ("b",)), (("one", "a"), ("b",)), sizes)

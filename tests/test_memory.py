@@ -10,9 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from surgery import memory
-from surgery.lazy import empty
-from surgery.memory import POOLED, buffer, settled
+from surgery.tensors import memory
+from surgery.tensors.lazy import empty
+from surgery.tensors.memory import POOLED, buffer, settled
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +108,6 @@ def test_what_the_caller_froze_stays_frozen():
 
 
 def test_a_command_ends_without_looking_for_garbage():
-    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import surgery.cli"
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import surgery.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 import surgery
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Dialect, Rank, Topology, gather
-from surgery.dialects import hf_config, meta, meta_params
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError
-from surgery.formats import Checkpoint
-from surgery.lazy import Fill
+from surgery.formats.base import Checkpoint
+from surgery.formats.hf import config as hf_config
+from surgery.formats.meta import config as meta_params
+from surgery.formats.meta import format as meta
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.tensors.lazy import Fill
 from tests import oracle, reference
 from tests.test_hf import mutants
 

@@ -17,13 +17,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import surgery
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Dialect, Topology, gather, shard, weave
-from surgery.dialects import hf, neox, neox_config, neox_files, neox_releases, neox_rows, neox_yaml
-from surgery.dialects.neox_releases import RELEASES, Evidence
-from surgery.dialects.neox_rows import Spelling
 from surgery.errors import AmbiguousError, ConfigError, FileError, LayoutError, SurgeryError, UsageError
-from surgery.replicas import mean, share, total
+from surgery.formats.hf import format as hf
+from surgery.formats.neox import config as neox_config
+from surgery.formats.neox import files as neox_files
+from surgery.formats.neox import format as neox
+from surgery.formats.neox import releases as neox_releases
+from surgery.formats.neox import rows as neox_rows
+from surgery.formats.neox import write_config as neox_yaml
+from surgery.formats.neox.releases import RELEASES, Evidence
+from surgery.formats.neox.rows import Spelling
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.replicas import mean, share, total
+from surgery.formats.table import Dialect, Topology, gather, shard, weave
 from tests import oracle, reference, tiny
 from tests.test_hf import mutants
 
@@ -746,7 +752,7 @@ def tiny_tokenizer(path: Path):
 def test_a_text_tells_the_readings_apart(taught):
     from click.testing import CliRunner
 
-    from surgery.cli import main
+    from surgery.cli.main import main
     from surgery.verification.readings import try_readings
 
     with pytest.raises(AmbiguousError):

@@ -18,13 +18,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.checkpoint import open_checkpoint, recognise
-from surgery.containers.olmo_names import decode_name
-from surgery.dialect import Dialect, Rank, Topology, gather
-from surgery.dialects import olmo, olmo_config, olmo_files
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError
-from surgery.formats import Checkpoint
-from surgery.lazy import Fill
+from surgery.formats.base import Checkpoint
+from surgery.formats.olmo import config as olmo_config
+from surgery.formats.olmo import files as olmo_files
+from surgery.formats.olmo import format as olmo
+from surgery.formats.olmo.names import decode_name
+from surgery.formats.registry import open_checkpoint, recognise
+from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.tensors.lazy import Fill
 from tests import oracle, reference, tiny
 from tests.test_hf import mutants
 

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import surgery
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Dialect, Rank, Topology, gather
-from surgery.dialects import olmo_core, olmo_core_config
-from surgery.dialects.olmo_core_config import Variant
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError
-from surgery.formats import Checkpoint
+from surgery.formats.base import Checkpoint
+from surgery.formats.olmo_core import config as olmo_core_config
+from surgery.formats.olmo_core import format as olmo_core
+from surgery.formats.olmo_core.config import Variant
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Dialect, Rank, Topology, gather
 from tests import oracle, reference
 from tests.test_hf import mutants
 

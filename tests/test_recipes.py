@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgery
-from surgery.talk import answer
+from surgery.running.chat import answer
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

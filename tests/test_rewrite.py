@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.serialization import safe_globals
 
-from surgery.checkpoint import open_checkpoint
-from surgery.conversion import convert
+from surgery.conversion.convert import convert
+from surgery.formats.registry import open_checkpoint
 from tests import oracle
 
 # checkpoint -> options of reading; whether upstream's own files are refused by torch's default

@@ -9,14 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Topology
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
 from surgery.upcycling import run as running
-from surgery.upcycling.chosen import chosen
-from surgery.upcycling.experts import router_classes
-from surgery.upcycling.selection import HOWS, Choice, from_flags, from_recipe
+from surgery.upcycling.edit_experts.choose import chosen
+from surgery.upcycling.edit_experts.experts import router_classes
+from surgery.upcycling.edit_experts.selection import HOWS, Choice, from_flags, from_recipe
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))

@@ -11,12 +11,12 @@ import yaml
 from click.testing import CliRunner
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Topology
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, FileError, LayoutError, OutputError, SurgeryError, UsageError
-from surgery.soups import run
-from surgery.soups.config import parse_recipe
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
+from surgery.merging import run
+from surgery.merging.config import parse_recipe
 from tests import merges, tiny
 from tests.test_conversion import weights
 

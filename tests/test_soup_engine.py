@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from surgery import lazy
 from surgery.errors import SurgeryError
-from surgery.lazy import Lazy, lengths, whole
-from surgery.soups import engine, masks, select
-from surgery.soups import inputs as soup_inputs
-from surgery.soups.engine import Engine, Merged
-from surgery.soups.inputs import Inputs
-from surgery.soups.methods import METHODS
-from surgery.soups.settings import resolve
+from surgery.merging.engine import inputs as soup_inputs
+from surgery.merging.engine import merged as engine
+from surgery.merging.engine import order_statistics as select
+from surgery.merging.engine import random_masks as masks
+from surgery.merging.engine.inputs import Inputs
+from surgery.merging.engine.merged import Engine, Merged
+from surgery.merging.methods.registry import METHODS
+from surgery.merging.settings import resolve
+from surgery.tensors import lazy
+from surgery.tensors.lazy import Lazy, lengths, whole
 
 
 @pytest.fixture(params=["torch", "compiled"])

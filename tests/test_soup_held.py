@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.lazy import lengths
-from surgery.soups import engine
-from surgery.soups import inputs as soup_inputs
-from surgery.soups.engine import Engine
-from surgery.soups.held import Held
+from surgery.merging.engine import inputs as soup_inputs
+from surgery.merging.engine import merged as engine
+from surgery.merging.engine.cache import Held
+from surgery.merging.engine.merged import Engine
+from surgery.tensors.lazy import lengths
 from test_soup_engine import Given, merge, tensors
 
 

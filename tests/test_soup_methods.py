@@ -116,7 +116,7 @@ def trio(tmp_path_factory):
 def test_all_methods_of_mergekit_are_here():
     from mergekit.merge_methods.registry import registered_methods
 
-    from surgery.soups.methods import METHODS
+    from surgery.merging.methods.registry import METHODS
 
     theirs = {
         m.spec.name: {p.name: p.default for p in m.spec.parameters if not p.required} for m in registered_methods()

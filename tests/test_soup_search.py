@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, FileError, LayoutError
-from surgery.soups import search
-from surgery.soups.evaluate import loss_of
-from surgery.soups.experts import similarity
-from surgery.soups.run import Settings, read
+from surgery.formats.registry import open_checkpoint
+from surgery.merging import search
+from surgery.merging.align_experts import similarity
+from surgery.merging.run import Settings, read
+from surgery.running.loss import loss_of
 from tests import merges, oracle, tiny
 from tests.test_conversion import weights
 from tests.test_soup_tokenizers import COMMON, tokenizer

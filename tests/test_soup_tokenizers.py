@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import surgery
 from surgery.errors import ConfigError
-from surgery.soups.vocabulary import Rows
+from surgery.merging.vocabulary import Rows
 from tests import merges, oracle
 from tests.test_conversion import weights
 from tests.test_soup_engine import Given

@@ -17,17 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery import journal, sink, stream
 from surgery.containers.output import OutputFile, Region, text_file
 from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import FileError, LayoutError, OutputError
-from surgery.extent import Extent
-from surgery.files import IO, File
-from surgery.fingerprint import Ledger
-from surgery.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
-from surgery.staging import Staging
-from surgery.stream import Interrupted, ahead, boxes_from, read_through, write
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import IO, File
+from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
+from surgery.writing import journal, sink, stream
+from surgery.writing.staging import Staging
+from surgery.writing.stream import Interrupted, ahead, boxes_from, read_through, write
 
 KB = 1 << 10
 

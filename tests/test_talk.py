@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from surgery.errors import ConfigError, FileError, LayoutError, UsageError
-from surgery.talk import answer
+from surgery.running.chat import answer
 
 WORDS = "the of a is capital what france paris river tower king queen".split()
 TEMPLATE = "{% for m in messages %}the {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} is{% endif %}"

@@ -10,16 +10,16 @@ import torch
 from click.testing import CliRunner
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
-from surgery.dialect import Topology
+from surgery.cli import main as cli
 from surgery.errors import ConfigError, MismatchError, SurgeryError, UsageError
-from surgery.lazy import Lazy
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
+from surgery.tensors.gather import Gather, taken
+from surgery.tensors.lazy import Lazy
+from surgery.tensors.random import Random, permutation
 from surgery.upcycling import proof
-from surgery.upcycling.build import upcycled
-from surgery.upcycling.chance import Random, permutation
-from surgery.upcycling.nodes import Gather, taken
-from surgery.upcycling.settings import Settings
+from surgery.upcycling.dense_to_moe.build import upcycled
+from surgery.upcycling.dense_to_moe.settings import Settings
 from tests import oracle, tiny
 from tests.test_conversion import weights
 
@@ -381,7 +381,7 @@ def test_bf16_is_shown_beside_its_noise_floor(tmp_path):
 
 
 def test_an_exact_strategy_that_is_not_exact_is_an_error(tiny_hf, tmp_path, monkeypatch):
-    from surgery.upcycling import resolve
+    from surgery.upcycling.dense_to_moe import resolve
 
     monkeypatch.setattr(resolve, "_placed", lambda wanted, total: (1.0, 1.0, total * 1.01, None))
     monkeypatch.setattr(resolve, "_losses", lambda *_: [])
@@ -391,7 +391,7 @@ def test_an_exact_strategy_that_is_not_exact_is_an_error(tiny_hf, tmp_path, monk
 
 
 def test_ties_and_incomplete_groups_are_counted(tiny_hf):
-    from surgery.upcycling.layerwise import Route
+    from surgery.running.layerwise import Route
 
     made = upcycled(open_checkpoint(tiny_hf("llama")), Settings(8, 4, granularity=2))
     logits = torch.tensor([[4.0, 4, 3, 3, 2, 2, 1, 1], [4, 4, 3, 3, 3, 3, 1, 1], [4, 4, 3, 3, 3, 3, 1, 1]])
@@ -415,7 +415,7 @@ class Held(Lazy):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_gathers_read_any_box(dim, monkeypatch):
-    from surgery.upcycling import nodes
+    from surgery.tensors import gather as nodes
 
     monkeypatch.setattr(nodes, "WINDOW", 64)
     monkeypatch.setattr(nodes, "GAP", 16)

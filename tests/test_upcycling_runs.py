@@ -16,16 +16,16 @@ from click.testing import CliRunner
 from torch._subclasses import fake_tensor
 
 import surgery
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
+from surgery.cli import main as cli
 from surgery.errors import UsageError
-from surgery.lazy import Lazy
+from surgery.formats.registry import open_checkpoint
+from surgery.running.activations import each_layer
+from surgery.running.device import Device, device
+from surgery.running.expertwise import expert_modules
+from surgery.running.layerwise import empty_model, forward
+from surgery.tensors.lazy import Lazy
 from surgery.upcycling import api, run
-from surgery.upcycling.calibration import each_layer
-from surgery.upcycling.device import Device, device
-from surgery.upcycling.expertwise import expert_modules
-from surgery.upcycling.layerwise import empty_model, forward
-from surgery.upcycling.settings import Settings
+from surgery.upcycling.dense_to_moe.settings import Settings
 from tests import oracle, tiny
 from tests.test_conversion import weights
 
@@ -301,8 +301,8 @@ def test_noise_goes_to_the_copies_of_experts(tiny_hf, tmp_path):
 
 def test_half_chosen_pairs_are_counted(tmp_path):
     """Copies tie in the router: where only one of two is chosen, the proof says so."""
-    from surgery.upcycling.chosen import chosen
-    from surgery.upcycling.selection import from_values
+    from surgery.upcycling.edit_experts.choose import chosen
+    from surgery.upcycling.edit_experts.selection import from_values
 
     source = open_checkpoint(tiny.save("mixtral", tmp_path / "source", l=2))
     assert chosen(source, from_values({"duplicate": 2})).claim().group == 2

@@ -16,15 +16,16 @@ from click.testing import CliRunner
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from surgery import cli
-from surgery.anatomy import Rope, Spec
-from surgery.checkpoint import open_checkpoint
-from surgery.conversion import convert
-from surgery.dialect import Topology
-from surgery.files import IO
-from surgery.formats import Checkpoint
-from surgery.lazy import Fill, Lazy, Map, boxes
-from surgery.verification import Comparison, compare, render
+from surgery.cli import main as cli
+from surgery.cli import show_verification as render
+from surgery.conversion.convert import convert
+from surgery.formats.base import Checkpoint
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
+from surgery.model.spec import Rope, Spec
+from surgery.tensors.files import IO
+from surgery.tensors.lazy import Fill, Lazy, Map, boxes
+from surgery.verification import Comparison, compare
 from surgery.verification.configs import LABELS, spec_fields
 from surgery.verification.values import Tally
 from tests import tiny

@@ -13,12 +13,13 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from surgery import cli
-from surgery.checkpoint import open_checkpoint
-from surgery.conversion import convert
-from surgery.dialect import Topology
+from surgery.cli import main as cli
+from surgery.cli import show_verification as render
+from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
-from surgery.verification import render, running
+from surgery.formats.registry import open_checkpoint
+from surgery.formats.table import Topology
+from surgery.running import whole as running
 from surgery.verification.logits import LogitReport, compare_logits
 from surgery.verification.weights import Weights
 from tests import tiny

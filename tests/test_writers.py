@@ -19,8 +19,8 @@ from surgery.containers.output import OutputFile, Region, copied_file, text_file
 from surgery.containers.safetensors_writer import DTYPES, safetensors_file
 from surgery.containers.torch_writer import Record, torch_file
 from surgery.errors import FileError, LayoutError
-from surgery.lazy import ITEMSIZE, Fill, Lazy, same_bits, torch_dtype
-from surgery.stream import write
+from surgery.tensors.lazy import ITEMSIZE, Fill, Lazy, same_bits, torch_dtype
+from surgery.writing.stream import write
 
 SHAPES = [(), (0, 4), (1,), (3,), (2, 3), (2, 0), (1, 1, 5), (7, 2, 3)]
 

@@ -19,15 +19,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.chunked import Chunk, Chunked
-from surgery.containers.described import describe
-from surgery.containers.known import count, counts, torch_kind
-from surgery.containers.machine import Limits
-from surgery.containers.records import BadPickle, Obj, TensorRecord
+from surgery.containers.pickles.described import describe
+from surgery.containers.pickles.known import count, counts, torch_kind
+from surgery.containers.pickles.machine import Limits
+from surgery.containers.pickles.records import BadPickle, Obj, TensorRecord
 from surgery.containers.torch_zip import TorchZip
 from surgery.errors import FileError, show
-from surgery.files import File, plain_name, read_small
-from surgery.lazy import Lazy, Shape
+from surgery.tensors.chunked import Chunk, Chunked
+from surgery.tensors.files import File, plain_name, read_small
+from surgery.tensors.lazy import Lazy, Shape
 
 _Key = tuple[str, Shape | None]  # name, and where the chunk begins
 

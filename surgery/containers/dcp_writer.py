@@ -15,9 +15,9 @@ from functools import cache, lru_cache
 from typing import Any
 
 from surgery.containers.output import Literal, OutputFile, Region, text_file
-from surgery.containers.pickler import Record, pickle_tree
+from surgery.containers.pickles.pickler import Record, pickle_tree
 from surgery.containers.torch_writer import torch_file
-from surgery.lazy import ITEMSIZE, Fill, Lazy, Shape, Slice, boxes
+from surgery.tensors.lazy import ITEMSIZE, Fill, Lazy, Shape, Slice, boxes
 
 CHUNK = 1 << 30  # bytes of the largest chunk: what a reader has to hold in memory at once
 FILE = 5_000_000_000  # bytes of the largest file, unless one chunk alone is larger

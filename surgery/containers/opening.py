@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.dcp import Dcp
-from surgery.containers.records import Obj, Storage, TensorRecord
+from surgery.containers.pickles.records import Obj, Storage, TensorRecord
 from surgery.containers.safetensors import Safetensors
 from surgery.containers.text import read_json
 from surgery.containers.torch_legacy import TorchLegacy
 from surgery.containers.torch_zip import TorchZip, Tree
 from surgery.errors import FileError, show, some
-from surgery.files import File, plain_name
-from surgery.lazy import Lazy
+from surgery.tensors.files import File, plain_name
+from surgery.tensors.lazy import Lazy
 
 Container = TorchZip | TorchLegacy | Safetensors
 

@@ -5,7 +5,7 @@
     safetensors_file("model.safetensors", {"w": lazy})    # see safetensors_writer.py, torch_writer.py
 
 Every size is known beforehand, so that free space is checked before anything is written and a killed run can go on
-in the middle of a file.  `surgery.stream.write` turns these plans into files.
+in the middle of a file.  `surgery.writing.stream.write` turns these plans into files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from surgery.errors import LayoutError, show
-from surgery.extent import Extent
-from surgery.files import File
-from surgery.lazy import Lazy
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import File
+from surgery.tensors.lazy import Lazy
 
 Literal = tuple[int, bytes]  # an offset in a file, and the bytes that begin there
 

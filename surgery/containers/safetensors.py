@@ -14,9 +14,9 @@ from typing import Any
 
 from surgery.containers.text import parse_json
 from surgery.errors import FileError, show
-from surgery.extent import Extent
-from surgery.files import File
-from surgery.lazy import ITEMSIZE
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import File
+from surgery.tensors.lazy import ITEMSIZE
 
 HEADER_LIMIT = 100_000_000
 KINDS = {

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from surgery.containers.output import OutputFile, Region, relative
 from surgery.errors import LayoutError, show
-from surgery.lazy import ITEMSIZE, Lazy
+from surgery.tensors.lazy import ITEMSIZE, Lazy
 
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",

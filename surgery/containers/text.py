@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FileError, show
-from surgery.files import plain_name, read_small
+from surgery.tensors.files import plain_name, read_small
 
 JSON_LIMIT = 64 << 20  # bytes; the index of a model of 100,000 tensors has 10 MB
 YAML_LIMIT = 1 << 20

@@ -9,11 +9,11 @@ Per storage an int64 count of elements, then little-endian data.  Source: torch/
 
 from __future__ import annotations
 
-from surgery.containers.described import Description, Truncated, describe
-from surgery.containers.machine import Limits
+from surgery.containers.pickles.described import Description, Truncated, describe
+from surgery.containers.pickles.machine import Limits
 from surgery.containers.torch_zip import Tree
 from surgery.errors import FileError, show
-from surgery.files import File
+from surgery.tensors.files import File
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

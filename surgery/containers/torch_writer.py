@@ -18,7 +18,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from surgery.containers.output import Literal, OutputFile, Region, relative
-from surgery.containers.pickler import Record, pickle_tree
+from surgery.containers.pickles.pickler import Record, pickle_tree
 
 __all__ = ["Record", "torch_file"]
 

@@ -12,14 +12,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from surgery.containers.described import describe
-from surgery.containers.machine import Limits
-from surgery.containers.records import Storage, flatten
+from surgery.containers.pickles.described import describe
+from surgery.containers.pickles.machine import Limits
+from surgery.containers.pickles.records import Storage, flatten
 from surgery.containers.zip_directory import ZipDirectory
 from surgery.errors import FileError, show
-from surgery.extent import Extent
-from surgery.files import File
-from surgery.lazy import ITEMSIZE, Lazy
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import File
+from surgery.tensors.lazy import ITEMSIZE, Lazy
 
 
 class Tree:

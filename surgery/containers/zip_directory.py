@@ -16,7 +16,7 @@ import struct
 from dataclasses import dataclass
 
 from surgery.errors import FileError, show
-from surgery.files import File
+from surgery.tensors.files import File
 
 MEMBER_LIMIT = 1_000_000
 DIRECTORY_LIMIT = 256 << 20

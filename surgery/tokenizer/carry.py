@@ -2,7 +2,7 @@
 
     files, notes = for_hf(found, vocab_size=128256, max_length=8192, release="3")
 
-Files are output files that `surgery.stream.write` writes; notes are sentences for the report.
+Files are output files that `surgery.writing.stream.write` writes; notes are sentences for the report.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 from surgery.containers import text
 from surgery.errors import FileError, show, some
-from surgery.files import File
+from surgery.tensors.files import File
 from surgery.tokenizer import sentencepiece, tiktoken
 
 NATIVE = "tokenizer.model"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import FileError, show
-from surgery.files import read_small
+from surgery.tensors.files import read_small
 from surgery.tokenizer import bpe
 
 LARGEST = 64 << 20  # bytes; the largest known model (256k pieces) has 4.3 MB

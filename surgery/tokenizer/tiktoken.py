@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.errors import FileError, show
-from surgery.files import read_small
+from surgery.tensors.files import read_small
 from surgery.tokenizer import bpe
 
 LARGEST = 64 << 20  # bytes; Llama 4's file of 200k ranks has 3.6 MB

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery import stream
-from surgery.dialect import ONE_RANK, Topology
-from surgery.formats import Options
-from surgery.staging import check_free
+from surgery.formats.base import Options
+from surgery.formats.table import ONE_RANK, Topology
+from surgery.running.device import CPU, Device, nobody
+from surgery.running.device import device as _device
 from surgery.upcycling import run
-from surgery.upcycling.chosen import chosen
 from surgery.upcycling.collapse import collapsed
-from surgery.upcycling.device import CPU, Device, nobody
-from surgery.upcycling.device import device as _device
+from surgery.upcycling.dense_to_moe.settings import settled
+from surgery.upcycling.edit_experts.choose import chosen
+from surgery.upcycling.edit_experts.selection import Selection, from_values
 from surgery.upcycling.run import TOKENS, Outcome, Prepared, carry_out
-from surgery.upcycling.selection import Selection, from_values
-from surgery.upcycling.settings import settled
+from surgery.writing import stream
+from surgery.writing.staging import check_free
 
 Src = str | os.PathLike[str]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from surgery.anatomy import Spec
-from surgery.formats import Checkpoint
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import Spec
 from surgery.containers.text import read_json
-from surgery.dialects.hf_config import choose_family, misfits
 from surgery.errors import ConfigError, UsageError
-from surgery.formats import PROVENANCE, Checkpoint
-from surgery.lazy import ITEMSIZE, Concat, Fill, Lazy, Map, boxes, bytes_of, same_bits
-from surgery.upcycling.device import CPU, Device
-from surgery.upcycling.experts import Changed, router_classes
-from surgery.upcycling.nodes import BLOCK, MATRICES, blocks, scaled
+from surgery.formats.base import PROVENANCE, Checkpoint
+from surgery.formats.hf.config import choose_family, misfits
+from surgery.model.spec import Spec
+from surgery.running.device import CPU, Device
+from surgery.tensors.gather import BLOCK, MATRICES, blocks, scaled
+from surgery.tensors.lazy import ITEMSIZE, Concat, Fill, Lazy, Map, boxes, bytes_of, same_bits
+from surgery.upcycling.edit_experts.experts import Changed, router_classes
 
 if TYPE_CHECKING:
     import torch
@@ -265,8 +265,8 @@ def _recorded_up(source: Checkpoint) -> float:
 
 def router_shares(source: Checkpoint, tokens: int, on: Device = CPU) -> Shares:
     """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
-    from surgery.upcycling.layerwise import forward
-    from surgery.upcycling.proof import prose_tokens
+    from surgery.running.layerwise import forward
+    from surgery.running.tokens import prose_tokens
 
     spec, ids = source.spec, prose_tokens(source, tokens)[0]
     out = {}

@@ -16,22 +16,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import Spec
 from surgery.errors import MismatchError, SurgeryError, UsageError
-from surgery.formats import Checkpoint
-from surgery.lazy import Slice
-from surgery.sizes import human
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import Spec
+from surgery.running.device import CPU, Device
+from surgery.running.layerwise import Route, bytes_of_a_pass, forward
+from surgery.running.tokens import prose_tokens
+from surgery.running.whole import farthest, free_memory
+from surgery.tensors.lazy import Slice
+from surgery.units import human
 from surgery.upcycling.claim import Claim
-from surgery.upcycling.device import CPU, Device
-from surgery.upcycling.layerwise import Route, bytes_of_a_pass, forward
-from surgery.upcycling.prose import PROSE
-from surgery.verification.running import farthest, fixed_tokens, free_memory
 
 if TYPE_CHECKING:
     import torch
 
 LIMIT = 1e-3  # of max |difference| of logits in fp32
-LENGTH = 128  # tokens per sequence
 NARROW = ("bfloat16", "float16")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -154,35 +153,6 @@ def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
         for name, part in result.parts.items()
     }
     return replace(result, spec=spec, parts=parts)
-
-
-def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
-    """Ids [batch, length] of prose, or random ones without a tokenizer."""
-    import torch
-
-    ids = encoded(source, PROSE)
-    length = min(LENGTH, count)
-    batch = max(1, count // length)
-    if ids is None or len(set(ids)) < 2:
-        return fixed_tokens(source.spec.v_true or source.spec.v, batch, length), "random tokens"
-    while len(ids) < batch * length:
-        ids = ids + ids
-    return torch.tensor(ids[: batch * length]).reshape(batch, length), "English prose"
-
-
-def encoded(source: Checkpoint, text: str, least: int = 2) -> list[int] | None:
-    """The text's ids by the checkpoint's tokenizer.json; None if it has none that can be used, or they are
-    fewer than `least`."""
-    path = source.tokenizer.files.get("tokenizer.json") if source.tokenizer else None
-    if path is None:
-        return None
-    try:
-        from transformers import PreTrainedTokenizerFast
-
-        ids = [int(i) for i in PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(text)]
-    except Exception:  # whatever it raises on a strange file: the proof works with other tokens as well
-        return None
-    return ids if len(ids) >= least and max(ids) < source.spec.v else None
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:

@@ -14,17 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery import conversion, stream
-from surgery.checkpoint import FORMATS, KINDS, open_checkpoint, recognise, to_kind
-from surgery.dialect import ONE_RANK, Topology
+from surgery.conversion import convert as conversion
 from surgery.errors import UsageError, some
-from surgery.fingerprint import Ledger
-from surgery.formats import Checkpoint, Options
-from surgery.upcycling.build import Upcycled, upcycled
-from surgery.upcycling.device import CPU, Device, nobody
-from surgery.upcycling.experts import Changed
+from surgery.formats.base import Checkpoint, Options
+from surgery.formats.registry import FORMATS, KINDS, open_checkpoint, recognise, to_kind
+from surgery.formats.table import ONE_RANK, Topology
+from surgery.running.device import CPU, Device, nobody
+from surgery.tensors.fingerprint import Ledger
+from surgery.upcycling.dense_to_moe.build import Upcycled, upcycled
+from surgery.upcycling.dense_to_moe.settings import Settings
+from surgery.upcycling.edit_experts.experts import Changed
 from surgery.upcycling.proof import Proof, bytes_to_read, check_tokens, prove
-from surgery.upcycling.settings import Settings
+from surgery.writing import stream
 
 TOKENS = 256
 

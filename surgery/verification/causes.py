@@ -17,14 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import Spec
-from surgery.checkpoint import KINDS
-from surgery.conversion import convert
-from surgery.dialects.hf_config import choose_family, write_config
+from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
-from surgery.formats import Checkpoint
-from surgery.lazy import ITEMSIZE
-from surgery.verification import running
+from surgery.formats.base import Checkpoint
+from surgery.formats.hf.config import choose_family, write_config
+from surgery.formats.registry import KINDS
+from surgery.model.spec import Spec
+from surgery.running import whole as running
+from surgery.tensors.lazy import ITEMSIZE
 from surgery.verification.configs import LABELS, SIZES
 from surgery.verification.logits import Cause, Gap, LogitReport, Tell
 from surgery.verification.trials import Score, Trial, config_trials, weight_trials

@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import layout
 from surgery.errors import some
-from surgery.fingerprint import Ledger
-from surgery.formats import Checkpoint
-from surgery.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
-from surgery.stream import ahead, block_size
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import layout
+from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
 from surgery.verification.configs import Field, differences
 from surgery.verification.values import Tally, Values
+from surgery.writing.stream import ahead, block_size
 
 if TYPE_CHECKING:
     import torch

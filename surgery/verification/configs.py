@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.anatomy import Rope, Spec
 from surgery.errors import show
-from surgery.files import File
-from surgery.formats import Checkpoint
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import Rope, Spec
+from surgery.tensors.files import File
 from surgery.tokenizer import Tokenizer
 from surgery.tokenizer.files import vocabulary
 

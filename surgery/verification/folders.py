@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 
-from surgery.checkpoint import open_checkpoint, recognise
-from surgery.conversion import default_memory
+from surgery.conversion.convert import default_memory
 from surgery.errors import UsageError
-from surgery.formats import Checkpoint, Options
+from surgery.formats.base import Checkpoint, Options
+from surgery.formats.registry import open_checkpoint, recognise
 from surgery.verification.compare import Comparison, Progress, compare
 
 Path = str | os.PathLike[str]

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.checkpoint import open_checkpoint, recognise
-from surgery.conversion import convert
+from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
-from surgery.formats import Checkpoint, Options
-from surgery.verification import running
+from surgery.formats.base import Checkpoint, Options
+from surgery.formats.registry import open_checkpoint, recognise
+from surgery.running import whole as running
 
 if TYPE_CHECKING:
     import torch

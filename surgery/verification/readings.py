@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import Spec
-from surgery.checkpoint import open_checkpoint
-from surgery.conversion import convert
+from surgery.conversion.convert import convert
 from surgery.errors import AmbiguousError, FileError, SurgeryError, UsageError
-from surgery.files import File
-from surgery.formats import Options
-from surgery.verification import running
+from surgery.formats.base import Options
+from surgery.formats.registry import open_checkpoint
+from surgery.model.spec import Spec
+from surgery.running import whole as running
+from surgery.tensors.files import File
 
 if TYPE_CHECKING:
     import torch

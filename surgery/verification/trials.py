@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from surgery.anatomy import PARTS, Spec, template_of
-from surgery.formats import Checkpoint
-from surgery.lazy import Lazy
-from surgery.verification import running
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import PARTS, Spec, template_of
+from surgery.running import whole as running
+from surgery.tensors.lazy import Lazy
 from surgery.verification.configs import ALL, one_from_other, spec_fields
 from surgery.verification.weights import ATTENTION, MLP, NORMS, Hypothesis, Weights, head_order, moved_padding
 

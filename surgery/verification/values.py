@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.lazy import ITEMSIZE, Box, same_bits, torch_dtype
+from surgery.tensors.lazy import ITEMSIZE, Box, same_bits, torch_dtype
 
 if TYPE_CHECKING:
     import torch

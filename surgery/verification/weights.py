@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import PARTS, Spec, full_template
-from surgery.axes import Axes, Named, flat, parse
-from surgery.dialect import Rank, Topology, gather, spread, unweave, weave
-from surgery.dialect import row as make_row
-from surgery.dialects.hf import table
-from surgery.lazy import Lazy, Map, walk
+from surgery.formats.hf.format import table
+from surgery.formats.table import Rank, Topology, gather, spread, unweave, weave
+from surgery.formats.table import row as make_row
+from surgery.model.spec import PARTS, Spec, full_template
+from surgery.tensors.axes import Axes, Named, flat, parse
+from surgery.tensors.lazy import Lazy, Map, walk
 
 if TYPE_CHECKING:
     import torch

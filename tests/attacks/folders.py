@@ -27,7 +27,7 @@ from attacks.tables import blob as st_blob
 from attacks.tables import entry
 from surgery.containers import open_file
 from surgery.containers.dcp import Dcp
-from surgery.containers.olmo_names import decode_names
+from surgery.formats.olmo.names import decode_names
 
 WEIGHT = torch.arange(32, dtype=torch.float32).reshape(8, 4)
 VALUES = {"w": WEIGHT.tolist(), "objects": {"o": [1, "two"]}}

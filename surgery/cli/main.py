@@ -1,0 +1,294 @@
+"""The command line: each command parses, opens, calls one function and shows the result.
+
+Only click is imported here; everything else is imported by the command that needs it, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from surgery.cli.flags import (
+    DTYPE,
+    FORCE,
+    JSON,
+    MAX_MEMORY,
+    NO_SYNC,
+    NO_VERIFY,
+    OPTIONS,
+    PARALLEL,
+    SHARD_SIZE,
+    options_of,
+    size,
+    topology,
+    with_flags,
+)
+from surgery.cli.soup_flags import SOUP
+from surgery.cli.upcycle import experts_command, upcycle_command
+from surgery.writing.progress import progress_bar
+
+atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class Group(click.Group):
+    """Turns every SurgeryError into one message and an exit status: 2 for flags, 1 for everything else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from surgery.errors import SurgeryError
+
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            _fail(error)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def _fail(error: Exception) -> NoReturn:
+    from surgery.errors import UsageError
+
+    text = click.style("error: ", fg="red", bold=True) + str(error)
+    click.echo(text, err=True)
+    signum = getattr(error, "signum", None)
+    sys.exit(128 + signum if signum else 2 if isinstance(error, UsageError) else 1)
+
+
+@click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=False)
+@click.version_option(package_name="checkpoint-surgery", prog_name="surgery")
+def main() -> None:
+    """Convert, inspect and verify large-language-model checkpoints: bit for bit, in bounded memory, executing nothing.
+
+    \b
+    surgery inspect Llama-2-7b                              what is it?
+    surgery convert Llama-2-7b Llama-2-7b-hf --to hf        Meta -> Hugging Face
+    surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3   Hugging Face -> Meta, 3 ranks
+    surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
+    surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
+    surgery formats meta                                    what can be chosen for a format?
+    """
+
+
+@main.command("inspect")
+@click.argument("path", type=click.Path())
+@click.option("--from", "from_", metavar="FORMAT", help="The format, where a folder holds several.")
+@click.option("--tensors", is_flag=True, help="List every part with its shape and dtype.")
+@click.option("--pickles", is_flag=True, help="List the names that pickles mention. None is ever imported.")
+@click.option("--scan", is_flag=True, help="Read all weights once and look for NaN and Inf.")
+@click.option("--try-text", type=click.Path(), metavar="FILE", help="Where the files can be read in several ways: "
+              "which reading predicts this text? Converts and runs each.")  # fmt: skip
+@click.option("--tokenizer", type=click.Path(), help="Of --try-text, where the checkpoint has none.")
+@with_flags((OPTIONS, JSON))
+def inspect_command(
+    path: str,
+    from_: str | None,
+    tensors: bool,
+    pickles: bool,
+    scan: bool,
+    try_text: str | None,
+    tokenizer: str | None,
+    as_json: bool,
+    **flags: Any,
+) -> None:
+    """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
+    from surgery.conversion import inspection as inspect
+    from surgery.conversion.convert import default_memory
+    from surgery.errors import UsageError
+    from surgery.formats.registry import open_checkpoint
+
+    if tokenizer and not try_text:
+        raise UsageError("--tokenizer goes with --try-text")
+    if try_text:
+        from surgery.cli import show_verification as render
+        from surgery.verification import readings
+
+        tried = readings.try_readings(path, try_text, format=from_, options=options_of(flags), tokenizer=tokenizer)
+        click.echo(json.dumps(tried.to_json(), indent=2)) if as_json else render.readings(tried)
+        return
+    checkpoint = open_checkpoint(path, format=from_, options=options_of(flags))
+    found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
+    if scan:
+        total = sum(p.nbytes for p in checkpoint.parts.values())
+        with progress_bar("scan", total, as_json) as advance:
+            found["scan"] = inspect.scan(checkpoint, default_memory(), advance)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        from surgery.cli import show
+
+        show.inspection(found)
+
+
+@main.command("convert")
+@click.argument("src", type=click.Path())
+@click.argument("dst", type=click.Path())
+@click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
+@click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
+@with_flags(PARALLEL, (DTYPE,))
+@click.option("--vocab-size", type=click.IntRange(1), help="Cut padding rows of the vocabulary, or add rows of zeros.")
+@with_flags((MAX_MEMORY, SHARD_SIZE))
+@click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
+@click.option("--allow", multiple=True, metavar="NAME", help="Leave this out if the target cannot hold it; refused "
+              "where the logits depend on it. NAME: qkv_bias, o_bias, mlp_bias, router_bias, norm_bias (only zeros), "
+              "norm_weight (only ones), windows (none shorter than the context). "
+              "Repeatable.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
+@with_flags((FORCE, NO_VERIFY, NO_SYNC, OPTIONS, JSON))
+def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
+    """Convert a checkpoint into another format, at any parallel sizes.
+
+    Each byte is read once and written once, in bounded memory. The output is read back and compared before it
+    appears under its name; it appears whole or not at all. A run that was killed goes on when it is repeated.
+    """  # fmt: skip
+    from surgery.cli import show
+    from surgery.conversion import convert as conversion
+    from surgery.writing.staging import check_free
+
+    plan = conversion.prepare(
+        src,
+        to=flags["to"],
+        from_=flags["from_"],
+        topology=topology(flags),
+        dtype=flags["dtype"],
+        vocab_size=flags["vocab_size"],
+        tokenizer=flags["tokenizer"],
+        options=options_of(flags),
+        max_memory=size(flags["max_memory"]),
+        allow=flags["allow"],
+    )
+    if flags["dry_run"]:
+        planned = show.plan_data(plan)
+        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
+        return
+    from pathlib import Path
+
+    check_free(Path(dst), flags["force"])
+    verify = not flags["no_verify"]
+    weights = sum(p.nbytes for p in plan.source.parts.values())
+    with progress_bar("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
+        report = conversion.execute(
+            plan,
+            dst,
+            force=flags["force"],
+            verify=verify,
+            sync=not flags["no_sync"],
+            command=["surgery", *sys.argv[1:]],
+            progress=advance,
+        )
+    if as_json:
+        from dataclasses import asdict
+
+        click.echo(json.dumps(asdict(report), indent=2))
+    else:
+        show.report(report)
+
+
+@main.command("soup")
+@with_flags(SOUP)
+def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
+    """Merge models of any formats as a YAML of mergekit says, into any format.
+
+    \b
+    merge_method: linear                      every method and key of mergekit 0.1.5; a wrong key is an error
+    models:                                   folders in any format and of any parallel sizes, hub ids, path+lora
+      - {model: run-1, parameters: {weight: 1}}
+      - {model: run-2, parameters: {weight: 1}}
+
+    The config and the tokenizer are those of base_model, else of the first model named. Sums are fp32, rounded once;
+    random methods follow `seed:`. The same YAML gives the same bits, whatever the memory and the threads. Ready-made
+    files: merge_configs/.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from surgery.cli import show
+    from surgery.cli import soup as command
+    from surgery.merging import run
+    from surgery.writing.staging import check_free
+
+    settings = run.Settings(flags["to"], topology(flags), options_of(flags), size(flags["max_memory"]),
+                            flags["threads"], flags["arithmetic"])  # fmt: skip
+    recipe = run.read(config)
+    if flags["dry_run"]:
+        planned = command.dry_run(recipe, settings, show.plan_data)
+        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
+        return
+    check_free(Path(dst), flags["force"])
+    recipe, tried = command.chosen(recipe, settings, Path(dst), flags, lambda line: click.echo(line, err=True))
+    report = command.execute(recipe, settings, Path(dst), flags, lambda n: progress_bar("merge", n, as_json))
+    if as_json:
+        click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
+    else:
+        show.report(report)
+
+
+@main.command("verify")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
+@with_flags((MAX_MEMORY, OPTIONS, JSON))
+def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
+    """Are two checkpoints, in any two formats and parallel sizes, the same model?
+
+    Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
+    """
+    from surgery.conversion.convert import default_memory
+    from surgery.verification import compare
+    from surgery.verification.folders import open_both
+
+    given = options_of(flags)
+    left, right = open_both(a, b, given)
+    memory = size(flags["max_memory"]) or default_memory()
+    total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
+    with progress_bar("verify", total, as_json) as advance:
+        result = compare(left, right, max_memory=memory, progress=advance)
+    run = None
+    if logits:
+        from surgery.verification.logits import compare_logits
+
+        run = compare_logits(a, b, options=given, max_memory=memory)
+    if as_json:
+        click.echo(json.dumps(result.to_json() | ({"logits": run.to_json()} if run else {}), indent=2))
+    else:
+        from surgery.cli import show_verification as render
+
+        render.show(result, run)
+    sys.exit(0 if result.same and (run is None or run.same) else 1)
+
+
+@main.command("formats")
+@click.argument("name", required=False)
+@JSON
+def formats_command(name: str | None, as_json: bool) -> None:
+    """List the formats, or the options of one, with their meaning and defaults."""
+    from surgery.cli import show
+    from surgery.errors import UsageError
+    from surgery.formats.registry import FORMATS
+
+    if name is not None and name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}", hint=f"known formats: {', '.join(FORMATS)}")
+    chosen = [FORMATS[name]] if name else list(FORMATS.values())
+    data = show.formats_data(chosen)
+    click.echo(json.dumps(data, indent=2)) if as_json else show.formats(data)
+
+
+@main.command("ask")
+@click.argument("path", type=click.Path())
+@click.argument("question")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Longest answer.")
+def ask_command(path: str, question: str, max_new_tokens: int) -> None:
+    """Let a Hugging Face checkpoint answer a question (greedily, on the CPU): the quickest sign of life."""
+    from surgery.running.chat import answer
+
+    click.echo(answer(path, question, max_new_tokens))
+
+
+main.add_command(upcycle_command)
+main.add_command(experts_command)

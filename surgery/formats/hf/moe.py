@@ -1,0 +1,125 @@
+"""The keys by which Hugging Face's mixture-of-experts families say what no renaming can: as data, both ways.
+
+    read_moe(family, config, fields, "config.json")      # moe_layers, shared width ... into the fields of Spec
+    write_moe(family, spec)                              # {"mlp_only_layers": [0], "n_shared_experts": 1, ...}
+
+`Family.sparse` names how a family lists its layers with experts, `Family.shared` the key of the shared expert's width
+(in rows, or in experts), `Family.fixed` keys of which one value alone is understood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from surgery.errors import ConfigError, show
+from surgery.formats.hf.families import COUNTED, PER_HEAD, Family
+from surgery.model.spec import Spec
+
+Config = Mapping[str, object]
+Json = dict[str, object]
+
+
+def read_moe(family: Family, config: Config, fields: Json, file: str) -> Json:
+    """Further fields of the Spec.  `fields` are those read so far.  Raises ConfigError."""
+    number = _Numbers(config, file)
+    out: Json = {}
+    if family.sparse:
+        layers = number.take("num_hidden_layers", 0)
+        sparse = SPARSE[family.sparse][0](number, layers)
+        out["moe_layers"] = () if len(sparse) == layers else sparse
+        if not sparse:
+            raise ConfigError("no layer has experts", file=file, hint="it is a dense model of another family")
+    if family.shared:
+        key, default = family.shared
+        size = number.take(key, default)
+        out["s"] = size * int(fields["m"]) if key in COUNTED else size  # type: ignore[call-overload]
+    if "use_qk_norm" in family.switches:
+        out["qk_norm"] = "head" if config.get("use_qk_norm") else ""
+    for key, (wanted, absent) in family.fixed.items():
+        value, right = config.get(key), _wanted(wanted, fields)
+        value = absent if value is None else value
+        if type(value) not in (int, float, bool) or not _near(value, right):
+            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=file)
+    return out
+
+
+def write_moe(family: Family, spec: Spec) -> Json:
+    """The keys of a config that `read_moe` reads."""
+    out: Json = {}
+    if family.sparse:
+        out |= SPARSE[family.sparse][1](spec)
+    if family.shared:
+        key, _ = family.shared
+        out[key] = -(-spec.s // max(spec.m, 1)) if key in COUNTED else spec.s
+    if "use_qk_norm" in family.switches:
+        out["use_qk_norm"] = spec.qk_norm == "head"
+    sizes: Json = {"half": spec.half}
+    out |= {key: _wanted(wanted, sizes) for key, (wanted, _) in family.fixed.items()}
+    return out
+
+
+def _wanted(wanted: object, fields: Json) -> float:
+    return (2 * int(fields["half"])) ** -0.5 if wanted == PER_HEAD else wanted  # type: ignore
+
+
+def _near(value: object, wanted: float) -> bool:
+    return abs(value - wanted) <= 1e-12 + 1e-6 * abs(wanted) and (wanted != 1e-12 or value == wanted)  # type: ignore
+
+
+class _Numbers:
+    """Whole numbers of a config."""
+
+    def __init__(self, config: Config, file: str) -> None:
+        self.config, self.file = config, file
+
+    def take(self, key: str, default: int, low: int = 0) -> int:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not low <= value < 1 << 31:
+            raise ConfigError(f"{key} is {show(value)}, not a whole number", file=self.file)
+        return value
+
+
+# ------------------------------------------------------------------------------- which layers have experts, both ways
+
+
+def _read_steps(number: _Numbers, layers: int) -> tuple[int, ...]:
+    """Every decoder_sparse_step-th layer but the mlp_only_layers."""
+    step, dense = number.take("decoder_sparse_step", 1), number.config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
+        raise ConfigError("mlp_only_layers is no list of layers", file=number.file)
+    return tuple(i for i in range(layers) if i not in dense and step and (i + 1) % step == 0)
+
+
+def _write_steps(spec: Spec) -> Json:
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(spec.l) if not spec.is_moe(i)]}
+
+
+def _read_first(number: _Numbers, layers: int) -> tuple[int, ...]:
+    """All but the first so many."""
+    return tuple(range(number.take("first_k_dense_replace", 1), layers))
+
+
+def _write_first(spec: Spec) -> Json:
+    return {"first_k_dense_replace": min((i for i in range(spec.l) if spec.is_moe(i)), default=spec.l)}
+
+
+def _read_range(number: _Numbers, layers: int) -> tuple[int, ...]:
+    """Every so manyth layer between two, both of them included."""
+    first, step = number.take("moe_layer_start_index", 1), number.take("moe_layer_interval", 1, 1)
+    last = number.take("moe_layer_end_index", -1, -1)
+    last = layers - 1 if last == -1 else last
+    return tuple(i for i in range(layers) if (i + 1) % step == 0 and first <= i <= last)
+
+
+def _write_range(spec: Spec) -> Json:
+    sparse = [i for i in range(spec.l) if spec.is_moe(i)]
+    ends = (min(sparse), max(sparse)) if sparse else (0, -1)
+    return {"moe_layer_start_index": ends[0], "moe_layer_end_index": ends[1], "moe_layer_interval": 1}
+
+
+SPARSE: Mapping[str, tuple[Callable[[_Numbers, int], tuple[int, ...]], Callable[[Spec], Json]]] = {
+    "steps": (_read_steps, _write_steps),
+    "first": (_read_first, _write_first),
+    "range": (_read_range, _write_range),
+}

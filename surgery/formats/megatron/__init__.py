@@ -1,0 +1,1 @@
+"""Megatron-LM: mp_rank_* folders (`format.py`) and torch_dist (`dist.py`)."""

@@ -1,0 +1,176 @@
+"""What a Megatron checkpoint says besides its tensors: args, iteration, options of writing; both formats share it.
+
+root_entries(checkpoint, topology, 128, {...}, iteration=7)     # {"args": Namespace(...), "iteration": 7, ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from surgery.containers.pickles.records import Obj
+from surgery.containers.torch_writer import Record
+from surgery.errors import ConfigError, LayoutError, UsageError, show
+from surgery.formats.base import Checkpoint, Option, Options
+from surgery.formats.megatron.config import BUILT_IN_FACTOR, write_args
+from surgery.formats.table import Topology
+from surgery.model.spec import Spec
+
+STATES = {
+    "optimizer": "the optimizer's state, which is not converted",
+    "opt_param_scheduler": "the scheduler's state, which is not converted",
+    "lr_scheduler": "the scheduler's state, which is not converted",
+    "rng_state": "random states, which are not converted",
+    "rerun_state_machine": "the trainer's own state",
+}
+_COUNTERS = ("consumed_train_samples", "consumed_valid_samples")
+# keys of a checkpoint that describe the model and are read
+READ = ("args", "checkpoint_version", "iteration", "surgery")
+
+OPTIONS = (
+    Option("spec", "names of norms and attention: te (Transformer Engine) or local; auto: as the source, else te",
+           "auto", ("auto", "local", "te"), "write"),
+    Option("experts", "sequential, grouped (GroupedMLP, core < 0.15) or te_grouped; auto: as the source, else "
+           "sequential", "auto", ("auto", "sequential", "grouped", "te_grouped"), "write"),
+    Option("etp", "ranks that share the tensors of each expert, a divisor of tp; auto: tp", "auto", (), "write"),
+    Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
+    Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
+    Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
+)  # fmt: skip
+
+
+def namespace(root: Mapping[Any, Any], file: Path) -> Mapping[str, Any]:
+    """The attributes of `args`.  Raises ConfigError if there is none."""
+    args = root.get("args")
+    found = args.state if isinstance(args, Obj) else args
+    if not isinstance(found, dict) or not all(type(k) is str for k in found):
+        raise ConfigError("holds no args, which describe the model", file=file,
+                          hint="checkpoints of Megatron-Bridge and of programs of one's own are not read")  # fmt: skip
+    return found
+
+
+_SIZES = (
+    ("tensor_model_parallel_size", "model_parallel_size"),  # the second: before pipelines
+    ("pipeline_model_parallel_size",),
+    ("expert_model_parallel_size",),
+    ("expert_tensor_parallel_size",),
+)
+
+
+def parallel_sizes(args: Mapping[str, Any], file: Path) -> tuple[int, int, int, int]:
+    """tp, pp, ep and the tp of experts.  Raises ConfigError if one is no size."""
+    found = []
+    for names in _SIZES:
+        value = next((args[name] for name in names if args.get(name) is not None), None)
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 16):
+            raise ConfigError(f"{names[0]} is {show(value)}, not a positive whole number", file=file)
+        found.append(value)
+    tp, pp, ep, etp = found
+    return tp or 1, pp or 1, ep or 1, (etp if args.get("num_experts") else None) or tp or 1
+
+
+def check_heads(spec: Spec, tp: int) -> None:
+    """Raise LayoutError for key/value heads that Megatron would have to copy."""
+    if spec.g % tp:
+        raise LayoutError(f"cannot divide {spec.g} key/value heads among {tp} ranks, and Megatron copies none",
+                          hint="choose another --tp")  # fmt: skip
+
+
+def run_details(root: Mapping[Any, Any], args: Mapping[str, Any]) -> dict[str, object]:
+    """What people want to know of the run."""
+    found = {"iteration": root.get("iteration")} | {name: args.get(name) for name in _COUNTERS}
+    sizes = {name: args.get(name) for name in ("data_parallel_size", "context_parallel_size")}
+    out: dict[str, object] = {k: v for k, v in found.items() if type(v) is int}
+    out |= {k: v for k, v in sizes.items() if type(v) is int and v > 1}
+    return out | {k: show(args[k])[1:-1] for k in ("transformer_impl", "tokenizer_type") if type(args.get(k)) is str}
+
+
+def own_factor(root: Mapping[Any, Any]) -> float | None:
+    """The rope's factor where surgery wrote the file: Megatron's own args leave a doubt."""
+    mark = root.get("surgery")
+    factor = mark.get("rope_factor") if isinstance(mark, dict) else None
+    return float(factor) if isinstance(factor, (int, float)) and 0 < factor < 1e6 else None
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+IMPL = {"local": "local", "te": "transformer_engine"}
+EXPERT_ARGS = {
+    "sequential": {"moe_grouped_gemm": False, "moe_use_legacy_grouped_gemm": False},
+    "grouped": {"moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True},
+    "te_grouped": {"moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": False},
+}
+DEFAULTS = {"spec": "te", "experts": "sequential"}
+
+
+def chosen(options: Options, name: str, carried: object) -> str:
+    """An option; auto: as the source was if that is a choice, else what upstream's current release loads."""
+    choice = options.get(name, "auto")
+    known = IMPL if name == "spec" else EXPERT_ARGS
+    return choice if choice != "auto" else str(carried) if carried in known else DEFAULTS[name]
+
+
+def whole_number(options: Options, name: str) -> int:
+    text = options[name]
+    if not (text.isdigit() and 0 < int(text) < 1 << 20):
+        raise UsageError(f"-O {name}={show(text)} is no positive whole number")
+    return int(text)
+
+
+def with_experts(spec: Spec, topology: Topology, options: Options) -> Topology:
+    """The topology with -O etp.  Raises UsageError if it does not divide tp."""
+    if options.get("etp", "auto") == "auto":
+        return topology
+    etp = whole_number(options, "etp")
+    if topology.tp % etp or not spec.e:
+        raise UsageError(f"-O etp={etp} does not fit {spec.e} experts on {topology.tp} tensor-parallel ranks")
+    return replace(topology, etp=None if etp == topology.tp else etp)
+
+
+def root_entries(
+    checkpoint: Checkpoint, topology: Topology, multiple: int, more: Mapping[str, Any], iteration: int | None
+) -> dict[str, Any]:
+    """The entries of a checkpoint besides its tensors: args of primitives only, so that stock loaders take them."""
+    spec = checkpoint.spec
+    args = write_args(spec) | {
+        "tensor_model_parallel_size": topology.tp, "pipeline_model_parallel_size": topology.pp,
+        "expert_model_parallel_size": topology.ep, "expert_tensor_parallel_size": topology.expert_tp,
+        "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": spec.l // (topology.pp * topology.vpp) if topology.vpp > 1 else None,
+        "make_vocab_size_divisible_by": multiple, "padded_vocab_size": padded(spec.v, topology, multiple),
+        "vocab_size": spec.v_true or spec.v, "bf16": checkpoint.kind == "bfloat16",
+        "fp16": checkpoint.kind == "float16", "iteration": iteration or 0, "tokenizer_type": None,
+        "consumed_train_samples": checkpoint.details.get("consumed_train_samples", 0),
+        "consumed_valid_samples": checkpoint.details.get("consumed_valid_samples", 0), **more,
+    }  # fmt: skip
+    root: dict[str, Any] = {"args": Record("argparse", "Namespace", (), args), "checkpoint_version": 3.0,
+                            "iteration": iteration or 0}  # fmt: skip
+    if args.get("rope_scaling_factor", BUILT_IN_FACTOR) != BUILT_IN_FACTOR:
+        root["surgery"] = {"rope_factor": args["rope_scaling_factor"]}
+    return root
+
+
+def padded(rows: int, topology: Topology, multiple: int) -> int:
+    """Rows of the vocabulary as they are stored: `multiple` for every tensor-parallel rank."""
+    multiple *= topology.tp
+    return -(-rows // multiple) * multiple
+
+
+def notes_of(checkpoint: Checkpoint, topology: Topology, multiple: int) -> list[str]:
+    """What has to be said about every Megatron checkpoint that is written."""
+    spec, notes = checkpoint.spec, []
+    rows = padded(spec.v, topology, multiple)
+    if rows != spec.v:
+        notes.append(f"the vocabulary of {spec.v} rows is padded with zeros to {rows}, a multiple of "
+                     f"{multiple} x tp (-O vocab_multiple=N)")  # fmt: skip
+    if checkpoint.tokenizer is not None:
+        notes.append("Megatron keeps no tokenizer in its checkpoints: give the source's to --tokenizer-model")
+    if spec.rope and spec.rope.scaling.get("type") == "llama3" and spec.rope.scaling["factor"] != BUILT_IN_FACTOR:
+        notes.append(f"the rope's factor is {spec.rope.scaling['factor']}; pretrain_gpt.py computes with "
+                     f"{BUILT_IN_FACTOR:g} whatever rope_scaling_factor says, up to core 0.20 at least")  # fmt: skip
+    if any(spec.windows):
+        notes.append("window_size needs core 0.13 or newer: older releases attend to everything")
+    return notes

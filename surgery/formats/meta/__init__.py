@@ -1,0 +1,1 @@
+"""Meta's consolidated.NN.pth with params.json."""

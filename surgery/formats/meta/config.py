@@ -1,0 +1,232 @@
+"""Meta's `params.json` <-> Spec.
+
+    spec, notes = read_params({"dim": 4096, ...}, "params.json", Evidence(vocab=32000, ffn=11008, ...))
+
+params.json says less than a model needs, and its defaults differ by generation: what the shapes show is taken from
+the shapes, what must be guessed is guessed by stated rules and named in the notes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from surgery.errors import ConfigError, show
+from surgery.model.spec import Rope, Spec
+from surgery.model.wording import say
+
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_INERT = {"max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_args", "model_parallel_size"}
+_KNOWN = _INERT | set(
+    "dim n_layers n_heads n_kv_heads head_dim vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta"
+    " use_scaled_rope rope_scaling_factor rope_high_freq_factor".split()
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the tensors' shapes say: rows of the vocabulary, ffn width, the embedding's cut, tied or not."""
+
+    vocab: int
+    ffn: int
+    embedding: str
+    tied: bool
+
+
+def read_params(
+    params: Mapping[str, object],
+    file: str,
+    evidence: Evidence,
+    *,
+    tiktoken: bool = False,
+    rope_factor: float | None = None,
+    positions: float | None = None,
+) -> tuple[Spec, list[str]]:
+    """The Spec and notes on what was guessed.  Raises ConfigError on values that make no sense."""
+    keys = _Params(params, file)
+    unknown = sorted(k for k, v in params.items() if k not in _KNOWN and v is not None)
+    notes = [f"params.json key {show(k)} is not understood and has no effect here" for k in unknown]
+    dim, heads = keys.integer("dim"), keys.integer("n_heads")
+    groups = keys.integer("n_kv_heads", heads)
+    head_dim = keys.integer("head_dim", dim // heads)
+    if heads % groups or head_dim % 2 or ("head_dim" not in params and dim % heads):
+        raise ConfigError(f"dim {dim}, {heads} heads and {groups} key/value heads do not fit together", file=file)
+    vocab = params.get("vocab_size")
+    if vocab not in (None, -1, evidence.vocab):
+        raise ConfigError(f"vocab_size is {show(vocab)}, but the embedding has {evidence.vocab} rows", file=file)
+    notes += _check_ffn(params, dim, evidence.ffn)
+    llama3 = tiktoken or (evidence.embedding == "vocab" and evidence.vocab >= 100_000)
+    base = keys.real("rope_theta")
+    if base is None:
+        base = 500000.0 if llama3 else 10000.0
+        notes.append(
+            f"params.json does not say rope_theta: {base:g}, as {'Llama 3' if llama3 else 'Llama 1 and 2'} take it"
+        )
+    eps = keys.real("norm_eps")
+    if eps is None:
+        eps = 1e-5
+        notes.append("params.json does not say norm_eps: 1e-05, as the reference code takes it")
+    scaling, more = _scaling(keys, evidence.tied, rope_factor)
+    length = int(positions) if positions else _positions(bool(scaling), base, eps, llama3)
+    if not positions:
+        more.append(f"params.json does not say the longest context: {length} (-O max_positions=N)")
+    spec = Spec(
+        family="llama", l=keys.integer("n_layers"), h=dim, v=evidence.vocab, g=groups, n=heads // groups,
+        half=head_dim // 2, f=evidence.ffn, norm_eps=eps, rope=Rope(base, 1.0, scaling), tied=evidence.tied,
+        positions=length,
+    )  # fmt: skip
+    return spec, notes + more
+
+
+class _Params:
+    def __init__(self, params: Mapping[str, object], file: str) -> None:
+        self.params, self.file = params, file
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.params.get(key)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise ConfigError(f"{key} is {show(value)}, not a positive whole number", file=self.file)
+        return value
+
+    def real(self, key: str) -> float | None:
+        value = self.params.get(key)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
+            raise ConfigError(f"{key} is {show(value)}, not a positive number", file=self.file)
+        return float(value)  # type: ignore[arg-type]
+
+    def flag(self, key: str) -> bool:
+        value = self.params.get(key)
+        if value is not None and type(value) is not bool:
+            raise ConfigError(f"{key} is {show(value)}, not true or false", file=self.file)
+        return bool(value)
+
+
+def _scaling(keys: _Params, tied: bool, factor: float | None) -> tuple[dict[str, object], list[str]]:
+    """The Llama 3.1 rope scaling; its factor is in no public params.json, so a default has to be named."""
+    if not keys.flag("use_scaled_rope"):
+        if factor is not None:
+            raise ConfigError("-O rope_factor is given, but params.json does not scale the rope", file=keys.file)
+        return {}, []
+    stated = keys.real("rope_scaling_factor")
+    notes = []
+    if factor is None and stated is None:
+        factor = 32.0 if tied else 8.0
+        which = "tied, so Llama 3.2" if tied else "not tied, so Llama 3.1 or 3.3"
+        notes.append(f"params.json does not say the rope's factor: {factor:g} ({which}; -O rope_factor=N)")
+    numbers = dict(LLAMA3_ROPE)
+    high = keys.real("rope_high_freq_factor")
+    if high is not None:
+        numbers["high_freq_factor"] = high
+    return {"type": "llama3", "factor": factor or stated, **numbers}, notes
+
+
+def _positions(scaled: bool, base: float, eps: float, llama3: bool) -> int:
+    if scaled:
+        return 131072
+    if llama3 or base == 500000.0:
+        return 8192
+    if base == 1e6:
+        return 16384  # Code Llama
+    return 2048 if eps == 1e-6 else 4096
+
+
+def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
+    """The width that the reference code computes from params.json."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
+
+
+def _check_ffn(params: Mapping[str, object], dim: int, width: int) -> list[str]:
+    multiple, multiplier = params.get("multiple_of", 256), params.get("ffn_dim_multiplier")
+    if type(multiple) is not int or multiple < 1 or type(multiplier) not in (int, float, type(None)):
+        return ["multiple_of or ffn_dim_multiplier make no sense; the ffn width is taken from the tensors"]
+    said = ffn_width(dim, multiple, multiplier)  # type: ignore[arg-type]
+    if said == width:
+        return []
+    return [f"params.json implies an ffn width of {said}, the tensors have {width}: taken from the tensors"]
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def is_llama3(spec: Spec) -> bool:
+    """Whether a model looks like Llama 3 or later, whose loader cuts the embedding along the vocabulary."""
+    scaled = spec.rope is not None and bool(spec.rope.scaling)
+    return scaled or spec.tied or spec.v >= 100_000 or (spec.rope is not None and spec.rope.base == 500000.0)
+
+
+def refuse_misfits(spec: Spec) -> None:
+    """Raise ConfigError naming everything about a model that Meta's reference code cannot compute."""
+    rope = spec.rope or Rope()
+    plain = {k: v for k, v in rope.scaling.items() if k not in ("type", "factor")}
+    problems = {
+        "experts": spec.e > 0,
+        say("norm", spec.norm): spec.norm != "rms",
+        "norms after the layers": spec.norm_at != "pre",
+        say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
+        "biases": spec.qkv_bias or spec.o_bias or spec.mlp_bias,
+        "clipped queries, keys and values": spec.clip_qkv is not None,
+        f"activation {spec.act}": spec.act != "silu" or not spec.glu,
+        "parallel residuals": spec.parallel,
+        "sliding windows": bool(spec.windows),
+        "no rotary embeddings": spec.rope is None or spec.p > 0,
+        f"rotary embeddings on {rope.fraction:g} of a head": rope.fraction != 1.0,
+        say("rope", rope): bool(rope.scaling) and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
+        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
+        != spec.h,
+    }
+    found = [name for name, is_so in problems.items() if is_so]
+    if found:
+        raise ConfigError(f"Meta's format cannot hold this {spec.family}: it has {', '.join(found)}")
+
+
+def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], list[str]]:
+    """params.json, with notes on what it cannot say."""
+    assert spec.rope is not None
+    multiple, multiplier = ffn_numbers(spec.h, spec.f)
+    params: dict[str, object] = {
+        "dim": spec.h, "n_layers": spec.l, "n_heads": spec.heads, "n_kv_heads": spec.g, "vocab_size": spec.v,
+        "multiple_of": multiple, "ffn_dim_multiplier": multiplier, "norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope.base,
+    }  # fmt: skip
+    if multiplier is None:
+        del params["ffn_dim_multiplier"]
+    notes = []
+    if spec.rope.scaling:
+        params["use_scaled_rope"] = True
+        own = spec.rope.scaling["factor"]
+        if factor is not None and factor != own:
+            raise ConfigError(f"-O rope_factor={factor:g}, but the model's own factor is {own}")
+        if own != (32.0 if spec.tied else 8.0):
+            params["rope_scaling_factor"] = own
+        if own != 8:
+            notes.append(
+                f"the rope's factor is {own}; reference code that knows no rope_scaling_factor computes with 8"
+            )
+    if spec.positions:
+        notes.append(f"params.json cannot say the longest context ({spec.positions})")
+    return params, notes
+
+
+def ffn_numbers(dim: int, width: int) -> tuple[int, float | None]:
+    """multiple_of and ffn_dim_multiplier that give an ffn width: those of a release if one fits, else fresh ones."""
+    for multiple in (256, 1024, 4096, 512, 128, 64, 32):
+        for multiplier in (None, 1.3, 1.5, 1.0):
+            if ffn_width(dim, multiple, multiplier) == width:
+                return multiple, multiplier
+    multiple = min(width & -width, 256)
+    multiplier = (width + 0.5) / int(2 * (4 * dim) / 3)  # truncated to the width itself
+    if ffn_width(dim, multiple, multiplier) != width:
+        raise ConfigError(f"no multiple_of and ffn_dim_multiplier give an ffn width of {width} for a dim of {dim}")
+    return multiple, multiplier
+
+
+def to_json(params: Mapping[str, object]) -> bytes:
+    return (json.dumps(params, indent=2) + "\n").encode()

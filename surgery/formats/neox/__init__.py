@@ -1,0 +1,1 @@
+"""GPT-NeoX: mp_rank_* and layer_* files, configs in YAML."""

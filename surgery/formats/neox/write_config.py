@@ -1,0 +1,179 @@
+"""Spec -> the YAML configuration with which a release of GPT-NeoX builds the model.
+
+    config = write_config(spec, RELEASES["2024-11"], tp=2, pp=1, multiple=128, kind="bfloat16")
+    to_yaml(config)                                     # as the files of GPT-NeoX look: JSON that YAML reads
+
+A configuration is written only if it means the model: it is read back and must give the same Spec.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+
+from surgery.errors import ConfigError
+from surgery.formats.neox.config import NORMS, read_config
+from surgery.formats.neox.releases import Evidence, Release, ffn_width
+from surgery.model.spec import Spec
+from surgery.model.wording import NAMES_ONLY, check_held, say
+
+Json = dict[str, object]
+_PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bfloat16"}
+_GATED = {"silu": "swiglu", "gelu": "geglu", "relu": "reglu"}
+_PLAIN = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu", "relu": "relu"}
+
+
+def spelling_of_mlp(spec: Spec, release: Release) -> str:
+    """How a release names the tensors of this mlp: linear, dense or w."""
+    if release.mlp == "linear":
+        return "linear"
+    return "w" if spec.glu else "dense"
+
+
+def write_config(spec: Spec, release: Release, *, tp: int, pp: int, multiple: int, kind: str) -> Json:
+    """The keys that say what the model is.  Raises ConfigError naming everything that the release cannot compute."""
+    _refuse_misfits(spec, release)
+    norm, eps = next((name, key) for name, (norm, key, _) in NORMS.items() if norm == spec.norm)
+    config: Json = {
+        "pipe_parallel_size": pp, "model_parallel_size": tp, "num_layers": spec.l, "hidden_size": spec.h,
+        "num_attention_heads": spec.heads, "seq_length": spec.positions or spec.p,
+        "max_position_embeddings": spec.positions or spec.p, "norm": norm, eps: spec.norm_eps,
+    }  # fmt: skip
+    config |= _position(spec) | _heads(spec, release) | _mlp(spec, release) | _window(spec)
+    config["gpt_j_residual"] = spec.parallel
+    config["use_bias_in_attn_linear"] = spec.qkv_bias
+    config["no_weight_tying"] = not spec.tied
+    config["output_layer_parallelism"] = "column"
+    config["make_vocab_size_divisible_by"] = multiple
+    config["precision"] = _PRECISION.get(kind, "fp32")
+    _check(spec, release, config)
+    return config
+
+
+def _refuse_misfits(spec: Spec, release: Release) -> None:
+    rope, positions = spec.rope, spec.positions or spec.p
+    said, mlp = {"intermediate_size": _said(spec, release)}, spelling_of_mlp(spec, release)
+    width = ffn_width(said, release.ffn, mlp, spec.glu, spec.h)
+    problems = {
+        "experts": spec.e > 0,
+        "norms after the layers": spec.norm_at != "pre",
+        say("norm", spec.norm): spec.norm not in (v[0] for v in NORMS.values()),
+        f"{say('norm', spec.norm)} (since 2025 only)": spec.norm == "none" and release.name != "2024-11",
+        say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
+        "clipped queries, keys and values": spec.clip_qkv is not None,
+        "biases for queries, keys and values only": spec.qkv_bias != spec.o_bias,
+        f"activation {spec.act}{', gated' if spec.glu else ''}": spec.act not in (_GATED if spec.glu else _PLAIN),
+        "a gated mlp with biases": spec.glu and spec.mlp_bias and release.mlp != "linear",
+        "an mlp without biases that is not gated (GPT-NeoX adds one always)": not spec.glu and not spec.mlp_bias,
+        "parallel residuals without biases in the mlp (GPT-NeoX leaves out the attention then)": spec.parallel
+        and not spec.mlp_bias,
+        f"{spec.g} key/value heads for {spec.heads} heads": spec.n > 1 and not release.gqa,
+        f"heads of width {spec.head_dim} that {spec.n} queries cannot share evenly": spec.n > 1
+        and release.gqa == "B" and spec.head_dim % spec.n > 0,
+        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
+        != spec.h,
+        "a rope per kind of layer": spec.rope_local is not None,
+        say("rope", rope): rope is not None and bool(rope.scaling),
+        f"a rope base of {rope.base if rope else 0} (a whole number is needed)": rope is not None
+        and rope.base != int(rope.base),
+        "both a rope and learned positions": rope is not None and spec.p > 0,
+        "windows of different widths": len(set(spec.windows) - {0}) > 1,
+        "sliding windows": bool(spec.windows) and release.name in ("llemma", "2023-05"),
+        "no longest context": not positions,
+        f"an ffn width of {spec.f} (this release makes {width} of a model width of {spec.h})": width != spec.f
+        and not spec.e,
+    }  # fmt: skip
+    found = [name for name, is_so in problems.items() if is_so]
+    if found:
+        raise ConfigError(f"GPT-NeoX {release.name} ({release.when}) cannot hold this {spec.family}: it has "
+                          f"{', '.join(found)}", hint="-O release=... writes for another release")  # fmt: skip
+
+
+def _position(spec: Spec) -> Json:
+    if spec.rope is None:
+        return {"pos_emb": "learned" if spec.p else "none"}
+    base, fraction = int(spec.rope.base), spec.rope.fraction
+    return {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
+
+
+def _heads(spec: Spec, release: Release) -> Json:
+    if spec.n == 1:
+        return {}
+    grouped: Json = {"num_kv_heads": spec.g}
+    return grouped | ({"attention_type": "groupedquery"} if release.name == "llemma" else {})
+
+
+def _said(spec: Spec, release: Release) -> int | None:
+    """intermediate_size as the release wants it; None where it takes none."""
+    if release.ffn == "fixed" or spelling_of_mlp(spec, release) == "dense":
+        return None
+    return 3 * spec.f if spec.glu and release.ffn == "third" else spec.f
+
+
+def _mlp(spec: Spec, release: Release) -> Json:
+    config: Json = {}
+    if release.mlp == "linear":
+        config["activation"] = (_GATED if spec.glu else _PLAIN)[spec.act]
+        config["use_bias_in_mlp"] = spec.mlp_bias
+    else:
+        config["activation"] = _PLAIN[spec.act]
+        config["mlp_type"] = "llama" if spec.glu else "regular"
+    if not spec.glu:
+        config["bias_gelu_fusion"] = spec.act == "gelu_tanh"
+    said = _said(spec, release)
+    return config | ({"intermediate_size": said} if said is not None else {})
+
+
+def _window(spec: Spec) -> Json:
+    """Only flash attention has a window, so that the kind of attention says which layers have one."""
+    if not any(spec.windows):
+        return {}
+    kinds = ["flash" if w else "global" for w in spec.windows]
+    runs = [[[kind], len(list(group))] for kind, group in itertools.groupby(kinds)]
+    return {"sliding_window_width": max(spec.windows) - 1, "attention_config": runs}
+
+
+def _check(spec: Spec, release: Release, config: Json) -> None:
+    """Whether reading what was written gives the model: a net under `_refuse_misfits`."""
+    mlp = spelling_of_mlp(spec, release)
+    rows = (spec.heads + 2 * spec.g) * spec.head_dim
+    seen = Evidence(layers=spec.l, mlp=mlp, gated=spec.glu, vocab=spec.v, ffn=spec.f, qkv_rows=rows,
+                    qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied,
+                    positions=spec.p, mark=release.name)  # fmt: skip
+    back = read_config(config, "the configuration", seen).spec
+    check_held(f"GPT-NeoX {release.name}", spec, back, (*NAMES_ONLY, *(() if any(spec.windows) else ("windows",))))
+
+
+# ------------------------------------------------------------------------------------------------------------- bytes
+
+
+def vocab_multiple(rows: int, tp: int, tokens: int | None) -> int:
+    """make_vocab_size_divisible_by, so that GPT-NeoX pads its tokenizer's vocabulary to exactly the rows there are.
+
+    It rounds the tokens up to a multiple of this number times tp.  128, its default, where that fits; 128 also where
+    the rows do not divide among the ranks and have to be padded.
+    """
+    if rows % tp:
+        return 128
+    for multiple in (128, 64, 32, 16, 8, 4, 2, 1):
+        if rows % (multiple * tp) == 0 and tokens is not None and rows - multiple * tp < tokens <= rows:
+            return multiple
+    return rows // tp
+
+
+def to_yaml(config: Mapping[str, object]) -> bytes:
+    """JSON that YAML 1.1 reads as it is meant: PyYAML takes 1e-05 for text, but 1.0e-05 for a number."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {_value(value)}" for key, value in config.items())
+    return f"{{\n{lines}\n}}\n".encode()
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        text = repr(value)
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k))}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value)

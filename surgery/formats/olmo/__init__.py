@@ -1,0 +1,1 @@
+"""OLMo: model.pt or safetensors, and the sharded folders of its trainer."""

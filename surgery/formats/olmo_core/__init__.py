@@ -1,0 +1,1 @@
+"""OLMo-core: a torch DCP folder with config.json."""

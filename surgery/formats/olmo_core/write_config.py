@@ -1,0 +1,145 @@
+"""A Spec as OLMo-core's `config.json`: what `TransformerConfig.from_dict` takes, and the tokenizer's numbers.
+
+    config = write_config(spec, facts, kind="bfloat16", experts="dropless")
+    config["model"]["block"]["name"]                 # "reordered_norm"
+
+Whether OLMo-core can hold a model is not written down anywhere: its config is written, read back, and must give the
+same Spec.  Layers that differ from most (another rope, no experts) become overrides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.errors import ConfigError
+from surgery.formats.olmo_core.config import read_model
+from surgery.formats.olmo_core.rope import CLASS, write_rope, write_window
+from surgery.model.spec import Spec
+from surgery.model.wording import check_held
+
+_NN = "olmo_core.nn."
+_NORMS = {"rms": ("rms", True, False), "layer": ("default", True, True), "layer_no_bias": ("default", True, False),
+          "none": ("default", False, False)}  # fmt: skip
+
+
+def write_config(
+    spec: Spec, facts: Mapping[str, object], kind: str, experts: str, tokenizer: str | None = None
+) -> dict[str, Any]:
+    """config.json for this model.  Raises ConfigError if OLMo-core has no such model."""
+    config = {"model": _model(spec, kind, experts), "dataset": _dataset(spec, facts, tokenizer)}
+    try:
+        back = read_model(config, "config.json", spec.positions).spec
+    except ConfigError as error:
+        raise ConfigError(f"OLMo-core cannot hold this {spec.family}: {error.what}") from None
+    check_held("OLMo-core", spec, back)
+    return config
+
+
+def to_json(config: Mapping[str, Any]) -> bytes:
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _model(spec: Spec, kind: str, experts: str) -> dict[str, Any]:
+    blocks = [_block(spec, layer, kind, experts) for layer in range(spec.l)]
+    texts = [json.dumps(block, sort_keys=True) for block in blocks]
+    usual = Counter(texts).most_common(1)[0][0]
+    overrides = {str(i): blocks[i] for i, text in enumerate(texts) if text != usual}
+    model: dict[str, Any] = {
+        "d_model": spec.h,
+        "vocab_size": spec.v,
+        "n_layers": spec.l,
+        "block": blocks[texts.index(usual)],
+        "lm_head": {
+            "name": "default", "layer_norm": _norm(spec, kind), "bias": False, "dtype": kind,
+            "loss_implementation": "default", CLASS: _NN + "lm_head.LMHeadConfig",
+        },
+        "name": "moe" if spec.e else "default",
+        "dtype": kind,
+        "init_method": "normal",
+        "init_seed": 0,
+        "init_std": 0.02,
+        "tie_word_embeddings": spec.tied,
+        CLASS: _NN + "transformer.config.TransformerConfig",
+    }  # fmt: skip
+    return model | ({"block_overrides": overrides} if overrides else {})
+
+
+def _block(spec: Spec, layer: int, kind: str, experts: str) -> dict[str, Any]:
+    moe, post = spec.is_moe(layer), spec.norm_at == "post"
+    name = ("moe_reordered_norm" if post else "moe") if moe else ("reordered_norm" if post else "default")
+    mlp = {"feed_forward_moe": _moe(spec, kind, experts)} if moe else {"feed_forward": _feed_forward(spec, kind)}
+    return {
+        "sequence_mixer": _attention(spec, layer, kind),
+        "layer_norm": _norm(spec, kind),
+        **mlp,
+        "name": name,
+        CLASS: _NN + "transformer.config.TransformerBlockConfig",
+    }
+
+
+def _norm(spec: Spec, kind: str) -> dict[str, Any]:
+    name, affine, bias = _NORMS[spec.norm]
+    config = {
+        "name": name,
+        "eps": spec.norm_eps,
+        "bias": bias,
+        "dtype": kind,
+        CLASS: _NN + "layer_norm.LayerNormConfig",
+    }
+    return config if affine else {**config, "elementwise_affine": False}
+
+
+def _attention(spec: Spec, layer: int, kind: str) -> dict[str, Any]:
+    config: dict[str, Any] = {"name": "default", "n_heads": spec.heads, "n_kv_heads": spec.g}
+    if spec.head_dim * spec.heads != spec.h:
+        config["head_dim"] = spec.head_dim
+    config["bias"] = spec.qkv_bias
+    rope = spec.rope_local if spec.rope_local and spec.windows and spec.windows[layer] else spec.rope
+    if rope is not None:
+        config["rope"] = write_rope(rope, spec.head_dim)
+    if spec.clip_qkv is not None:
+        config["clip_qkv"] = spec.clip_qkv
+    if spec.qk_norm:
+        config |= {"qk_norm": _norm(spec, kind), "use_head_qk_norm": spec.qk_norm == "head"}
+    if spec.windows:
+        config["sliding_window"] = write_window(spec.windows)
+    return {**config, "dtype": kind, CLASS: _NN + "attention.AttentionConfig", "type": "attention"}
+
+
+def _feed_forward(spec: Spec, kind: str) -> dict[str, Any]:
+    return {"hidden_size": spec.f, "name": "default", "bias": spec.mlp_bias, "dtype": kind, "activation": spec.act,
+            CLASS: _NN + "feed_forward.FeedForwardConfig"}  # fmt: skip
+
+
+def _moe(spec: Spec, kind: str, experts: str) -> dict[str, Any]:
+    router: dict[str, Any] = {"name": "default", "top_k": spec.top_k, "gating_function": "softmax",
+                              CLASS: _NN + "moe.router.MoERouterConfig"}  # fmt: skip
+    if spec.top_k_renormalised:
+        router["normalize_expert_weights"] = 1.0
+    if spec.router_bias:
+        router["bias_gamma"] = 0.001
+    config = {"name": experts, "num_experts": spec.e, "hidden_size": spec.m, "router": router, "lb_loss_weight": 0.01,
+              "z_loss_weight": 0.001, "dtype": kind, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
+    if experts == "default":  # room for all tokens at every expert, so that none are dropped
+        config["capacity_factor"] = float(-(-spec.e // spec.top_k))
+    return config
+
+
+def _dataset(spec: Spec, facts: Mapping[str, object], tokenizer: str | None) -> dict[str, Any]:
+    """What a run says of its data: the tokenizer's numbers, and how long sequences are."""
+    ids = {}
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = facts.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        if type(value) is int and 0 <= value < spec.v:
+            ids[name] = value
+    ids.setdefault("eos_token_id", (spec.v_true or spec.v) - 1)
+    ids.setdefault("pad_token_id", ids["eos_token_id"])
+    config: dict[str, Any] = {"vocab_size": spec.v_true or spec.v, **ids}
+    if tokenizer:
+        config["identifier"] = tokenizer
+    dataset: dict[str, Any] = {"tokenizer": {**config, CLASS: "olmo_core.data.tokenizer.TokenizerConfig"}}
+    return dataset | ({"sequence_length": spec.positions} if spec.positions else {})

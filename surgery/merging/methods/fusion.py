@@ -1,0 +1,87 @@
+"""Arcee Fusion: take the changes that matter most, by size and by how they move a row's distribution.
+
+arcee_fusion(inputs, {}).apply(block)
+
+Formulas: mergekit 0.1.5, `merge_methods/arcee_fusion.py`.  mergekit estimates the quartiles of large tensors from a
+random million of elements; here they are exact, so that the result is the same every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.merging.engine.inputs import Block, Inputs
+from surgery.merging.engine.merged import Ready
+
+if TYPE_CHECKING:
+    import torch
+
+
+def arcee_fusion(inputs: Inputs, options: Mapping[str, Any]) -> Ready:
+    """The base plus those changes whose importance is at least median + 1.5 (q3 - q1)."""
+    import torch
+
+    quartiles = torch.tensor([0.25, 0.5, 0.75])
+    ranks = (quartiles * (inputs.numel - 1)).long().tolist()
+    q1, median, q3 = (value for value in _ordered(inputs, ranks))
+    threshold = median + 1.5 * (q3 - q1)
+
+    def apply(block: Block) -> torch.Tensor:
+        base, other = block.tensors
+        return base + (other - base) * (_importance(block) >= threshold).float()
+
+    return Ready(apply, span=1)
+
+
+def _importance(block: Block) -> torch.Tensor:
+    """|change| times the Kullback-Leibler divergence of the softmax of its row."""
+    import torch
+    import torch.nn.functional as F
+
+    base, other = block.tensors
+    p, q = F.softmax(other, dim=-1) + 1e-8, F.softmax(base, dim=-1) + 1e-8
+    return (other - base).abs() * torch.sum(p * torch.log(p / q), dim=-1, keepdim=True)
+
+
+def _ordered(inputs: Inputs, ranks: list[int]) -> list[torch.Tensor]:
+    """The values of these ranks among all importances, which may be slightly negative."""
+    import torch
+
+    if inputs.single:
+        values = _importance(inputs.all()).reshape(-1)
+        return list(torch.sort(values)[0][ranks])
+
+    def counts(low: list[int], width: int) -> list[list[torch.Tensor]]:
+        def count(block: Block) -> list[torch.Tensor]:
+            keys = _keys(_importance(block).reshape(-1))
+            inside = [keys[(keys >= a) & (keys < a + (width << 16))] - a for a in low]
+            return [torch.bincount(k // width, minlength=1 << 16) for k in inside]
+
+        return [[torch.stack(list(c)).sum(0) for c in zip(*inputs.scan(count, span=1), strict=True)]]
+
+    low, left, width = [0] * len(ranks), list(ranks), 1 << 16
+    for _ in range(2):
+        (tables,) = counts(low, width)
+        for i, table in enumerate(tables):
+            total = table.cumsum(0)
+            bin_ = int(torch.searchsorted(total, torch.tensor([left[i]]), right=True)[0])
+            left[i] -= int(total[bin_ - 1]) if bin_ else 0
+            low[i] += bin_ * width
+        width = 1
+    return [_value(key) for key in low]
+
+
+def _keys(values: torch.Tensor) -> torch.Tensor:
+    """Floats as integers of the same order in [0, 2^32)."""
+    import torch
+
+    bits = values.float().contiguous().view(torch.int32).long()
+    return torch.where(bits >= 0, bits + (1 << 31), (-(bits + (1 << 31))) + (1 << 31))
+
+
+def _value(key: int) -> torch.Tensor:
+    import torch
+
+    bits = key - (1 << 31) if key >= 1 << 31 else -(key - (1 << 31)) - (1 << 31)
+    return torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]

@@ -1,0 +1,54 @@
+"""Padding rows of vocabularies: Megatron and NeoX store more rows than there are tokens, and how many depends on TP.
+
+    opened, notes = trimmed(opened)         # every model has the rows of the one with the fewest
+
+Rows are cut only where they are known to be padding: the files or the tokenizer say so, or all of them are zeros.
+What has more tokens than another model is left alone, and the merge will ask for `tokenizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from surgery.formats.base import Checkpoint
+from surgery.merging.config import Reference
+from surgery.tensors.lazy import Lazy, Slice, whole
+
+VOCABULARY = ("embed", "lm_head")
+
+
+def trimmed(opened: Mapping[Reference, Checkpoint]) -> tuple[dict[Reference, Checkpoint], list[str]]:
+    """The models without padding rows that the smallest vocabulary lacks, and what was cut."""
+    rows = min(c.spec.v for c in opened.values())
+    out, notes = dict(opened), []
+    for model, checkpoint in opened.items():
+        if checkpoint.spec.v > rows and (why := _padding(checkpoint, rows)):
+            out[model] = _cut(checkpoint, rows)
+            notes.append(
+                f"{model}: {checkpoint.spec.v - rows} rows of the vocabulary are cut, they are padding ({why})"
+            )
+    return out, notes
+
+
+def _padding(checkpoint: Checkpoint, rows: int) -> str:
+    """Why everything from `rows` on is padding; "" if it may be tokens."""
+    spec, found = checkpoint.spec, checkpoint.tokenizer
+    if spec.v_true is not None:
+        return f"{spec.v_true} are true" if spec.v_true <= rows else ""
+    if found is not None and found.vocab_size is not None:
+        return f"the tokenizer has {found.vocab_size} tokens" if found.vocab_size <= rows else ""
+    tails = [checkpoint.parts[name] for name in VOCABULARY if name in checkpoint.parts]
+    return "" if any(_nonzero(part, rows) for part in tails) else "zeros"
+
+
+def _nonzero(part: Lazy, rows: int) -> bool:
+    box = ((rows, part.shape[0]), *whole(part.shape)[1:])
+    return bool(part.read(box).any())
+
+
+def _cut(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    parts = {n: Slice(p, 0, 0, rows) if n in VOCABULARY else p for n, p in checkpoint.parts.items()}
+    true = checkpoint.spec.v_true
+    spec = checkpoint.spec.replace(v=rows, v_true=true if true is not None and true < rows else None)
+    return replace(checkpoint, parts=parts, spec=spec)

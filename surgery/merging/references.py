@@ -1,0 +1,64 @@
+"""Models by the names that a merge gives them: folders of any format, hub ids that are in the local cache, adapters.
+
+    opened = open_all(recipe.models())          # Reference -> Checkpoint; nothing of the weights is read
+
+Nothing is downloaded: `hf download NAME` puts a model into the cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from surgery.errors import ConfigError, FileError
+from surgery.formats.base import Checkpoint, Options
+from surgery.formats.registry import open_checkpoint, recognise
+from surgery.merging.config import Place, Reference
+
+
+def locate(place: Place) -> Path:
+    """The folder of a model or adapter.  Raises FileError if it is neither a folder nor in the hub's cache."""
+    folder = Path(os.path.expanduser(place.path))
+    if folder.exists() or place.path.count("/") != 1 or place.path.startswith((".", "/", "~")):
+        if place.revision and folder.exists():
+            raise ConfigError(f"{place} names a revision, but {folder} is a folder")
+        return folder
+    cached = cache() / ("models--" + place.path.replace("/", "--"))
+    name = place.revision or "main"
+    ref = cached / "refs" / name
+    if ref.is_file():
+        name = ref.read_text(errors="replace").strip()
+    snapshot = cached / "snapshots" / name
+    if "/" in name or not snapshot.is_dir():
+        raise FileError("is neither a folder nor in the local cache of the hub", file=place.path,
+                        hint=f"download it first: hf download {place.path}")  # fmt: skip
+    return snapshot
+
+
+def cache() -> Path:
+    """Where huggingface_hub keeps downloaded models."""
+    if found := os.environ.get("HF_HUB_CACHE"):
+        return Path(found)
+    return Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))) / "hub"
+
+
+def open_reference(reference: Reference, options: Options | None = None) -> Checkpoint:
+    """A model as the merge names it, its adapter applied.  Raises SurgeryError."""
+    folder = locate(reference.model)
+    given = {k: v for k, v in (options or {}).items() if k in recognise(folder).option_names("read")}
+    checkpoint = open_checkpoint(folder, options=given)
+    if reference.architecture is not None:
+        note = f"override_architecture of {reference} has no effect: the tensors say what it is"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+    if reference.lora is not None:
+        from surgery.merging.adapters import with_adapter
+
+        checkpoint = with_adapter(checkpoint, locate(reference.lora))
+    return checkpoint
+
+
+def open_all(references: Iterable[Reference], options: Options | None = None) -> dict[Reference, Checkpoint]:
+    """Every model of a merge."""
+    return {reference: open_reference(reference, options) for reference in references}

@@ -1,0 +1,189 @@
+"""Run a checkpoint of any format through transformers, one layer in memory at a time, and of that one expert at a time.
+
+    run = forward(checkpoint, tokens, "float32", device("cuda"))
+    run.logits                       # [batch, length, vocabulary], on the CPU
+    run.routes[3].chosen             # [tokens, top_k] experts of layer 3
+
+transformers builds the model without memory (on the `meta` device); a layer's weights are read when its turn comes and
+let go when it is done.  They are the checkpoint's parts, woven as the model holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ConfigError
+from surgery.formats.base import Checkpoint
+from surgery.formats.hf.config import choose_family, misfits, write_config
+from surgery.formats.hf.format import table
+from surgery.formats.table import ONE_RANK, Rank, spread
+from surgery.running.device import CPU, Device
+from surgery.running.expertwise import STORED, expert_modules, one_by_one
+from surgery.running.whole import explained, quiet
+from surgery.tensors.lazy import Lazy
+from surgery.upcycling.attention import experts as attention
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a router sent every token: its logits [tokens, experts] and the chosen experts [tokens, top_k]."""
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+
+
+@dataclass
+class Run:
+    """What a model said."""
+
+    logits: torch.Tensor
+    routes: dict[int, Route] = field(default_factory=dict)
+
+
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, on: Device = CPU) -> Run:
+    """One pass over tokens [batch, length] in a dtype.
+
+    The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
+    """
+    import torch
+
+    if "attention" not in checkpoint.details and misfits(checkpoint.spec, checkpoint.spec.family):
+        spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
+        checkpoint = replace(checkpoint, spec=spec)
+    with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
+        model = empty_model(checkpoint, kind, on)
+        found = Run(torch.empty(0))
+        with layer_by_layer(model, checkpoint, kind, on), _observed(model, found):
+            found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
+        return found
+
+
+def bytes_of_a_pass(checkpoint: Checkpoint) -> int:
+    """What `forward` tells `on.advance` in all: the weights, and the embedding again where it is the output head."""
+    weights = sum(part.nbytes for part in checkpoint.parts.values())
+    return weights + (checkpoint.parts["embed"].nbytes if checkpoint.spec.tied else 0)
+
+
+def empty_model(checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Any:
+    """The model without memory for its weights, but with its tables of angles."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "attention" in checkpoint.details:
+        return attention.empty(checkpoint, kind).eval()
+    spec = checkpoint.spec
+    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation="eager"
+        )
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set and not list(module.children()):
+            if "Rotary" not in type(module).__name__:
+                raise ConfigError(f"{name} of a {spec.family} holds a table that is not known here")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, type(module)(config).to(on.name))
+    return model.eval()
+
+
+def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
+    """What every parameter and buffer of the model should hold."""
+    names = list(model.state_dict())
+    if "attention" in checkpoint.details:
+        found = attention.weights_of(checkpoint)
+    else:
+        woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+        found = {name: s.tensor for name, s in woven.items()}
+    if "lm_head.weight" not in found:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    if missing := [n for n in names if n not in found]:
+        raise ConfigError(f"the model wants {missing[0]}, which the checkpoint does not give")
+    return {name: found[name] for name in names}
+
+
+@contextmanager
+def layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Iterator[None]:
+    """The model can be run: each unit gets its weights before it and loses them after it."""
+    import torch
+
+    weights, dtype = _weights(model, checkpoint), getattr(torch, kind)
+    for name, module in expert_modules(model).items():
+        gate_up, down = (weights.pop(f"{name}.{leaf}") for leaf in STORED)
+        module.forward = one_by_one(module, gate_up, down, dtype, on)
+    base = model.base_model
+    units = {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
+    units |= {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm, "lm_head": model.lm_head}
+    handles = []
+    for prefix, unit in units.items():
+        mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
+        handles.append(unit.register_forward_pre_hook(_filler(mine, dtype, on)))
+        handles.append(unit.register_forward_hook(_emptier(mine)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _filler(weights: Mapping[str, Lazy], dtype: torch.dtype, on: Device) -> Any:
+    def hook(unit: Any, _: Any) -> None:
+        import torch
+
+        for name, lazy in weights.items():
+            owner, leaf = _owner(unit, name)
+            if leaf in owner._buffers:  # statistics keep their own dtype
+                owner._buffers[leaf] = on.holds(lazy.full(), owner._buffers[leaf].dtype)
+            else:
+                owner._parameters[leaf] = torch.nn.Parameter(on.holds(lazy.full(), dtype), requires_grad=False)
+            on.advance(lazy.nbytes)
+
+    return hook
+
+
+def _emptier(weights: Mapping[str, Lazy]) -> Any:
+    def hook(unit: Any, _: Any, __: Any) -> None:
+        import torch
+
+        for name in weights:
+            owner, leaf = _owner(unit, name)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = owner._buffers[leaf].to("meta")
+            else:
+                owner._parameters[leaf] = torch.nn.Parameter(owner._parameters[leaf].to("meta"), requires_grad=False)
+
+    return hook
+
+
+def _owner(unit: Any, name: str) -> tuple[Any, str]:
+    path, _, leaf = name.rpartition(".")
+    return unit.get_submodule(path), leaf
+
+
+@contextmanager
+def _observed(model: Any, found: Run) -> Iterator[None]:
+    """Note what the routers choose."""
+
+    def router(layer: int) -> Any:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            logits, _, chosen = output
+            found.routes[layer] = Route(logits.detach().float().cpu(), chosen.detach().cpu())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(router(i))
+        for i, layer in enumerate(model.base_model.layers)
+        for module in layer.modules()
+        if type(module).__name__.endswith("Router")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,6 @@
+"""Planned files become a folder, whole or not at all.
+
+stream.py    blocks made by threads, written in order       sink.py       where each byte goes, with checksums
+staging.py   the hidden folder, published by a rename       journal.py    what a killed run need not do again
+progress.py  a bar, or nothing
+"""

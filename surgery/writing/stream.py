@@ -1,0 +1,365 @@
+"""The only loop over tensors: blocks within a memory budget, read once, written once, resumable, whole or not at all.
+
+    files = [safetensors_file("model.safetensors", tensors), text_file("config.json", config)]
+    done = write(files, Path("out"), max_memory=256 << 20, job={"source": digest, "options": options})
+    print(done.bytes, done.seconds, done.peak)
+
+A few threads make the next blocks, this one writes them in their order, another makes what was written durable and
+then says so in the journal; a run that was killed at any point goes on from there, and ends in the same bits.  Memory:
+a block is a small part of the budget, for several are in flight, rearranging one takes several times its size, and the
+allocator keeps a good many for the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from surgery.containers.output import OutputFile, Region
+from surgery.errors import LayoutError, OutputError, SurgeryError, some
+from surgery.tensors.extent import Extent
+from surgery.tensors.files import IO
+from surgery.tensors.fingerprint import Counts, Ledger
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
+from surgery.tensors.memory import Peak, keep_blocks, settled
+from surgery.writing.journal import State
+from surgery.writing.sink import Begin, Block, Sink, Step, boot_id, os_errors
+from surgery.writing.staging import Staging
+
+T = TypeVar("T")
+MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their page faults cost more than the copying
+MIN_BLOCK = 1 << 12
+PARTS = 64  # of the budget: one part is a block
+CHECKPOINT = 64  # blocks between two lines of the journal
+READERS = 4  # threads that make blocks, on a machine of that many cores
+SPARE = 2  # blocks that are made besides one per thread, so that none waits for the writing
+Progress = Callable[[int], None]
+
+
+class Interrupted(SurgeryError):
+    """SIGINT or SIGTERM came; what is written so far is kept.  `signum` is the signal."""
+
+    def __init__(self, signum: int, dst: Path) -> None:
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name}", file=dst, hint="run the same command again to go on from here"
+        )
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a run did: sizes in bytes, wall time in seconds.
+
+    bytes     of all output files;  resumed_bytes  of them, which an earlier run had written
+    read_bytes  from files, by this process;  peak  memory above what was occupied at the start
+    """
+
+    dst: Path
+    bytes: int
+    resumed_bytes: int
+    read_bytes: int
+    seconds: float
+    peak: int
+    notes: tuple[str, ...] = ()
+
+
+def write(
+    files: Sequence[OutputFile],
+    dst: Path,
+    *,
+    max_memory: int,
+    job: Mapping[str, Any],
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    durable: bool = True,
+    threads: int | None = None,
+    closing: Callable[[Written], Sequence[OutputFile]] | None = None,
+) -> Written:
+    """Write `files` as the folder `dst`, which appears when all of it is on disk.
+
+    job       what makes this run the same as an earlier one: a killed run is resumed by an equal job on equal files,
+              else its unfinished output is discarded (`Written.notes` says so)
+    ledger    counts the tapped parts below the regions; every element of every part must be written once
+    progress  is called with the number of bytes done since it was called last
+    durable   False: no fsync.  Survives kills, not a power cut; the run after one starts afresh
+    threads   that make blocks, besides this one, which writes them (None: one per core, at most 4)
+    closing   small files that depend on the outcome, such as digests; asked for when all else is written
+
+    Raises OutputError if `dst` exists and not `force`, is full or cannot be written; Interrupted on SIGINT and
+    SIGTERM; LayoutError if the ledger has gaps; and what reading the sources raises.  All of them keep what was
+    written for the next run, except that nothing is begun if `dst` exists or too little space is free.
+    """
+    dst = Path(os.path.abspath(dst))
+    keep_blocks()
+    begun, read_before, peak = time.monotonic(), IO["bytes"], Peak()
+    _check_names(files)
+    if force:
+        _check_sources(files, dst)
+    done, total, block = 0, sum(f.size for f in files), block_size(max_memory)
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        if progress:
+            progress(n)
+
+    def outcome(files: Sequence[OutputFile]) -> Written:
+        read, seconds = IO["bytes"] - read_before, time.monotonic() - begun
+        return Written(dst, sum(f.size for f in files), resumed, read, seconds, peak.bytes(), tuple(notes))
+
+    with os_errors(dst, lambda: max(1, total - done - free_space(dst))), Staging.open(dst, force, durable) as stage:
+        journal, state, notes = stage.begin(_identity(files, job, ledger, durable))
+        sink = Sink(stage, journal, state, ledger, count, CHECKPOINT * block)
+        with sink:
+            resumed = sink.resumed(files)
+            _check_space(dst, total - resumed)
+            count(resumed)
+            _take(_steps(files, state, ledger, block), threads, sink, dst)
+        _check_complete(ledger, dst)
+        everything = [*files, *(closing(outcome(files)) if closing else [])]
+        _check_names(everything)
+        for file in everything[len(files) :]:
+            sink.write_small(file)
+        stage.publish({f.name for f in everything})
+        return outcome(everything)
+
+
+def _take(makers: Iterable[Callable[[], Step]], threads: int | None, sink: Sink, dst: Path) -> None:
+    """Do all steps, or up to a signal."""
+    with _signals() as stop, ahead(makers, threads) as steps:
+        for step in steps:
+            sink.take(step)
+            if stop:
+                raise Interrupted(stop[0], dst)
+
+
+def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, progress: Progress | None = None) -> None:
+    """Read every part once, in the given order, and count it in `ledger`: what verification compares."""
+    for name, part in parts.items():
+        ledger.tap(name, part)
+
+    def look(name: str, part: Lazy, box: Box) -> tuple[int, Counts]:
+        with ledger.collect() as seen:
+            data = part.read(box)
+            ledger.count(name, data, box)
+        return data.nbytes, seen
+
+    blocks = (
+        partial(look, name, part, box)
+        for name, part in parts.items()
+        for box in boxes(part.shape, ITEMSIZE[part.kind], _limit(part, block_size(max_memory)))
+    )
+    with ahead(blocks) as looked:
+        for size, seen in looked:
+            ledger.add(seen)
+            if progress:
+                progress(size)
+
+
+def block_size(max_memory: int) -> int:
+    """Bytes per block within a budget."""
+    return max(MIN_BLOCK, min(MAX_BLOCK, max_memory // PARTS))
+
+
+def _steps(
+    files: Sequence[OutputFile], state: State, ledger: Ledger | None, block: int
+) -> Iterator[Callable[[], Step]]:
+    """What makes each step from `state` on, in the order of the files and of the bytes in them."""
+    for file in files:
+        if file.name in state.done:
+            continue
+        first, start = (state.region, state.offset) if state.file == file.name else (0, 0)
+        yield partial(Begin, file, first, start)
+        for index in range(first, len(file.regions)):
+            yield from _blocks(file.regions[index], index, start if index == first else 0, ledger, block)
+        yield lambda: None
+
+
+def _blocks(region: Region, index: int, at: int, ledger: Ledger | None, block: int) -> Iterator[Callable[[], Block]]:
+    tensor = region.tensor
+    item = ITEMSIZE[tensor.kind]
+    for box in boxes_from(tensor.shape, item, _limit(tensor, block), at // item):
+        yield partial(_block, region, index, at, ledger, box)
+        at += math.prod(lengths(box)) * item
+
+
+def _block(region: Region, index: int, at: int, ledger: Ledger | None, box: Box) -> Block:
+    tensor = region.tensor
+    counts: Counts = {}
+    if ledger is None or region.copy:
+        data = tensor.read(box)
+    else:
+        with ledger.collect() as counts:
+            data = tensor.read(box)
+    assert list(data.shape) == lengths(box) and data.dtype == tensor.dtype, (region.name, box, data.shape)
+    return Block(index, region, at, bytes_of(data.contiguous()), counts)
+
+
+def _limit(tensor: Lazy, block: int) -> int:
+    """Bytes per block: all of a tensor that is computed as a whole, for it must be read only once."""
+    return max(block, tensor.nbytes) if any(isinstance(n, Map) and n.whole for n in walk(tensor)) else block
+
+
+def boxes_from(shape: Shape, itemsize: int, limit: int, start: int) -> Iterator[Box]:
+    """As `lazy.boxes`, but only what lies behind the first `start` elements (row-major)."""
+    for rest in _rests(shape, start):
+        for box in boxes(tuple(lengths(rest)), itemsize, limit):
+            yield tuple((a + at, b + at) for (a, b), (at, _) in zip(box, rest, strict=True))
+
+
+def _rests(shape: Shape, start: int) -> Iterator[Box]:
+    """Boxes that cover a shape from element `start` on, in row-major order."""
+    if start == 0:
+        yield whole(shape)
+        return
+    if not shape or start >= math.prod(shape):
+        return
+    row, inner = divmod(start, math.prod(shape[1:]))
+    if inner:
+        for box in _rests(shape[1:], inner):
+            yield ((row, row + 1), *box)
+        row += 1
+    if row < shape[0]:
+        yield ((row, shape[0]), *whole(shape[1:]))
+
+
+@contextmanager
+def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[Iterator[T]]:
+    """What `makers` make, in their order, made in `threads` threads, not more than SPARE further ahead than one each.
+
+    What making one raises is raised when it is its turn.
+    """
+    count = threads or min(READERS, cores())
+    rest, made = iter(makers), deque[Future[T]]()
+
+    def take(pool: ThreadPoolExecutor) -> Iterator[T]:
+        made.extend(pool.submit(make) for make in itertools.islice(rest, count + SPARE))
+        while made:
+            item = made.popleft().result()
+            made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
+            yield item
+
+    with _one_thread(), settled(), ThreadPoolExecutor(count, "surgery-read", initializer=alone) as pool:
+        try:
+            yield take(pool)
+        finally:
+            for future in made:
+                future.cancel()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def alone() -> None:
+    """For a thread of a pool: torch is to compute in it alone.  Reductions are then in one order, too."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch without threads of its own: reading, writing and hashing run side by side already, and on a busy machine
+    its threads wait for each other (moving 270 MB of small blocks took 8 times as long)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGINT or SIGTERM is put into.  A second signal does what it did before."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+
+    def restore() -> None:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+        restore()
+
+    for s in before:
+        signal.signal(s, note)
+    try:
+        yield came
+    finally:
+        restore()
+
+
+def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledger | None, durable: bool) -> str:
+    """A digest of all that must be equal for a killed run to be resumed."""
+    plan = [
+        [f.name, f.size, hashlib.sha256(f.head).hexdigest(), f.tail is None]
+        + [[r.name, r.offset, r.tensor.kind, list(r.tensor.shape), r.copy] for r in f.regions]
+        for f in files
+    ]
+    parts = None if ledger is None else sorted((n, k, list(s)) for n, (k, s) in ledger.parts.items())
+    boot = None if durable else boot_id()
+    text = json.dumps([dict(job), plan, parts, boot], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_complete(ledger: Ledger | None, dst: Path) -> None:
+    if ledger is not None and (gaps := ledger.gaps()):
+        raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}", file=dst)
+
+
+def _check_names(files: Sequence[OutputFile]) -> None:
+    names = Counter(f.name for f in files)
+    folders = {n[:i] for n in names for i in range(len(n)) if n[i] == "/"}
+    if twice := sorted(n for n in names if names[n] > 1 or n in folders):
+        raise LayoutError(f"planned twice in one output: {some(twice)}")
+
+
+def _check_sources(files: Sequence[OutputFile], dst: Path) -> None:
+    """Raise OutputError if replacing `dst` would remove what is read."""
+    real = dst.resolve()
+    paths = {n.file.path for f in files for r in f.regions for n in walk(r.tensor) if isinstance(n, Extent)}
+    for path in sorted(paths):
+        if real in Path(path).resolve().parents:
+            raise OutputError("holds the source, so it cannot be replaced", file=dst, hint="write elsewhere, then move")
+
+
+def _check_space(dst: Path, need: int) -> None:
+    free = free_space(dst)
+    if need > free:
+        raise OutputError(
+            f"{need} bytes are needed and {free} are free: {need - free} are missing",
+            file=dst,
+            hint="make room, or choose a destination on another disk",
+        )
+
+
+def free_space(dst: Path) -> int:
+    """Bytes that may be written where `dst` is to be."""
+    info = os.statvfs(dst.parent)
+    return info.f_bavail * info.f_frsize
