@@ -37,7 +37,7 @@ PLANS = {
 CHILD = """
 import cProfile, json, pstats, resource, sys, time
 from surgery.cli import main
-from surgery.checkpoint import open_checkpoint
+from surgery.formats.registry import open_checkpoint
 from surgery.conversion import plan_for
 from surgery.topology import Topology
 src, to, sizes, options, profile = json.loads(sys.argv[1])

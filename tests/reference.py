@@ -39,7 +39,7 @@ class _Model:
         x = F.embedding(ids, self.w["embed"])
         if "positions" in self.w:
             x = x + self.w["positions"][: ids.shape[1]]
-        for layer in range(self.spec.l):
+        for layer in range(self.spec.layers):
             x = self.layer(layer, x)
         x = self.norm(x, "final_norm")
         return x @ self.w["embed" if self.spec.tied else "lm_head"].T
@@ -79,7 +79,7 @@ class _Model:
         if rope is not None:
             cos, sin = angles(rope, s.head_dim, x.shape[1])
             q, k = turn(q, cos, sin), turn(k, cos, sin)
-        k, v = (t.repeat_interleave(s.n, 1) for t in (k, v))
+        k, v = (t.repeat_interleave(s.group, 1) for t in (k, v))
         place = torch.arange(x.shape[1])
         behind = place[:, None] - place[None, :]
         seen = (behind >= 0) & ((behind < window) if window else True)
@@ -97,8 +97,8 @@ class _Model:
         if s.top_k_renormalised:
             weight = weight / weight.sum(-1, keepdim=True)
         gates = torch.zeros_like(chances).scatter(-1, chosen, weight * (s.router_scale or 1.0))
-        out = sum(gates[..., e : e + 1] * self.mlp(x, f"{at}experts.{e}") for e in range(s.e))
-        if s.s:
+        out = sum(gates[..., e : e + 1] * self.mlp(x, f"{at}experts.{e}") for e in range(s.experts))
+        if s.shared_ffn:
             gate = (x @ self.w[at + "shared_gate"].T).sigmoid() if s.shared_gate else 1.0
             out = out + gate * self.mlp(x, at + "shared")
         return out

@@ -88,7 +88,7 @@ def test_what_is_never_left_out(tmp_path):
     with pytest.raises(UsageError, match="--allow dropout: there is no such thing") as caught:
         prepare(source, to="megatron", allow=["dropout"])
     assert all(name in caught.value.hint for name in RULES)
-    assert prepare(source, to="olmo", allow=["attention_dropout", "positions"]).source.spec.clip_qkv == 2.0
+    assert prepare(source, to="olmo", allow=["attention_dropout", "context"]).source.spec.clip_qkv == 2.0
 
 
 def test_the_command(tmp_path):

@@ -98,8 +98,8 @@ class Naive(reference._Model):
             for t in range(x.shape[1]):
                 for group, weight in zip(chosen.indices[b, t].tolist(), share[b, t], strict=True):
                     for head in range(group * heads, (group + 1) * heads):
-                        scores = k[b, : t + 1, head // s.n] @ q[b, t, head] / width**0.5
-                        y = scores.softmax(0) @ v[b, : t + 1, head // s.n]
+                        scores = k[b, : t + 1, head // s.group] @ q[b, t, head] / width**0.5
+                        y = scores.softmax(0) @ v[b, : t + 1, head // s.group]
                         out[b, t] += weight * (self.w[at + "o"][:, head * width : (head + 1) * width] @ y)
         return out
 

@@ -122,22 +122,22 @@ def test_means_against_a_plain_loop(by, family, tiny_hf):
     made = collapsed(source, by, force_lossy=True, tokens=64)
     shares = router_shares(source, 64) if by == "by-router" else {}
     spec = source.spec
-    for i in range(spec.l):
+    for i in range(spec.layers):
         if not spec.is_moe(i):
             continue
-        total = (spec.router_scale or 1.0) * (1 if spec.top_k_renormalised else spec.top_k / spec.e)
-        share, total = shares.get(i, ([1 / spec.e] * spec.e, total))
+        total = (spec.router_scale or 1.0) * (1 if spec.top_k_renormalised else spec.top_k / spec.experts)
+        share, total = shares.get(i, ([1 / spec.experts] * spec.experts, total))
         assert sum(share) == pytest.approx(1)
         for which, factor in (("gate", 1), ("up", 1), ("down", total)):
             want = sum(w * source.parts[f"layers.{i}.experts.{e}.{which}"].full().double() for e, w in enumerate(share))
             got = made.checkpoint.parts[f"layers.{i}.mlp.{which}"].full().double()
             dim = 1 if which == "down" else 0
-            got = got.narrow(dim, spec.s, spec.m)  # behind the shared expert, in front of the padding
+            got = got.narrow(dim, spec.shared_ffn, spec.expert_ffn)  # behind the shared expert, in front of the padding
             torch.testing.assert_close(got, want * factor, rtol=1e-5, atol=1e-6)
-            if spec.s:
+            if spec.shared_ffn:
                 shared = source.parts[f"layers.{i}.shared.{which}"].full().double()
                 gated = 0.5 if spec.shared_gate and which == "down" else 1.0
-                begin = made.checkpoint.parts[f"layers.{i}.mlp.{which}"].full().double().narrow(dim, 0, spec.s)
+                begin = made.checkpoint.parts[f"layers.{i}.mlp.{which}"].full().double().narrow(dim, 0, spec.shared_ffn)
                 torch.testing.assert_close(begin, shared * gated)
     assert reference.logits(made.checkpoint, IDS).isfinite().all()
 

@@ -13,7 +13,20 @@ from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 from tests.test_axes import Memory
 
-SPEC = Spec("llama", l=5, h=12, v=14, g=4, n=3, half=2, f=8, e=6, m=10, top_k=2, moe_layers=(1, 2, 4))
+SPEC = Spec(
+    "llama",
+    layers=5,
+    width=12,
+    vocab=14,
+    kv_heads=4,
+    group=3,
+    head_dim=4,
+    ffn=8,
+    experts=6,
+    expert_ffn=10,
+    top_k=2,
+    moe_layers=(1, 2, 4),
+)
 
 TABLE = Dialect(
     "woven",
@@ -69,7 +82,7 @@ PARTS = random_parts(SPEC)
 def test_there_and_back(topology):
     shards = stored(spread(TABLE, PARTS, SPEC, topology))
     assert set(shards) == set(topology.ranks())
-    spec = SPEC.replace(v=-(-14 // (4 * topology.tp)) * 4 * topology.tp)
+    spec = SPEC.replace(vocab=-(-14 // (4 * topology.tp)) * 4 * topology.tp)
     back = gather(TABLE, shards, spec, topology).parts
     assert list(back) == list(SPEC.part_names())
     for name, part in PARTS.items():
@@ -109,7 +122,7 @@ def test_interleaved_stages():
 
 
 def test_fewer_heads_than_ranks_are_copied_and_compared():
-    spec = dataclasses.replace(SPEC, g=2, n=6, e=0, moe_layers=())
+    spec = dataclasses.replace(SPEC, kv_heads=2, group=6, experts=0, moe_layers=())
     parts = random_parts(spec)
     heads = (
         row("layers.{l}.q", "attn.q", cut="g n"),
@@ -122,10 +135,10 @@ def test_fewer_heads_than_ranks_are_copied_and_compared():
     assert [shards[Rank(tp=i)]["layers.0.k"].copy for i in range(4)] == [False, True, False, True]
     assert torch.equal(shards[Rank(tp=3)]["layers.0.k"].tensor.full(), parts["layers.0.attn.k"].tensor[4:])
     plain = stored(shards)
-    back = gather(table, plain, spec.replace(v=16), Topology(tp=4)).parts
+    back = gather(table, plain, spec.replace(vocab=16), Topology(tp=4)).parts
     assert torch.equal(back["layers.0.attn.k"].full(), parts["layers.0.attn.k"].tensor)
     plain[Rank(tp=1)]["layers.0.k"] = Memory(torch.zeros(4, 12))
-    wrong = gather(table, plain, spec.replace(v=16), Topology(tp=4)).parts
+    wrong = gather(table, plain, spec.replace(vocab=16), Topology(tp=4)).parts
     with pytest.raises(LayoutError, match=r"layers.0.k should be the same"):
         wrong["layers.0.attn.k"].full()
 
@@ -153,7 +166,9 @@ def test_stacks_of_layers_and_experts():
 
 
 def test_sums_over_ranks():
-    spec = Spec("x", l=1, h=6, v=4, g=2, n=1, half=1, f=4, o_bias=True, glu=False, norm="none")
+    spec = Spec(
+        "x", layers=1, width=6, vocab=4, kv_heads=2, group=1, head_dim=2, ffn=4, o_bias=True, glu=False, norm="none"
+    )
     table = Dialect("s", (row("e", "embed"), row("{l}.q", "attn.q", cut="g"), row("{l}.k", "attn.k", cut="g"),
                           row("{l}.v", "attn.v", cut="g"), row("{l}.o", "attn.o", cut="g"), row("h", "lm_head"),
                           row("{l}.b", "attn.o.bias", summed=True), row("{l}.u", "mlp.up", cut="f"),
@@ -172,7 +187,7 @@ def test_gaps_and_surplus_are_all_named():
     shards[Rank(tp=0)]["mystery"] = Memory(torch.zeros(1))
     shards[Rank(tp=0)]["layers.1.fc9"] = Memory(torch.zeros(1))
     with pytest.raises(LayoutError) as error:
-        gather(TABLE, shards, SPEC.replace(v=16), Topology(tp=2))
+        gather(TABLE, shards, SPEC.replace(vocab=16), Topology(tp=2))
     assert "layers.2.o is missing (on 1 of 2 ranks)" in str(error.value)
     assert "2 tensors have no place in a woven llama: layers.1.fc9, mystery" in str(error.value)
 
@@ -187,7 +202,7 @@ def test_ignored_tensors_are_reported_with_the_reason():
     shards = stored(spread(TABLE, PARTS, SPEC, Topology()))
     shards[Rank()]["layers.0.rotary.inv_freq"] = Memory(torch.zeros(2))
     lenient = dataclasses.replace(TABLE, ignore=((r"inv_freq$", "computed"),))
-    found = gather(lenient, shards, SPEC.replace(v=16), Topology())
+    found = gather(lenient, shards, SPEC.replace(vocab=16), Topology())
     assert found.ignored == {"layers.0.rotary.inv_freq": "computed"}
 
 
@@ -209,4 +224,4 @@ def test_a_wrong_shape_names_the_tensor():
     shards = stored(spread(TABLE, PARTS, SPEC, Topology()))
     shards[Rank()]["layers.3.o"] = Memory(torch.zeros(12, 40))
     with pytest.raises(LayoutError, match=r"layers.3.o has shape \[12, 40\], but 'h \(g n d\)'"):
-        gather(TABLE, shards, SPEC.replace(v=16), Topology())
+        gather(TABLE, shards, SPEC.replace(vocab=16), Topology())

@@ -101,12 +101,12 @@ def test_written_config_reads_the_same_and_transformers_accepts_it(model_type, t
         family = "olmo2"  # flex_olmo: a sparse relative
     spec = open_checkpoint(tiny_hf(family)).spec
     if model_type == "flex_olmo":
-        spec = spec.replace(family="flex_olmo", e=8, m=56, f=0, top_k=3)
+        spec = spec.replace(family="flex_olmo", experts=8, expert_ffn=56, ffn=0, top_k=3)
     config = write_config(spec, {}, "float32", model_type)
     assert not misfits(spec, model_type)
     theirs = AutoConfig.for_model(**config)
     again, _, notes = read_config(json.loads(theirs.to_json_string()), "config.json")
-    assert not {k: v for k, v in spec.differences(again).items() if k not in ("v_true",)}
+    assert not {k: v for k, v in spec.differences(again).items() if k not in ("true_vocab",)}
     assert not [n for n in notes if "not understood" in n]
 
 

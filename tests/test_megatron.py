@@ -290,7 +290,7 @@ def test_precore_models(tiny_hf, tmp_path, version):
     torch.save(state, tmp_path / "release/mp_rank_00/model_optim_rng.pt")
     (tmp_path / folders.TRACKER).write_text("release")
     opened, want = open_checkpoint(tmp_path), open_checkpoint(tiny_hf("gpt2"))
-    assert not {k: v for k, v in opened.spec.differences(want.spec).items() if k != "v_true"}
+    assert not {k: v for k, v in opened.spec.differences(want.spec).items() if k != "true_vocab"}
     assert opened.parts.keys() == want.parts.keys()
     assert all(same_bits(opened.parts[k].full(), part.full()) for k, part in want.parts.items())
     assert any("not stated" in note for note in opened.notes)
@@ -514,7 +514,7 @@ def test_the_width_of_a_dense_layer_that_nobody_has(tmp_path, to):
     source = tiny.save("qwen3_moe", tmp_path / "source", mlp_only_layers=[])
     there = convert(source, tmp_path / "there", to=to)
     back = convert(tmp_path / "there", tmp_path / "back", to="hf", vocab_size=264)
-    assert open_checkpoint(tmp_path / "back").spec.replace(f=0) == open_checkpoint(source).spec.replace(f=0)
+    assert open_checkpoint(tmp_path / "back").spec.replace(ffn=0) == open_checkpoint(source).spec.replace(ffn=0)
     ours, theirs = load_file(tmp_path / "back/model.safetensors"), load_file(source / "model.safetensors")
     assert there.verified
     assert back.verified

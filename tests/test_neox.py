@@ -186,7 +186,7 @@ def test_evidence_decides_before_options():
     seen = Evidence(2, "linear", True, 512, 64, 96, False, False, False, True)
 
     def choose(config=(), qkv="auto", release="auto", **changes):
-        measures = spec.replace(**{k: v for k, v in changes.items() if k in ("g", "n", "half")})
+        measures = spec.replace(**{k: v for k, v in changes.items() if k in ("kv_heads", "group", "head_dim")})
         found = dataclasses.replace(seen, **{k: v for k, v in changes.items() if k in ("mlp", "mark")})
         return neox_releases.choose_qkv(dict(config), found, measures, "x", qkv=qkv, release=release)[0]
 
@@ -194,10 +194,10 @@ def test_evidence_decides_before_options():
     assert choose({"attention_type": "groupedquery"}, release="2024-11") == "B"
     assert choose(mark="2024-09", release="2024-11") == "B"
     assert choose(mark="2024-11") == "C"
-    assert choose(half=3) == "C"  # four queries cannot share six rows of a key
-    assert choose(g=8, n=1) == "A"
-    assert choose(g=8, n=1, qkv="B") == "A"
-    assert choose(g=8, n=1, qkv="C") == "C"  # as upstream's convert_hf_llama_to_neox.py writes it by mistake
+    assert choose(head_dim=6) == "C"  # four queries cannot share six rows of a key
+    assert choose(kv_heads=8, group=1) == "A"
+    assert choose(kv_heads=8, group=1, qkv="B") == "A"
+    assert choose(kv_heads=8, group=1, qkv="C") == "C"  # as upstream's convert_hf_llama_to_neox.py writes it by mistake
     with pytest.raises(ConfigError, match="-O qkv=A, but 8 heads share 2"):
         choose(qkv="A")
     for release in ("llemma", "2024-03"):  # these do not have such names, so they decide nothing
@@ -317,7 +317,7 @@ def test_written_as_upstream_stores_it(model, release, tp, pp, models, tmp_path)
     there = surgery.convert(source, out, to="neox", topology=Topology(tp=tp, pp=pp), options={"release": release})
     spec = open_checkpoint(source).spec
     weights = load_file(source / "model.safetensors")
-    want = stored(weights, release, tp, heads=spec.heads, groups=spec.g, serial=not spec.parallel)
+    want = stored(weights, release, tp, heads=spec.heads, groups=spec.kv_heads, serial=not spec.parallel)
     step = out / "global_step0"
     for rank in range(tp):
         got = {}
@@ -332,7 +332,7 @@ def test_written_as_upstream_stores_it(model, release, tp, pp, models, tmp_path)
         assert all(oracle.same_bits(got[k], want[rank][k]) for k in got), [
             k for k in got if not oracle.same_bits(got[k], want[rank][k])
         ]
-        assert len(buffers) == (spec.l if RELEASES[release].buffer else 0)
+        assert len(buffers) == (spec.layers if RELEASES[release].buffer else 0)
         turning = int(spec.head_dim * spec.rope.fraction)
         for buffer in buffers.values():
             angles = torch.tensor([spec.rope.base ** (-i / turning) for i in range(0, turning, 2)])
@@ -369,8 +369,8 @@ def test_a_mistake_in_any_row_shows(model, release, tp, pp, models):
     checkpoint = open_checkpoint(models(model))
     spec, r = checkpoint.spec, RELEASES[release]
     weights = load_file(models(model) / "model.safetensors")
-    want = stored(weights, release, tp, heads=spec.heads, groups=spec.g, serial=not spec.parallel)
-    how = Spelling(neox_yaml.spelling_of_mlp(spec, r), r.gqa if spec.n > 1 else "A", tp)
+    want = stored(weights, release, tp, heads=spec.heads, groups=spec.kv_heads, serial=not spec.parallel)
+    how = Spelling(neox_yaml.spelling_of_mlp(spec, r), r.gqa if spec.group > 1 else "A", tp)
     table, topology = neox_rows.table(spec, how), Topology(tp=tp)
 
     def agrees(row, name_of) -> bool:

@@ -233,7 +233,7 @@ def test_a_mistake_in_any_row_shows(name, models, tmp_path):
     """The tensors are those of the naive account, the logits transformers'."""
     spec = open_checkpoint(models(name)).spec
     want = oracle.hf_logits(models(name), IDS)
-    block = "moe" if spec.e else {"auto": "sequential"}.get(MODELS[name][2], MODELS[name][2])
+    block = "moe" if spec.experts else {"auto": "sequential"}.get(MODELS[name][2], MODELS[name][2])
     rows = olmo.table(block).rows
     weights = stored(load_file(models(name) / "model.safetensors"), block, 1, name == "olmo2")
     save_file({k: t.contiguous() for k, t in weights.items()}, tmp_path / "x.safetensors")
@@ -470,14 +470,15 @@ BASE = {"rope": True, "include_bias": False, "layer_norm_type": "rms", "bias_for
 def test_defaults_are_upstreams_and_named():
     found = olmo_config.read_model({"model": dict(BASE)}, "config.yaml")
     spec = found.spec
-    assert (spec.l, spec.h, spec.heads, spec.g, spec.f, spec.v, spec.v_true, spec.tied, spec.positions) == (
+    assert (spec.layers, spec.width, spec.heads, spec.kv_heads, spec.ffn, spec.vocab, spec.true_vocab, spec.tied,
+        spec.context) == (
         12, 768, 12, 12, 1536, 50304, 50257, True, 1024)  # fmt: skip
     note = next(n for n in found.notes if "ai2-olmo 0.6.0" in n)
     for text in ("model.d_model = 768", "model.rope_theta = 10000", "model.layer_norm_eps = 1e-05"):
         assert text in note
     assert "model.rope =" not in note
     stated = olmo_config.read_model({"model": {**BASE, "embedding_size": None}}, "config.yaml").spec
-    assert stated.v == 50257
+    assert stated.vocab == 50257
 
 
 def test_ids_that_early_configs_have_wrong(tmp_path):

@@ -126,7 +126,7 @@ def test_through_hugging_face(name, tmp_path):
     again = open_checkpoint(tmp_path / "back")
     source = open_checkpoint(golden(name))
     assert same(again, source)
-    assert not {k for k in again.spec.differences(source.spec) if k not in ("family", "v_true")}
+    assert not {k for k in again.spec.differences(source.spec) if k not in ("family", "true_vocab")}
 
 
 @pytest.mark.parametrize("name", ["olmo2-fsdp", "flex-default", "olmo3-yarn", "biases-clip", "dropless-mixed"])
@@ -548,11 +548,11 @@ def test_defaults_are_upstreams_and_named():
     del config["model"]["lm_head"]["layer_norm"]["eps"]
     del config["dataset"]["sequence_length"]
     found = olmo_core_config.read_model(config, "config.json")
-    assert (found.spec.rope.base, found.spec.norm_eps, found.spec.positions) == (500000.0, 1e-5, 4096)
+    assert (found.spec.rope.base, found.spec.norm_eps, found.spec.context) == (500000.0, 1e-5, 4096)
     said = " ".join(found.notes)
     for text in ("OLMo-core 3.0", "rope.theta = 500000", "layer_norm.eps = 1e-05", "-O max_positions=N"):
         assert text in said
-    assert olmo_core_config.read_model(config, "x", 77).spec.positions == 77
+    assert olmo_core_config.read_model(config, "x", 77).spec.context == 77
 
 
 def test_unknown_keys_are_named():

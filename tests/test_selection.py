@@ -77,10 +77,10 @@ def test_against_a_plain_loop(case, family, tiny_hf):
     source = open_checkpoint(tiny_hf(family))
     flags, groups = CASES[case]
     made = chosen(source, from_flags({**flags, "force_lossy": True}))
-    moe = [i for i in range(source.spec.l) if source.spec.is_moe(i)]
+    moe = [i for i in range(source.spec.layers) if source.spec.is_moe(i)]
     parts = {name: part.full() for name, part in source.parts.items()}
     same_parts(made.checkpoint, naive(parts, dict.fromkeys(moe, groups)))
-    assert made.checkpoint.spec.e == len(groups)
+    assert made.checkpoint.spec.experts == len(groups)
     assert (not made.losses) == (case in ("permute", "duplicate"))
 
 
@@ -234,7 +234,7 @@ def test_the_command(tiny_hf, tmp_path):
     done = run("--recipe", str(tmp_path / "r.yaml"), "--verify-tokens", "32")
     assert done.exit_code == 0, done.output
     assert "not preserving, as asked" in done.output
-    assert open_checkpoint(tmp_path / "out").spec.e == 2
+    assert open_checkpoint(tmp_path / "out").spec.experts == 2
     words = ("--keep", "3:0,2", "--top-k", "1", "--recipe", str(tmp_path / "r.yaml"), "--dry-run", "--json")
     both = json.loads(run(*words).output)["upcycling"]  # flags win
     assert both["top_k"] == 1

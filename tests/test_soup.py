@@ -267,7 +267,7 @@ def test_what_differs_between_models_is_told_or_refused(mixed, tmp_path):
     report = surgery.soup(mean([hf[0], str(other)]), tmp_path / "eps")
     assert any("norm_eps" in note and "0.0003" in note for note in report.notes)
     wide = tiny.save("llama", tmp_path / "wide", **{**merges.SMALL, "l": 4, "f": 88})
-    with pytest.raises(LayoutError, match="f is 88"):
+    with pytest.raises(LayoutError, match="ffn is 88"):
         surgery.soup(mean([hf[0], str(wide)]), tmp_path / "no")
     short = tiny.save("llama", tmp_path / "short", **{**merges.SMALL, "l": 3})
     with pytest.raises(LayoutError, match="different numbers of layers"):

@@ -248,11 +248,11 @@ import sys
 from pathlib import Path
 import torch, numpy
 from surgery.containers.safetensors_writer import safetensors_file
-from surgery.files import File
-from surgery.fingerprint import Ledger
-from surgery.extent import Extent
-from surgery.lazy import Concat, Slice
-from surgery.stream import write
+from surgery.tensors.files import File
+from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.extent import Extent
+from surgery.tensors.lazy import Concat, Slice
+from surgery.writing.stream import write
 torch.set_num_threads(1)
 root, ledger = Path(sys.argv[1]), Ledger()
 with (root / "source").open("wb") as f: f.truncate(192 << 20)

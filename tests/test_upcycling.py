@@ -14,6 +14,7 @@ from surgery.cli import main as cli
 from surgery.errors import ConfigError, MismatchError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
+from surgery.running.whole import fixed_tokens
 from surgery.tensors.gather import Gather, taken
 from surgery.tensors.lazy import Lazy
 from surgery.tensors.random import Random, permutation
@@ -358,7 +359,7 @@ def test_the_proof_measures_what_transformers_computes(tiny_hf, tmp_path, truth)
     assert record["proof"] == done.proof.to_json()
     assert done.proof.verdict == "not preserving, as asked"
     assert done.proof.intact == 0.5
-    tokens = proof.fixed_tokens(264, 1, 48)
+    tokens = fixed_tokens(264, 1, 48)
     a, b = oracle.hf_logits(tmp_path / "out", tokens), oracle.hf_logits(tiny_hf("llama"), tokens)
     assert done.proof.fp32.max_diff == pytest.approx(float((a - b).abs().max()), rel=1e-3)
     p, q = b.double().log_softmax(-1), a.double().log_softmax(-1)

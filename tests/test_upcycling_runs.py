@@ -55,7 +55,9 @@ class Watched(Device):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_one_expert_after_another_is_what_transformers_computes(family, tiny_hf):
     source = open_checkpoint(tiny_hf(family))
-    assert len(expert_modules(empty_model(source, "float32"))) == sum(map(source.spec.is_moe, range(source.spec.l)))
+    assert len(expert_modules(empty_model(source, "float32"))) == sum(
+        map(source.spec.is_moe, range(source.spec.layers))
+    )
     want = oracle.hf_logits(tiny_hf(family), IDS)
     got = forward(source, IDS, "float32").logits
     assert float((got - want).abs().max()) < 1e-4 * float(want.std())
@@ -63,10 +65,10 @@ def test_one_expert_after_another_is_what_transformers_computes(family, tiny_hf)
 
 def test_only_one_expert_is_in_memory(tiny_hf):
     source = open_checkpoint(tiny_hf("mixtral"))
-    m, h = source.spec.m, source.spec.h
+    m, h = source.spec.expert_ffn, source.spec.width
     on = Watched(shapes=((2 * m, h), (h, m)))
     forward(source, IDS, "float32", on)
-    assert len(on.seen) > 2 * source.spec.l
+    assert len(on.seen) > 2 * source.spec.layers
     assert max(on.alive) <= 4  # the two of this expert, and those of the one before until the names are taken
     assert on.alive[-1] <= 4
 

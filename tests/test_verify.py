@@ -232,7 +232,7 @@ def test_padding_of_the_vocabulary(llama: Path, tmp_path: Path) -> None:
     assert not result.same and all(p.changes for p in result.parts) and "not zeros" in result.parts[0].text
     known = open_checkpoint(junk)
     assert check(
-        open_checkpoint(llama), replace(known, spec=known.spec.replace(v_true=264))
+        open_checkpoint(llama), replace(known, spec=known.spec.replace(true_vocab=264))
     ).same  # behind the last token
     edited = changed(zeros, tmp_path / "edited", lambda w: w["lm_head.weight"][263].neg_())
     assert [p.name for p in check(llama, edited).parts if p.values] == ["lm_head"]  # common rows are compared
@@ -296,21 +296,21 @@ def test_every_field_of_the_spec_is_compared() -> None:
     assert set(LABELS) == {f.name for f in fields(Spec)}
     base = Spec(
         "llama",
-        l=2,
-        h=8,
-        v=16,
-        g=2,
-        n=3,
-        half=2,
-        f=12,
-        e=4,
-        m=6,
+        layers=2,
+        width=8,
+        vocab=16,
+        kv_heads=2,
+        group=3,
+        head_dim=4,
+        ffn=12,
+        experts=4,
+        expert_ffn=6,
         top_k=2,
         clip_qkv=9.0,
         moe_layers=(1,),
         windows=(0, 5),
     )
-    other = {int: 7, float: 0.5, str: "other", type(None): 3}
+    other = {int: 10, float: 0.5, str: "other", type(None): 3}
     for field in fields(Spec):
         old = getattr(base, field.name)
         new = {"rope": Rope(7.0), "rope_local": Rope(7.0), "windows": (3, 3), "moe_layers": (0,)}.get(field.name)
@@ -318,7 +318,7 @@ def test_every_field_of_the_spec_is_compared() -> None:
             new = not old if type(old) is bool else other[type(old)]
         found = list(spec_fields(base, base.replace(**{field.name: new})))
         assert found, field.name
-        inert = field.name in ("family", "positions", "v_true", "v", "tied")
+        inert = field.name in ("family", "context", "true_vocab", "vocab", "tied")
         assert all(f.function is not inert for f in found), field.name
     same = replace(base, moe_layers=(), windows=())
     assert not list(spec_fields(same, replace(same, moe_layers=(0, 1), windows=(0, 0))))

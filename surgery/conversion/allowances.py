@@ -41,7 +41,7 @@ def _flag(field: str) -> Callable[[Spec], Mapping[str, Any]]:
 
 
 def _short_windows(spec: Spec) -> Refusal:
-    widest, shortest = spec.positions, min(w for w in spec.windows if w)
+    widest, shortest = spec.context, min(w for w in spec.windows if w)
     if widest is None or shortest < widest:
         return f"a window of {shortest} is shorter than the context of {widest or 'unknown length'}"
     other = spec.rope_local is not None and spec.rope_local != spec.rope
@@ -67,7 +67,7 @@ RULES: Mapping[str, Rule] = {
     ),
 }
 NAMES = ", ".join(RULES)
-NO_EFFECT = ("positions", "v_true")  # as `Checkpoint.facts`: where a target has no place for them, a note says so
+NO_EFFECT = ("context", "true_vocab")  # as `Checkpoint.facts`: where a target has no place for them, a note says so
 
 
 def without(

@@ -306,7 +306,7 @@ def _again(plan: Plan, dst: Path) -> Checkpoint:
 
 def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
     """Compare the digests of all parts of what was written with those of what should have been."""
-    ledger, rows = Ledger(), plan.source.spec.v
+    ledger, rows = Ledger(), plan.source.spec.vocab
     parts = {  # rows that the target pads its vocabulary with are its own
         name: Slice(part, 0, 0, rows) if name in VOCABULARY and part.shape[0] > rows else part
         for name, part in again.parts.items()
@@ -330,11 +330,11 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
 def _spec_changes(plan: Plan, again: Checkpoint) -> str:
     """Fields of the Spec that did not survive the config of the target (what only names a family may change)."""
     differences = plan.source.spec.differences(again.spec)
-    skip = {"family", "v_true", "positions"}
-    if again.spec.v > plan.source.spec.v:
-        skip.add("v")
-    if again.spec.e and not again.spec.moe_layers:
-        skip.add("f")  # no layer is dense
+    skip = {"family", "true_vocab", "context"}
+    if again.spec.vocab > plan.source.spec.vocab:
+        skip.add("vocab")
+    if again.spec.experts and not again.spec.moe_layers:
+        skip.add("ffn")  # no layer is dense
     return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
 
 

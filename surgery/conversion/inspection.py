@@ -56,10 +56,12 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
 def sizes(spec: Spec) -> Json:
     """The measures of the model, in words."""
     named = {
-        "layers": spec.l, "model width": spec.h, "attention heads": spec.heads, "key/value heads": spec.g,
-        "head width": spec.head_dim, "vocabulary": spec.v, "ffn width": spec.f, "experts": spec.e,
-        "experts per token": spec.top_k, "expert ffn width": spec.m, "shared expert width": spec.s,
-        "layers with experts": len(spec.moe_layers), "learned positions": spec.p, "context": spec.positions,
+        "layers": spec.layers, "model width": spec.width, "attention heads": spec.heads,
+        "key/value heads": spec.kv_heads,
+        "head width": spec.head_dim, "vocabulary": spec.vocab, "ffn width": spec.ffn, "experts": spec.experts,
+        "experts per token": spec.top_k, "expert ffn width": spec.expert_ffn, "shared expert width": spec.shared_ffn,
+        "layers with experts": len(spec.moe_layers), "learned positions": spec.learned_positions,
+        "context": spec.context,
     }  # fmt: skip
     return {k: v for k, v in named.items() if v}
 
@@ -76,7 +78,7 @@ def choices(spec: Spec) -> Json:
         f", {'before' if spec.norm_at == 'pre' else 'after'} attention and mlp, eps {spec.norm_eps:g}",
         "query/key norm": {"head": "per head", "full": "over all heads", "": ""}[spec.qk_norm],
         "rope": "" if rope is None else f"base {rope.base:g}{part}{scaling}",
-        "sliding window": f"{', '.join(map(str, windows))} in {layers} of {spec.l} layers" if windows else "",
+        "sliding window": f"{', '.join(map(str, windows))} in {layers} of {spec.layers} layers" if windows else "",
         "activation": f"{spec.act}{', gated' if spec.glu else ''}",
         "biases": ", ".join(
             n for n, b in (("qkv", spec.qkv_bias), ("attention output", spec.o_bias), ("mlp", spec.mlp_bias)) if b
@@ -84,7 +86,7 @@ def choices(spec: Spec) -> Json:
         "residual": "attention and mlp in parallel" if spec.parallel else "",
         "clip qkv": spec.clip_qkv,
         "experts' weights": ("renormalised over the chosen" if spec.top_k_renormalised else "as the softmax gives them")
-        if spec.e
+        if spec.experts
         else "",
         "embeddings": "tied" if spec.tied else "",
     }
@@ -100,8 +102,8 @@ def _scaling(scaling: Json) -> str:
 def padding_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the vocabulary that no token uses; None if the tokenizer does not say."""
     found = checkpoint.tokenizer
-    tokens = checkpoint.spec.v_true or (found.vocab_size if found else None)
-    return None if tokens is None else max(0, checkpoint.spec.v - tokens)
+    tokens = checkpoint.spec.true_vocab or (found.vocab_size if found else None)
+    return None if tokens is None else max(0, checkpoint.spec.vocab - tokens)
 
 
 def scan(checkpoint: Checkpoint, max_memory: int, progress: Callable[[int], None] | None = None) -> Json:

@@ -107,21 +107,23 @@ def _is_float(part: Lazy) -> bool:
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """The vocabulary cut, or padded with zeros, to `rows`.  Raises LayoutError if tokens would be cut."""
     spec, found = checkpoint.spec, checkpoint.tokenizer
-    if rows == spec.v:
+    if rows == spec.vocab:
         return checkpoint
-    tokens = spec.v_true or (found.vocab_size if found else None)
+    tokens = spec.true_vocab or (found.vocab_size if found else None)
     if tokens is not None and rows < tokens:
         raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")
 
     def fit(part: Lazy) -> Lazy:
-        if rows <= spec.v:
+        if rows <= spec.vocab:
             return Slice(part, 0, 0, rows)
-        return Concat([part, Fill((rows - spec.v, *part.shape[1:]), part.kind)], 0)
+        return Concat([part, Fill((rows - spec.vocab, *part.shape[1:]), part.kind)], 0)
 
     resized = {name: fit(part) if name in ("embed", "lm_head") else part for name, part in checkpoint.parts.items()}
-    verb = "cut" if rows < spec.v else "padded with zeros"
-    note = f"the vocabulary of {spec.v} rows is {verb} to {rows}"
-    return replace(checkpoint, parts=resized, spec=spec.replace(v=rows, v_true=tokens), notes=(*checkpoint.notes, note))
+    verb = "cut" if rows < spec.vocab else "padded with zeros"
+    note = f"the vocabulary of {spec.vocab} rows is {verb} to {rows}"
+    return replace(
+        checkpoint, parts=resized, spec=spec.replace(vocab=rows, true_vocab=tokens), notes=(*checkpoint.notes, note)
+    )
 
 
 def with_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:

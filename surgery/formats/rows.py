@@ -84,14 +84,14 @@ class Row:
     def binds(self, spec: Spec) -> Iterator[Bind]:
         """The values of the name's placeholders for which the model has this tensor."""
         per_layer = any("{l}" in p for p in self.parts)
-        layers = [i for i in range(spec.l if per_layer else 1) if self._holds(spec, i)]
+        layers = [i for i in range(spec.layers if per_layer else 1) if self._holds(spec, i)]
         if "l" not in self.keys:
-            if layers and (not per_layer or len(layers) == spec.l):  # a stack of layers holds all of them or none
-                yield from ({"e": e} for e in range(spec.e)) if "e" in self.keys else ({},)
+            if layers and (not per_layer or len(layers) == spec.layers):  # a stack of layers holds all of them or none
+                yield from ({"e": e} for e in range(spec.experts)) if "e" in self.keys else ({},)
             return
         for layer in layers:
             if "e" in self.keys:
-                yield from ({"l": layer, "e": e} for e in range(spec.e))
+                yield from ({"l": layer, "e": e} for e in range(spec.experts))
             else:
                 yield {"l": layer}
 

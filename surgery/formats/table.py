@@ -195,7 +195,7 @@ def _indivisible(r: Row, n: int, tp: int) -> str:
 def padded_sizes(dialect: Dialect, spec: Spec, topology: Topology) -> dict[str, int]:
     """Sizes of the axes as the format stores them: the vocabulary is rounded up."""
     multiple = dialect.vocab_multiple * (topology.tp if any(r.pad for r in dialect.rows) else 1)
-    return {**spec.sizes, "v": -(-spec.v // multiple) * multiple}
+    return {**spec.sizes, "v": -(-spec.vocab // multiple) * multiple}
 
 
 def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> dict[Rank, dict[str, Stored]]:
@@ -284,7 +284,7 @@ def _collect(
     sizes[STAR] = sum(math.prod(sizes[a] for a in star) for star in r.stars)
     groups = sorted({home.group for home in homes})
     if len(groups) > 1:
-        sizes["e"] = spec.e // len(groups)
+        sizes["e"] = spec.experts // len(groups)
     whole = []
     for group in groups:
         pieces = [found[group, i] for i in range(homes[0].pieces)]
@@ -311,12 +311,12 @@ def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home
     local = dict(bind)
     pp, chunk = r.stage % topology.pp, (topology.vpp - 1 if r.stage < 0 else 0)
     if "l" in bind:
-        pp, chunk, local["l"] = topology.places(spec.l)[bind["l"]]
-    if r.of_experts and spec.e % topology.ep:
-        raise LayoutError(f"cannot divide {spec.e} experts among {topology.ep} ranks", hint="choose another --ep")
+        pp, chunk, local["l"] = topology.places(spec.layers)[bind["l"]]
+    if r.of_experts and spec.experts % topology.ep:
+        raise LayoutError(f"cannot divide {spec.experts} experts among {topology.ep} ranks", hint="choose another --ep")
     owner = None
     if "e" in bind:
-        owner, local["e"] = divmod(bind["e"], spec.e // topology.ep)
+        owner, local["e"] = divmod(bind["e"], spec.experts // topology.ep)
     name = r.named(local)
     for tp, ep, piece, pieces, group, first in _holders(topology, r.of_experts, r.stacks_experts, owner):
         yield _Home(Rank(tp, pp, ep, chunk), name, piece, pieces, group, first)

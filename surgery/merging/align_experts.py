@@ -42,12 +42,12 @@ def aligned(recipe: Recipe, opened: Opened) -> tuple[Opened, list[str]]:
 
 def _contract(recipe: Recipe, opened: Opened) -> None:
     spec = opened[recipe.donor].spec
-    if not spec.e:
+    if not spec.experts:
         raise ConfigError("align: experts is given, but the models have no experts", hint="remove it")
     for model, checkpoint in opened.items():
-        if checkpoint.spec.e != spec.e or checkpoint.spec.l != spec.l:
-            raise LayoutError(f"align: {model} has {checkpoint.spec.l} layers of {checkpoint.spec.e} experts, "
-                              f"{recipe.donor} {spec.l} of {spec.e}")  # fmt: skip
+        if checkpoint.spec.experts != spec.experts or checkpoint.spec.layers != spec.layers:
+            has = f"{checkpoint.spec.layers} layers of {checkpoint.spec.experts} experts"
+            raise LayoutError(f"align: {model} has {has}, {recipe.donor} {spec.layers} of {spec.experts}")
     for s in recipe.slices:
         if len({source.layers for source in s.sources}) > 1:
             raise ConfigError("align: experts needs the same layers of every model in a slice")
@@ -61,7 +61,7 @@ def _like(leader: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, str]:
 
     parts, moved, layers = dict(other.parts), 0, 0
     before = after = 0.0
-    for layer in range(leader.spec.l):
+    for layer in range(leader.spec.layers):
         if not leader.spec.is_moe(layer):
             continue
         scores = similarity(leader, other, layer)
@@ -93,7 +93,7 @@ def similarity(a: Checkpoint, b: Checkpoint, layer: int) -> torch.Tensor:
 
     at = f"layers.{layer}."
     names = [n.removeprefix(at + "experts.0.") for n in a.parts if n.startswith(at + "experts.0.")]
-    count = range(a.spec.e)
+    count = range(a.spec.experts)
     groups = [[[c.parts[f"{at}experts.{i}.{name}"] for i in count] for c in (a, b)] for name in names]
     scores = [_cosines(ours, theirs) for ours, theirs in groups]
     routers = [c.parts[at + "router"].full().double() for c in (a, b)]

@@ -29,8 +29,8 @@ STACKED = ("model.layers.0.mlp.experts.gate_up_proj",)
 VOCABULARY = ("embed", "lm_head")
 # Fields of a Spec that change what a model computes but no shape: the donor's count, differences are told.
 SILENT = ("norm_eps", "rope", "rope_local", "windows", "act", "clip_qkv", "clip_after_norm", "top_k",
-          "top_k_renormalised", "parallel", "positions")  # fmt: skip
-FREE = ("family", "l", "v", "v_true", "tied", "moe_layers")
+          "top_k_renormalised", "parallel", "context")  # fmt: skip
+FREE = ("family", "layers", "vocab", "true_vocab", "tied", "moe_layers")
 Opened = Mapping[Reference, Checkpoint]
 Aligner = Callable[[Mapping[Reference, Lazy], Reference | None], Mapping[Reference, Lazy]]
 
@@ -61,7 +61,7 @@ def out_layers(recipe: Recipe, opened: Opened) -> list[Layer]:
     for s in recipe.slices:
         counts = {_span(source, opened)[1] - _span(source, opened)[0] for source in s.sources}
         if len(counts) != 1:
-            names = ", ".join(f"{source.model} has {opened[source.model].spec.l}" for source in s.sources)
+            names = ", ".join(f"{source.model} has {opened[source.model].spec.layers}" for source in s.sources)
             raise LayoutError(f"the models have different numbers of layers: {names}",
                               hint="say with slices which layers to merge")  # fmt: skip
         n = counts.pop()
@@ -70,7 +70,7 @@ def out_layers(recipe: Recipe, opened: Opened) -> list[Layer]:
 
 
 def _span(source: Source, opened: Opened) -> tuple[int, int]:
-    layers = opened[source.model].spec.l
+    layers = opened[source.model].spec.layers
     start, stop = source.layers or (0, layers)
     if stop > layers:
         raise LayoutError(f"layer_range [{start}, {stop}] of {source.model}: it has {layers} layers")
@@ -98,13 +98,13 @@ def merged_spec(recipe: Recipe, opened: Opened, layers: Sequence[Layer], rows: i
     windows = tuple(spec.windows[i] if spec.windows else 0 for spec, i in origins)
     sparse = tuple(n for n, (spec, i) in enumerate(origins) if spec.is_moe(i))
     spec = donor.replace(
-        l=len(layers),
+        layers=len(layers),
         tied=tied,
         windows=windows if any(windows) else (),
-        moe_layers=() if len(sparse) == len(layers) or not donor.e else sparse,
+        moe_layers=() if len(sparse) == len(layers) or not donor.experts else sparse,
     )
     if rows is not None:
-        spec = spec.replace(v=rows, v_true=None)
+        spec = spec.replace(vocab=rows, true_vocab=None)
     return spec, notes
 
 
@@ -122,7 +122,7 @@ def assemble(
     """
     layers = out_layers(recipe, opened)
     spec, notes = merged_spec(recipe, opened, layers, rows)
-    dialect = table(hf_family(opened[recipe.donor]), STACKED if spec.e else ())
+    dialect = table(hf_family(opened[recipe.donor]), STACKED if spec.experts else ())
     used = list(dict.fromkeys(source.model for s in recipe.slices for source in s.sources))
     views = {m: view(opened[m], dialect) for m in used}
     merged: dict[str, Lazy] = {}

@@ -20,13 +20,13 @@ VOCABULARY = ("embed", "lm_head")
 
 def trimmed(opened: Mapping[Reference, Checkpoint]) -> tuple[dict[Reference, Checkpoint], list[str]]:
     """The models without padding rows that the smallest vocabulary lacks, and what was cut."""
-    rows = min(c.spec.v for c in opened.values())
+    rows = min(c.spec.vocab for c in opened.values())
     out, notes = dict(opened), []
     for model, checkpoint in opened.items():
-        if checkpoint.spec.v > rows and (why := _padding(checkpoint, rows)):
+        if checkpoint.spec.vocab > rows and (why := _padding(checkpoint, rows)):
             out[model] = _cut(checkpoint, rows)
             notes.append(
-                f"{model}: {checkpoint.spec.v - rows} rows of the vocabulary are cut, they are padding ({why})"
+                f"{model}: {checkpoint.spec.vocab - rows} rows of the vocabulary are cut, they are padding ({why})"
             )
     return out, notes
 
@@ -34,8 +34,8 @@ def trimmed(opened: Mapping[Reference, Checkpoint]) -> tuple[dict[Reference, Che
 def _padding(checkpoint: Checkpoint, rows: int) -> str:
     """Why everything from `rows` on is padding; "" if it may be tokens."""
     spec, found = checkpoint.spec, checkpoint.tokenizer
-    if spec.v_true is not None:
-        return f"{spec.v_true} are true" if spec.v_true <= rows else ""
+    if spec.true_vocab is not None:
+        return f"{spec.true_vocab} are true" if spec.true_vocab <= rows else ""
     if found is not None and found.vocab_size is not None:
         return f"the tokenizer has {found.vocab_size} tokens" if found.vocab_size <= rows else ""
     tails = [checkpoint.parts[name] for name in VOCABULARY if name in checkpoint.parts]
@@ -49,6 +49,6 @@ def _nonzero(part: Lazy, rows: int) -> bool:
 
 def _cut(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     parts = {n: Slice(p, 0, 0, rows) if n in VOCABULARY else p for n, p in checkpoint.parts.items()}
-    true = checkpoint.spec.v_true
-    spec = checkpoint.spec.replace(v=rows, v_true=true if true is not None and true < rows else None)
+    true = checkpoint.spec.true_vocab
+    spec = checkpoint.spec.replace(vocab=rows, true_vocab=true if true is not None and true < rows else None)
     return replace(checkpoint, parts=parts, spec=spec)

@@ -114,10 +114,10 @@ class Alignment:
         assert wanted is not None
         found, notes = _tokenizers(recipe, opened, scratch)
         base = found[recipe.donor]
-        names = {m: tokens.known(t, opened[m].spec.v) for m, t in found.items()}
+        names = {m: tokens.known(t, opened[m].spec.vocab) for m, t in found.items()}
         extra = list(wanted.rules)
         if wanted.source == "union":
-            others = [(t, opened[m].spec.v) for m, t in found.items() if m != recipe.donor and t is not base]
+            others = [(t, opened[m].spec.vocab) for m, t in found.items() if m != recipe.donor and t is not base]
             out, added = tokens.union(base, others, extra, scratch / "union")
             notes.append(f"the tokenizer is that of {recipe.donor} with {len(added)} more tokens of the other models")
         else:
@@ -127,7 +127,7 @@ class Alignment:
         vocab, _ = vocabulary(out)
         count = max(vocab.values(), default=-1) + 1
         step = wanted.multiple or 1
-        if wanted.source == "base" and count > opened[recipe.donor].spec.v + len(added):
+        if wanted.source == "base" and count > opened[recipe.donor].spec.vocab + len(added):
             notes.append(f"the tokenizer has more tokens than {recipe.donor} has rows; their rows are zeros")
         return Alignment(out, vocab, -(-count // step) * step, names, wanted.rules, tuple(notes))
 
@@ -218,7 +218,7 @@ def _tokenizers(
     for number, model in enumerate(order):
         own = opened[model].tokenizer
         if own is not None:
-            found[model] = tokens.in_hf_form(own, opened[model].spec.v, scratch / f"tokenizer-{number}")
+            found[model] = tokens.in_hf_form(own, opened[model].spec.vocab, scratch / f"tokenizer-{number}")
         elif model == recipe.donor:
             raise ConfigError(f"tokenizer is given, but {model} has none", hint="leave it out, or name another base")
         else:

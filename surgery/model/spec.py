@@ -45,17 +45,17 @@ class Spec:
     """A model's measures and the choices that its function depends on.  Frozen; `replace` makes a changed one."""
 
     family: str  # Hugging Face's model_type where there is one: a hint, the other fields decide
-    l: int
-    h: int
-    v: int
-    g: int
-    n: int
-    half: int
-    f: int = 0
-    e: int = 0
-    m: int = 0
-    s: int = 0
-    p: int = 0
+    layers: int
+    width: int
+    vocab: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    ffn: int = 0
+    experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    learned_positions: int = 0
     # norms
     norm: str = "rms"  # rms | layer (with biases) | layer_no_bias | none (LayerNorm without weights)
     norm_at: str = "pre"  # pre: before attention and mlp | post: after them, inside the residual branch (OLMo2)
@@ -84,37 +84,35 @@ class Spec:
     shared_gate: bool = False
     # the rest
     tied: bool = False
-    positions: int | None = None  # the longest context that the model was made for
-    v_true: int | None = None  # rows of the vocabulary that are no padding, where that is known
-    two: int = 2
+    context: int | None = None  # the longest context that the model was made for
+    true_vocab: int | None = None  # rows of the vocabulary that are no padding, where that is known
 
     def __post_init__(self) -> None:
-        for name in ("l", "h", "v", "g", "n", "half"):
+        for name, what in _AT_LEAST_ONE.items():
             if getattr(self, name) < 1:
-                raise ConfigError(f"a model needs at least one {_MEASURES[name]}, this one says {getattr(self, name)}")
+                raise ConfigError(f"a model needs at least one {what}, this one says {getattr(self, name)}")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ConfigError(f"heads have two halves of equal width, this one's are {self.head_dim} wide")
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """What each axis letter measures."""
-        return {a: getattr(self, a) for a in AXES} | {"u": 1}
-
-    @property
-    def head_dim(self) -> int:
-        return 2 * self.half
+        measured = {letter: int(getattr(self, name)) for letter, name in AXES.items()}
+        return measured | {"two": 2, "half": self.head_dim // 2, "u": 1}
 
     @property
     def heads(self) -> int:
-        return self.g * self.n
+        return self.kv_heads * self.group
 
     def is_moe(self, layer: int) -> bool:
-        return self.e > 0 and (not self.moe_layers or layer in self.moe_layers)
+        return self.experts > 0 and (not self.moe_layers or layer in self.moe_layers)
 
     def part_names(self) -> Iterator[str]:
         """Every part that this model has, in the order of the model."""
         for template, part in PARTS.items():
             if "{l}" not in template and part.when(self, 0) and not template.startswith(_LAST):
                 yield template
-        for layer in range(self.l):
+        for layer in range(self.layers):
             yield from self._layer_parts(layer)
         for template, part in PARTS.items():
             if template.startswith(_LAST) and part.when(self, 0):
@@ -126,7 +124,7 @@ class Spec:
                 if "{e}" not in template:
                     yield template.format(l=layer)
                     continue
-                for expert in range(self.e):
+                for expert in range(self.experts):
                     yield template.format(l=layer, e=expert)
 
     def has(self, template: str, layer: int = 0) -> bool:
@@ -146,17 +144,30 @@ class Spec:
             for group in part.layout:
                 for axis in group:
                     size *= self.sizes[axis]
-            layers = [i for i in range(self.l) if part.when(self, i)] if "{l}" in template else [0] * part.when(self, 0)
-            experts = (self.top_k if active else self.e) if "{e}" in template else 1
-            total += size * len(layers) * experts
+            layers = range(self.layers) if "{l}" in template else range(1)
+            experts = (self.top_k if active else self.experts) if "{e}" in template else 1
+            total += size * experts * sum(part.when(self, layer) for layer in layers)
         return total
 
     replace = replace
 
 
-AXES = ("l", "e", "v", "h", "f", "m", "s", "g", "n", "two", "half", "p")
-_MEASURES = {"l": "layer", "h": "model dimension", "v": "token", "g": "key/value head", "n": "query head",
-             "half": "pair of head dimensions"}  # fmt: skip
+AXES: Mapping[str, str] = MappingProxyType(
+    {
+        "l": "layers",
+        "e": "experts",
+        "v": "vocab",
+        "h": "width",
+        "f": "ffn",
+        "m": "expert_ffn",
+        "s": "shared_ffn",
+        "g": "kv_heads",
+        "n": "group",
+        "p": "learned_positions",
+    }
+)  # letter in patterns -> the field that it measures; `two` and `half` make up a head
+_AT_LEAST_ONE = {"layers": "layer", "width": "model dimension", "vocab": "token", "kv_heads": "key/value head",
+                 "group": "query head"}  # fmt: skip
 COUNTED: Mapping[str, str] = MappingProxyType(
     {
         "g": "key/value heads",
@@ -198,7 +209,7 @@ def _norm_bias(when: Callable[[Spec, int], bool]) -> Callable[[Spec, int], bool]
 def _table() -> dict[str, Part]:
     rows: list[tuple[str, str, Callable[[Spec, int], bool]]] = [
         ("embed", "v h", lambda s, _: True),
-        ("positions", "p h", lambda s, _: s.p > 0),
+        ("positions", "p h", lambda s, _: s.learned_positions > 0),
         ("layers.{l}.attn_norm", "h", _pre),
         ("layers.{l}.attn_norm.bias", "h", _norm_bias(_pre)),
         ("layers.{l}.attn.q", "(g n d) h", lambda s, _: True),
@@ -227,9 +238,9 @@ def _table() -> dict[str, Part]:
         ("layers.{l}.experts.{e}.gate", "m h", lambda s, i: s.is_moe(i) and s.glu),
         ("layers.{l}.experts.{e}.up", "m h", lambda s, i: s.is_moe(i)),
         ("layers.{l}.experts.{e}.down", "h m", lambda s, i: s.is_moe(i)),
-        ("layers.{l}.shared.gate", "s h", lambda s, i: s.is_moe(i) and s.s > 0 and s.glu),
-        ("layers.{l}.shared.up", "s h", lambda s, i: s.is_moe(i) and s.s > 0),
-        ("layers.{l}.shared.down", "h s", lambda s, i: s.is_moe(i) and s.s > 0),
+        ("layers.{l}.shared.gate", "s h", lambda s, i: s.is_moe(i) and s.shared_ffn > 0 and s.glu),
+        ("layers.{l}.shared.up", "s h", lambda s, i: s.is_moe(i) and s.shared_ffn > 0),
+        ("layers.{l}.shared.down", "h s", lambda s, i: s.is_moe(i) and s.shared_ffn > 0),
         ("layers.{l}.shared_gate", "u h", lambda s, i: s.is_moe(i) and s.shared_gate),
         ("layers.{l}.mlp_post_norm", "h", _post),
         ("final_norm", "h", lambda s, _: s.norm != "none"),

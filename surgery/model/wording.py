@@ -1,6 +1,6 @@
 """Say in words what a model has that a format (or a family) cannot hold.
 
-check_held("OLMo", spec, read_back, ignore=("positions",))
+check_held("OLMo", spec, read_back, ignore=("context",))
     # ConfigError: OLMo cannot hold this olmo3: it has sliding windows of 9 in 4 of 6 layers (would become none)
 
 Whether a format can hold a model is not written down anywhere: its config is written, read back, and must give the
@@ -15,13 +15,13 @@ from typing import Any
 from surgery.errors import ConfigError, show
 from surgery.model.spec import Rope, Spec
 
-NAMES_ONLY = ("family", "v_true", "positions")  # fields that do not change what a model computes
+NAMES_ONLY = ("family", "true_vocab", "context")  # fields that do not change what a model computes
 Gaps = Mapping[str, tuple[object, object]]
 
 
 def check_held(who: str, spec: Spec, back: Spec, ignore: Iterable[str] = NAMES_ONLY, hint: str | None = None) -> None:
     """Raise ConfigError if `back`, what the format makes of `spec`, is another model."""
-    unused = {"f"} if spec.e and not spec.moe_layers else set()  # no layer is dense
+    unused = {"ffn"} if spec.experts and not spec.moe_layers else set()  # no layer is dense
     gaps = {name: pair for name, pair in spec.differences(back).items() if name not in unused.union(ignore)}
     if gaps:
         raise ConfigError(f"{who} cannot hold this {spec.family}: it has {in_words(gaps)}", hint=hint)
@@ -71,11 +71,13 @@ _YES: Mapping[object, str] = {True: "present", False: "absent"}
 Words = Mapping[object, str] | Callable[[Any], str]
 # field -> (what it is about, its values in words)
 _FIELDS: Mapping[str, tuple[str, Words]] = {
-    "l": ("layers:", _plain), "h": ("a model width of", _plain), "v": ("a vocabulary of", _plain),
-    "f": ("an ffn width of", _plain),
-    "g": ("key/value heads:", _plain), "n": ("query heads per key/value head:", _plain), "e": ("experts:", _plain),
-    "m": ("an expert width of", _plain), "s": ("a shared expert of width", _plain), "p": ("learned positions:", _plain),
-    "half": ("heads of a width of", lambda value: str(2 * value)),
+    "layers": ("layers:", _plain), "width": ("a model width of", _plain), "vocab": ("a vocabulary of", _plain),
+    "ffn": ("an ffn width of", _plain),
+    "kv_heads": ("key/value heads:", _plain), "group": ("query heads per key/value head:", _plain),
+    "experts": ("experts:", _plain),
+    "expert_ffn": ("an expert width of", _plain), "shared_ffn": ("a shared expert of width", _plain),
+    "learned_positions": ("learned positions:", _plain),
+    "head_dim": ("heads of a width of", _plain),
     "norm": ("", {"rms": "RMSNorm", "layer": "LayerNorm with biases", "layer_no_bias": "LayerNorm without biases",
                   "none": "LayerNorm without weights"}),
     "norm_at": ("norms", {"pre": "before attention and mlp", "post": "after attention and mlp"}),

@@ -54,7 +54,7 @@ def encoded(source: Checkpoint, text: str, least: int = 2) -> list[int] | None:
         ids = [int(i) for i in PreTrainedTokenizerFast(tokenizer_file=str(path)).encode(text)]
     except Exception:  # whatever it raises on a strange file: other tokens serve as well
         return None
-    return ids if len(ids) >= least and max(ids) < source.spec.v else None
+    return ids if len(ids) >= least and max(ids) < source.spec.vocab else None
 
 
 def read_text(path: str) -> str:
@@ -75,7 +75,7 @@ def read_text(path: str) -> str:
 
 
 def _random(source: Checkpoint, length: int, count: int) -> torch.Tensor:
-    return fixed_tokens(source.spec.v_true or source.spec.v, *_shape(length, count))
+    return fixed_tokens(source.spec.true_vocab or source.spec.vocab, *_shape(length, count))
 
 
 def _filled(ids: list[int], length: int, count: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A mixture of experts becomes dense again: exactly where its experts are copies or virtual groups, else by averaging.
 
     made = collapsed(open_checkpoint("SmolLM2-moe"))
-    made.checkpoint.spec.f, made.details["layers"], made.losses       # 1536, {"8 shards": 30}, ()
+    made.checkpoint.spec.ffn, made.details["layers"], made.losses       # 1536, {"8 shards": 30}, ()
 
 The chosen weights sum to a constant T.  If all experts are equal, the layer computes T times one of them.  If there are
 G different ones, and the experts with equal rows in the router hold each of them equally often and are chosen together,
@@ -58,7 +58,7 @@ class Dense:
         return len(self.experts)
 
     def width(self, spec: Spec) -> int:
-        return (spec.s if self.shared else 0) + spec.m * (1 if self.weights else len(self.experts))
+        return (spec.shared_ffn if self.shared else 0) + spec.expert_ffn * (1 if self.weights else len(self.experts))
 
 
 def collapsed(
@@ -71,9 +71,9 @@ def collapsed(
     spec = source.spec
     if by not in BY:
         raise UsageError(f"--collapse {by} is unknown", hint=f"choose from {', '.join(BY)}")
-    if not spec.e:
+    if not spec.experts:
         raise ConfigError("the model has no experts: it is dense already")
-    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    moe = [i for i in range(spec.layers) if spec.is_moe(i)]
     found = {i: _exact(source, i, on) for i in moe}
     inexact = [i for i in moe if found[i].why]
     losses = [f"layer {i}: {found[i].why}" for i in inexact[:1]] + (
@@ -90,7 +90,7 @@ def collapsed(
     dense = _dense(source, found, losses)
     kinds = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in found.values())
     rounds = any(math.frexp(x)[0] != 0.5 for d in found.values() for x in (d.factor, d.shared) if x)
-    details = {"by": by if inexact else "exact", "width": dense.spec.f, "layers": dict(kinds)}
+    details = {"by": by if inexact else "exact", "width": dense.spec.ffn, "layers": dict(kinds)}
     return Changed(dense, (source,), f"collapse, {details['by']}", tuple(losses), details, rounds)
 
 
@@ -107,14 +107,14 @@ def _exact(source: Checkpoint, layer: int, on: Device) -> Dense:
     if not why and len(kinds) > 1:
         why = _ungrouped(shards, classes, spec.top_k)
     if why or gated:
-        return Dense((), total, shared, (1 / spec.e,) * spec.e, why or gated)
+        return Dense((), total, shared, (1 / spec.experts,) * spec.experts, why or gated)
     return Dense(tuple(shards.index(kind) for kind in kinds), total / len(kinds), shared)
 
 
 def _shards(source: Checkpoint, layer: int, on: Device) -> tuple[list[bytes], bool]:
     """A digest of every expert's weights, and whether every `down` is zero."""
     digests, idle = [], True
-    for e in range(source.spec.e):
+    for e in range(source.spec.experts):
         digest = hashlib.sha256()
         for which in MATRICES:
             part = source.parts.get(f"layers.{layer}.experts.{e}.{which}")
@@ -130,11 +130,13 @@ def _total(spec: Spec, uniform: bool) -> tuple[float, str]:
     """What the chosen weights sum to, and why that is no constant."""
     scale = spec.router_scale or 1.0
     softmax = spec.router_score == "softmax"
-    if spec.top_k_renormalised or (softmax and spec.top_k == spec.e):
+    if spec.top_k_renormalised or (softmax and spec.top_k == spec.experts):
         return scale, ""
     if softmax and uniform:
-        return scale * spec.top_k / spec.e, ""
-    return scale * (spec.top_k / spec.e if softmax else spec.top_k / 2), "the chosen weights do not sum to a constant"
+        return scale * spec.top_k / spec.experts, ""
+    return scale * (
+        spec.top_k / spec.experts if softmax else spec.top_k / 2
+    ), "the chosen weights do not sum to a constant"
 
 
 def _ungrouped(shards: Sequence[bytes], classes: Sequence[int], top_k: int) -> str:
@@ -167,11 +169,12 @@ def _shared(source: Checkpoint, layer: int) -> tuple[float, str]:
 
 def _dense(source: Checkpoint, found: Mapping[int, Dense], losses: Sequence[str]) -> Checkpoint:
     spec, notes = source.spec, list(source.notes)
-    widths = {i: found[i].width(spec) if i in found else spec.f for i in range(spec.l)}
+    widths = {i: found[i].width(spec) if i in found else spec.ffn for i in range(spec.layers)}
     f = max(widths.values())
     if set(widths.values()) != {f}:
         notes.append(f"mlps of {min(widths.values())} neurons are padded to {f} with neurons that are zero")
-    made = spec.replace(e=0, m=0, s=0, f=f, moe_layers=(), top_k=0, top_k_renormalised=False, router_bias=False,
+    made = spec.replace(experts=0, expert_ffn=0, shared_ffn=0, ffn=f, moe_layers=(), top_k=0,
+                        top_k_renormalised=False, router_bias=False,
                         router_score="softmax", router_scale=None, shared_gate=False)  # fmt: skip
     if made.qkv_bias and _zero_biases(source):
         made = made.replace(qkv_bias=False)
@@ -179,7 +182,7 @@ def _dense(source: Checkpoint, found: Mapping[int, Dense], losses: Sequence[str]
     if not made.tied and _equal(source.parts["embed"], source.parts["lm_head"]):
         made = made.replace(tied=True)
         notes.append("the output head is the embedding, bit for bit: they are tied")
-    order = ORDER if spec.h % spec.heads == 0 else ORDER[1:]  # transformers' Llama insists on whole heads
+    order = ORDER if spec.width % spec.heads == 0 else ORDER[1:]  # transformers' Llama insists on whole heads
     made = made.replace(family=next((n for n in order if not misfits(made, n)), None) or choose_family(made))
     if losses:
         notes.append("the result computes another function: " + "; ".join(losses))
@@ -205,7 +208,7 @@ def _matrix(source: Checkpoint, layer: int, which: str, dense: Dense, undo: floa
         strands.append(scaled(shared, dense.shared) if which == "down" else shared)
     factor = {"up": 1 / undo, "down": dense.factor * undo}.get(which, 1.0)
     if dense.weights:
-        every = [source.parts[f"{at}experts.{e}.{which}"] for e in range(source.spec.e)]
+        every = [source.parts[f"{at}experts.{e}.{which}"] for e in range(source.spec.experts)]
         strands.append(scaled(Map(_weighted(dense.weights), every), factor))
     else:
         strands += [scaled(source.parts[f"{at}experts.{e}.{which}"], factor) for e in dense.experts]
@@ -275,7 +278,7 @@ def router_shares(source: Checkpoint, tokens: int, on: Device = CPU) -> Shares:
         weight = chances.gather(-1, route.chosen)
         if spec.top_k_renormalised:
             weight = weight / weight.sum(-1, keepdim=True)
-        mass = weight.new_zeros(spec.e).index_add(0, route.chosen.reshape(-1), weight.reshape(-1)).double()
+        mass = weight.new_zeros(spec.experts).index_add(0, route.chosen.reshape(-1), weight.reshape(-1)).double()
         shares = [float(x) for x in mass / mass.sum()]
         out[layer] = (shares, float(mass.sum()) / len(weight) * (spec.router_scale or 1.0))
     return out

@@ -95,7 +95,7 @@ def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
 
 def check_tokens(spec: Spec, count: int) -> None:
     """Raise UsageError if the logits of so many tokens do not fit into the free memory."""
-    need, free = 4 * 4 * count * spec.v, free_memory()  # of source and result in fp32, and while they are compared
+    need, free = 4 * 4 * count * spec.vocab, free_memory()  # of source and result in fp32, and while they are compared
     if free is not None and need > free:
         raise UsageError(
             f"the logits of {count:,} tokens need about {human(need)} of memory, {human(free)} are free",
@@ -149,7 +149,7 @@ def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
     """The result as the planned model: rows that a format pads its vocabulary with are left out."""
     spec = claim.spec
     parts = {
-        name: Slice(part, 0, 0, spec.v) if name in ("embed", "lm_head") and part.shape[0] > spec.v else part
+        name: Slice(part, 0, 0, spec.vocab) if name in ("embed", "lm_head") and part.shape[0] > spec.vocab else part
         for name, part in result.parts.items()
     }
     return replace(result, spec=spec, parts=parts)

@@ -57,7 +57,7 @@ class Search:
 
     def explain(self, report: LogitReport) -> LogitReport:
         """The report with the places and the causes."""
-        sizes = [LABELS[name] for name in self.a.spec.differences(self.b.spec) if name in SIZES - {"v"}]
+        sizes = [LABELS[name] for name in self.a.spec.differences(self.b.spec) if name in SIZES - {"vocab"}]
         score = self._score(self.model)
         alone = tuple(Gap(n, running.place(n), g) for n, g in score.alone.items())
         if sizes:

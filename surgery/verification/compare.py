@@ -303,7 +303,7 @@ def _part(name: str, a: Checkpoint, b: Checkpoint, values: Values | None, odd_ro
 
 
 def _surplus(a: Checkpoint, b: Checkpoint, rows_a: int, rows_b: int, zeros: bool) -> Surplus:
-    known = [n for c in (a, b) for n in (c.spec.v_true, c.tokenizer.vocab_size if c.tokenizer else None) if n]
+    known = [n for c in (a, b) for n in (c.spec.true_vocab, c.tokenizer.vocab_size if c.tokenizer else None) if n]
     start, stop = sorted((rows_a, rows_b))
     harmless = zeros or (bool(known) and max(known) <= start)
     return Surplus("a" if rows_a > rows_b else "b", start, stop, zeros, harmless)

@@ -24,9 +24,11 @@ from surgery.tokenizer.files import vocabulary
 
 # field of Spec -> what people call it
 LABELS: Mapping[str, str] = {
-    "family": "family", "l": "layers", "h": "model width", "v": "vocabulary", "g": "key/value heads",
-    "n": "query heads per key/value head", "half": "half the head width", "two": "halves of a head", "f": "ffn width",
-    "e": "experts", "m": "expert ffn width", "s": "shared expert width", "p": "learned positions",
+    "family": "family", "layers": "layers", "width": "model width", "vocab": "vocabulary",
+    "kv_heads": "key/value heads",
+    "group": "query heads per key/value head", "head_dim": "head width", "ffn": "ffn width",
+    "experts": "experts", "expert_ffn": "expert ffn width", "shared_ffn": "shared expert width",
+    "learned_positions": "learned positions",
     "norm": "kind of norm", "norm_at": "place of the norms", "norm_eps": "norm eps", "qk_norm": "query/key norm",
     "rope": "rope", "rope_local": "rope of layers with a window", "windows": "sliding window",
     "qkv_bias": "qkv bias", "o_bias": "attention output bias", "clip_qkv": "clip of q, k and v", "act": "activation",
@@ -34,13 +36,15 @@ LABELS: Mapping[str, str] = {
     "top_k": "experts per token", "top_k_renormalised": "renormalised experts' weights", "router_bias": "router bias",
     "shared_gate": "gate of the shared expert", "clip_after_norm": "clip after the norms of q and k",
     "router_scale": "scale of the experts' weights", "router_score": "router score", "tied": "tied embeddings",
-    "positions": "context",
-    "v_true": "tokens that are no padding",
+    "context": "context",
+    "true_vocab": "tokens that are no padding",
 }  # fmt: skip
 ALL = "all differences together"
-SIZES = frozenset("l h v f e m s p two".split())  # the shapes of the parts show these
-HEADS = ("g", "n", "half")  # these they may not show: 4 heads of 16 look like 8 of 8
-HINTS = frozenset("family positions v_true v tied".split())
+SIZES = frozenset(
+    "layers width vocab ffn experts expert_ffn shared_ffn learned_positions".split()
+)  # the shapes of the parts show these
+HEADS = ("kv_heads", "group", "head_dim")  # these they may not show: 4 heads of 16 look like 8 of 8
+HINTS = frozenset("family context true_vocab vocab tied".split())
 _DULL = frozenset("transformers_version _name_or_path architectures dtype torch_dtype".split())
 
 
@@ -70,26 +74,24 @@ def spec_fields(a: Spec, b: Spec) -> Iterator[Field]:
             yield from _rope(LABELS[name], x or a.rope, y or b.rope)
         elif name in _SAME and _SAME[name](a) == _SAME[name](b):
             continue
-        elif name == "half":
-            yield Field("head width", a.head_dim, b.head_dim, True)
         else:
             yield Field(LABELS.get(name, name), _plain(x), _plain(y), _changes_function(name, a, b))
 
 
 # Fields that may be written in several ways: how to tell that they mean the same.
 _SAME: Mapping[str, Callable[[Spec], Any]] = {
-    "moe_layers": lambda s: [s.is_moe(i) for i in range(s.l)],
-    "windows": lambda s: s.windows or (0,) * s.l,
+    "moe_layers": lambda s: [s.is_moe(i) for i in range(s.layers)],
+    "windows": lambda s: s.windows or (0,) * s.layers,
 }
 
 
 def _changes_function(name: str, a: Spec, b: Spec) -> bool:
-    if name == "positions":  # a hint, but this scaling computes with it
+    if name == "context":  # a hint, but this scaling computes with it
         return any(s.rope is not None and s.rope.scaling.get("type") == "dynamic" for s in (a, b))
-    if name == "f":
-        return any(not s.is_moe(i) for s in (a, b) for i in range(s.l))
+    if name == "ffn":
+        return any(not s.is_moe(i) for s in (a, b) for i in range(s.layers))
     if name in ("top_k", "top_k_renormalised", "router_score", "router_scale"):
-        return a.e > 0 or b.e > 0
+        return a.experts > 0 or b.experts > 0
     if name == "clip_after_norm":
         return a.clip_qkv is not None or b.clip_qkv is not None
     return name not in HINTS

@@ -136,7 +136,7 @@ def compare_logits(
             folder = _runnable(checkpoint, options or {}, Path(scratch) / name, max_memory)
             sides.append((checkpoint, folder))
         (a, folder_a), (b, folder_b) = sides
-        known = min(c.spec.v_true or c.spec.v for c in (a, b))
+        known = min(c.spec.true_vocab or c.spec.vocab for c in (a, b))
         tokens = running.fixed_tokens(known)
         say("running A")
         trace = running.run(running.load(folder_a), tokens)

@@ -91,7 +91,7 @@ def try_readings(
             with tempfile.TemporaryDirectory(prefix="surgery-reading-") as scratch:
                 folder = Path(scratch) / "hf"
                 spec = _convert(path, folder, format, choice, tokenizer, max_memory)
-                width, window = spec.v, min(WINDOW, spec.positions or WINDOW)
+                width, window = spec.vocab, min(WINDOW, spec.context or WINDOW)
                 loss, right = _run(folder, _tokens(folder, prose, width, max_tokens), window)
         except SurgeryError as error:
             tried.append(Reading(choice, error=str(error)))

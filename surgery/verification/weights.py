@@ -136,7 +136,7 @@ def _swapped(*pairs: tuple[str, str]) -> Change:
     def change(weights: Weights, layer: int) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         for one, other in pairs:
-            for expert in range(weights.spec.e if "{e}" in one else 1):
+            for expert in range(weights.spec.experts if "{e}" in one else 1):
                 a, b = (full_template(t).format(l=layer, e=expert) for t in (one, other))
                 if a in weights.parts and b in weights.parts and weights.parts[a].shape == weights.parts[b].shape:
                     out |= {a: weights.parts[b].full(), b: weights.parts[a].full()}

@@ -50,7 +50,7 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     fields["rope"], fields["rope_local"] = _read_rope(family, keys, windowed)
     fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
     fields |= read_moe(family, config, fields, file)
-    fields["p"] = fields["positions"] if family.learned else 0
+    fields["learned_positions"] = fields["context"] if family.learned else 0
     spec = Spec(**{"family": family.model_type, **fields})  # type: ignore[arg-type]
     facts = {k: v for k, v in config.items() if k in INERT}
     own = {*family.keys, *family.fixed, *family.switches, *family.aliases.values(), *(family.shared or ())[:1]}
@@ -83,7 +83,7 @@ class _Keys:
 
     # transformers 5 renamed one
     _ALIASES: Mapping[str, str] = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
-    _INTS = frozenset("l h v f m e top_k positions".split())
+    _INTS = frozenset("layers width vocab ffn expert_ffn experts top_k context".split())
     _FLAGS = frozenset("tied mlp_bias parallel top_k_renormalised qkv_bias".split())
 
     def __init__(self, config: Config, family: Family, file: str) -> None:
@@ -123,7 +123,7 @@ class _Keys:
         return value
 
     def heads(self) -> Json:
-        """g, n and half from the numbers of heads and their width."""
+        """Key/value heads, group and head width from the numbers of heads and their width."""
         heads = self.integer("num_attention_heads", 0)
         width = self.integer("hidden_size", 0)
         default = self.family.absent.get("num_key_value_heads", heads)
@@ -137,7 +137,7 @@ class _Keys:
             raise ConfigError(f"hidden_size {width} is no multiple of {heads} heads", file=self.file)
         if not dim or dim % 2:
             raise ConfigError(f"heads of width {dim} cannot turn in pairs", file=self.file)
-        return {"g": groups, "n": heads // groups, "half": dim // 2}
+        return {"kv_heads": groups, "group": heads // groups, "head_dim": dim}
 
 
 def _act(value: object, file: str) -> str:
@@ -260,7 +260,7 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
         config[key] = names.get(value, value) if name == "act" else value
     config["num_attention_heads"] = spec.heads
     if not family.all_heads:
-        config["num_key_value_heads"] = spec.g
+        config["num_key_value_heads"] = spec.kv_heads
     if family.head_dim:
         config["head_dim"] = spec.head_dim
     if family.bias:
@@ -268,14 +268,14 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
     config |= _write_windows(family, spec) | _write_rope(family, spec)
     config |= write_moe(family, spec)
     config |= {also: config[key] for key, also in family.aliases.items()}
-    if {"f", "m"} <= set(family.keys.values()):
-        config["intermediate_size"] = spec.f or spec.m  # which no layer has if all have experts
+    if {"ffn", "expert_ffn"} <= set(family.keys.values()):
+        config["intermediate_size"] = spec.ffn or spec.expert_ffn  # which no layer has if all have experts
     config["torch_dtype"] = kind
     return {family.renamed.get(k, k): v for k, v in config.items()}
 
 
 def _write_windows(family: Family, spec: Spec) -> Json:
-    windows = spec.windows or (0,) * spec.l
+    windows = spec.windows or (0,) * spec.layers
     if not family.window:
         return {}
     widest = max(windows)
@@ -320,8 +320,8 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
         return {"config": (str(error), None)}
-    unused = ("f",) if spec.e and not spec.moe_layers else ()
-    return {k: v for k, v in spec.differences(back).items() if k not in ("family", "v_true", *unused)}
+    unused = ("ffn",) if spec.experts and not spec.moe_layers else ()
+    return {k: v for k, v in spec.differences(back).items() if k not in ("family", "true_vocab", *unused)}
 
 
 def choose_family(spec: Spec) -> str:

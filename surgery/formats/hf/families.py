@@ -1,6 +1,6 @@
 """Hugging Face's families as data: what the keys of a `config.json` mean, which are absent, inert or refused.
 
-    FAMILIES["llama"].keys["hidden_size"]      # "h", the field of Spec
+    FAMILIES["llama"].keys["hidden_size"]      # "width", the field of Spec
 
 Source: transformers `models/<family>/configuration_<family>.py`.
 """
@@ -45,12 +45,13 @@ class Family:
         return self.model_type in ("gpt_neox", "gpt2")
 
 
-_SIZES = {"hidden_size": "h", "num_hidden_layers": "l", "vocab_size": "v", "max_position_embeddings": "positions",
+_SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "vocab_size": "vocab",
+          "max_position_embeddings": "context",
           "hidden_act": "act", "tie_word_embeddings": "tied"}  # fmt: skip
-_DENSE = {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"}
-_MOE = {**_SIZES, "intermediate_size": "m", "rms_norm_eps": "norm_eps", "num_experts_per_tok": "top_k"}
-_FINE_MOE = {**_DENSE, "moe_intermediate_size": "m", "num_experts_per_tok": "top_k"}
-_OLMO_MOE = {**_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"}
+_DENSE = {**_SIZES, "intermediate_size": "ffn", "rms_norm_eps": "norm_eps"}
+_MOE = {**_SIZES, "intermediate_size": "expert_ffn", "rms_norm_eps": "norm_eps", "num_experts_per_tok": "top_k"}
+_FINE_MOE = {**_DENSE, "moe_intermediate_size": "expert_ffn", "num_experts_per_tok": "top_k"}
+_OLMO_MOE = {**_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised"}
 _POST = {"norm_at": "post", "qk_norm": "full"}
 COUNTED = ("n_shared_experts", "moe_num_shared_experts")  # widths that are given as a number of experts
 PER_HEAD = "head_dim**-0.5"
@@ -82,24 +83,25 @@ FAMILIES: Mapping[str, Family] = {
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32, head_dim=128,
                        attention_bias=False),
                {"qk_norm": "head"}, window="qwen", head_dim=True),
-        Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "e"},
+        Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "experts"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=2,
                        num_local_experts=8),
                {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True, experts="w1"),
-        Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, "num_local_experts": "e"}, _absent(**_GRANITE_ABSENT),
+        Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, "num_local_experts": "experts"},
+               _absent(**_GRANITE_ABSENT),
                {"top_k_renormalised": True}, fixed=_GRANITE, experts="granite"),
-        Family("granitemoeshared", "GraniteMoeSharedForCausalLM", {**_MOE, "num_local_experts": "e"},
+        Family("granitemoeshared", "GraniteMoeSharedForCausalLM", {**_MOE, "num_local_experts": "experts"},
                _absent(**_GRANITE_ABSENT), {"top_k_renormalised": True}, shared=("shared_intermediate_size", 0),
                fixed=_GRANITE, experts="granite"),
         Family("qwen2_moe", "Qwen2MoeForCausalLM",
-               {**_FINE_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
+               {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16, num_experts=60,
                        num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False, qkv_bias=True,
                        intermediate_size=5632),
                {"shared_gate": True}, bias=(), window="qwen", sparse="steps",
                shared=("shared_expert_intermediate_size", 5632), aliases=_NUM_EXPERTS),
         Family("glm4_moe", "Glm4MoeForCausalLM",
-               {**_FINE_MOE, "n_routed_experts": "e", "norm_topk_prob": "top_k_renormalised",
+               {**_FINE_MOE, "n_routed_experts": "experts", "norm_topk_prob": "top_k_renormalised",
                 "routed_scaling_factor": "router_scale"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=8,
                        moe_intermediate_size=1408, n_routed_experts=128, norm_topk_prob=True,
@@ -108,19 +110,19 @@ FAMILIES: Mapping[str, Family] = {
                sparse="first", shared=("n_shared_experts", 1), switches=("use_qk_norm",),
                fixed={"n_group": (1, 1), "topk_group": (1, 1)}),
         Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
-               {**_DENSE, "moe_intermediate_size": "m", "moe_num_experts": "e", "moe_k": "top_k"},
+               {**_DENSE, "moe_intermediate_size": "expert_ffn", "moe_num_experts": "experts", "moe_k": "top_k"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=4, moe_num_experts=64,
                        moe_k=6, moe_intermediate_size=1536, intermediate_size=12288, tie_word_embeddings=True),
                {"router_bias": True, "top_k_renormalised": True}, bias=(), theta=5e5, sparse="range",
                shared=("moe_num_shared_experts", 2), fixed={"use_bias": (False, False), "moe_norm_min": (1e-12, 1e-12)},
                aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True),
         Family("qwen3_moe", "Qwen3MoeForCausalLM",
-               {**_FINE_MOE, "num_experts": "e", "norm_topk_prob": "top_k_renormalised"},
+               {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
                        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
                        intermediate_size=6144),
                {"qk_norm": "head"}, window="qwen", head_dim=True, sparse="steps", aliases=_NUM_EXPERTS),
-        Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "f", "clip_qkv": "clip_qkv"},
+        Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "ffn", "clip_qkv": "clip_qkv"},
                _absent(max_position_embeddings=2048, attention_bias=False, clip_qkv=None),
                {"norm": "none", "norm_eps": 1e-5}),
         Family("olmo2", "Olmo2ForCausalLM", _DENSE,
@@ -137,13 +139,14 @@ FAMILIES: Mapping[str, Family] = {
                        num_experts_per_tok=5, norm_topk_prob=False),
                _POST, theta=5e5, aliases=_NUM_EXPERTS),
         Family("gpt_neox", "GPTNeoXForCausalLM",
-               {**_SIZES, "intermediate_size": "f", "layer_norm_eps": "norm_eps", "use_parallel_residual": "parallel"},
+               {**_SIZES, "intermediate_size": "ffn", "layer_norm_eps": "norm_eps",
+               "use_parallel_residual": "parallel"},
                _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
                        use_parallel_residual=True),
                {"norm": "layer", "glu": False, "mlp_bias": True},
                rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25),
         Family("gpt2", "GPT2LMHeadModel",
-               {**_SIZES, "intermediate_size": "f", "rms_norm_eps": "norm_eps"},
+               {**_SIZES, "intermediate_size": "ffn", "rms_norm_eps": "norm_eps"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=1024, vocab_size=50257, hidden_size=768,
                        num_hidden_layers=12, hidden_act="gelu_new", tie_word_embeddings=True),
                {"norm": "layer", "glu": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True},

@@ -255,8 +255,8 @@ def _tokenizer(checkpoint: Checkpoint) -> tokenizer.Carried:
     ids = {k.removesuffix("_token_id"): v for k, v in checkpoint.facts.items() if k.endswith("_token_id")}
     return tokenizer.for_hf(
         checkpoint.tokenizer,
-        vocab_size=spec.v,
-        max_length=spec.positions or 2048,
+        vocab_size=spec.vocab,
+        max_length=spec.context or 2048,
         ids={k: v for k, v in ids.items() if type(v) is int},
     )
 

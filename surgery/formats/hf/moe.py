@@ -32,7 +32,7 @@ def read_moe(family: Family, config: Config, fields: Json, file: str) -> Json:
     if family.shared:
         key, default = family.shared
         size = number.take(key, default)
-        out["s"] = size * int(fields["m"]) if key in COUNTED else size  # type: ignore[call-overload]
+        out["shared_ffn"] = size * int(fields["expert_ffn"]) if key in COUNTED else size  # type: ignore[call-overload]
     if "use_qk_norm" in family.switches:
         out["qk_norm"] = "head" if config.get("use_qk_norm") else ""
     for key, (wanted, absent) in family.fixed.items():
@@ -50,16 +50,16 @@ def write_moe(family: Family, spec: Spec) -> Json:
         out |= SPARSE[family.sparse][1](spec)
     if family.shared:
         key, _ = family.shared
-        out[key] = -(-spec.s // max(spec.m, 1)) if key in COUNTED else spec.s
+        out[key] = -(-spec.shared_ffn // max(spec.expert_ffn, 1)) if key in COUNTED else spec.shared_ffn
     if "use_qk_norm" in family.switches:
         out["use_qk_norm"] = spec.qk_norm == "head"
-    sizes: Json = {"half": spec.half}
+    sizes: Json = {"head_dim": spec.head_dim}
     out |= {key: _wanted(wanted, sizes) for key, (wanted, _) in family.fixed.items()}
     return out
 
 
 def _wanted(wanted: object, fields: Json) -> float:
-    return (2 * int(fields["half"])) ** -0.5 if wanted == PER_HEAD else wanted  # type: ignore
+    return int(fields["head_dim"]) ** -0.5 if wanted == PER_HEAD else wanted  # type: ignore
 
 
 def _near(value: object, wanted: float) -> bool:
@@ -92,7 +92,7 @@ def _read_steps(number: _Numbers, layers: int) -> tuple[int, ...]:
 
 
 def _write_steps(spec: Spec) -> Json:
-    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(spec.l) if not spec.is_moe(i)]}
+    return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(spec.layers) if not spec.is_moe(i)]}
 
 
 def _read_first(number: _Numbers, layers: int) -> tuple[int, ...]:
@@ -101,7 +101,7 @@ def _read_first(number: _Numbers, layers: int) -> tuple[int, ...]:
 
 
 def _write_first(spec: Spec) -> Json:
-    return {"first_k_dense_replace": min((i for i in range(spec.l) if spec.is_moe(i)), default=spec.l)}
+    return {"first_k_dense_replace": min((i for i in range(spec.layers) if spec.is_moe(i)), default=spec.layers)}
 
 
 def _read_range(number: _Numbers, layers: int) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ def _read_range(number: _Numbers, layers: int) -> tuple[int, ...]:
 
 
 def _write_range(spec: Spec) -> Json:
-    sparse = [i for i in range(spec.l) if spec.is_moe(i)]
+    sparse = [i for i in range(spec.layers) if spec.is_moe(i)]
     ends = (min(sparse), max(sparse)) if sparse else (0, -1)
     return {"moe_layer_start_index": ends[0], "moe_layer_end_index": ends[1], "moe_layer_interval": 1}
 

@@ -101,7 +101,7 @@ def read_args(args: Mapping[str, Any], file: str, vocab: int, rope_factor: float
     _refuse(args, {**REFUSED, **(REFUSED_MOE if experts else {})}, file)
     notes: list[str] = []
     fields = {**_sizes(keys), **_norms(keys), **_positions(keys, rope_factor, notes), **_feed_forward(keys)}
-    fields["windows"] = _windows(keys, fields["l"])
+    fields["windows"] = _windows(keys, fields["layers"])
     if experts:
         fields |= _experts(keys, experts, fields)
     fields["tied"] = not keys.flag("untie_embeddings_and_output_weights")
@@ -109,9 +109,9 @@ def read_args(args: Mapping[str, Any], file: str, vocab: int, rope_factor: float
     if said not in (None, vocab):
         notes.append(f"args say padded_vocab_size {said}, the embedding has {vocab} rows: taken from the embedding")
     family = _family(fields)
-    if fields.get("e") and not fields["moe_layers"] and family != "qwen3_moe":
-        fields["f"] = 0  # no dense layer uses it
-    spec = Spec(family=family, v=vocab, **fields)
+    if fields.get("experts") and not fields["moe_layers"] and family != "qwen3_moe":
+        fields["ffn"] = 0  # no dense layer uses it
+    spec = Spec(family=family, vocab=vocab, **fields)
     notes += keys.note(UPSTREAM) + _remarks(args)
     odd = [key for key in keys.unknown(ABSENT) if not is_inert(key.removeprefix("args."), {**REFUSED, **REFUSED_MOE})]
     if odd:
@@ -147,7 +147,7 @@ def _sizes(keys: TypedKeys) -> dict[str, Any]:
     width = keys.maybe_integer("kv_channels") or h // heads
     if heads % groups or width % 2:
         raise ConfigError(f"{heads} heads of width {width} and {groups} query groups do not fit", file=keys.file)
-    return {"l": layers, "h": h, "g": groups, "n": heads // groups, "half": width // 2}
+    return {"layers": layers, "width": h, "kv_heads": groups, "group": heads // groups, "head_dim": width}
 
 
 def _norms(keys: TypedKeys) -> dict[str, Any]:
@@ -169,9 +169,9 @@ def _positions(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[
     if kind != "rope":
         if kind == "learned_absolute" and not longest:
             raise ConfigError("args do not say max_position_embeddings", file=keys.file)
-        return {"rope": None, "p": longest if kind == "learned_absolute" else 0, "positions": longest}
+        return {"rope": None, "learned_positions": longest if kind == "learned_absolute" else 0, "context": longest}
     scaling = _scaling(keys, factor, notes)
-    return {"rope": Rope(keys.real("rotary_base"), keys.real("rotary_percent"), scaling), "positions": longest}
+    return {"rope": Rope(keys.real("rotary_base"), keys.real("rotary_percent"), scaling), "context": longest}
 
 
 def _scaling(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[str, object]:
@@ -201,7 +201,7 @@ def _feed_forward(keys: TypedKeys) -> dict[str, Any]:
         width = int(4 * h * 2 / 3) // 64 * 64 if glu else 4 * h
         keys.unstated.append(f"args.ffn_hidden_size = {width}")
     qkv_bias = keys.flag("add_qkv_bias") or bias
-    return {"f": width, "glu": glu, "act": "silu" if glu else _act(keys, bias), "qkv_bias": qkv_bias, "o_bias": bias,
+    return {"ffn": width, "glu": glu, "act": "silu" if glu else _act(keys, bias), "qkv_bias": qkv_bias, "o_bias": bias,
             "mlp_bias": bias}  # fmt: skip
 
 
@@ -247,10 +247,11 @@ def _experts(keys: TypedKeys, experts: int, fields: Mapping[str, Any]) -> dict[s
     shared = keys.maybe_integer("moe_shared_expert_intermediate_size") or 0
     width = keys.maybe_integer("moe_ffn_hidden_size")
     if width is None:
-        width = fields["f"]
+        width = fields["ffn"]
         keys.unstated.append(f"args.moe_ffn_hidden_size = {width} (ffn_hidden_size)")
     return {
-        "e": experts, "m": width, "s": shared, "top_k": top_k, "moe_layers": _moe_layers(keys, fields["l"]),
+        "experts": experts, "expert_ffn": width, "shared_ffn": shared, "top_k": top_k,
+        "moe_layers": _moe_layers(keys, fields["layers"]),
         "top_k_renormalised": top_k > 1 if score == "sigmoid" else not pre_softmax,
         "router_score": score, "router_bias": ranked, "router_scale": keys.maybe_real("moe_router_topk_scaling_factor"),
         "shared_gate": bool(shared) and keys.flag("moe_shared_expert_gate"),
@@ -273,9 +274,9 @@ def _moe_layers(keys: TypedKeys, layers: int) -> tuple[int, ...]:
 
 def _family(fields: Mapping[str, Any]) -> str:
     """Hugging Face's nearest family: a hint."""
-    if fields.get("e"):
+    if fields.get("experts"):
         return "qwen3_moe" if fields["qk_norm"] else "mixtral"
-    if fields.get("p"):
+    if fields.get("learned_positions"):
         return "gpt2"
     if fields["qk_norm"]:
         return "qwen3"
@@ -293,23 +294,24 @@ def write_args(spec: Spec) -> dict[str, Any]:
     """The attributes that describe the model.  Raises ConfigError naming every field that Megatron cannot express."""
     bias = spec.mlp_bias or spec.o_bias
     args: dict[str, Any] = {
-        "num_layers": spec.l, "encoder_num_layers": spec.l, "hidden_size": spec.h,
-        "ffn_hidden_size": spec.f or spec.m, "num_attention_heads": spec.heads, "kv_channels": spec.head_dim,
-        "group_query_attention": spec.n > 1, "num_query_groups": spec.g if spec.n > 1 else 1,
+        "num_layers": spec.layers, "encoder_num_layers": spec.layers, "hidden_size": spec.width,
+        "ffn_hidden_size": spec.ffn or spec.expert_ffn, "num_attention_heads": spec.heads, "kv_channels": spec.head_dim,
+        "group_query_attention": spec.group > 1, "num_query_groups": spec.kv_heads if spec.group > 1 else 1,
         "normalization": {v: k for k, v in _NORMS.items()}.get(spec.norm, "LayerNorm"),
         "norm_epsilon": spec.norm_eps, "layernorm_epsilon": spec.norm_eps, "apply_layernorm_1p": False,
         "layernorm_zero_centered_gamma": False, "qk_layernorm": spec.qk_norm == "head",
         "untie_embeddings_and_output_weights": not spec.tied, "add_bias_linear": bias, "add_qkv_bias": spec.qkv_bias,
         "swiglu": spec.glu, "squared_relu": spec.act == "relu2", "openai_gelu": False,
         "bias_gelu_fusion": spec.act == "gelu_tanh", "add_position_embedding": True,
-        "max_position_embeddings": spec.p or spec.positions or 2048, "seq_length": spec.p or spec.positions or 2048,
+        "max_position_embeddings": spec.learned_positions or spec.context or 2048,
+        "seq_length": spec.learned_positions or spec.context or 2048,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "apply_query_key_layer_scaling": False,
-        "num_experts": spec.e or None, **_write_rope(spec), **_write_windows(spec),
+        "num_experts": spec.experts or None, **_write_rope(spec), **_write_windows(spec),
     }  # fmt: skip
-    if spec.e:
+    if spec.experts:
         args |= _write_experts(spec)
     try:
-        back = read_args(args, "args", spec.v, rope_factor=_own_factor(spec)).spec
+        back = read_args(args, "args", spec.vocab, rope_factor=_own_factor(spec)).spec
     except ConfigError as error:
         raise ConfigError(f"Megatron cannot hold this {spec.family}: {error.what}") from None
     check_held("Megatron", spec, back)
@@ -324,7 +326,7 @@ def _own_factor(spec: Spec) -> float | None:
 
 def _write_rope(spec: Spec) -> dict[str, Any]:
     if spec.rope is None:
-        return {"position_embedding_type": "learned_absolute" if spec.p else "none",
+        return {"position_embedding_type": "learned_absolute" if spec.learned_positions else "none",
                 "use_rotary_position_embeddings": False}  # fmt: skip
     base, scaling = spec.rope.base, spec.rope.scaling
     linear = scaling.get("factor") if scaling.get("type") == "linear" else None
@@ -345,12 +347,12 @@ def _write_windows(spec: Spec) -> dict[str, Any]:
 
 
 def _write_experts(spec: Spec) -> dict[str, Any]:
-    sparse = [int(spec.is_moe(i)) for i in range(spec.l)]
+    sparse = [int(spec.is_moe(i)) for i in range(spec.layers)]
     return {
-        "moe_ffn_hidden_size": spec.m, "moe_router_topk": spec.top_k,
+        "moe_ffn_hidden_size": spec.expert_ffn, "moe_router_topk": spec.top_k,
         "moe_layer_freq": 1 if all(sparse) else sparse,
         "moe_router_pre_softmax": spec.router_score == "softmax" and not spec.top_k_renormalised,
         "moe_router_score_function": spec.router_score, "moe_router_enable_expert_bias": spec.router_bias,
         "moe_router_topk_scaling_factor": spec.router_scale,
-        "moe_shared_expert_intermediate_size": spec.s or None, "moe_shared_expert_gate": spec.shared_gate,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn or None, "moe_shared_expert_gate": spec.shared_gate,
     }  # fmt: skip

@@ -149,8 +149,8 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     experts = entries.chosen(options, "experts", carried.get("experts"))
     entries.check_heads(spec, topology.tp)
     topology = entries.with_experts(spec, topology, options)
-    topology.layer_counts(spec.l)
-    numbered = spec.e > 0 and not all(spec.is_moe(i) for i in range(spec.l))
+    topology.layer_counts(spec.layers)
+    numbered = spec.experts > 0 and not all(spec.is_moe(i) for i in range(spec.layers))
     multiple = entries.whole_number(options, "vocab_multiple")
     iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))
     args = {"transformer_impl": entries.IMPL[norms], **entries.EXPERT_ARGS[experts], "ckpt_format": "torch_dist",
@@ -171,13 +171,13 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
 
 def extra_states(spec: Spec, numbered: bool) -> Iterator[str]:
     """Every `_extra_state` object that any version asks for; loaders take no notice of those they do not know."""
-    for layer in range(spec.l):
+    for layer in range(spec.layers):
         prefix = f"decoder.layers.{layer}." if numbered else "decoder.layers."
-        at, of = ("", "") if numbered else (f"{layer}.", f"{spec.l}.")
+        at, of = ("", "") if numbered else (f"{layer}.", f"{spec.layers}.")
         for module in _modules(spec, layer):
             if ".experts.experts." in module:
-                for expert in range(spec.e):
-                    yield f"{prefix}{module}._extra_state/shard_{at}{expert}_{of}{spec.e}"
+                for expert in range(spec.experts):
+                    yield f"{prefix}{module}._extra_state/shard_{at}{expert}_{of}{spec.experts}"
             else:
                 yield f"{prefix}{module}._extra_state/shard_{at[:-1] or 0}_{of[:-1] or 1}"
     yield "decoder.final_layernorm._extra_state/shard_0_1"
@@ -190,7 +190,7 @@ def _modules(spec: Spec, layer: int) -> list[str]:
     if not spec.is_moe(layer):
         return [*found, "mlp.linear_fc1", "mlp.linear_fc2"]
     found += ["pre_mlp_layernorm", "mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"]
-    return found + ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"] * (spec.s > 0)
+    return found + ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"] * (spec.shared_ffn > 0)
 
 
 FORMAT = Format(

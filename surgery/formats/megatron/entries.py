@@ -73,8 +73,8 @@ def parallel_sizes(args: Mapping[str, Any], file: Path) -> tuple[int, int, int, 
 
 def check_heads(spec: Spec, tp: int) -> None:
     """Raise LayoutError for key/value heads that Megatron would have to copy."""
-    if spec.g % tp:
-        raise LayoutError(f"cannot divide {spec.g} key/value heads among {tp} ranks, and Megatron copies none",
+    if spec.kv_heads % tp:
+        raise LayoutError(f"cannot divide {spec.kv_heads} key/value heads among {tp} ranks, and Megatron copies none",
                           hint="choose another --tp")  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def with_experts(spec: Spec, topology: Topology, options: Options) -> Topology:
     if options.get("etp", "auto") == "auto":
         return topology
     etp = whole_number(options, "etp")
-    if topology.tp % etp or not spec.e:
-        raise UsageError(f"-O etp={etp} does not fit {spec.e} experts on {topology.tp} tensor-parallel ranks")
+    if topology.tp % etp or not spec.experts:
+        raise UsageError(f"-O etp={etp} does not fit {spec.experts} experts on {topology.tp} tensor-parallel ranks")
     return replace(topology, etp=None if etp == topology.tp else etp)
 
 
@@ -139,9 +139,11 @@ def root_entries(
         "tensor_model_parallel_size": topology.tp, "pipeline_model_parallel_size": topology.pp,
         "expert_model_parallel_size": topology.ep, "expert_tensor_parallel_size": topology.expert_tp,
         "virtual_pipeline_model_parallel_size": topology.vpp if topology.vpp > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": spec.l // (topology.pp * topology.vpp) if topology.vpp > 1 else None,
-        "make_vocab_size_divisible_by": multiple, "padded_vocab_size": padded(spec.v, topology, multiple),
-        "vocab_size": spec.v_true or spec.v, "bf16": checkpoint.kind == "bfloat16",
+        "num_layers_per_virtual_pipeline_stage": (
+            spec.layers // (topology.pp * topology.vpp) if topology.vpp > 1 else None
+        ),
+        "make_vocab_size_divisible_by": multiple, "padded_vocab_size": padded(spec.vocab, topology, multiple),
+        "vocab_size": spec.true_vocab or spec.vocab, "bf16": checkpoint.kind == "bfloat16",
         "fp16": checkpoint.kind == "float16", "iteration": iteration or 0, "tokenizer_type": None,
         "consumed_train_samples": checkpoint.details.get("consumed_train_samples", 0),
         "consumed_valid_samples": checkpoint.details.get("consumed_valid_samples", 0), **more,
@@ -162,9 +164,9 @@ def padded(rows: int, topology: Topology, multiple: int) -> int:
 def notes_of(checkpoint: Checkpoint, topology: Topology, multiple: int) -> list[str]:
     """What has to be said about every Megatron checkpoint that is written."""
     spec, notes = checkpoint.spec, []
-    rows = padded(spec.v, topology, multiple)
-    if rows != spec.v:
-        notes.append(f"the vocabulary of {spec.v} rows is padded with zeros to {rows}, a multiple of "
+    rows = padded(spec.vocab, topology, multiple)
+    if rows != spec.vocab:
+        notes.append(f"the vocabulary of {spec.vocab} rows is padded with zeros to {rows}, a multiple of "
                      f"{multiple} x tp (-O vocab_multiple=N)")  # fmt: skip
     if checkpoint.tokenizer is not None:
         notes.append("Megatron keeps no tokenizer in its checkpoints: give the source's to --tokenizer-model")

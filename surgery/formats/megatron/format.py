@@ -62,7 +62,7 @@ def open_megatron(folder: Path, options: Options) -> Checkpoint:
     vocab = _rows(rows, "language_model." * precore + "embedding.word_embeddings.weight", where) * topology.tp
     factor = number(options, "rope_factor") or entries.own_factor(first.root)
     found = read_args(first.args, str(first.path), vocab, factor)
-    topology = replace(topology, stages=folders.stage_counts(counts, found.spec.l, where))
+    topology = replace(topology, stages=folders.stage_counts(counts, found.spec.layers, where))
     dialect, details = _dialect(first, ranks, found.spec, precore)
     entries.check_heads(found.spec, topology.tp)
     shards = {rank._replace(chunk=v): file.chunks[v] for rank, file in ranks.items() for v in range(topology.vpp)}
@@ -159,13 +159,13 @@ def _dialect(
         raise ConfigError(f"checkpoint_version is {show(version)}", file=first.path, hint="known: 0 to 3.0")
     if precore:
         order = 2 if version >= 2 else int(version)
-        if order < 2 and spec.n > 1:
+        if order < 2 and spec.group > 1:
             raise LayoutError(f"{first.path}: checkpoint_version {version} knows no grouped queries")
         return precore_table(order), {"layer names": "pre-core classes", "checkpoint_version": version}
     names = {name for file in ranks.values() for chunk in file.chunks for name in chunk}
     norms = "te" if any(".linear_qkv.layer_norm_" in name for name in names) else "local"
     experts = spelling(names)
-    details = {"layer names": norms} | ({"experts": experts} if spec.e else {})
+    details = {"layer names": norms} | ({"experts": experts} if spec.experts else {})
     return table(norms, experts), {**details, "checkpoint_version": version}
 
 

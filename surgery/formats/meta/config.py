@@ -72,9 +72,10 @@ def read_params(
     if not positions:
         more.append(f"params.json does not say the longest context: {length} (-O max_positions=N)")
     spec = Spec(
-        family="llama", l=keys.integer("n_layers"), h=dim, v=evidence.vocab, g=groups, n=heads // groups,
-        half=head_dim // 2, f=evidence.ffn, norm_eps=eps, rope=Rope(base, 1.0, scaling), tied=evidence.tied,
-        positions=length,
+        family="llama", layers=keys.integer("n_layers"), width=dim, vocab=evidence.vocab, kv_heads=groups,
+        group=heads // groups,
+        head_dim=head_dim, ffn=evidence.ffn, norm_eps=eps, rope=Rope(base, 1.0, scaling), tied=evidence.tied,
+        context=length,
     )  # fmt: skip
     return spec, notes + more
 
@@ -159,7 +160,7 @@ def _check_ffn(params: Mapping[str, object], dim: int, width: int) -> list[str]:
 def is_llama3(spec: Spec) -> bool:
     """Whether a model looks like Llama 3 or later, whose loader cuts the embedding along the vocabulary."""
     scaled = spec.rope is not None and bool(spec.rope.scaling)
-    return scaled or spec.tied or spec.v >= 100_000 or (spec.rope is not None and spec.rope.base == 500000.0)
+    return scaled or spec.tied or spec.vocab >= 100_000 or (spec.rope is not None and spec.rope.base == 500000.0)
 
 
 def refuse_misfits(spec: Spec) -> None:
@@ -167,7 +168,7 @@ def refuse_misfits(spec: Spec) -> None:
     rope = spec.rope or Rope()
     plain = {k: v for k, v in rope.scaling.items() if k not in ("type", "factor")}
     problems = {
-        "experts": spec.e > 0,
+        "experts": spec.experts > 0,
         say("norm", spec.norm): spec.norm != "rms",
         "norms after the layers": spec.norm_at != "pre",
         say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
@@ -176,11 +177,11 @@ def refuse_misfits(spec: Spec) -> None:
         f"activation {spec.act}": spec.act != "silu" or not spec.glu,
         "parallel residuals": spec.parallel,
         "sliding windows": bool(spec.windows),
-        "no rotary embeddings": spec.rope is None or spec.p > 0,
+        "no rotary embeddings": spec.rope is None or spec.learned_positions > 0,
         f"rotary embeddings on {rope.fraction:g} of a head": rope.fraction != 1.0,
         say("rope", rope): bool(rope.scaling) and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
-        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
-        != spec.h,
+        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.width}": spec.head_dim * spec.heads
+        != spec.width,
     }
     found = [name for name, is_so in problems.items() if is_so]
     if found:
@@ -190,9 +191,10 @@ def refuse_misfits(spec: Spec) -> None:
 def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], list[str]]:
     """params.json, with notes on what it cannot say."""
     assert spec.rope is not None
-    multiple, multiplier = ffn_numbers(spec.h, spec.f)
+    multiple, multiplier = ffn_numbers(spec.width, spec.ffn)
     params: dict[str, object] = {
-        "dim": spec.h, "n_layers": spec.l, "n_heads": spec.heads, "n_kv_heads": spec.g, "vocab_size": spec.v,
+        "dim": spec.width, "n_layers": spec.layers, "n_heads": spec.heads, "n_kv_heads": spec.kv_heads,
+        "vocab_size": spec.vocab,
         "multiple_of": multiple, "ffn_dim_multiplier": multiplier, "norm_eps": spec.norm_eps,
         "rope_theta": spec.rope.base,
     }  # fmt: skip
@@ -210,8 +212,8 @@ def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], l
             notes.append(
                 f"the rope's factor is {own}; reference code that knows no rope_scaling_factor computes with 8"
             )
-    if spec.positions:
-        notes.append(f"params.json cannot say the longest context ({spec.positions})")
+    if spec.context:
+        notes.append(f"params.json cannot say the longest context ({spec.context})")
     return params, notes
 
 

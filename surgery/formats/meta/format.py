@@ -177,7 +177,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     ranks = spread(table(embedding), checkpoint.parts, spec, topology)
     tokens = tokenizer.Carried((), ("no tokenizer was found, none is written (--tokenizer PATH adds one)",))
     if checkpoint.tokenizer is not None:
-        tokens = tokenizer.for_meta(checkpoint.tokenizer, vocab_size=spec.v)
+        tokens = tokenizer.for_meta(checkpoint.tokenizer, vocab_size=spec.vocab)
     files = [
         torch_file(
             f"consolidated.{rank.tp:02d}.pth",

@@ -145,10 +145,12 @@ def read_config(config: Config, file: str, found: Evidence, *, qkv: str = "auto"
                           "which no other program computes", file=file,
                           hint="train or convert it with use_bias_in_mlp: true")  # fmt: skip
     spec = Spec(
-        family="llama" if glu and norm == "rms" else "gpt_neox", l=layers, h=width, v=found.vocab, g=groups,
-        n=heads // groups, half=dim // 2, f=found.ffn, p=learned, norm=norm, norm_eps=eps, rope=rope,
+        family="llama" if glu and norm == "rms" else "gpt_neox", layers=layers, width=width, vocab=found.vocab,
+        kv_heads=groups,
+        group=heads // groups, head_dim=dim, ffn=found.ffn, learned_positions=learned, norm=norm, norm_eps=eps,
+        rope=rope,
         windows=_windows(keys, layers), qkv_bias=found.qkv_bias, o_bias=found.o_bias, act=act, glu=glu,
-        mlp_bias=found.mlp_bias, parallel=parallel, tied=tied, positions=_context(keys),
+        mlp_bias=found.mlp_bias, parallel=parallel, tied=tied, context=_context(keys),
     )  # fmt: skip
     layout, why = choose_qkv(config, found, spec, file, qkv=qkv, release=release)
     notes = [*biases, *_notes(config, keys, found, spec, layout), *why]
@@ -294,9 +296,11 @@ def _notes(config: Config, keys: _Keys, found: Evidence, spec: Spec, layout: str
     notes += [f"configuration key {show(k)} is not understood and has no effect here" for k in unknown]
     if keys.defaults:
         notes.append(f"not stated, so GPT-NeoX's defaults are taken: {', '.join(dict.fromkeys(keys.defaults))}")
-    implied = ffn_width(config, "third" if found.mlp == "linear" else "plain", found.mlp, found.gated, spec.h)
-    if implied != spec.f:
-        notes.append(f"the configuration implies an ffn width of {implied}, the tensors have {spec.f}, which is taken")
+    implied = ffn_width(config, "third" if found.mlp == "linear" else "plain", found.mlp, found.gated, spec.width)
+    if implied != spec.ffn:
+        notes.append(
+            f"the configuration implies an ffn width of {implied}, the tensors have {spec.ffn}, which is taken"
+        )
     if spec.norm == "rms":
         old = "the code that wrote this" if found.mlp != "linear" else "GPT-NeoX before 2025-05-09"
         notes.append(f"{old} divides by rms + eps, everyone else by sqrt(ms + eps): logits may differ by about 1e-4")

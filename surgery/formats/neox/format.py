@@ -80,8 +80,8 @@ def open_neox(folder: Path, options: Options) -> Checkpoint:
 
 def _divide(spec: Spec, tp: int) -> None:
     """Raise LayoutError unless every rank has whole key/value heads, as GPT-NeoX demands."""
-    if spec.g % tp or spec.f % tp:
-        what = f"{spec.g} key/value heads" if spec.g % tp else f"an ffn width of {spec.f}"
+    if spec.kv_heads % tp or spec.ffn % tp:
+        what = f"{spec.kv_heads} key/value heads" if spec.kv_heads % tp else f"an ffn width of {spec.ffn}"
         raise LayoutError(f"cannot divide {what} among {tp} ranks", hint="choose another --tp")
 
 
@@ -138,13 +138,13 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     release = RELEASES[NEWEST if name == "auto" else name]
     spec, tp, pp = checkpoint.spec, topology.tp, topology.pp
     found = checkpoint.tokenizer
-    multiple = neox_yaml.vocab_multiple(spec.v, tp, spec.v_true or (found.vocab_size if found else None))
+    multiple = neox_yaml.vocab_multiple(spec.vocab, tp, spec.true_vocab or (found.vocab_size if found else None))
     config = neox_yaml.write_config(spec, release, tp=tp, pp=pp, multiple=multiple, kind=checkpoint.kind)
     _divide(spec, tp)
-    rows = spec.v if spec.v % tp == 0 else -(-spec.v // (multiple * tp)) * multiple * tp
+    rows = spec.vocab if spec.vocab % tp == 0 else -(-spec.vocab // (multiple * tp)) * multiple * tp
     prefix = "" if pp else "sequential."
-    mlp, layout = neox_yaml.spelling_of_mlp(spec, release), release.gqa if spec.n > 1 else "A"
-    how = Spelling(mlp, layout, tp, prefix, vocab_multiple=multiple if rows != spec.v else 1)
+    mlp, layout = neox_yaml.spelling_of_mlp(spec, release), release.gqa if spec.group > 1 else "A"
+    how = Spelling(mlp, layout, tp, prefix, vocab_multiple=multiple if rows != spec.vocab else 1)
     dialect = table(spec, how)
     ranks = spread(dialect, checkpoint.parts, spec, Topology(tp=tp))
     if release.buffer and spec.rope is not None:
@@ -174,7 +174,7 @@ def _with_buffers(stored: Mapping[str, Stored], spec: Spec, rope: Rope, kind: st
     buffer = Map(
         lambda empty: _frequencies(empty, rope.base, turning), (Fill(((turning + 1) // 2,), kind),), whole=True
     )
-    extra = {f"{prefix}{i + 2}.attention.rotary_emb.inv_freq": Stored(buffer) for i in range(spec.l)}
+    extra = {f"{prefix}{i + 2}.attention.rotary_emb.inv_freq": Stored(buffer) for i in range(spec.layers)}
     return {**stored, **extra}
 
 
@@ -198,7 +198,7 @@ def _state(config: Mapping[str, object], rows: int, step: int, world: int, relea
 
 def _layer_files(tag: str, ranks: Mapping[Rank, Mapping[str, Stored]], spec: Spec) -> Iterator[OutputFile]:
     """A file for every module of the pipeline, also for a norm without weights; those of a tied head do not exist."""
-    numbers = [0, *range(2, spec.l + 2), spec.l + 3, *([] if spec.tied else [spec.l + 4])]
+    numbers = [0, *range(2, spec.layers + 2), spec.layers + 3, *([] if spec.tied else [spec.layers + 4])]
     for number in numbers:
         for rank, stored in ranks.items():
             mine = {n.removeprefix(f"{number}."): s for n, s in stored.items() if n.startswith(f"{number}.")}

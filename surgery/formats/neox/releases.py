@@ -77,16 +77,16 @@ def choose_qkv(
     A and B are per query head q, then its share of k and of v (B is A with fewer k and v than q); C is, per rank, all
     q, all k, all v.  Raises AmbiguousError where nothing in the files tells B from C.
     """
-    grouped = spec.n > 1
+    grouped = spec.group > 1
     if qkv != "auto":
         if qkv == "A" and grouped:
-            raise ConfigError(f"-O qkv=A, but {spec.heads} heads share {spec.g} key/value heads", file=file)
+            raise ConfigError(f"-O qkv=A, but {spec.heads} heads share {spec.kv_heads} key/value heads", file=file)
         return ("A" if qkv == "B" and not grouped else qkv), [f"query_key_value is read in layout {qkv}, as -O says"]
     if not grouped:
         return "A", []
     if config.get("attention_type") is not None or found.mlp != "linear":
         return "B", []
-    if spec.head_dim % spec.n:
+    if spec.head_dim % spec.group:
         return "C", []  # layout B gives every query head a whole number of rows of k and v
     if found.mark:
         return RELEASES[found.mark].gqa, []
@@ -113,7 +113,7 @@ def writer(found: Evidence, layout: str, spec: Spec, config: Config) -> str:
     fits = [
         r.name
         for r in RELEASES.values()
-        if (r.mlp == "linear") == (found.mlp == "linear") and (spec.n == 1 or r.gqa == layout)
+        if (r.mlp == "linear") == (found.mlp == "linear") and (spec.group == 1 or r.gqa == layout)
         and not (found.buffer and not r.buffer)
     ]  # fmt: skip
     return " or ".join(fits) or "unknown"

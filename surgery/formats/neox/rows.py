@@ -121,14 +121,14 @@ class Spelling:
 def table(spec: Spec, how: Spelling) -> Dialect:
     """The rows of a variant, under the numbers that this model's layers have."""
     layout, cut, views = QKV[how.qkv]
-    sizes = {"t": how.tp, "y": max(spec.g // how.tp, 1), "x": max(spec.head_dim // spec.n, 1)}
+    sizes = {"t": how.tp, "y": max(spec.kv_heads // how.tp, 1), "x": max(spec.head_dim // spec.group, 1)}
     qkv = (
         row("attention.query_key_value.weight", "attn.q", "attn.k", "attn.v", layout=f"{layout} h", cut=cut,
             views=[f"{v} h" for v in views], sizes=sizes),
         row("attention.query_key_value.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout=layout, cut=cut,
             views=views, sizes=sizes),
     )  # fmt: skip
-    numbered = ((0, EMBEDDING), (spec.l + 3, FINAL_NORM), (spec.l + 4, HEAD[how.head]))
+    numbered = ((0, EMBEDDING), (spec.layers + 3, FINAL_NORM), (spec.layers + 4, HEAD[how.head]))
     rows = [replace(r, name=f"{how.prefix}{i}.{r.name}") for i, group in numbered for r in group]
     rows += [replace(r, name=f"{how.prefix}{{l}}.{r.name}", first=2) for r in (*LAYER, *qkv, *MLP[how.mlp])]
     if how.averaged:

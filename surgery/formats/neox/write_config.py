@@ -36,9 +36,9 @@ def write_config(spec: Spec, release: Release, *, tp: int, pp: int, multiple: in
     _refuse_misfits(spec, release)
     norm, eps = next((name, key) for name, (norm, key, _) in NORMS.items() if norm == spec.norm)
     config: Json = {
-        "pipe_parallel_size": pp, "model_parallel_size": tp, "num_layers": spec.l, "hidden_size": spec.h,
-        "num_attention_heads": spec.heads, "seq_length": spec.positions or spec.p,
-        "max_position_embeddings": spec.positions or spec.p, "norm": norm, eps: spec.norm_eps,
+        "pipe_parallel_size": pp, "model_parallel_size": tp, "num_layers": spec.layers, "hidden_size": spec.width,
+        "num_attention_heads": spec.heads, "seq_length": spec.context or spec.learned_positions,
+        "max_position_embeddings": spec.context or spec.learned_positions, "norm": norm, eps: spec.norm_eps,
     }  # fmt: skip
     config |= _position(spec) | _heads(spec, release) | _mlp(spec, release) | _window(spec)
     config["gpt_j_residual"] = spec.parallel
@@ -52,11 +52,11 @@ def write_config(spec: Spec, release: Release, *, tp: int, pp: int, multiple: in
 
 
 def _refuse_misfits(spec: Spec, release: Release) -> None:
-    rope, positions = spec.rope, spec.positions or spec.p
+    rope, positions = spec.rope, spec.context or spec.learned_positions
     said, mlp = {"intermediate_size": _said(spec, release)}, spelling_of_mlp(spec, release)
-    width = ffn_width(said, release.ffn, mlp, spec.glu, spec.h)
+    width = ffn_width(said, release.ffn, mlp, spec.glu, spec.width)
     problems = {
-        "experts": spec.e > 0,
+        "experts": spec.experts > 0,
         "norms after the layers": spec.norm_at != "pre",
         say("norm", spec.norm): spec.norm not in (v[0] for v in NORMS.values()),
         f"{say('norm', spec.norm)} (since 2025 only)": spec.norm == "none" and release.name != "2024-11",
@@ -68,21 +68,21 @@ def _refuse_misfits(spec: Spec, release: Release) -> None:
         "an mlp without biases that is not gated (GPT-NeoX adds one always)": not spec.glu and not spec.mlp_bias,
         "parallel residuals without biases in the mlp (GPT-NeoX leaves out the attention then)": spec.parallel
         and not spec.mlp_bias,
-        f"{spec.g} key/value heads for {spec.heads} heads": spec.n > 1 and not release.gqa,
-        f"heads of width {spec.head_dim} that {spec.n} queries cannot share evenly": spec.n > 1
-        and release.gqa == "B" and spec.head_dim % spec.n > 0,
-        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.h}": spec.head_dim * spec.heads
-        != spec.h,
+        f"{spec.kv_heads} key/value heads for {spec.heads} heads": spec.group > 1 and not release.gqa,
+        f"heads of width {spec.head_dim} that {spec.group} queries cannot share evenly": spec.group > 1
+        and release.gqa == "B" and spec.head_dim % spec.group > 0,
+        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.width}": spec.head_dim * spec.heads
+        != spec.width,
         "a rope per kind of layer": spec.rope_local is not None,
         say("rope", rope): rope is not None and bool(rope.scaling),
         f"a rope base of {rope.base if rope else 0} (a whole number is needed)": rope is not None
         and rope.base != int(rope.base),
-        "both a rope and learned positions": rope is not None and spec.p > 0,
+        "both a rope and learned positions": rope is not None and spec.learned_positions > 0,
         "windows of different widths": len(set(spec.windows) - {0}) > 1,
         "sliding windows": bool(spec.windows) and release.name in ("llemma", "2023-05"),
         "no longest context": not positions,
-        f"an ffn width of {spec.f} (this release makes {width} of a model width of {spec.h})": width != spec.f
-        and not spec.e,
+        f"an ffn width of {spec.ffn} (this release makes {width} of a model width of {spec.width})": width != spec.ffn
+        and not spec.experts,
     }  # fmt: skip
     found = [name for name, is_so in problems.items() if is_so]
     if found:
@@ -92,15 +92,15 @@ def _refuse_misfits(spec: Spec, release: Release) -> None:
 
 def _position(spec: Spec) -> Json:
     if spec.rope is None:
-        return {"pos_emb": "learned" if spec.p else "none"}
+        return {"pos_emb": "learned" if spec.learned_positions else "none"}
     base, fraction = int(spec.rope.base), spec.rope.fraction
     return {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
 
 
 def _heads(spec: Spec, release: Release) -> Json:
-    if spec.n == 1:
+    if spec.group == 1:
         return {}
-    grouped: Json = {"num_kv_heads": spec.g}
+    grouped: Json = {"num_kv_heads": spec.kv_heads}
     return grouped | ({"attention_type": "groupedquery"} if release.name == "llemma" else {})
 
 
@@ -108,7 +108,7 @@ def _said(spec: Spec, release: Release) -> int | None:
     """intermediate_size as the release wants it; None where it takes none."""
     if release.ffn == "fixed" or spelling_of_mlp(spec, release) == "dense":
         return None
-    return 3 * spec.f if spec.glu and release.ffn == "third" else spec.f
+    return 3 * spec.ffn if spec.glu and release.ffn == "third" else spec.ffn
 
 
 def _mlp(spec: Spec, release: Release) -> Json:
@@ -137,10 +137,10 @@ def _window(spec: Spec) -> Json:
 def _check(spec: Spec, release: Release, config: Json) -> None:
     """Whether reading what was written gives the model: a net under `_refuse_misfits`."""
     mlp = spelling_of_mlp(spec, release)
-    rows = (spec.heads + 2 * spec.g) * spec.head_dim
-    seen = Evidence(layers=spec.l, mlp=mlp, gated=spec.glu, vocab=spec.v, ffn=spec.f, qkv_rows=rows,
+    rows = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    seen = Evidence(layers=spec.layers, mlp=mlp, gated=spec.glu, vocab=spec.vocab, ffn=spec.ffn, qkv_rows=rows,
                     qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied,
-                    positions=spec.p, mark=release.name)  # fmt: skip
+                    positions=spec.learned_positions, mark=release.name)  # fmt: skip
     back = read_config(config, "the configuration", seen).spec
     check_held(f"GPT-NeoX {release.name}", spec, back, (*NAMES_ONLY, *(() if any(spec.windows) else ("windows",))))
 

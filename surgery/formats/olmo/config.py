@@ -71,7 +71,7 @@ def read_model(config: Mapping[str, Any], file: str, eos: int | None = None) -> 
     block = keys.choice("block_type", BLOCKS)
     _refuse(keys, moe)
     fields: dict[str, Any] = {**_sizes(keys, block), **_norms(keys, block), **_positions(keys)}
-    fields |= _experts(keys, fields.pop("width")) if moe else _dense(keys, fields.pop("width"))
+    fields |= _experts(keys, fields.pop("mlp")) if moe else _dense(keys, fields.pop("mlp"))
     notes = []
     if block == "llama" and keys.flag("norm_after"):
         notes.append("norm_after has no effect in blocks of type llama, as in OLMo")
@@ -122,9 +122,10 @@ def _sizes(keys: TypedKeys, block: str) -> dict[str, Any]:
         raise ConfigError(f"embedding_size {padded} is less than vocab_size {rows}", file=keys.file)
     width = keys.maybe_integer("mlp_hidden_size")
     return {
-        "l": keys.integer("n_layers"), "h": h, "v": padded, "v_true": rows, "g": groups, "n": heads // groups,
-        "half": h // heads // 2, "clip_qkv": keys.maybe_real("clip_qkv"),
-        "width": width or keys.integer("mlp_ratio") * h,
+        "layers": keys.integer("n_layers"), "width": h, "vocab": padded, "true_vocab": rows, "kv_heads": groups,
+        "group": heads // groups,
+        "head_dim": h // heads, "clip_qkv": keys.maybe_real("clip_qkv"),
+        "mlp": width or keys.integer("mlp_ratio") * h,
     }  # fmt: skip
 
 
@@ -156,15 +157,15 @@ def _norms(keys: TypedKeys, block: str) -> dict[str, Any]:
 def _positions(keys: TypedKeys) -> dict[str, Any]:
     length = keys.integer("max_sequence_length")
     if keys.flag("rope"):
-        return {"rope": Rope(keys.real("rope_theta")), "positions": length}
-    return {"rope": None, "p": length, "positions": length}
+        return {"rope": Rope(keys.real("rope_theta")), "context": length}
+    return {"rope": None, "learned_positions": length, "context": length}
 
 
 def _dense(keys: TypedKeys, width: int) -> dict[str, Any]:
     act, glu = _ACTS[keys.choice("activation_type", _ACTS)]
     if glu and width % 2:
         raise ConfigError(f"an mlp of width {width} cannot be halved into gate and up", file=keys.file)
-    return {"f": width // 2 if glu else width, "act": act, "glu": glu}
+    return {"ffn": width // 2 if glu else width, "act": act, "glu": glu}
 
 
 def _experts(keys: TypedKeys, width: int) -> dict[str, Any]:
@@ -173,11 +174,11 @@ def _experts(keys: TypedKeys, width: int) -> dict[str, Any]:
     experts, top = keys.integer("moe_num_experts"), keys.integer("moe_top_k")
     if top > experts:
         raise ConfigError(f"moe_top_k {top} of {experts} experts", file=keys.file)
-    return {"e": experts, "top_k": top, "m": width // 2}
+    return {"experts": experts, "top_k": top, "expert_ffn": width // 2}
 
 
 def _family(fields: Mapping[str, Any]) -> str:
-    if fields.get("e"):
+    if fields.get("experts"):
         return "olmoe"
     if fields["norm_at"] == "post":
         return "olmo2"
@@ -224,18 +225,18 @@ def _write_model(spec: Spec, facts: Mapping[str, object], block: str, group: int
     base = spec.rope.base if spec.rope else 10000.0
     if base != int(base):
         raise ConfigError(f"OLMo cannot hold a rope base of {base}: its rope_theta is a whole number")
-    width = (spec.m if spec.e else spec.f) * (2 if spec.glu else 1)
+    width = (spec.expert_ffn if spec.experts else spec.ffn) * (2 if spec.glu else 1)
     acts = {pair: name for name, pair in _ACTS.items()}
     model: dict[str, Any] = {
-        "d_model": spec.h,
+        "d_model": spec.width,
         "n_heads": spec.heads,
-        "n_kv_heads": None if block == "llama" else spec.g,
-        "multi_query_attention": (spec.g == 1 and spec.n > 1) if block == "llama" else None,
+        "n_kv_heads": None if block == "llama" else spec.kv_heads,
+        "multi_query_attention": (spec.kv_heads == 1 and spec.group > 1) if block == "llama" else None,
         "clip_qkv": spec.clip_qkv,
-        "n_layers": spec.l,
+        "n_layers": spec.layers,
         "mlp_hidden_size": width,
         "activation_type": acts.get((spec.act, spec.glu), spec.act),
-        "block_type": "moe" if spec.e else block,
+        "block_type": "moe" if spec.experts else block,
         "block_group_size": group,
         "alibi": False,
         "rope": spec.rope is not None,
@@ -252,11 +253,11 @@ def _write_model(spec: Spec, facts: Mapping[str, object], block: str, group: int
         "layer_norm_eps": spec.norm_eps,
         "bias_for_layer_norm": spec.norm == "layer",
         "norm_after": spec.norm_at == "post",
-        "max_sequence_length": spec.p or spec.positions or 2048,
+        "max_sequence_length": spec.learned_positions or spec.context or 2048,
         "include_bias": False,
         "scale_logits": False,
-        "vocab_size": spec.v_true or spec.v,
-        "embedding_size": spec.v,
+        "vocab_size": spec.true_vocab or spec.vocab,
+        "embedding_size": spec.vocab,
         "weight_tying": spec.tied,
         "eos_token_id": _id(facts, "eos_token_id", spec),
         "pad_token_id": _id(facts, "pad_token_id", spec),
@@ -264,8 +265,9 @@ def _write_model(spec: Spec, facts: Mapping[str, object], block: str, group: int
         "init_fn": "normal",
         "init_std": 0.02,
     }
-    if spec.e:
-        model |= {"moe_num_experts": spec.e, "moe_top_k": spec.top_k, "moe_dropless": True, "moe_mlp_impl": "sparse",
+    if spec.experts:
+        model |= {"moe_num_experts": spec.experts, "moe_top_k": spec.top_k, "moe_dropless": True,
+                  "moe_mlp_impl": "sparse",
                   "moe_shared_expert": False, "moe_interleave": False}  # fmt: skip
     return model
 
@@ -277,6 +279,6 @@ def _id(facts: Mapping[str, object], key: str, spec: Spec) -> int:
         value = value[0]
     other = facts.get("eos_token_id") if key == "pad_token_id" else None
     for found in (value, other):
-        if type(found) is int and 0 <= found < spec.v:
+        if type(found) is int and 0 <= found < spec.vocab:
             return found
-    return (spec.v_true or spec.v) - 1
+    return (spec.true_vocab or spec.vocab) - 1

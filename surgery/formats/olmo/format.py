@@ -117,12 +117,12 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     if checkpoint.tokenizer is not None:
         tokens, identifier = tokenizer.carry(checkpoint.tokenizer), "tokenizer.json"
         facts = {**checkpoint.tokenizer.ids(), **facts}
-        if spec.v_true is None and (size := checkpoint.tokenizer.vocab_size) and size <= spec.v:
-            spec = spec.replace(v_true=size)
+        if spec.true_vocab is None and (size := checkpoint.tokenizer.vocab_size) and size <= spec.vocab:
+            spec = spec.replace(true_vocab=size)
     config = olmo_config.write_config(spec, facts, block, group, identifier)
     if checkpoint.format == "olmo":
         config = olmo_config.kept(checkpoint.config, config)
-    stored = spread(table("moe" if spec.e else block), checkpoint.parts, spec, topology)[Rank()]
+    stored = spread(table("moe" if spec.experts else block), checkpoint.parts, spec, topology)[Rank()]
     tensors = {grouped(name, group): s.tensor for name, s in stored.items()}
     files = [text_file("config.yaml", olmo_config.to_yaml(config)), torch_file("model.pt", tensors), *tokens.files]
     return Output(tuple(files), tokens.notes)
@@ -130,7 +130,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
 
 def _blocks(checkpoint: Checkpoint, options: Options) -> tuple[str, int]:
     """How blocks are built and grouped: by the options, else as the model was when OLMo last wrote it."""
-    facts, layers = checkpoint.facts, checkpoint.spec.l
+    facts, layers = checkpoint.facts, checkpoint.spec.layers
     block = options["block_type"]
     if block == "auto":
         block = "llama" if facts.get("olmo_block_type") == "llama" else "sequential"

@@ -106,13 +106,14 @@ def read_model(config: Mapping[str, Any], file: str, positions: int | None = Non
     facts, v_true, identifier = _tokenizer(config, file)
     length, more = _positions(config, positions)
     spec = Spec(
-        family=_family(fields), l=layers, h=h, v=keys.integer("vocab_size"), v_true=v_true, positions=length,
+        family=_family(fields), layers=layers, width=h, vocab=keys.integer("vocab_size"), true_vocab=v_true,
+        context=length,
         tied=keys.flag("tie_word_embeddings"), **fields,
     )  # fmt: skip
     variant = blocks[0].variant
     moe = next((b.variant for b in blocks if b.moe), variant)
     notes = [*more, *keys.note(UPSTREAM), *reader.notes()]
-    if spec.e and moe.experts == "default":
+    if spec.experts and moe.experts == "default":
         notes.append("in OLMo-core these experts drop tokens over their capacity; elsewhere they compute all")
     unknown = [*keys.unknown(_TRAINING | _OLD), *reader.unknown]
     notes += [f"config.json key {name} is not understood and has no effect here" for name in dict.fromkeys(unknown)]
@@ -209,7 +210,7 @@ class _Reader:
             raise ConfigError(f"{keys.place}: {heads} heads, {groups} key/value heads of width {dim} do not fit",
                               file=self.file)  # fmt: skip
         bias = keys.flag("bias")
-        fields = {"g": groups, "n": heads // groups, "half": dim // 2, "qkv_bias": bias, "o_bias": bias,
+        fields = {"kv_heads": groups, "group": heads // groups, "head_dim": dim, "qkv_bias": bias, "o_bias": bias,
                   "clip_qkv": keys.maybe_real("clip_qkv"), "qk_norm": self.qk_norm(keys, norm)}  # fmt: skip
         rope, interleaved = None, False
         if keys.section("rope"):
@@ -235,7 +236,7 @@ class _Reader:
             raise ConfigError(f"{block.path('feed_forward')} is missing", file=self.file)
         keys = block.below("feed_forward", _FEED_FORWARD)
         keys.choice("name", ("default",))
-        fields = {"f": keys.integer("hidden_size"), "mlp_bias": keys.flag("bias"),
+        fields = {"ffn": keys.integer("hidden_size"), "mlp_bias": keys.flag("bias"),
                   "act": keys.choice("activation", ("silu", "gelu_tanh"))}  # fmt: skip
         self.done(keys, set())
         return fields
@@ -257,7 +258,8 @@ class _Reader:
             raise ConfigError(f"{router.path('normalize_expert_weights')} is {power:g}: only 1 is supported",
                               file=self.file)  # fmt: skip
         fields = {
-            "e": keys.integer("num_experts"), "m": keys.integer("hidden_size"), "top_k": router.integer("top_k"),
+            "experts": keys.integer("num_experts"), "expert_ffn": keys.integer("hidden_size"),
+            "top_k": router.integer("top_k"),
             "top_k_renormalised": power is not None or gate == "topk_softmax",
             "router_bias": router.maybe_real("bias_gamma") is not None,
         }  # fmt: skip
@@ -317,7 +319,7 @@ def _read_head(model: TypedKeys, fields: Mapping[str, Any], reader: _Reader) -> 
 
 def _family(fields: Mapping[str, Any]) -> str:
     post = fields["norm_at"] == "post"
-    if fields.get("e"):
+    if fields.get("experts"):
         return "flex_olmo" if post else "olmoe"
     if post:
         return "olmo3" if fields["windows"] else "olmo2"

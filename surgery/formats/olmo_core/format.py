@@ -171,7 +171,7 @@ def _details(place: Place, found: Found) -> dict[str, object]:
     if isinstance(said, dict) and isinstance(said.get("version"), str):
         details["OLMo-core version"] = said["version"]
     details["rotary pairs"] = "neighbours (complex)" if found.variant.interleaved else "halves"
-    if found.spec.e:
+    if found.spec.experts:
         details["experts"] = found.variant.experts
     return details
 
@@ -183,8 +183,8 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     if checkpoint.tokenizer is not None:
         tokens = tokenizer.carry(checkpoint.tokenizer)
         facts = {**checkpoint.tokenizer.ids(), **facts}
-        if spec.v_true is None and (size := checkpoint.tokenizer.vocab_size) and size <= spec.v:
-            spec = spec.replace(v_true=size)
+        if spec.true_vocab is None and (size := checkpoint.tokenizer.vocab_size) and size <= spec.vocab:
+            spec = spec.replace(true_vocab=size)
     if len({p.kind for p in checkpoint.parts.values()}) > 1:
         notes.append(f"the weights have several dtypes; config.json says {checkpoint.kind} for all")
     experts = options["experts"] if options["experts"] != "auto" else "dropless"

@@ -31,7 +31,7 @@ def write_config(
     """config.json for this model.  Raises ConfigError if OLMo-core has no such model."""
     config = {"model": _model(spec, kind, experts), "dataset": _dataset(spec, facts, tokenizer)}
     try:
-        back = read_model(config, "config.json", spec.positions).spec
+        back = read_model(config, "config.json", spec.context).spec
     except ConfigError as error:
         raise ConfigError(f"OLMo-core cannot hold this {spec.family}: {error.what}") from None
     check_held("OLMo-core", spec, back)
@@ -43,20 +43,20 @@ def to_json(config: Mapping[str, Any]) -> bytes:
 
 
 def _model(spec: Spec, kind: str, experts: str) -> dict[str, Any]:
-    blocks = [_block(spec, layer, kind, experts) for layer in range(spec.l)]
+    blocks = [_block(spec, layer, kind, experts) for layer in range(spec.layers)]
     texts = [json.dumps(block, sort_keys=True) for block in blocks]
     usual = Counter(texts).most_common(1)[0][0]
     overrides = {str(i): blocks[i] for i, text in enumerate(texts) if text != usual}
     model: dict[str, Any] = {
-        "d_model": spec.h,
-        "vocab_size": spec.v,
-        "n_layers": spec.l,
+        "d_model": spec.width,
+        "vocab_size": spec.vocab,
+        "n_layers": spec.layers,
         "block": blocks[texts.index(usual)],
         "lm_head": {
             "name": "default", "layer_norm": _norm(spec, kind), "bias": False, "dtype": kind,
             "loss_implementation": "default", CLASS: _NN + "lm_head.LMHeadConfig",
         },
-        "name": "moe" if spec.e else "default",
+        "name": "moe" if spec.experts else "default",
         "dtype": kind,
         "init_method": "normal",
         "init_seed": 0,
@@ -93,8 +93,8 @@ def _norm(spec: Spec, kind: str) -> dict[str, Any]:
 
 
 def _attention(spec: Spec, layer: int, kind: str) -> dict[str, Any]:
-    config: dict[str, Any] = {"name": "default", "n_heads": spec.heads, "n_kv_heads": spec.g}
-    if spec.head_dim * spec.heads != spec.h:
+    config: dict[str, Any] = {"name": "default", "n_heads": spec.heads, "n_kv_heads": spec.kv_heads}
+    if spec.head_dim * spec.heads != spec.width:
         config["head_dim"] = spec.head_dim
     config["bias"] = spec.qkv_bias
     rope = spec.rope_local if spec.rope_local and spec.windows and spec.windows[layer] else spec.rope
@@ -110,7 +110,7 @@ def _attention(spec: Spec, layer: int, kind: str) -> dict[str, Any]:
 
 
 def _feed_forward(spec: Spec, kind: str) -> dict[str, Any]:
-    return {"hidden_size": spec.f, "name": "default", "bias": spec.mlp_bias, "dtype": kind, "activation": spec.act,
+    return {"hidden_size": spec.ffn, "name": "default", "bias": spec.mlp_bias, "dtype": kind, "activation": spec.act,
             CLASS: _NN + "feed_forward.FeedForwardConfig"}  # fmt: skip
 
 
@@ -121,10 +121,11 @@ def _moe(spec: Spec, kind: str, experts: str) -> dict[str, Any]:
         router["normalize_expert_weights"] = 1.0
     if spec.router_bias:
         router["bias_gamma"] = 0.001
-    config = {"name": experts, "num_experts": spec.e, "hidden_size": spec.m, "router": router, "lb_loss_weight": 0.01,
+    config = {"name": experts, "num_experts": spec.experts, "hidden_size": spec.expert_ffn, "router": router,
+              "lb_loss_weight": 0.01,
               "z_loss_weight": 0.001, "dtype": kind, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
     if experts == "default":  # room for all tokens at every expert, so that none are dropped
-        config["capacity_factor"] = float(-(-spec.e // spec.top_k))
+        config["capacity_factor"] = float(-(-spec.experts // spec.top_k))
     return config
 
 
@@ -134,12 +135,12 @@ def _dataset(spec: Spec, facts: Mapping[str, object], tokenizer: str | None) -> 
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = facts.get(name)
         value = value[0] if isinstance(value, list) and value else value
-        if type(value) is int and 0 <= value < spec.v:
+        if type(value) is int and 0 <= value < spec.vocab:
             ids[name] = value
-    ids.setdefault("eos_token_id", (spec.v_true or spec.v) - 1)
+    ids.setdefault("eos_token_id", (spec.true_vocab or spec.vocab) - 1)
     ids.setdefault("pad_token_id", ids["eos_token_id"])
-    config: dict[str, Any] = {"vocab_size": spec.v_true or spec.v, **ids}
+    config: dict[str, Any] = {"vocab_size": spec.true_vocab or spec.vocab, **ids}
     if tokenizer:
         config["identifier"] = tokenizer
     dataset: dict[str, Any] = {"tokenizer": {**config, CLASS: "olmo_core.data.tokenizer.TokenizerConfig"}}
-    return dataset | ({"sequence_length": spec.positions} if spec.positions else {})
+    return dataset | ({"sequence_length": spec.context} if spec.context else {})

@@ -39,7 +39,8 @@ ROPES = ("linear", "llama3")
 # what the modeling file takes for granted
 PLAIN: Mapping[str, object] = {
     "norm": "rms", "norm_at": "pre", "qk_norm": "", "o_bias": False, "clip_qkv": None, "glu": True, "mlp_bias": False,
-    "parallel": False, "windows": (), "p": 0, "rope_local": None, "s": 0, "moe_layers": (), "router_bias": False,
+    "parallel": False, "windows": (), "learned_positions": 0, "rope_local": None, "shared_ffn": 0, "moe_layers": (),
+    "router_bias": False,
     "router_score": "softmax", "router_scale": None,
 }  # fmt: skip
 # keys that have the same name and meaning as in other families
@@ -74,17 +75,17 @@ def check(spec: Spec, wanted: Attention) -> None:
     """Raise UsageError if the groups do not fit the heads, ConfigError if the modeling file cannot hold the model."""
     if not 0 < wanted.top_k <= wanted.experts:
         raise UsageError(f"--attention-top-k {wanted.top_k} of --attention-experts {wanted.experts}: choose fewer")
-    if spec.g % wanted.experts:
+    if spec.kv_heads % wanted.experts:
         raise UsageError(
-            f"--attention-experts {wanted.experts} do not divide {spec.g} key/value heads",
-            hint=f"choose from {', '.join(str(d) for d in range(1, spec.g + 1) if spec.g % d == 0)}",
+            f"--attention-experts {wanted.experts} do not divide {spec.kv_heads} key/value heads",
+            hint=f"choose from {', '.join(str(d) for d in range(1, spec.kv_heads + 1) if spec.kv_heads % d == 0)}",
         )
     odd = [name for name, value in PLAIN.items() if getattr(spec, name) != value]
     if spec.rope is None or spec.rope.fraction != 1 or spec.rope.scaling.get("type", "linear") not in ROPES:
         odd.append("rope")
-    if spec.e and not spec.top_k_renormalised:
+    if spec.experts and not spec.top_k_renormalised:
         odd.append("top_k_renormalised")
-    if spec.qkv_bias and (spec.e or spec.h != spec.heads * spec.head_dim):
+    if spec.qkv_bias and (spec.experts or spec.width != spec.heads * spec.head_dim):
         odd.append("qkv_bias")
     if odd:
         raise ConfigError(
@@ -100,9 +101,9 @@ def with_attention(source: Checkpoint, wanted: Attention) -> Checkpoint:
     """
     check(source.spec, wanted)
     spec = source.spec
-    shape = (wanted.experts, spec.h)
+    shape = (wanted.experts, spec.width)
     routers: dict[str, Lazy] = {}
-    for layer in range(spec.l):
+    for layer in range(spec.layers):
         name, kind = _ROUTER.format(layer), source.parts[f"layers.{layer}.attn.q"].kind
         whole = wanted.top_k == wanted.experts
         routers[name] = Fill(shape, kind) if whole else Random(shape, kind, name, wanted.seed, std=wanted.std)
@@ -115,7 +116,7 @@ def with_attention(source: Checkpoint, wanted: Attention) -> Checkpoint:
 
 def _base(spec: Spec) -> str:
     """The family whose names the tensors have."""
-    return "mixtral" if spec.e else "qwen2" if spec.qkv_bias else "llama"
+    return "mixtral" if spec.experts else "qwen2" if spec.qkv_bias else "llama"
 
 
 def _table(spec: Spec) -> Dialect:
@@ -135,12 +136,12 @@ def config_of(spec: Spec, wanted: Attention, facts: Mapping[str, object], kind: 
         },
         "model_type": MODEL_TYPE,
         **{k: base[k] for k in KEPT if k in base},
-        "intermediate_size": spec.m if spec.e else spec.f,
+        "intermediate_size": spec.expert_ffn if spec.experts else spec.ffn,
         "head_dim": spec.head_dim,
         "attention_bias": spec.qkv_bias,
         "rotary_base": spec.rope.base,
         "rotary_scaling": scaling,
-        "num_local_experts": spec.e,
+        "num_local_experts": spec.experts,
         "num_experts_per_tok": spec.top_k,
         "num_attention_experts": wanted.experts,
         "num_attention_experts_per_tok": wanted.top_k,
@@ -157,7 +158,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     config = config_of(spec, wanted, facts, checkpoint.kind)
     tokens = hf._tokenizer(checkpoint)
     stored = spread(_table(spec), checkpoint.parts, spec, topology)[Rank()]
-    routers = {_STORED.format(i): Stored(checkpoint.parts[_ROUTER.format(i)]) for i in range(spec.l)}
+    routers = {_STORED.format(i): Stored(checkpoint.parts[_ROUTER.format(i)]) for i in range(spec.layers)}
     files: list[OutputFile] = [
         text_file("config.json", (json.dumps(config, indent=2) + "\n").encode()),
         text_file(f"{MODELING}.py", modeling()),
@@ -188,7 +189,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Lazy]:
     """What its parameters hold."""
     spec = checkpoint.spec
     woven = spread(_table(spec), checkpoint.parts, spec, Topology())[Rank()]
-    routers = {_STORED.format(i): checkpoint.parts[_ROUTER.format(i)] for i in range(spec.l)}
+    routers = {_STORED.format(i): checkpoint.parts[_ROUTER.format(i)] for i in range(spec.layers)}
     return {**{name: s.tensor for name, s in woven.items()}, **routers}
 
 
@@ -203,7 +204,7 @@ def open_attention(folder: Path, options: Options) -> Checkpoint:
         raise ConfigError("is no model with attention experts", file=file)
     spec, wanted, facts = _read_config(config, file)
     tensors = open_tensors(folder)
-    routers = {_STORED.format(i): _ROUTER.format(i) for i in range(spec.l)}
+    routers = {_STORED.format(i): _ROUTER.format(i) for i in range(spec.layers)}
     if missing := [name for name in routers if name not in tensors]:
         raise ConfigError(f"{missing[0]} is missing", file=folder)
     rest = {name: t for name, t in tensors.items() if name not in routers}

@@ -1,7 +1,7 @@
 """From a dense checkpoint to a mixture of experts: parts -> parts, all of them lazy.
 
 result = upcycled(open_checkpoint("SmolLM2-135M"), Settings(experts=64, top_k=8))
-result.checkpoint.spec.e, result.layout.losses, result.target.family
+result.checkpoint.spec.experts, result.layout.losses, result.target.family
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Upcycled:
             "granularity": layout.granularity,
             "copies": layout.copies,
             "expert_width": layout.m,
-            "shared_width": spec.s,
+            "shared_width": spec.shared_ffn,
             "dense_layers": list(layout.dense),
             "factors": {"gate": layout.gate, "up": layout.up, "down": layout.down, "router": layout.weight},
             "exact": self.exact,
@@ -107,7 +107,7 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
             hint="--force-lossy allows it; the proof then says how far apart they are",
         )
     found = measured(source, wanted, layout, on)
-    cut = {i: pieces(layout, wanted, i, dense.f, found) for i in range(dense.l) if spec.is_moe(i)}
+    cut = {i: pieces(layout, wanted, i, dense.ffn, found) for i in range(dense.layers) if spec.is_moe(i)}
     maker = _Maker((source, *others), spec, layout, wanted, cut, found)
     parts = {name: maker.part(name) for name in spec.part_names()}
     notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout, target)]
@@ -121,8 +121,10 @@ def _notes(dense: Spec, spec: Spec, layout: Layout, target: Target) -> list[str]
         out.append(f"the output head is written out: readers of {spec.family} do not tie it to the embedding")
     if spec.qkv_bias and not dense.qkv_bias:
         out.append(f"queries, keys and values get biases of zero, which readers of {spec.family} expect")
-    if spec.s and not layout.s:
-        out.append(f"a {spec.family} always has a shared expert: it gets {spec.s} neurons whose output is zero")
+    if spec.shared_ffn and not layout.s:
+        out.append(
+            f"a {spec.family} always has a shared expert: it gets {spec.shared_ffn} neurons whose output is zero"
+        )
     if target.undivided and spec.top_k_renormalised:
         out.append(f"vLLM does not divide the chosen weights of a {spec.family} by their sum, as the config and "
                    "transformers have it: there the result computes something else")  # fmt: skip
@@ -154,7 +156,7 @@ class _Maker:
             return self.shared(int(match[1]), match[3])
         if template == "layers.{l}.router" and match:
             kind = self.source.parts[f"layers.{match[1]}.mlp.gate"].kind
-            return router(self.wanted, self.layout, int(match[1]), self.spec.h, kind, self.found)
+            return router(self.wanted, self.layout, int(match[1]), self.spec.width, kind, self.found)
         if name == "lm_head" and name not in self.source.parts:
             name = "embed"
         return self.common(name) if name in self.source.parts else self.zeros(name, template)
@@ -191,7 +193,7 @@ class _Maker:
 
     def shared(self, layer: int, which: str) -> Lazy:
         """gate, up or down of the shared expert; a gate of zero lets half of it through."""
-        piece = self.cut[layer][0] or Piece(range(self.spec.s), down=0.0)
+        piece = self.cut[layer][0] or Piece(range(self.spec.shared_ffn), down=0.0)
         if self.spec.shared_gate:
             piece = replace(piece, down=2.0 * piece.down)
         return _times(self.taken(layer, piece, which), getattr(piece, which))

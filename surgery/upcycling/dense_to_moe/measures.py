@@ -76,7 +76,7 @@ def measured(source: Checkpoint, wanted: Settings, layout: Layout, on: Device = 
     if not run and wanted.order not in WEIGHTS and start not in ("prompts", "domains"):
         return None
     found = Measured()
-    layers = [i for i in range(source.spec.l) if i not in layout.dense]
+    layers = [i for i in range(source.spec.layers) if i not in layout.dense]
     if wanted.order in WEIGHTS:
         for i in layers:
             found.orders[i] = _by_weights(source, wanted, layout, i)

@@ -72,7 +72,7 @@ def _prompted(source: Checkpoint, values: Any, path: str, experts: int, on: Devi
             vector = vector - mean_vectors(source, _texts(entry, "negative_prompts", path), mode, pick, on)
         each.append(unit(vector))
     rows = torch.stack(each, 1)
-    return {i: rows[i] for i in range(source.spec.l)}
+    return {i: rows[i] for i in range(source.spec.layers)}
 
 
 def _texts(entry: Any, key: str, path: str) -> list[str]:
@@ -96,13 +96,13 @@ def _vector(source: Checkpoint, ids: torch.Tensor, mode: str, pick: str, on: Dev
     if mode == "cheap_embed":
         table = source.parts["embed"]
         rows = torch.stack([table[int(i)].double() for i in ids[0]])
-        return rows.sum(0).repeat(source.spec.l, 1)
+        return rows.sum(0).repeat(source.spec.layers, 1)
     if mode == "hidden":
         seen = [x[0].double() for x in layer_inputs(source, ids, on)]
     else:
         found: dict[int, torch.Tensor] = {}
         each_layer(source, ids, lambda i, x, _: found.__setitem__(i, x.double()), on=on)
-        seen = [found[i] for i in range(source.spec.l)]
+        seen = [found[i] for i in range(source.spec.layers)]
     return torch.stack([x[-1] if pick == "last" else x.mean(0) for x in seen])
 
 
@@ -125,7 +125,7 @@ def _domains(source: Checkpoint, values: Any, path: str, experts: int, on: Devic
         if not isinstance(name, str):
             raise ConfigError("domains are names of text files", file=path)
         ids = ids_of(source, read_text(str(Path(path).parent / name)))[:, :DOMAIN_TOKENS]
-        total = torch.zeros(source.spec.l, source.spec.h, dtype=torch.float64)
+        total = torch.zeros(source.spec.layers, source.spec.width, dtype=torch.float64)
 
         def add(layer: int, inputs: Any, _: Any, total: Any = total) -> None:
             total[layer] += unit(inputs.double()).sum(0)
@@ -135,4 +135,4 @@ def _domains(source: Checkpoint, values: Any, path: str, experts: int, on: Devic
         means.append(total / ids.shape[1])
     rows = torch.stack(means, 1)
     rows = unit(rows - rows.mean(1, keepdim=True))
-    return {i: rows[i] for i in range(source.spec.l)}
+    return {i: rows[i] for i in range(source.spec.layers)}

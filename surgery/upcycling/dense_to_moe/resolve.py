@@ -66,8 +66,8 @@ def resolve(wanted: Settings, spec: Spec) -> Layout:
     n, k = wanted.experts, wanted.top_k
     if k > n:
         raise UsageError(f"--top-k {k} of --experts {n}: no more experts can be chosen than there are")
-    shared, whole = _shared(wanted, spec.f)
-    rest = spec.f if whole else spec.f - shared
+    shared, whole = _shared(wanted, spec.ffn)
+    rest = spec.ffn if whole else spec.ffn - shared
     strategy, g = _strategy(wanted, rest)
     for name, of in OF_ONE.items():
         if strategy != of and getattr(wanted, name) != getattr(Settings, name):
@@ -93,14 +93,16 @@ def resolve(wanted: Settings, spec: Spec) -> Layout:
         down = 0.0
     return Layout(
         strategy, n, k, g, n // g if strategy == "virtual-group" else 1 if strategy == "partition" else n, m, shared,
-        rest, _dense(wanted, spec.l), gate, up, down, weight, whole, () if whole else tuple(losses),
+        rest, _dense(wanted, spec.layers), gate, up, down, weight, whole, () if whole else tuple(losses),
         not whole and any(math.frexp(x)[0] != 0.5 for x in (gate, up, down)), tuple(notes),
     )  # fmt: skip
 
 
 def _check_source(spec: Spec) -> None:
-    if spec.e:
-        raise ConfigError(f"the model has {spec.e} experts already", hint="surgery experts duplicates and prunes them")
+    if spec.experts:
+        raise ConfigError(
+            f"the model has {spec.experts} experts already", hint="surgery experts duplicates and prunes them"
+        )
     if not spec.glu:
         raise ConfigError(
             f"a {spec.family} has a plain mlp without a gate, and no Hugging Face family has experts like that",

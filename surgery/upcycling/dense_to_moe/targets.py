@@ -92,13 +92,13 @@ def candidate(layout: Layout, dense: Spec, target: Target, normalise: bool) -> S
     scale = layout.weight
     return dense.replace(
         family=target.family,
-        e=layout.experts,
-        m=layout.m,
-        s=s,
-        f=dense.f if "f" in keys or layout.dense else 0,
+        experts=layout.experts,
+        expert_ffn=layout.m,
+        shared_ffn=s,
+        ffn=dense.ffn if "ffn" in keys or layout.dense else 0,
         top_k=layout.top_k,
         top_k_renormalised=normalise,
-        moe_layers=tuple(i for i in range(dense.l) if i not in layout.dense) if layout.dense else (),
+        moe_layers=tuple(i for i in range(dense.layers) if i not in layout.dense) if layout.dense else (),
         router_score=str(always.get("router_score", "softmax")),
         router_bias=bool(always.get("router_bias", False)),
         router_scale=1.0 if scale is None and "router_scale" in keys else scale,
@@ -111,5 +111,5 @@ def candidate(layout: Layout, dense: Spec, target: Target, normalise: bool) -> S
 def why(gaps: Mapping[str, tuple[object, object]]) -> str:
     """In words what a family cannot hold.  `gaps` are pairs of what the model has and what the family would make it."""
     if "moe_layers" in gaps:
-        gaps = {name: pair for name, pair in gaps.items() if name != "f"}
+        gaps = {name: pair for name, pair in gaps.items() if name != "ffn"}
     return in_words(gaps, 3)

@@ -1,7 +1,7 @@
 """What a selection means for a model: which old experts are behind every new one.
 
     changed = chosen(checkpoint, Selection(Choice("best", count=4)))         # the four that the router weighs most
-    changed.checkpoint.spec.e, changed.losses
+    changed.checkpoint.spec.experts, changed.losses
 
 Norms are taken of the source's own weights; experts of a virtual group are chosen together.
 """
@@ -18,13 +18,15 @@ from surgery.upcycling.edit_experts.selection import LARGEST, Choice, Groups, Se
 def chosen(source: Checkpoint, wanted: Selection) -> Changed:
     """Raises ConfigError for a dense model, UsageError if the selection does not fit it or changes what it computes."""
     spec = source.spec
-    if not spec.e:
+    if not spec.experts:
         raise ConfigError("the model has no experts", hint="surgery upcycle makes them")
-    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    moe = [i for i in range(spec.layers) if spec.is_moe(i)]
     if odd := [i for i in wanted.layers if i not in moe]:
         raise UsageError(f"layer {odd[0]} has no experts", hint=f"layers with experts: {some(moe, 12)}")
-    if spec.e * wanted.duplicate >= LARGEST:
-        raise UsageError(f"--duplicate {wanted.duplicate} would make {spec.e * wanted.duplicate} experts of {spec.e}")
+    if spec.experts * wanted.duplicate >= LARGEST:
+        raise UsageError(
+            f"--duplicate {wanted.duplicate} would make {spec.experts * wanted.duplicate} experts of {spec.experts}"
+        )
     groups = {i: tuple(g for g in groups_for(source, wanted, i) for _ in range(wanted.duplicate)) for i in moe}
     return changed_experts(source, groups, wanted.top_k, wanted.duplicate, wanted.force_lossy, wanted.noise,
                            wanted.seed)  # fmt: skip
@@ -32,7 +34,7 @@ def chosen(source: Checkpoint, wanted: Selection) -> Changed:
 
 def groups_for(source: Checkpoint, wanted: Selection, layer: int) -> Groups:
     """The old experts behind every new one, before they are duplicated."""
-    e, choice = source.spec.e, wanted.for_layer(layer)
+    e, choice = source.spec.experts, wanted.for_layer(layer)
     if choice is None:
         return tuple((i,) for i in range(e))
     named = [i for g in choice.groups for i in g]
@@ -58,7 +60,7 @@ def _permuted(choice: Choice, e: int) -> Groups:
 
 def _best(source: Checkpoint, by: str, count: int, layer: int) -> Groups:
     """The `count` experts of the largest norm; whole virtual groups, by the sum of their experts' squares."""
-    e = source.spec.e
+    e = source.spec.experts
     if count > e:
         raise UsageError(f"--best {count}: there are {e} experts")
     squares = NORMS[by](source, layer)
@@ -83,7 +85,7 @@ def _router_norm(source: Checkpoint, layer: int) -> list[float]:
 
 def _weight_norm(source: Checkpoint, layer: int) -> list[float]:
     out = []
-    for i in range(source.spec.e):
+    for i in range(source.spec.experts):
         parts = [source.parts.get(f"layers.{layer}.experts.{i}.{x}") for x in MATRICES]
         out.append(sum(float(t.double().pow(2).sum()) for p in parts if p is not None for t in blocks(p)))
     return out

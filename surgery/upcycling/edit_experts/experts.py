@@ -44,7 +44,7 @@ class Changed:
 
     def to_json(self) -> dict[str, Any]:
         spec = self.checkpoint.spec
-        return {"operation": self.name, "experts": spec.e, "top_k": spec.top_k, "exact": not self.losses,
+        return {"operation": self.name, "experts": spec.experts, "top_k": spec.top_k, "exact": not self.losses,
                 "losses": list(self.losses), **self.details,
                 "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)}}  # fmt: skip
 
@@ -61,9 +61,9 @@ def changed_experts(
     """`copies`: how often every expert stands in `groups`, side by side, of all layers or by layer; all copies but the
     first get `noise`, in standard deviations of their own weights.  Raises SurgeryError."""
     spec = source.spec
-    if not spec.e:
+    if not spec.experts:
         raise ConfigError("the model has no experts", hint="surgery upcycle makes some")
-    moe = [i for i in range(spec.l) if spec.is_moe(i)]
+    moe = [i for i in range(spec.layers) if spec.is_moe(i)]
     layers = dict(groups) if isinstance(groups, Mapping) else dict.fromkeys(moe, groups)
     left = len(layers[moe[0]])
     if other := [i for i in moe if len(layers[i]) != left]:
@@ -85,7 +85,7 @@ def changed_experts(
     scale = spec.router_scale
     if copies > 1 and spec.router_score == "sigmoid" and not spec.top_k_renormalised:
         scale = (scale or 1.0) / copies  # the copies' scores are not divided by anything
-    result = spec.replace(e=left, top_k=k, router_scale=scale)
+    result = spec.replace(experts=left, top_k=k, router_scale=scale)
     shrunk = copies if spec.router_score == "softmax" else 1
     parts = {name: _part(source, name, layers, shrunk) for name in result.part_names()}
     if noise:
@@ -100,7 +100,7 @@ def changed_experts(
 
 
 def _losses(source: Checkpoint, layers: Mapping[int, Groups], k: int, copies: int) -> list[str]:
-    e, out = source.spec.e, []
+    e, out = source.spec.experts, []
     flats = [[i for group in groups for i in group] for groups in layers.values()]
     if any(len(group) > 1 for groups in layers.values() for group in groups):
         out.append("experts are merged")
