@@ -20,7 +20,7 @@ class Memory(Lazy):
     """A lazy tensor in memory that counts what is read of it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         self.elements = 0
 
     def read(self, box):

@@ -44,7 +44,7 @@ from surgery.tensors.lazy import ITEMSIZE, same_bits
 
 # torch warns of its experimental dtypes, of TorchScript and of a save without process group: none is our doing
 pytestmark = pytest.mark.filterwarnings("ignore")
-KINDS = [kind for kind in ITEMSIZE if hasattr(torch, kind)]
+DTYPES = [kind for kind in ITEMSIZE if hasattr(torch, kind)]
 
 
 def filled(kind: str, shape: tuple[int, ...] = (3, 5)) -> torch.Tensor:
@@ -59,11 +59,11 @@ def filled(kind: str, shape: tuple[int, ...] = (3, 5)) -> torch.Tensor:
 def check(found: Any, expected: dict[str, torch.Tensor]) -> None:
     assert list(found) == list(expected)
     for name, tensor in expected.items():
-        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (found[name].shape, found[name].torch_dtype) == (tuple(tensor.shape), tensor.dtype)
         assert same_bits(found[name].full(), tensor.detach().contiguous()), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DTYPES)
 def test_every_dtype_of_torch_files(kind: str, tmp_path: Path) -> None:
     expected = {"w": filled(kind), "scalar": filled(kind, (1,))[0], "empty": filled(kind, (0, 4))}
     torch.save(expected, tmp_path / "zip.pt")
@@ -73,7 +73,7 @@ def test_every_dtype_of_torch_files(kind: str, tmp_path: Path) -> None:
     check(open_tensors(tmp_path / "legacy.pt"), expected)  # also the dtypes that torch cannot read back itself
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("complex32", "complex128", "float8_e8m0fnu")])
+@pytest.mark.parametrize("kind", [k for k in DTYPES if k not in ("complex32", "complex128", "float8_e8m0fnu")])
 def test_every_dtype_of_safetensors(kind: str, tmp_path: Path) -> None:
     expected = {"a": filled(kind), "b": filled(kind, (2, 1, 2)), "s": filled(kind, (1,)).reshape(())}
     safetensors.torch.save_file(expected, tmp_path / "x.safetensors", {"format": "pt", "k": "v"})

@@ -195,7 +195,7 @@ def test_parts_read_only_what_is_asked(tiny_hf):
     rows = part[10:14]
     assert IO["bytes"] - before == rows.nbytes == 4 * tiny.SIZES["h"] * 4
     stored = surgery.open_tensors(tiny_hf("llama") / "model.safetensors")["model.layers.3.mlp.up_proj.weight"]
-    assert stored.dtype == torch.float32
+    assert stored.torch_dtype == torch.float32
     assert torch.equal(stored.full()[10:14], rows)
 
 

@@ -18,14 +18,14 @@ from surgery.containers.pickles.pickler import Record  # noqa: E402
 from surgery.tensors.lazy import Box, Lazy, Slice, same_bits  # noqa: E402
 from surgery.writing import stream  # noqa: E402
 
-KINDS = ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool", "float8_e4m3fn")
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool", "float8_e4m3fn")
 
 
 class Held(Lazy):
     """A tensor in memory."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def read(self, box: Box) -> torch.Tensor:
         return self.tensor[tuple(slice(a, b) for a, b in box)]
@@ -43,7 +43,7 @@ def write(files: list[OutputFile], folder: Path) -> Path:
 
 def load(folder: Path, tensors: dict[str, Held]) -> dict[str, torch.Tensor]:
     """Into tensors of our own, as a training program does."""
-    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    state = {name: torch.zeros(t.shape, dtype=t.torch_dtype) for name, t in tensors.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     return state
 
@@ -54,7 +54,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, Held]) -> None
         assert same_bits(found[name], tensor.tensor), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DTYPES)
 def test_every_dtype_and_shape(tmp_path: Path, kind: str) -> None:
     tensors = {
         "matrix": held(5, 7, kind=kind, seed=1),

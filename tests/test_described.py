@@ -126,7 +126,7 @@ def test_old_numpy_and_new_numpy_names() -> None:
 def test_tensors_are_described_and_have_no_place_yet() -> None:
     found = describe(pkl(d((u("w"), WEIGHT), (u("v"), tensor(storage("0", 8), 2, (2, 3), (3, 1))))), file="x")
     weight, view = found.root["w"], found.root["v"]
-    assert isinstance(weight, TensorRecord) and (weight.shape, weight.kind) == ((8,), "float32")
+    assert isinstance(weight, TensorRecord) and (weight.shape, weight.dtype) == ((8,), "float32")
     assert view.storage is weight.storage and (view.start, view.strides) == (2, (3, 1))
     assert found.tensors == [weight, view] and list(found.storages) == ["0"]
 

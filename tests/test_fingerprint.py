@@ -13,14 +13,14 @@ from surgery.errors import LayoutError
 from surgery.tensors.fingerprint import Ledger, box_sum
 from surgery.tensors.lazy import ITEMSIZE, Lazy, bytes_of, torch_dtype, whole
 
-KINDS = ["bfloat16", "float32", "uint8", "bool", "float8_e4m3fn", "int64", "complex64", "uint16", "complex128"]
+DTYPES = ["bfloat16", "float32", "uint8", "bool", "float8_e4m3fn", "int64", "complex64", "uint16", "complex128"]
 
 
 class Held(Lazy):
     """A tensor in memory."""
 
     def __init__(self, tensor):
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def read(self, box):
         return self.tensor[tuple(slice(a, b) for a, b in box)]
@@ -75,7 +75,7 @@ def random_partition(draw, box):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_partition_in_any_order_gives_the_naive_sum(data):
-    kind = data.draw(st.sampled_from(KINDS))
+    kind = data.draw(st.sampled_from(DTYPES))
     shape = tuple(data.draw(st.lists(st.integers(0, 9), max_size=4)))
     tensor = random_tensor(shape, kind, data.draw(st.integers(0, 99)))
     parts = data.draw(st.permutations(random_partition(data.draw, whole(shape))))
@@ -106,7 +106,7 @@ def test_large_rows_and_many_rows_agree_with_pieces(shape):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_flipped_bit_always_changes_it(data):
-    kind = data.draw(st.sampled_from([k for k in KINDS if k != "bool"]))
+    kind = data.draw(st.sampled_from([k for k in DTYPES if k != "bool"]))
     shape = tuple(data.draw(st.lists(st.integers(1, 7), max_size=3)))
     tensor = random_tensor(shape, kind)
     before = fingerprint(tensor)

@@ -76,7 +76,7 @@ def test_written_dist_is_what_torch_and_upstream_read(tmp_path):
     source = GOLDEN / DIST / "checkpoint"
     convert(source, tmp_path / "out", to="megatron-dist", options={"spec": "te"})
     theirs, where = Dcp(source / "iter_0000001"), tmp_path / "out/iter_0000001"
-    state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in theirs.tensors.items()}
+    state = {name: torch.empty(t.shape, dtype=t.torch_dtype) for name, t in theirs.tensors.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(where), no_dist=True)
     assert all(same_bits(state[name], t.full()) for name, t in theirs.tensors.items())
     ours = Dcp(where)

@@ -36,7 +36,7 @@ class Given(Lazy):
     """A tensor in memory as a lazy one."""
 
     def __init__(self, tensor):
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def read(self, box):
         return self.tensor[tuple(slice(a, b) for a, b in box)].clone()

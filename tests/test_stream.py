@@ -36,7 +36,7 @@ class Held(Lazy):
     """A tensor in memory, which remembers the boxes that were read."""
 
     def __init__(self, tensor):
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         self.boxes = []
 
     def read(self, box):
@@ -48,7 +48,7 @@ class Failing(Lazy):
     """Raises when what lies behind the first rows is read."""
 
     def __init__(self, shape, error, good=0):
-        self.shape, self.kind, self.error, self.good = shape, "uint8", error, good
+        self.shape, self.dtype, self.error, self.good = shape, "uint8", error, good
 
     def read(self, box):
         if box[0][1] > self.good:

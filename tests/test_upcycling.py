@@ -408,7 +408,7 @@ class Held(Lazy):
     """A tensor in memory."""
 
     def __init__(self, data):
-        self.data, self.shape, self.kind = data, tuple(data.shape), "float32"
+        self.data, self.shape, self.dtype = data, tuple(data.shape), "float32"
 
     def read(self, box):
         return self.data[tuple(slice(a, b) for a, b in box)]

@@ -107,7 +107,7 @@ class Real(Lazy):
     """A part that is read as it is, whatever torch pretends meanwhile."""
 
     def __init__(self, src):
-        self.src, self.kind, self.shape = src, src.kind, src.shape
+        self.src, self.dtype, self.shape = src, src.dtype, src.shape
 
     def read(self, box):
         with fake_tensor.unset_fake_temporarily():

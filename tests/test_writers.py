@@ -29,7 +29,7 @@ class Held(Lazy):
     """A tensor in memory."""
 
     def __init__(self, tensor):
-        self.tensor, self.shape, self.kind = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
     def read(self, box):
         return self.tensor[tuple(slice(a, b) for a, b in box)]
@@ -39,7 +39,7 @@ class Imagined(Lazy):
     """A tensor of any size that nobody reads."""
 
     def __init__(self, shape, kind):
-        self.shape, self.kind = shape, kind
+        self.shape, self.dtype = shape, kind
 
 
 def random_tensor(shape, kind):
@@ -232,7 +232,7 @@ def test_files_over_4_gib_are_zip64(tmp_path):
     sparse(file, path)
     got = torch.load(path, weights_only=True, mmap=True)
     assert {k: (tuple(t.shape), t.dtype) for k, t in got.items()} == {
-        k: (t.shape, torch_dtype(t.kind)) for k, t in tree.items()
+        k: (t.shape, torch_dtype(t.dtype)) for k, t in tree.items()
     }
     for key, tensor in got.items():
         flat = tensor.reshape(-1).view(torch.uint8)
@@ -311,7 +311,7 @@ def test_safetensors_puts_wider_elements_first_only_where_alignment_needs_it(tmp
     }
     file = safetensors_file("m.safetensors", {k: Held(t) for k, t in tensors.items()})
     assert [r.name for r in file.regions] == ["d", "f", "b", "u"]
-    assert all(r.offset % ITEMSIZE[r.tensor.kind] == 0 for r in file.regions)
+    assert all(r.offset % ITEMSIZE[r.tensor.dtype] == 0 for r in file.regions)
     got = load_file(save(file, tmp_path))
     assert all(same_bits(got[k], t) for k, t in tensors.items())
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("surgery", "recipes", "merge_configs", "bench", "docs", "tests")
-KINDS = (".py", ".sh", ".yaml", ".yml", ".md")
+DTYPES = (".py", ".sh", ".yaml", ".yml", ".md")
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->"
 
 
 def files() -> list[Path]:
     """Every file that the tree lists, relative to the root: code, recipes, docs and tests, no data."""
-    found = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in KINDS)
+    found = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in DTYPES)
     kept: Iterable[Path] = (p.relative_to(ROOT) for p in found if p.name != "__init__.py" or p.stat().st_size)
     kept = (p for p in kept if not {"golden", "__pycache__"} & set(p.parts))
     return sorted(kept, key=lambda p: (FOLDERS.index(p.parts[0]), p.parent.as_posix(), p.name != "__init__.py", p.name))

@@ -66,7 +66,7 @@ def _proof(out: Console, proof: Proof) -> None:
     ties = proof.ties
     rows = [("fp32", _distance(proof.fp32))]
     if proof.stored and proof.floor:
-        rows += [(proof.kind, _distance(proof.stored)),
+        rows += [(proof.dtype, _distance(proof.stored)),
                  ("noise floor", f"{_distance(proof.floor)} (the source against itself in fp32)")]  # fmt: skip
     part = f", in {ties.incomplete} a virtual group in part" if ties.incomplete else ""
     rows += [

@@ -182,8 +182,8 @@ def _chunk(name: str, blob: Blob, kind: str, sizes: Shape) -> Lazy:
     if not isinstance(tensor, TensorRecord):
         what = f"the data of {show(name)} are {show(tensor)}, not a plain tensor"
         raise FileError(what, file=blob.file.path, byte=blob.offset)
-    if tensor.kind != kind or tensor.shape != sizes:
-        held, said = f"{tensor.kind}{_list(tensor.shape)}", f"{kind}{_list(sizes)}"
+    if tensor.dtype != kind or tensor.shape != sizes:
+        held, said = f"{tensor.dtype}{_list(tensor.shape)}", f"{kind}{_list(sizes)}"
         what = f"a chunk of {show(name)} is {held}, but the metadata say {said}"
         raise FileError(what, file=blob.file.path, byte=blob.offset, hint="shards of two saves are mixed")
     return tensor

@@ -65,7 +65,7 @@ def dcp_files(
             chunks.append(_record("ChunkStorageMetadata", {"offsets": _size(start), "sizes": _size(piece.shape)}))
         known[name] = _record(
             "TensorStorageMetadata",
-            {"properties": _properties(tensor.kind), "size": _size(tensor.shape), "chunks": chunks},
+            {"properties": _properties(tensor.dtype), "size": _size(tensor.shape), "chunks": chunks},
         )
     for name, tree in (objects or {}).items():
         put(torch_file("archive", tree), _record("MetadataIndex", {"fqn": name, "offset": None, "index": None}))
@@ -83,7 +83,7 @@ def _chunks(tensor: Lazy, limit: int) -> Iterator[tuple[Shape, Lazy]]:
     if not tensor.shape or 0 in tensor.shape:
         yield (0,) * len(tensor.shape), tensor
         return
-    for box in boxes(tensor.shape, ITEMSIZE[tensor.kind], max(limit, 1)):
+    for box in boxes(tensor.shape, ITEMSIZE[tensor.dtype], max(limit, 1)):
         piece = tensor
         for dim, (a, b) in enumerate(box):
             if (a, b) != (0, tensor.shape[dim]):
@@ -92,13 +92,13 @@ def _chunks(tensor: Lazy, limit: int) -> Iterator[tuple[Shape, Lazy]]:
 
 
 @cache
-def _template(kind: str, shape: Shape) -> OutputFile:
-    """The torch file of any tensor of this kind and shape: only its bytes and their CRC differ."""
-    return torch_file("archive", Fill(shape, kind))
+def _template(dtype: str, shape: Shape) -> OutputFile:
+    """The torch file of any tensor of this dtype and shape: only its bytes and their CRC differ."""
+    return torch_file("archive", Fill(shape, dtype))
 
 
 def _archive(name: str, tensor: Lazy, copy: bool) -> OutputFile:
-    plan = _template(tensor.kind, tensor.shape)
+    plan = _template(tensor.dtype, tensor.shape)
     return OutputFile(plan.name, plan.size, plan.head, (Region(name, tensor, plan.regions[0].offset, copy),), plan.tail)
 
 
@@ -154,11 +154,11 @@ def _size(shape: Shape) -> Record:
 
 
 @cache
-def _properties(kind: str) -> Record:
+def _properties(dtype: str) -> Record:
     """dtype, layout, requires_grad, memory format, pin_memory: what a plain contiguous tensor has"""
     layout = Record("torch.serialization", "_get_layout", ("torch.strided",))
     contiguous = Record(_METADATA, "_MEM_FORMAT_ENCODING", (0,))
-    return _record("TensorProperties", (Record("torch", kind), layout, False, contiguous, False))
+    return _record("TensorProperties", (Record("torch", dtype), layout, False, contiguous, False))
 
 
 def _index(name: str, start: Shape, i: int) -> Record:

@@ -19,7 +19,7 @@ from surgery.tensors.files import File
 from surgery.tensors.lazy import ITEMSIZE
 
 HEADER_LIMIT = 100_000_000
-KINDS = {
+DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
@@ -44,11 +44,11 @@ class Safetensors:
         entries = [(*self._entry(name, entry), name) for name, entry in header.items()]
         entries.sort(key=lambda entry: entry[:2])
         at = 0
-        for start, stop, kind, shape, name in entries:
+        for start, stop, dtype, shape, name in entries:
             if start != at:
                 what = f"tensor {show(name)} begins at {show(start)}, not at {show(at)}: a hole or an overlap"
                 raise self._error(what, self._data + at)
-            self.tensors[name] = Extent(file, self._data + start, shape, kind)
+            self.tensors[name] = Extent(file, self._data + start, shape, dtype)
             at = stop
         if self._data + at != file.size:
             raise self._error(f"the header describes {self._data + at} bytes, the file has {file.size}", file.size)
@@ -69,24 +69,24 @@ class Safetensors:
         return header, 8 + size
 
     def _entry(self, name: str, entry: Any) -> tuple[int, int, str, tuple[int, ...]]:
-        """(start, stop, kind, shape) of a tensor"""
+        """(start, stop, dtype, shape) of a tensor"""
         if not isinstance(entry, dict) or entry.keys() != _FIELDS:
             raise self._error(f"the entry of {show(name)} is malformed")
-        kind = KINDS.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-        if kind is None:
-            hint = "supported: " + ", ".join(sorted(KINDS))
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            hint = "supported: " + ", ".join(sorted(DTYPES))
             raise self._error(f"tensor {show(name)} has the unknown dtype {show(entry['dtype'])}", hint=hint)
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
             raise self._error(f"the shape or data_offsets of {show(name)} are malformed")
         start, stop = offsets
-        need = math.prod(shape) * ITEMSIZE[kind]
+        need = math.prod(shape) * ITEMSIZE[dtype]
         if stop - start != need:
             what = f"tensor {show(name)} of {need} bytes" if need < 1 << 63 else f"tensor {show(name)}"
             raise self._error(f"{what} lies in data_offsets of {stop - start} bytes")
         if self._data + stop > self.file.size:
             self.file.check(self._data + start, need, f"tensor {show(name)}")
-        return start, stop, kind, tuple(shape)
+        return start, stop, dtype, tuple(shape)
 
 
 def _sizes(value: object) -> bool:

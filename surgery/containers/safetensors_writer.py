@@ -41,11 +41,13 @@ def safetensors_file(
     at, placed = 0, []
     for key in _ordered(tensors):
         tensor = tensors[key]
-        if tensor.kind not in DTYPES or key == "__metadata__":
-            what = f"dtype {tensor.kind} of tensor {show(key)}" if key != "__metadata__" else "tensor name __metadata__"
+        if tensor.dtype not in DTYPES or key == "__metadata__":
+            what = (
+                f"dtype {tensor.dtype} of tensor {show(key)}" if key != "__metadata__" else "tensor name __metadata__"
+            )
             raise LayoutError(f"{name}: safetensors has no {what}", hint="choose another dtype or target format")
         offsets = [at, at + tensor.nbytes]
-        header[key] = {"dtype": DTYPES[tensor.kind], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         placed.append((key, tensor, at))
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -61,7 +63,7 @@ def _ordered(tensors: Mapping[str, Lazy]) -> list[str]:
     """The names as given if every tensor then lies at a multiple of its element size, else by size of elements."""
     at = 0
     for tensor in tensors.values():
-        if at % ITEMSIZE[tensor.kind]:
-            return sorted(tensors, key=lambda k: -ITEMSIZE[tensors[k].kind])
+        if at % ITEMSIZE[tensor.dtype]:
+            return sorted(tensors, key=lambda k: -ITEMSIZE[tensors[k].dtype])
         at += tensor.nbytes
     return list(tensors)

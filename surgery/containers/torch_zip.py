@@ -105,9 +105,9 @@ class TorchZip(Tree):
                 hint="the file was saved without its data (skip_data), or is damaged",
             )
         offset, size = self.zip.span(name)
-        if not 0 <= size - storage.nbytes < ITEMSIZE[storage.kind]:
+        if not 0 <= size - storage.nbytes < ITEMSIZE[storage.dtype]:
             raise FileError(
-                f"storage {show(storage.key)} is declared as {storage.numel} elements of {storage.kind}, "
+                f"storage {show(storage.key)} is declared as {storage.numel} elements of {storage.dtype}, "
                 f"{storage.nbytes} bytes, but its member has {size} bytes",
                 file=self.file.path,
                 member=name,

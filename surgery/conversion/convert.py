@@ -21,7 +21,7 @@ from surgery.conversion import allowances
 from surgery.conversion.provenance import provenance, version
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, Output
-from surgery.formats.registry import FORMATS, KINDS, open_checkpoint, recognise, to_kind, to_vocab, with_tokenizer
+from surgery.formats.registry import DTYPES, FORMATS, open_checkpoint, recognise, to_dtype, to_vocab, with_tokenizer
 from surgery.formats.table import ONE_RANK, Topology
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.tensors.lazy import Slice
@@ -155,7 +155,7 @@ def _plan(
         if vocab_size is None:  # rows that are cut are never read, so the source as a whole has no digest then
             parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
             source = replace(source, parts=parts)
-        source = to_kind(source, KINDS[dtype])
+        source = to_dtype(source, DTYPES[dtype])
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
     output = target.plan(tapped, topology, target.with_defaults(writing, "write"))
     lost = _lost_facts(source, target)

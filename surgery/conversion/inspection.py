@@ -26,7 +26,7 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
     spec, parts = checkpoint.spec, checkpoint.parts
     kinds = Counter[str]()
     for part in parts.values():
-        kinds[part.kind] += math.prod(part.shape)
+        kinds[part.dtype] += math.prod(part.shape)
     found = checkpoint.tokenizer
     out: Json = {
         "path": str(checkpoint.path),
@@ -47,7 +47,7 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
         "details": dict(checkpoint.details),
     }
     if tensors:
-        out["parts"] = {n: {"shape": list(p.shape), "dtype": p.kind, "bytes": p.nbytes} for n, p in parts.items()}
+        out["parts"] = {n: {"shape": list(p.shape), "dtype": p.dtype, "bytes": p.nbytes} for n, p in parts.items()}
     if pickles:
         out["globals"] = list(checkpoint.globals)
     return out
@@ -115,7 +115,7 @@ def scan(checkpoint: Checkpoint, max_memory: int, progress: Callable[[int], None
     block = max(1 << 20, max_memory // 16)
     for name, part in checkpoint.parts.items():
         nans = infs = 0
-        for box in boxes(part.shape, ITEMSIZE[part.kind], block):
+        for box in boxes(part.shape, ITEMSIZE[part.dtype], block):
             data = part.read(box)
             values = data.float() if data.is_floating_point() else data
             nans += int(torch.isnan(values).sum())

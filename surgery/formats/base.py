@@ -62,12 +62,12 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
 
     @property
-    def kind(self) -> str:
+    def dtype(self) -> str:
         """The dtype that most bytes of the weights have."""
         sizes: dict[str, int] = {}
         for part in self.parts.values():
-            sizes[part.kind] = sizes.get(part.kind, 0) + part.nbytes
-        return max(sizes, key=lambda kind: sizes[kind])
+            sizes[part.dtype] = sizes.get(part.dtype, 0) + part.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ FORMATS: Mapping[str, Format] = {
     for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, olmo_core.FORMAT, megatron.FORMAT, megatron_dist.FORMAT, neox.FORMAT)
 }
 
-KINDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def recognise(path: str | os.PathLike[str]) -> Format:
@@ -94,14 +94,14 @@ def _carried(folder: Path) -> dict[str, int]:
 # Operations: pure functions from checkpoint to checkpoint, lazy and composable.
 
 
-def to_kind(checkpoint: Checkpoint, kind: str) -> Checkpoint:
+def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """Every floating-point part in another dtype, rounded once."""
-    parts = {name: cast(part, kind) if _is_float(part) else part for name, part in checkpoint.parts.items()}
+    parts = {name: cast(part, dtype) if _is_float(part) else part for name, part in checkpoint.parts.items()}
     return replace(checkpoint, parts=parts)
 
 
 def _is_float(part: Lazy) -> bool:
-    return part.kind.startswith(("float", "bfloat"))
+    return part.dtype.startswith(("float", "bfloat"))
 
 
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
@@ -116,7 +116,7 @@ def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     def fit(part: Lazy) -> Lazy:
         if rows <= spec.vocab:
             return Slice(part, 0, 0, rows)
-        return Concat([part, Fill((rows - spec.vocab, *part.shape[1:]), part.kind)], 0)
+        return Concat([part, Fill((rows - spec.vocab, *part.shape[1:]), part.dtype)], 0)
 
     resized = {name: fit(part) if name in ("embed", "lm_head") else part for name, part in checkpoint.parts.items()}
     verb = "cut" if rows < spec.vocab else "padded with zeros"

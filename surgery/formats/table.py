@@ -77,7 +77,7 @@ def weave(r: Row, bind: Bind, parts: Parts, spec: Spec, padded: Mapping[str, int
     if extra:
         wide = whole.to(axes)
         shape = [extra if a == (r.pad,) else n for a, n in zip(axes, wide.data.shape, strict=True)]
-        zeros = Named(Fill(shape, wide.data.kind), axes, {**wide.sizes, r.pad: extra})
+        zeros = Named(Fill(shape, wide.data.dtype), axes, {**wide.sizes, r.pad: extra})
         whole = Named.cat([wide, zeros], r.pad)
     return whole.to(r.layout)
 
@@ -149,7 +149,7 @@ def _unclaimed(r: Row, name: str, data: Lazy, sizes: Mapping[str, int]) -> Named
         return _named(name, data, r.layout, sizes)
     _named(name, data, r.shape, sizes)  # it must have the dimensions that it should claim
     if isinstance(data, Extent) and data.strides is None:
-        data = Extent(data.file, data.offset, shape_of(r.layout, sizes), data.kind, None, data.swap)
+        data = Extent(data.file, data.offset, shape_of(r.layout, sizes), data.dtype, None, data.swap)
         return _named(name, data, r.layout, sizes)
     matrix = Named(data, _MATRIX, dict(zip(("row", "column"), data.shape, strict=True)))
     line = matrix.to((("row", "column"),))

@@ -33,11 +33,11 @@ PREFIX = "base_model.model."
 class LowRank(Lazy):
     """`src` + scale * b a, in fp32 (fp64 for fp64), rounded once to the dtype of `src`."""
 
-    __slots__ = ("a", "b", "kind", "scale", "shape", "src", "turned")
+    __slots__ = ("a", "b", "dtype", "scale", "shape", "src", "turned")
 
     def __init__(self, src: Lazy, a: Lazy, b: Lazy, scale: float, turned: bool) -> None:
         self.src, self.a, self.b, self.scale, self.turned = src, a, b, scale, turned
-        self.shape, self.kind = src.shape, src.kind
+        self.shape, self.dtype = src.shape, src.dtype
 
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src, self.a, self.b)
@@ -45,12 +45,12 @@ class LowRank(Lazy):
     def read(self, box: Box) -> torch.Tensor:
         import torch
 
-        wide = torch.float64 if self.kind == "float64" else torch.float32
+        wide = torch.float64 if self.dtype == "float64" else torch.float32
         rows, columns = (box[1], box[0]) if self.turned else box
         rank = (0, self.a.shape[0])
         delta = self.b.read((rows, rank)).to(wide) @ self.a.read((rank, columns)).to(wide)
         delta = delta.T if self.turned else delta
-        return (self.src.read(box).to(wide) + delta * self.scale).to(self.dtype)
+        return (self.src.read(box).to(wide) + delta * self.scale).to(self.torch_dtype)
 
 
 def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

@@ -164,7 +164,7 @@ def _tensor(
     """One tensor of the output."""
     method = METHODS[recipe.method]
     sources = {source.model: tensor for source, _, tensor in found}
-    common = promoted(name, [recipe.dtype] if recipe.dtype else [s.kind for s in sources.values()])
+    common = promoted(name, [recipe.dtype] if recipe.dtype else [s.dtype for s in sources.values()])
     kind = recipe.out_dtype or common
     work = common if arithmetic == "mergekit" else "float64" if common == "float64" else "float32"
     named_base = part.base or recipe.base

@@ -38,10 +38,10 @@ WHOLE = 1 << 22  # elements up to which a mean is torch's own
 class Rows(Lazy):
     """Rows of several tensors: row i is that of `origins[i]`; the last `padding` rows are the mean of all others."""
 
-    __slots__ = ("_lock", "_mean", "kind", "origins", "shape", "srcs", "starts")
+    __slots__ = ("_lock", "_mean", "dtype", "origins", "shape", "srcs", "starts")
 
     def __init__(self, srcs: Sequence[Lazy], origins: Sequence[Origin], padding: int) -> None:
-        self.srcs, self.origins, self.kind = tuple(srcs), origins, srcs[0].kind
+        self.srcs, self.origins, self.dtype = tuple(srcs), origins, srcs[0].dtype
         self.shape = (len(origins) + padding, *srcs[0].shape[1:])
         self._mean: torch.Tensor | None = None
         self._lock = threading.Lock()  # blocks are read in several threads
@@ -55,7 +55,7 @@ class Rows(Lazy):
         import torch
 
         (first, last), rest = box[0], box[1:]
-        out = torch.zeros(lengths(box), dtype=self.dtype)
+        out = torch.zeros(lengths(box), dtype=self.torch_dtype)
         at, count = first, len(self.origins)
         while at < last:
             place = bisect.bisect_right(self.starts, at)
@@ -88,7 +88,7 @@ class Rows(Lazy):
         if count <= step:
             return torch.mean(self.read(((0, count), *rest)), dim=0, keepdim=True)
         sums = [self.read(((i, min(i + step, count)), *rest)).double().sum(0) for i in range(0, count, step)]
-        return (torch.stack(sums).sum(0, keepdim=True) / count).to(self.dtype)
+        return (torch.stack(sums).sum(0, keepdim=True) / count).to(self.torch_dtype)
 
 
 def _follows(a: Origin, b: Origin) -> bool:

@@ -23,7 +23,7 @@ from surgery.formats.table import ONE_RANK, Rank, spread
 from surgery.running.device import CPU, Device
 from surgery.running.expertwise import STORED, expert_modules, one_by_one
 from surgery.running.whole import explained, quiet
-from surgery.tensors.lazy import Lazy
+from surgery.tensors.lazy import Lazy, torch_dtype
 from surgery.upcycling.attention import experts as attention
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Run:
     routes: dict[int, Route] = field(default_factory=dict)
 
 
-def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, on: Device = CPU) -> Run:
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device = CPU) -> Run:
     """One pass over tokens [batch, length] in a dtype.
 
     The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
@@ -57,9 +57,9 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, kind: str, on: Device 
         spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
         checkpoint = replace(checkpoint, spec=spec)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
-        model = empty_model(checkpoint, kind, on)
+        model = empty_model(checkpoint, dtype, on)
         found = Run(torch.empty(0))
-        with layer_by_layer(model, checkpoint, kind, on), _observed(model, found):
+        with layer_by_layer(model, checkpoint, dtype, on), _observed(model, found):
             found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
         return found
 
@@ -70,18 +70,18 @@ def bytes_of_a_pass(checkpoint: Checkpoint) -> int:
     return weights + (checkpoint.parts["embed"].nbytes if checkpoint.spec.tied else 0)
 
 
-def empty_model(checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Any:
+def empty_model(checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Any:
     """The model without memory for its weights, but with its tables of angles."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if "attention" in checkpoint.details:
-        return attention.empty(checkpoint, kind).eval()
+        return attention.empty(checkpoint, dtype).eval()
     spec = checkpoint.spec
-    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, kind, spec.family))
+    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, dtype, spec.family))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, kind), attn_implementation="sdpa", experts_implementation="eager"
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation="eager"
         )
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and not list(module.children()):
@@ -108,21 +108,19 @@ def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
 
 
 @contextmanager
-def layer_by_layer(model: Any, checkpoint: Checkpoint, kind: str, on: Device = CPU) -> Iterator[None]:
+def layer_by_layer(model: Any, checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Iterator[None]:
     """The model can be run: each unit gets its weights before it and loses them after it."""
-    import torch
-
-    weights, dtype = _weights(model, checkpoint), getattr(torch, kind)
+    weights, held = _weights(model, checkpoint), torch_dtype(dtype)
     for name, module in expert_modules(model).items():
         gate_up, down = (weights.pop(f"{name}.{leaf}") for leaf in STORED)
-        module.forward = one_by_one(module, gate_up, down, dtype, on)
+        module.forward = one_by_one(module, gate_up, down, held, on)
     base = model.base_model
     units = {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
     units |= {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm, "lm_head": model.lm_head}
     handles = []
     for prefix, unit in units.items():
         mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
-        handles.append(unit.register_forward_pre_hook(_filler(mine, dtype, on)))
+        handles.append(unit.register_forward_pre_hook(_filler(mine, held, on)))
         handles.append(unit.register_forward_hook(_emptier(mine)))
     try:
         yield

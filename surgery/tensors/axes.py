@@ -58,12 +58,12 @@ def pattern(axes: Axes) -> str:
 class Rearrange(Lazy):
     """A permutation of named axes, pulled back box by box; `left` are the axes of `src`, `right` those of self."""
 
-    __slots__ = ("kind", "left", "right", "shape", "sizes", "src")
+    __slots__ = ("dtype", "left", "right", "shape", "sizes", "src")
 
     def __init__(self, src: Lazy, left: Axes, right: Axes, sizes: Mapping[str, int]) -> None:
         assert _same_axes(left, right), (left, right)
         assert src.shape == shape_of(left, sizes), (src, left, sizes)
-        self.src, self.left, self.right, self.kind = src, left, right, src.kind
+        self.src, self.left, self.right, self.dtype = src, left, right, src.dtype
         self.sizes = {a: sizes[a] for a in flat(left)}
         self.shape = shape_of(right, sizes)
 
@@ -83,10 +83,10 @@ class Rearrange(Lazy):
             if all(len(pieces) == 1 for pieces in cover):
                 return got.reshape(lengths(box))  # copies only if the order of the elements changes
             if out is None:
-                out = torch.empty(lengths(box), dtype=self.dtype)
+                out = torch.empty(lengths(box), dtype=self.torch_dtype)
             target = out[tuple(slice(at, at + n) for at, n, _ in combo)]
             _split(target, [[b - a for a, b in ss] for _, _, ss in combo]).copy_(got)
-        return torch.empty(lengths(box), dtype=self.dtype) if out is None else out
+        return torch.empty(lengths(box), dtype=self.torch_dtype) if out is None else out
 
     def _read_spans(self, spans: Mapping[str, Span]) -> torch.Tensor:
         """The block of the source in which every axis is limited to its span; one dimension per axis."""
@@ -96,7 +96,7 @@ class Rearrange(Lazy):
         runs = [list(_runs([spans[a] for a in g], [self.sizes[a] for a in g])) for g in self.left]
         if all(len(r) == 1 for r in runs):
             return self.src.read(tuple(r[0] for r in runs)).reshape(lens)
-        out = torch.empty([sum(b - a for a, b in r) for r in runs], dtype=self.dtype)
+        out = torch.empty([sum(b - a for a, b in r) for r in runs], dtype=self.torch_dtype)
         starts = [list(itertools.accumulate((b - a for a, b in r), initial=0)) for r in runs]
         for index in itertools.product(*(range(len(r)) for r in runs)):
             part = self.src.read(tuple(r[i] for r, i in zip(runs, index, strict=True)))

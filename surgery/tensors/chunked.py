@@ -40,10 +40,10 @@ class Chunk:
 class Chunked(Lazy):
     """`chunks` must tile `shape`; chunks without elements may be left out.  Raises FileError about `file` if not."""
 
-    __slots__ = ("_grid", "_open", "chunks", "kind", "name", "shape")
+    __slots__ = ("_grid", "_open", "chunks", "dtype", "name", "shape")
 
-    def __init__(self, name: str, shape: Shape, kind: str, chunks: Sequence[Chunk], file: str) -> None:
-        self.name, self.shape, self.kind = name, shape, kind
+    def __init__(self, name: str, shape: Shape, dtype: str, chunks: Sequence[Chunk], file: str) -> None:
+        self.name, self.shape, self.dtype = name, shape, dtype
         self.chunks = tuple(chunk for chunk in chunks if math.prod(chunk.sizes))
         self._open: dict[Shape, Lazy] = {}
         self._grid = _check_tiling(name, shape, self.chunks, file)
@@ -51,7 +51,7 @@ class Chunked(Lazy):
     def read(self, box: Box) -> torch.Tensor:
         import torch
 
-        out, filled = torch.empty(lengths(box), dtype=self.dtype), 0
+        out, filled = torch.empty(lengths(box), dtype=self.torch_dtype), 0
         for chunk in self.touched(box) if out.numel() else ():
             both = [(max(a, c), min(b, d)) for (a, b), c, d in zip(box, chunk.start, chunk.stop, strict=True)]
             part = self._part(chunk).read(tuple((a - c, b - c) for (a, b), c in zip(both, chunk.start, strict=True)))

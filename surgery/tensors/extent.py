@@ -1,6 +1,6 @@
 """Tensors that lie in files: the only leaf of a lazy tensor that does I/O.
 
-weight = Extent(File("model.safetensors"), offset=4096, shape=(1024, 512), kind="bfloat16")
+weight = Extent(File("model.safetensors"), offset=4096, shape=(1024, 512), dtype="bfloat16")
 weight.read(((1000, 1008), (0, 512)))      # 8 rows: one read of 8 KiB
 """
 
@@ -33,18 +33,18 @@ class Extent(Lazy):
     elements are big-endian.  That every element lies inside `file` is checked here, once.
     """
 
-    __slots__ = ("file", "kind", "offset", "shape", "strides", "swap")
+    __slots__ = ("dtype", "file", "offset", "shape", "strides", "swap")
 
     def __init__(
         self,
         file: File,
         offset: int,
         shape: Sequence[int],
-        kind: str,
+        dtype: str,
         strides: Sequence[int] | None = None,
         swap: bool = False,
     ) -> None:
-        self.file, self.offset, self.shape, self.kind, self.swap = file, offset, tuple(shape), kind, swap
+        self.file, self.offset, self.shape, self.dtype, self.swap = file, offset, tuple(shape), dtype, swap
         self.strides = None if strides is None or _is_dense(self.shape, strides) else tuple(strides)
         if math.prod(self.shape):
             file.check(offset, self._span(whole(self.shape)), "tensor data")
@@ -52,13 +52,13 @@ class Extent(Lazy):
     def _span(self, box: Box) -> int:
         """Bytes from the first to the last element of a box that is not empty."""
         strides = self.strides or dense_strides(self.shape)
-        return (1 + sum((b - a - 1) * s for (a, b), s in zip(box, strides, strict=True))) * ITEMSIZE[self.kind]
+        return (1 + sum((b - a - 1) * s for (a, b), s in zip(box, strides, strict=True))) * ITEMSIZE[self.dtype]
 
     def read(self, box: Box) -> torch.Tensor:
         if self.strides is not None and all(a < b for a, b in box):
             out = self._read_strided(box)
         else:
-            out = empty(lengths(box), self.kind)
+            out = empty(lengths(box), self.dtype)
             self._read_dense(self.shape, box, out)
         return _byteswapped(out) if self.swap else out
 
@@ -70,7 +70,7 @@ class Extent(Lazy):
 
     def read_flat(self, start: int, stop: int, out: memoryview) -> None:
         if self.strides is None and not self.swap:
-            self.file.read_into(self.offset + start * ITEMSIZE[self.kind], out, "tensor data")
+            self.file.read_into(self.offset + start * ITEMSIZE[self.dtype], out, "tensor data")
         else:
             super().read_flat(start, stop, out)
 
@@ -78,7 +78,7 @@ class Extent(Lazy):
         """Fill `out` with a box of the row-major tensor of `shape` that lies here, by as few reads as rows allow."""
         if not out.numel():
             return
-        lens, run = lengths(box), ITEMSIZE[self.kind]
+        lens, run = lengths(box), ITEMSIZE[self.dtype]
         strides = [s * run for s in dense_strides(shape)]
         k = len(lens)  # dimensions k.. form one run of bytes in the file
         while k and lens[k - 1] == shape[k - 1]:
@@ -99,7 +99,7 @@ class Extent(Lazy):
         stored = tuple(self.shape[i] for i in order)
         if _is_dense(stored, [self.strides[i] for i in order]):
             inner = tuple(box[i] for i in order)
-            got = empty(lengths(inner), self.kind)
+            got = empty(lengths(inner), self.dtype)
             self._read_dense(stored, inner, got)
             return got.permute([order.index(i) for i in range(len(order))])
         return self._read_view(box)
@@ -109,7 +109,7 @@ class Extent(Lazy):
         import torch
 
         assert self.strides is not None
-        item, lens = ITEMSIZE[self.kind], lengths(box)
+        item, lens = ITEMSIZE[self.dtype], lengths(box)
         span, size = self._span(box), math.prod(lens) * item
         wide = [i for i, n in enumerate(lens) if n > 1]
         if span > max(2 * size, 1 << 16) and wide:
@@ -123,7 +123,7 @@ class Extent(Lazy):
                 file=self.file.path,
                 hint="views that overlap themselves are read up to 64 MiB; re-save the tensor with .contiguous()",
             )
-        raw = empty([span // item], self.kind)
+        raw = empty([span // item], self.dtype)
         start = self.offset + sum(a * s for (a, _), s in zip(box, self.strides, strict=True)) * item
         self.file.read_into(start, bytes_of(raw), "tensor data")
         return raw.as_strided(lens, self.strides).contiguous()

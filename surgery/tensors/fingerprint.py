@@ -103,11 +103,11 @@ def _weights(index: Any, seed: int) -> Any:
 class Tap(Lazy):
     """A part whose reads are counted in a ledger."""
 
-    __slots__ = ("kind", "ledger", "name", "shape", "src")
+    __slots__ = ("dtype", "ledger", "name", "shape", "src")
 
     def __init__(self, ledger: Ledger, name: str, src: Lazy) -> None:
         self.ledger, self.name, self.src = ledger, name, src
-        self.kind, self.shape = src.kind, src.shape
+        self.dtype, self.shape = src.dtype, src.shape
 
     def sources(self) -> tuple[Lazy, ...]:
         return (self.src,)
@@ -137,8 +137,8 @@ class Ledger:
 
     def tap(self, name: str, lazy: Lazy) -> Lazy:
         """`lazy`, counted under `name` whenever it is read."""
-        assert self.parts.get(name, (lazy.kind, lazy.shape)) == (lazy.kind, lazy.shape), name
-        self.parts[name] = (lazy.kind, lazy.shape)
+        assert self.parts.get(name, (lazy.dtype, lazy.shape)) == (lazy.dtype, lazy.shape), name
+        self.parts[name] = (lazy.dtype, lazy.shape)
         return Tap(self, name, lazy)
 
     @contextmanager
@@ -176,11 +176,11 @@ class Ledger:
 
     def fingerprint(self, name: str) -> str:
         """Kind, shape and fingerprint of one part: equal for parts of equal bytes."""
-        kind, shape = self.parts[name]
-        return f"{kind}{json.dumps(list(shape))}:{self.counts.get(name, (0, 0))[0]:016x}"
+        dtype, shape = self.parts[name]
+        return f"{dtype}{json.dumps(list(shape))}:{self.counts.get(name, (0, 0))[0]:016x}"
 
     def content_digest(self, prefix: str = "") -> str:
-        """A sha256 over the names, kinds, shapes and fingerprints of the parts, independent of their order.
+        """A sha256 over the names, dtypes, shapes and fingerprints of the parts, independent of their order.
 
         Of the parts whose name begins with `prefix`, which is not counted as part of the name; without one, of those
         that are no part's source (see `SOURCE`).  Raises LayoutError if an element was not counted, or counted twice.

@@ -33,8 +33,8 @@ class Gather(Lazy):
         self.src, self.dim, self.index = src, dim, tuple(index)
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.src.kind
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.src.dtype
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -48,9 +48,9 @@ class Gather(Lazy):
         import torch
 
         a, b = box[self.dim]
-        out = torch.empty(lengths(box), dtype=self.dtype)
+        out = torch.empty(lengths(box), dtype=self.torch_dtype)
         places = sorted(range(a, b), key=self.index.__getitem__)
-        nbytes = max(1, math.prod(n for d, n in enumerate(lengths(box)) if d != self.dim) * ITEMSIZE[self.kind])
+        nbytes = max(1, math.prod(n for d, n in enumerate(lengths(box)) if d != self.dim) * ITEMSIZE[self.dtype])
         gap = max(1, GAP // nbytes) if self.dim == 0 else max(1, WINDOW // nbytes)
         at = 0
         while at < len(places):
@@ -78,7 +78,7 @@ def taken(src: Lazy, dim: int, index: Index) -> Lazy:
 
 
 def scaled(src: Lazy, factor: float) -> Lazy:
-    """`src` times a factor: in fp32 (float64 for float64), rounded once to the kind of `src`."""
+    """`src` times a factor: in fp32 (float64 for float64), rounded once to the dtype of `src`."""
     if factor == 1.0:
         return src
 
@@ -93,4 +93,4 @@ def scaled(src: Lazy, factor: float) -> Lazy:
 
 def blocks(part: Lazy) -> Iterator[torch.Tensor]:
     """A lazy tensor's data in blocks of bounded size."""
-    return (part.read(box) for box in boxes(part.shape, ITEMSIZE[part.kind], BLOCK))
+    return (part.read(box) for box in boxes(part.shape, ITEMSIZE[part.dtype], BLOCK))

@@ -36,11 +36,11 @@ ITEMSIZE = {
 
 
 class Lazy:
-    """A tensor that is not in memory: `shape`, `kind` (torch's name of the dtype) and `read(box)`."""
+    """A tensor that is not in memory: `shape`, `dtype` (torch's name of the dtype) and `read(box)`."""
 
     __slots__ = ()
     shape: Shape
-    kind: str
+    dtype: str
 
     def read(self, box: Box) -> torch.Tensor:
         """Exactly this box, as a tensor of the box's shape.  Raises SurgeryError if a file does not hold it."""
@@ -56,7 +56,7 @@ class Lazy:
 
         if start == stop:
             return
-        flat, at = torch.frombuffer(out, dtype=self.dtype), 0
+        flat, at = torch.frombuffer(out, dtype=self.torch_dtype), 0
         for box in ranges(self.shape, start, stop):
             lens = lengths(box)
             self.read_into(box, flat[at : at + math.prod(lens)].reshape(lens))
@@ -72,20 +72,20 @@ class Lazy:
         return self.read(box).reshape([b - a for i, (a, b) in enumerate(box) if i not in squeeze])
 
     @property
-    def dtype(self) -> torch.dtype:
+    def torch_dtype(self) -> torch.dtype:
         """The torch dtype (imports torch)."""
-        return torch_dtype(self.kind)
+        return torch_dtype(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEMSIZE[self.kind]
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
     def sources(self) -> tuple[Lazy, ...]:
         """The lazy tensors this one is made of."""
         return ()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kind}{list(self.shape)})"
+        return f"{type(self).__name__}({self.dtype}{list(self.shape)})"
 
 
 def whole(shape: Shape) -> Box:
@@ -97,23 +97,23 @@ def lengths(box: Box) -> list[int]:
     return [b - a for a, b in box]
 
 
-def torch_dtype(kind: str) -> torch.dtype:
+def torch_dtype(dtype: str) -> torch.dtype:
     import torch
 
-    dtype = getattr(torch, kind, None) if kind in ITEMSIZE else None
-    if dtype is None:
-        raise FileError(f"this torch has no dtype {kind}")
-    return dtype
+    found: torch.dtype | None = getattr(torch, dtype, None) if dtype in ITEMSIZE else None
+    if found is None:
+        raise FileError(f"this torch has no dtype {dtype}")
+    return found
 
 
-def empty(shape: Sequence[int], kind: str) -> torch.Tensor:
+def empty(shape: Sequence[int], dtype: str) -> torch.Tensor:
     """A tensor to be filled, in memory that served before, if it is large (see `memory.buffer`)."""
     import torch
 
-    size = math.prod(shape) * ITEMSIZE[kind]
+    size = math.prod(shape) * ITEMSIZE[dtype]
     if not size:
-        return torch.empty(tuple(shape), dtype=torch_dtype(kind))
-    return torch.from_numpy(buffer(size)).view(torch_dtype(kind)).reshape(tuple(shape))
+        return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
+    return torch.from_numpy(buffer(size)).view(torch_dtype(dtype)).reshape(tuple(shape))
 
 
 def _box(index: object, shape: Shape) -> tuple[Box, set[int]]:
@@ -156,26 +156,26 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 class Fill(Lazy):
     """A tensor of one repeated value that lies nowhere: padding rows, constants."""
 
-    __slots__ = ("kind", "shape", "value")
+    __slots__ = ("dtype", "shape", "value")
 
-    def __init__(self, shape: Sequence[int], kind: str, value: float = 0) -> None:
-        self.shape, self.kind, self.value = tuple(shape), kind, value
+    def __init__(self, shape: Sequence[int], dtype: str, value: float = 0) -> None:
+        self.shape, self.dtype, self.value = tuple(shape), dtype, value
 
     def read(self, box: Box) -> torch.Tensor:
         import torch
 
-        return torch.full(lengths(box), self.value, dtype=self.dtype)
+        return torch.full(lengths(box), self.value, dtype=self.torch_dtype)
 
 
 class Slice(Lazy):
     """`src` narrowed to [start, stop) along one dimension."""
 
-    __slots__ = ("dim", "kind", "shape", "src", "start", "stop")
+    __slots__ = ("dim", "dtype", "shape", "src", "start", "stop")
 
     def __init__(self, src: Lazy, dim: int, start: int, stop: int) -> None:
         outer = src.shape
         assert 0 <= start <= stop <= outer[dim], (src, dim, start, stop)
-        self.kind, self.shape = src.kind, (*outer[:dim], stop - start, *outer[dim + 1 :])
+        self.dtype, self.shape = src.dtype, (*outer[:dim], stop - start, *outer[dim + 1 :])
         at = 0
         if isinstance(src, Slice) and src.dim == dim:
             at, src = src.start, src.src
@@ -207,15 +207,15 @@ class Concat(Lazy):
         first = srcs[0]
         for src in srcs:
             same = src.shape[:dim] + src.shape[dim + 1 :] == first.shape[:dim] + first.shape[dim + 1 :]
-            if len(src.shape) != len(first.shape) or not same or src.kind != first.kind:
+            if len(src.shape) != len(first.shape) or not same or src.dtype != first.dtype:
                 raise LayoutError(f"cannot join {first!r} and {src!r} along dimension {dim}")
         self.srcs, self.dim = tuple(srcs), dim
         self.starts = tuple(itertools.accumulate((s.shape[dim] for s in srcs), initial=0))
         self.shape = first.shape[:dim] + (self.starts[-1],) + first.shape[dim + 1 :]
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.srcs[0].kind
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.srcs[0].dtype
 
     def sources(self) -> tuple[Lazy, ...]:
         return self.srcs
@@ -224,7 +224,7 @@ class Concat(Lazy):
         pieces = self._pieces(box)
         if len(pieces) == 1:
             return pieces[0][0].read(pieces[0][1])
-        out = empty(lengths(box), self.kind)
+        out = empty(lengths(box), self.dtype)
         self.read_into(box, out)
         return out
 
@@ -252,21 +252,21 @@ class Concat(Lazy):
 class Map(Lazy):
     """`fn` of the same box of every source, elementwise.  `whole=True`: fn needs the entire tensors.
 
-    fn takes tensors of the sources' kinds and returns one of `kind` and of the same shape.
+    fn takes tensors of the sources' dtypes and returns one of `dtype` and of the same shape.
     """
 
-    __slots__ = ("fn", "kind", "shape", "srcs", "whole")
+    __slots__ = ("dtype", "fn", "shape", "srcs", "whole")
 
     def __init__(
         self,
         fn: Callable[..., torch.Tensor],
         srcs: Sequence[Lazy],
-        kind: str | None = None,
+        dtype: str | None = None,
         shape: Sequence[int] | None = None,
         whole: bool = False,
     ) -> None:
         self.fn, self.srcs, self.whole = fn, tuple(srcs), whole
-        self.kind = kind or srcs[0].kind
+        self.dtype = dtype or srcs[0].dtype
         self.shape = srcs[0].shape if shape is None else tuple(shape)
         if not whole and any(s.shape != self.shape for s in srcs):
             raise LayoutError(f"shapes differ: {', '.join(map(repr, srcs))}")
@@ -288,12 +288,12 @@ class Same(Lazy):
     def __init__(self, srcs: Sequence[Lazy], name: str, hint: str = "") -> None:
         self.srcs, self.name = tuple(srcs), name
         self.hint = hint or "the shards are from different saves, or one of them is damaged"
-        if any((s.shape, s.kind) != (srcs[0].shape, srcs[0].kind) for s in srcs):
+        if any((s.shape, s.dtype) != (srcs[0].shape, srcs[0].dtype) for s in srcs):
             raise LayoutError(f"the copies of {name} differ: {', '.join(map(repr, srcs))}")
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.srcs[0].kind
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.srcs[0].dtype
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -322,9 +322,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(_bytes(a.contiguous()), _bytes(b.contiguous()))
 
 
-def cast(src: Lazy, kind: str) -> Lazy:
+def cast(src: Lazy, dtype: str) -> Lazy:
     """`src` in another dtype; `src` itself if it has that dtype.  One rounding, to nearest even."""
-    return src if src.kind == kind else Map(lambda t: t.to(torch_dtype(kind)), (src,), kind)
+    return src if src.dtype == dtype else Map(lambda t: t.to(torch_dtype(dtype)), (src,), dtype)
 
 
 def boxes(shape: Shape, itemsize: int, limit: int) -> Iterator[Box]:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class Random(Lazy):
     """Independent numbers: normal with mean 0 and `std`, or `uniform` in [-bound, bound) where a bound is given."""
 
-    __slots__ = ("bound", "key", "kind", "shape", "std")
+    __slots__ = ("bound", "dtype", "key", "shape", "std")
 
     def __init__(
-        self, shape: Sequence[int], kind: str, name: str, seed: int, std: float = 1.0, bound: float | None = None
+        self, shape: Sequence[int], dtype: str, name: str, seed: int, std: float = 1.0, bound: float | None = None
     ) -> None:
-        self.shape, self.kind, self.std, self.bound = tuple(shape), kind, std, bound
+        self.shape, self.dtype, self.std, self.bound = tuple(shape), dtype, std, bound
         self.key = key_of(seed, name)
 
     def read(self, box: Box) -> torch.Tensor:
@@ -33,7 +33,7 @@ class Random(Lazy):
 
         raw = splitmix64(places(box, self.shape), self.key)
         values = _normal(raw) * self.std if self.bound is None else _uniform(raw) * self.bound
-        return torch.from_numpy(values).to(self.dtype).reshape(lengths(box))
+        return torch.from_numpy(values).to(self.torch_dtype).reshape(lengths(box))
 
 
 def permutation(seed: int, name: str, n: int) -> list[int]:

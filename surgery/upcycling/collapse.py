@@ -232,7 +232,7 @@ def _padded(part: Lazy, dim: int, width: int) -> Lazy:
     if not missing:
         return part
     shape = [missing if i == dim else n for i, n in enumerate(part.shape)]
-    return Concat([part, Fill(shape, part.kind)], dim)
+    return Concat([part, Fill(shape, part.dtype)], dim)
 
 
 def _zero_biases(source: Checkpoint) -> bool:
@@ -244,9 +244,9 @@ def _zero_biases(source: Checkpoint) -> bool:
 
 
 def _equal(a: Lazy, b: Lazy) -> bool:
-    if (a.shape, a.kind) != (b.shape, b.kind):
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return all(same_bits(a.read(box), b.read(box)) for box in boxes(a.shape, ITEMSIZE[a.kind], BLOCK))
+    return all(same_bits(a.read(box), b.read(box)) for box in boxes(a.shape, ITEMSIZE[a.dtype], BLOCK))
 
 
 def _recorded_up(source: Checkpoint) -> float:

@@ -69,7 +69,7 @@ class Proof:
     promised: bool
     tokens: int
     text: str
-    kind: str
+    dtype: str
     fp32: Distance
     stored: Distance | None
     floor: Distance | None
@@ -89,7 +89,7 @@ def _finite(value: Any) -> Any:
 
 def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
     """What a proof tells its device's `advance` in all."""
-    passes = 2 if source.kind in NARROW else 1
+    passes = 2 if source.dtype in NARROW else 1
     return passes * (bytes_of_a_pass(source) + bytes_of_a_pass(result))
 
 
@@ -111,27 +111,27 @@ def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256
     began = time.monotonic()
     tokens, text = prose_tokens(source, count)
     dense, moe = source, _same_rows(result, claim)
-    kind = source.kind
+    dtype = source.dtype
     wide = forward(dense, tokens, "float32", on).logits
     run = forward(moe, tokens, "float32", on)
     fp32 = distance(run.logits, wide, tokens)
     stored = floor = None
-    if kind in NARROW:
+    if dtype in NARROW:
         del run
-        narrow = forward(dense, tokens, kind, on).logits
+        narrow = forward(dense, tokens, dtype, on).logits
         floor = distance(narrow, wide, tokens)
         del wide
-        run = forward(moe, tokens, kind, on)
+        run = forward(moe, tokens, dtype, on)
         stored = distance(run.logits, narrow, tokens)
     ties = _ties(run.routes, claim)
     intact = claim.intact(moe) if claim.intact else None
-    proof = Proof("", claim.exact, tokens.numel(), text, kind, fp32, stored, floor, ties, intact,
+    proof = Proof("", claim.exact, tokens.numel(), text, dtype, fp32, stored, floor, ties, intact,
                   time.monotonic() - began)  # fmt: skip
     return replace(proof, verdict=_verdict(proof, claim))
 
 
 def _verdict(proof: Proof, claim: Claim) -> str:
-    name = SHORT.get(proof.kind, proof.kind)
+    name = SHORT.get(proof.dtype, proof.dtype)
     if proof.fp32.max_diff <= LIMIT:
         return f"exact up to {name} ties" if proof.stored and proof.ties.incomplete else "exact"
     if not claim.exact:

@@ -17,7 +17,7 @@ from typing import Any
 from surgery.conversion import convert as conversion
 from surgery.errors import UsageError, some
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import FORMATS, KINDS, open_checkpoint, recognise, to_kind
+from surgery.formats.registry import DTYPES, FORMATS, open_checkpoint, recognise, to_dtype
 from surgery.formats.table import ONE_RANK, Topology
 from surgery.running.device import CPU, Device, nobody
 from surgery.tensors.fingerprint import Ledger
@@ -91,7 +91,7 @@ def prepare(
     source = open_checkpoint(src, options=reading)
     models = [source, *(open_checkpoint(path) for path in settings.sources)]
     if dtype != "keep":
-        models = [to_kind(model, KINDS[dtype]) for model in models]
+        models = [to_dtype(model, DTYPES[dtype]) for model in models]
     made = upcycled(models[0], settings, models[1:], on)
     if to == "hf":
         writing["family"] = made.target.family
@@ -192,7 +192,7 @@ def _digest(model: Checkpoint, ready: Prepared, progress: stream.Progress) -> st
         if twin is None:
             lost[name] = part
         else:
-            ledger.parts[name] = (part.kind, part.shape)
+            ledger.parts[name] = (part.dtype, part.shape)
             ledger.counts[name] = ready.plan.ledger.counts.get(twin, (0, 0))
     stream.read_through(lost, ledger, ready.plan.max_memory, progress)
     return ledger.content_digest()

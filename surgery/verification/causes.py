@@ -21,7 +21,7 @@ from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family, write_config
-from surgery.formats.registry import KINDS
+from surgery.formats.registry import DTYPES
 from surgery.model.spec import Spec
 from surgery.running import whole as running
 from surgery.tensors.lazy import ITEMSIZE
@@ -164,10 +164,10 @@ class Search:
 
     def _rounding(self, score: Score) -> list[Cause]:
         """Whether one side is the other one in a narrower dtype: the wider one, rounded, must give the same logits."""
-        narrow = {KINDS[short]: short for short in KINDS}
-        a_is_wider = ITEMSIZE[self.a.kind] > ITEMSIZE[self.b.kind]
-        kind = self.b.kind if a_is_wider else self.a.kind
-        if ITEMSIZE[self.a.kind] == ITEMSIZE[self.b.kind] or kind not in narrow:
+        narrow = {DTYPES[short]: short for short in DTYPES}
+        a_is_wider = ITEMSIZE[self.a.dtype] > ITEMSIZE[self.b.dtype]
+        kind = self.b.dtype if a_is_wider else self.a.dtype
+        if ITEMSIZE[self.a.dtype] == ITEMSIZE[self.b.dtype] or kind not in narrow:
             return []
         wide, names = (self.a, "B's weights are A's") if a_is_wider else (self.b, "A's weights are B's")
         self.tell(f"trying: {names} rounded to {kind}")
@@ -199,7 +199,7 @@ class Search:
         with tempfile.TemporaryDirectory(prefix="surgery-variant-") as scratch:
             running.link(self.folder, self.folder.glob("*.safetensors"), Path(scratch))
             (Path(scratch) / "config.json").unlink()
-            config = write_config(spec, self.b.facts, self.b.kind, choose_family(spec))
+            config = write_config(spec, self.b.facts, self.b.dtype, choose_family(spec))
             (Path(scratch) / "config.json").write_text(json.dumps(config))
             return running.load(Path(scratch))
 

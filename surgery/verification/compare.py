@@ -256,7 +256,7 @@ def _only_rows(name: str, x: Lazy, y: Lazy) -> bool:
 def _kinds(pair: _Pair) -> tuple[str, str]:
     x, y = pair.lazies
     assert x is not None and y is not None
-    return x.kind, y.kind
+    return x.dtype, y.dtype
 
 
 Block = tuple[_Pair, Box, tuple["torch.Tensor | None", "torch.Tensor | None"]]
@@ -265,7 +265,7 @@ Block = tuple[_Pair, Box, tuple["torch.Tensor | None", "torch.Tensor | None"]]
 def _blocks(pairs: list[_Pair], max_memory: int) -> Iterator[Callable[[], Block]]:
     for pair in pairs:
         both = [t for t in pair.lazies if t is not None]
-        item = max(ITEMSIZE[t.kind] for t in both)
+        item = max(ITEMSIZE[t.dtype] for t in both)
         limit = block_size(max_memory) // len(both)
         if any(isinstance(n, Map) and n.whole for t in both for n in walk(t)):
             limit = max(limit, *(t.nbytes for t in both))  # what is computed as a whole is computed once
@@ -290,9 +290,9 @@ def _part(name: str, a: Checkpoint, b: Checkpoint, values: Values | None, odd_ro
         one, other = (x, b) if x is not None else (y, a)
         assert one is not None
         tied = _tied(name, a, b) and other.parts["embed"].shape == one.shape
-        kinds = (one.kind, other.parts["embed"].kind) if tied and one.kind != other.parts["embed"].kind else None
+        kinds = (one.dtype, other.parts["embed"].dtype) if tied and one.dtype != other.parts["embed"].dtype else None
         return Part(name, "a" if x is None else "b", tied, None, kinds, values)
-    kinds = (x.kind, y.kind) if x.kind != y.kind else None
+    kinds = (x.dtype, y.dtype) if x.dtype != y.dtype else None
     surplus = shapes = None
     if x.shape != y.shape and _only_rows(name, x, y):
         surplus = _surplus(a, b, x.shape[0], y.shape[0], not odd_rows)

@@ -58,7 +58,7 @@ class Weights:
 
     def _leaf(self, name: str) -> Lazy:
         part = self.parts[name]
-        return Map(lambda: self._changed.get(name, part.full()), (), part.kind, part.shape, whole=True)
+        return Map(lambda: self._changed.get(name, part.full()), (), part.dtype, part.shape, whole=True)
 
     def keep(self, changes: Tensors) -> dict[str, torch.Tensor]:
         """Put tensors in the place of parts; returns the parameters as they were before."""

@@ -163,7 +163,7 @@ def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, pro
     blocks = (
         partial(look, name, part, box)
         for name, part in parts.items()
-        for box in boxes(part.shape, ITEMSIZE[part.kind], _limit(part, block_size(max_memory)))
+        for box in boxes(part.shape, ITEMSIZE[part.dtype], _limit(part, block_size(max_memory)))
     )
     with ahead(blocks) as looked:
         for size, seen in looked:
@@ -193,7 +193,7 @@ def _steps(
 
 def _blocks(region: Region, index: int, at: int, ledger: Ledger | None, block: int) -> Iterator[Callable[[], Block]]:
     tensor = region.tensor
-    item = ITEMSIZE[tensor.kind]
+    item = ITEMSIZE[tensor.dtype]
     for box in boxes_from(tensor.shape, item, _limit(tensor, block), at // item):
         yield partial(_block, region, index, at, ledger, box)
         at += math.prod(lengths(box)) * item
@@ -207,7 +207,7 @@ def _block(region: Region, index: int, at: int, ledger: Ledger | None, box: Box)
     else:
         with ledger.collect() as counts:
             data = tensor.read(box)
-    assert list(data.shape) == lengths(box) and data.dtype == tensor.dtype, (region.name, box, data.shape)
+    assert list(data.shape) == lengths(box) and data.dtype == tensor.torch_dtype, (region.name, box, data.shape)
     return Block(index, region, at, bytes_of(data.contiguous()), counts)
 
 
@@ -319,7 +319,7 @@ def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledge
     """A digest of all that must be equal for a killed run to be resumed."""
     plan = [
         [f.name, f.size, hashlib.sha256(f.head).hexdigest(), f.tail is None]
-        + [[r.name, r.offset, r.tensor.kind, list(r.tensor.shape), r.copy] for r in f.regions]
+        + [[r.name, r.offset, r.tensor.dtype, list(r.tensor.shape), r.copy] for r in f.regions]
         for f in files
     ]
     parts = None if ledger is None else sorted((n, k, list(s)) for n, (k, s) in ledger.parts.items())

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from surgery.containers.pickles.records import (
-    STORAGE_KINDS,
+    STORAGE_DTYPES,
     STORAGE_MODULES,
     BadPickle,
     Dict,
@@ -75,7 +75,7 @@ def _tensor(args: tuple[Any, ...], kind: str | None, metadata: int) -> Any:
     shape, strides = counts(args[2], "tensor shape"), counts(args[3], "tensor strides")
     if len(shape) != len(strides):
         raise BadPickle(f"a tensor has {len(shape)} dimensions but {len(strides)} strides")
-    kind = kind or storage.kind
+    kind = kind or storage.dtype
     if all(shape):
         last = start + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
         if (last + 1) * ITEMSIZE[kind] > storage.nbytes:
@@ -268,9 +268,9 @@ def storage(m: Machine, pid: object) -> Any:
             return Obj("module", pid[1], (), 0)
         raise BadPickle(f"unknown persistent id {show(tag)}")
     _, cls, key, _, numel = pid[:5]
-    if not isinstance(cls, Global) or cls.module not in STORAGE_MODULES or cls.name not in STORAGE_KINDS:
+    if not isinstance(cls, Global) or cls.module not in STORAGE_MODULES or cls.name not in STORAGE_DTYPES:
         named = show(cls.path) if isinstance(cls, Global) else show(cls)
-        raise BadPickle(f"unknown storage type {named}", "supported: " + ", ".join(sorted(STORAGE_KINDS)))
+        raise BadPickle(f"unknown storage type {named}", "supported: " + ", ".join(sorted(STORAGE_DTYPES)))
     key = str(key) if type(key) is int and 0 <= key < 1 << 63 else key
     if type(key) is not str or not 0 < len(key) <= 256:
         raise BadPickle(f"bad storage key {show(key)}")

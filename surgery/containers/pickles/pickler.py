@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.containers.pickles.records import STORAGE_KINDS
+from surgery.containers.pickles.records import STORAGE_DTYPES
 from surgery.errors import LayoutError, show
 from surgery.tensors.extent import dense_strides
 from surgery.tensors.lazy import ITEMSIZE, Lazy
 
-STORAGES = {kind: name for name, kind in STORAGE_KINDS.items() if name != "UntypedStorage"}
+STORAGES = {kind: name for name, kind in STORAGE_DTYPES.items() if name != "UntypedStorage"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,19 +164,19 @@ class _Pickler:
         """_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks), v3 for untyped storages."""
         if self.known(id(tensor)):  # the tree keeps it alive, so no other object has its id
             return
-        typed = tensor.kind in STORAGES
+        typed = tensor.dtype in STORAGES
         self.name("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3")
         self.put(b"((")
         self._text("storage")
-        self.name(*(("torch", STORAGES[tensor.kind]) if typed else ("torch.storage", "UntypedStorage")))
+        self.name(*(("torch", STORAGES[tensor.dtype]) if typed else ("torch.storage", "UntypedStorage")))
         self._text(str(len(self.tensors)))
         self._text("cpu")
-        self._int(math.prod(tensor.shape) * (1 if typed else ITEMSIZE[tensor.kind]))
+        self._int(math.prod(tensor.shape) * (1 if typed else ITEMSIZE[tensor.dtype]))
         self.put(b"tQ", self._geometry(tensor.shape))
         self.tensors.append(tensor)
         self.call("collections", "OrderedDict", ())
         if not typed:
-            self.name("torch", tensor.kind)
+            self.name("torch", tensor.dtype)
         self.put(b"tR")
         self.memoize(id(tensor))
 

@@ -18,7 +18,7 @@ from surgery.tensors.files import File
 from surgery.tensors.lazy import ITEMSIZE
 
 # name of a torch storage class -> the dtype of its elements
-STORAGE_KINDS = {
+STORAGE_DTYPES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
     "ByteStorage": "uint8", "BoolStorage": "bool", "ComplexFloatStorage": "complex64",
@@ -116,19 +116,19 @@ class Set(list[Any]):
 
 
 class Storage:
-    """A run of elements that lies elsewhere in the container: `numel` elements of class `kind` under `key`.
+    """A run of elements that lies elsewhere in the container: `numel` elements of `dtype` under `key`.
 
     `start` is the first element inside the storage `key` (not 0 only for storage views of legacy files).
     """
 
-    __slots__ = ("key", "kind", "name", "numel", "start")
+    __slots__ = ("dtype", "key", "name", "numel", "start")
 
     def __init__(self, key: str, name: str, numel: int, start: int = 0) -> None:
-        self.key, self.name, self.kind, self.numel, self.start = key, name, STORAGE_KINDS[name], numel, start
+        self.key, self.name, self.dtype, self.numel, self.start = key, name, STORAGE_DTYPES[name], numel, start
 
     @property
     def nbytes(self) -> int:
-        return self.numel * ITEMSIZE[self.kind]
+        return self.numel * ITEMSIZE[self.dtype]
 
     def __repr__(self) -> str:
         return f"<storage {show(self.key)} {self.name}[{self.numel}]>"
@@ -143,18 +143,18 @@ class TensorRecord(Extent):
     __slots__ = ("attrs", "cls", "is_param", "requires_grad", "start", "storage")
 
     def __init__(
-        self, storage: Storage, kind: str, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
+        self, storage: Storage, dtype: str, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> None:
         # the base class is initialised by `place`: until then there is no file to check against
-        self.storage, self.kind, self.start, self.shape, self.strides = storage, kind, start, shape, strides
+        self.storage, self.dtype, self.start, self.shape, self.strides = storage, dtype, start, shape, strides
         self.requires_grad = self.is_param = False
         self.attrs: object = None
         self.cls: object = None
 
     def place(self, file: File, offset: int, swap: bool) -> None:
         """Say where the storage's element 0 lies."""
-        offset += self.storage.start * ITEMSIZE[self.storage.kind] + self.start * ITEMSIZE[self.kind]
-        super().__init__(file, offset, self.shape, self.kind, self.strides, swap)
+        offset += self.storage.start * ITEMSIZE[self.storage.dtype] + self.start * ITEMSIZE[self.dtype]
+        super().__init__(file, offset, self.shape, self.dtype, self.strides, swap)
 
 
 class NumpyDtype:

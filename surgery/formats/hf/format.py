@@ -236,7 +236,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     found = checkpoint.tokenizer
     facts = {**(found.ids() if found else {}), **checkpoint.facts}
     tokens = _tokenizer(checkpoint)
-    config = write_config(spec, facts, checkpoint.kind, family)
+    config = write_config(spec, facts, checkpoint.dtype, family)
     if checkpoint.format == "hf" and family == checkpoint.config.get("model_type"):
         config = _kept(checkpoint, config)
     stored = spread(table(family), checkpoint.parts, spec, topology)[Rank()]

@@ -143,8 +143,8 @@ def root_entries(
             spec.layers // (topology.pp * topology.vpp) if topology.vpp > 1 else None
         ),
         "make_vocab_size_divisible_by": multiple, "padded_vocab_size": padded(spec.vocab, topology, multiple),
-        "vocab_size": spec.true_vocab or spec.vocab, "bf16": checkpoint.kind == "bfloat16",
-        "fp16": checkpoint.kind == "float16", "iteration": iteration or 0, "tokenizer_type": None,
+        "vocab_size": spec.true_vocab or spec.vocab, "bf16": checkpoint.dtype == "bfloat16",
+        "fp16": checkpoint.dtype == "float16", "iteration": iteration or 0, "tokenizer_type": None,
         "consumed_train_samples": checkpoint.details.get("consumed_train_samples", 0),
         "consumed_valid_samples": checkpoint.details.get("consumed_valid_samples", 0), **more,
     }  # fmt: skip

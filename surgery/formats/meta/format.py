@@ -152,7 +152,7 @@ def _evidence(
 
 def _looks_equal(a: Lazy, b: Lazy) -> bool:
     """Whether two tensors agree in a few rows; every row is compared when the weights are read."""
-    if not (isinstance(a, Extent) and isinstance(b, Extent)) or (a.shape, a.kind) != (b.shape, b.kind):
+    if not (isinstance(a, Extent) and isinstance(b, Extent)) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     if a.strides or b.strides:
         return bool((a[:1] == b[:1]).all())
@@ -172,7 +172,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
             like = "the vocabulary, as Llama 3 does" if embedding == "vocab" else "the model width, as Llama 1 and 2 do"
             notes.append(f"the embedding is cut along {like} (-O embedding=vocab|width decides otherwise)")
     params, more = meta_params.write_params(spec, number(options, "rope_factor"))
-    if len({p.kind for p in checkpoint.parts.values()}) > 1:
+    if len({p.dtype for p in checkpoint.parts.values()}) > 1:
         notes.append("the weights have several dtypes; Meta's loader casts them all to one")
     ranks = spread(table(embedding), checkpoint.parts, spec, topology)
     tokens = tokenizer.Carried((), ("no tokenizer was found, none is written (--tokenizer PATH adds one)",))

@@ -229,7 +229,7 @@ def evidence(opened: Opened, folder: Path) -> Evidence:
         mlp_bias=f"{layer}mlp.{down}.bias" in first,
         head=any(name.endswith(".final_linear.weight") for name in first),
         positions=0 if learned is None else learned.shape[0],
-        buffer=buffer.kind if buffer is not None else "",
+        buffer=buffer.dtype if buffer is not None else "",
         mark=_mark(opened.state),
     )
 

@@ -118,15 +118,15 @@ def _rounding(checkpoint: Checkpoint, how: Spelling) -> Iterator[str]:
     spec = checkpoint.spec
     if spec.parallel and how.tp > 1 and (spec.o_bias or spec.mlp_bias):
         yield (f"row-parallel biases are the sum of {how.tp} ranks' biases (parallel residual), computed in fp32 and "
-               f"rounded once to {checkpoint.kind}")  # fmt: skip
+               f"rounded once to {checkpoint.dtype}")  # fmt: skip
     if how.averaged and how.tp > 1:
         yield "copies that differ between the ranks are averaged (-O replicas=average): not exact"
 
 
 def _masters(checkpoint: Checkpoint, found: neox_files.Found) -> Iterator[str]:
-    if found.optimizer and checkpoint.kind != "float32":
+    if found.optimizer and checkpoint.dtype != "float32":
         yield (f"the optimizer's files hold fp32 copies of the weights, which are not converted; the weights are those "
-               f"in {checkpoint.kind} that the run computed with")  # fmt: skip
+               f"in {checkpoint.dtype} that the run computed with")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -139,7 +139,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     spec, tp, pp = checkpoint.spec, topology.tp, topology.pp
     found = checkpoint.tokenizer
     multiple = neox_yaml.vocab_multiple(spec.vocab, tp, spec.true_vocab or (found.vocab_size if found else None))
-    config = neox_yaml.write_config(spec, release, tp=tp, pp=pp, multiple=multiple, kind=checkpoint.kind)
+    config = neox_yaml.write_config(spec, release, tp=tp, pp=pp, multiple=multiple, kind=checkpoint.dtype)
     _divide(spec, tp)
     rows = spec.vocab if spec.vocab % tp == 0 else -(-spec.vocab // (multiple * tp)) * multiple * tp
     prefix = "" if pp else "sequential."
@@ -149,7 +149,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     ranks = spread(dialect, checkpoint.parts, spec, Topology(tp=tp))
     if release.buffer and spec.rope is not None:
         ranks = {
-            rank: _with_buffers(stored, spec, spec.rope, checkpoint.kind, prefix) for rank, stored in ranks.items()
+            rank: _with_buffers(stored, spec, spec.rope, checkpoint.dtype, prefix) for rank, stored in ranks.items()
         }
     step = _step(checkpoint)
     tag = f"global_step{step}"

@@ -61,7 +61,7 @@ def decode_names(tensors: Mapping[str, Lazy], file: str) -> tuple[dict[str, Lazy
 
 def describe_value(tensor: Lazy, file: str, name: str) -> Any:
     """What a pickled value says, as data.  Raises FileError."""
-    if tensor.kind != "uint8" or len(tensor.shape) != 1 or tensor.nbytes > _VALUE_LIMIT:
+    if tensor.dtype != "uint8" or len(tensor.shape) != 1 or tensor.nbytes > _VALUE_LIMIT:
         raise FileError(f"{show(name)} is {tensor!r}, not a short row of bytes", file=file)
     data = tensor.full().numpy().tobytes()
     found = describe(data, file=file, member=show(name), storages=False)

@@ -37,7 +37,7 @@ def assemble(name: str, shape: Shape, runs: Sequence[Run], file: str) -> Lazy:
     for start, stop, data in runs:
         if start < stop:
             by_place.setdefault((start, stop), []).append(data)
-    kinds = {data.kind for _, _, data in runs}
+    kinds = {data.dtype for _, _, data in runs}
     if len(kinds) > 1:
         raise FileError(f"the pieces of {show(name)} have several dtypes: {', '.join(sorted(kinds))}", file=file)
     chunks = []
@@ -200,7 +200,7 @@ def _joined(name: str, values: Sequence[tuple[str, Any]]) -> Lazy:
             raise FileError(f"{show(name)} has another shape than on rank 0", file=file)
         shape = size
         for start, tensor in shards:
-            kinds.add(tensor.kind)
+            kinds.add(tensor.dtype)
             chunks.append(Chunk(start, tensor.shape, partial(_itself, tensor)))
     if len(kinds) != 1 or shape is None:
         raise FileError(f"the pieces of {show(name)} have {len(kinds)} dtypes", file=values[0][0])

@@ -185,11 +185,11 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
         facts = {**checkpoint.tokenizer.ids(), **facts}
         if spec.true_vocab is None and (size := checkpoint.tokenizer.vocab_size) and size <= spec.vocab:
             spec = spec.replace(true_vocab=size)
-    if len({p.kind for p in checkpoint.parts.values()}) > 1:
-        notes.append(f"the weights have several dtypes; config.json says {checkpoint.kind} for all")
+    if len({p.dtype for p in checkpoint.parts.values()}) > 1:
+        notes.append(f"the weights have several dtypes; config.json says {checkpoint.dtype} for all")
     experts = options["experts"] if options["experts"] != "auto" else "dropless"
     identifier = "tokenizer.json" if checkpoint.tokenizer is not None else None
-    config = write_config(spec, facts, checkpoint.kind, experts, identifier)
+    config = write_config(spec, facts, checkpoint.dtype, experts, identifier)
     if checkpoint.format == "olmo-core":
         config = {**checkpoint.config, "model": config["model"]}
     stored = spread(table(Variant(experts=experts)), checkpoint.parts, spec, topology)[Rank()]

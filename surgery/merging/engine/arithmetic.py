@@ -22,11 +22,11 @@ Values = Callable[["Block"], "Sequence[torch.Tensor]"]
 
 def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of equal shapes, from the first to the last."""
-    kind = tensors[0].dtype
-    out = (tensors[0] if kind.itemsize > 2 else tensors[0].float()) + 0  # which makes 0 of -0
+    dtype = tensors[0].dtype
+    out = (tensors[0] if dtype.itemsize > 2 else tensors[0].float()) + 0  # which makes 0 of -0
     for t in tensors[1:]:
         out += t
-    return out.to(kind)
+    return out.to(dtype)
 
 
 def mask(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:

@@ -164,35 +164,35 @@ class Inputs:
         """As what compiled loops take the sources: bfloat16 if all are, else float32; None if they cannot."""
         if self.work != "float32" or not self.engine.kernels:
             return None
-        return "bfloat16" if all(s.kind == "bfloat16" for s in self.sources) else "float32"
+        return "bfloat16" if all(s.dtype == "bfloat16" for s in self.sources) else "float32"
 
     @functools.cached_property
     def holds(self) -> bool:
         """Whether all of the sources may be held in memory, as they are stored."""
-        kind = self.stored
-        return kind is not None and len(self.sources) * self.numel * ITEMSIZE[kind] <= self.engine.held.budget
+        dtype = self.stored
+        return dtype is not None and len(self.sources) * self.numel * ITEMSIZE[dtype] <= self.engine.held.budget
 
     def _read(self, runs: Sequence[tuple[int, int]], box: Box | None, again: Again) -> Any:
         """[sources, elements]: integers of the width of what is stored, or of the working dtype."""
-        kind, held = self.stored, self.engine.held
+        dtype, held = self.stored, self.engine.held
         (start, numel), single = runs[0], len(runs) == 1
         if single and (parts := held.take(self, start, start + numel, again is Again.NO)):
             return parts[0] if len(parts) == 1 and parts[0].flags.c_contiguous else self._joined(parts)
         numel = sum(count for _, count in runs)
         keep = single and again is Again.YES and self.holds
-        if kind and not keep:
-            bits = self.engine.scratch("read", len(self.sources) * numel, ITEMSIZE[kind])
+        if dtype and not keep:
+            bits = self.engine.scratch("read", len(self.sources) * numel, ITEMSIZE[dtype])
         else:
-            bits = fresh(len(self.sources) * numel, ITEMSIZE[kind or self.work])
+            bits = fresh(len(self.sources) * numel, ITEMSIZE[dtype or self.work])
         bits = bits.reshape(len(self.sources), numel)
         for source, row in zip(self.sources, bits, strict=True):
             out = memoryview(row).cast("B")
-            if source.kind != (kind or self.work):
+            if source.dtype != (dtype or self.work):
                 self._widen(source, runs, box, out)
             elif box is None or single:
                 _read_runs(source, runs, out)
             else:
-                source.read_into(box, tensor_of(out, source.kind).reshape(lengths(box)))
+                source.read_into(box, tensor_of(out, source.dtype).reshape(lengths(box)))
         if keep:
             held.put(self, start, bits)
         return bits
@@ -209,13 +209,13 @@ class Inputs:
         if box is not None:
             target.reshape(lengths(box)).copy_(source.read(box))
             return
-        narrow = memoryview(fresh(target.numel(), ITEMSIZE[source.kind])).cast("B")
+        narrow = memoryview(fresh(target.numel(), ITEMSIZE[source.dtype])).cast("B")
         _read_runs(source, runs, narrow)
-        target.copy_(tensor_of(narrow, source.kind))
+        target.copy_(tensor_of(narrow, source.dtype))
 
 
 def _read_runs(source: Lazy, runs: Sequence[tuple[int, int]], out: memoryview) -> None:
-    at, item = 0, ITEMSIZE[source.kind]
+    at, item = 0, ITEMSIZE[source.dtype]
     for start, count in runs:
         source.read_flat(start, start + count, out[at : at + count * item])
         at += count * item
@@ -226,11 +226,11 @@ def fresh(count: int, itemsize: int) -> Any:
     return buffer(count * itemsize).view(f"u{itemsize}")
 
 
-def tensor_of(data: memoryview, kind: str) -> torch.Tensor:
+def tensor_of(data: memoryview, dtype: str) -> torch.Tensor:
     """Bytes as a flat tensor, without a copy."""
     import torch
 
-    return torch.frombuffer(data, dtype=torch_dtype(kind)) if data.nbytes else torch.empty(0, dtype=torch_dtype(kind))
+    return torch.frombuffer(data, dtype=torch_dtype(dtype)) if data.nbytes else torch.empty(0, dtype=torch_dtype(dtype))
 
 
 def spanned(box: Box, span: int, limit: int) -> Iterator[Box]:

@@ -132,11 +132,11 @@ def compiled_loops() -> Any:
 class Merged(Lazy):
     """One tensor of a merge."""
 
-    __slots__ = ("engine", "inputs", "kind", "method", "options", "shape")
+    __slots__ = ("dtype", "engine", "inputs", "method", "options", "shape")
 
-    def __init__(self, method: Method, inputs: Inputs, options: Mapping[str, Any], kind: str) -> None:
+    def __init__(self, method: Method, inputs: Inputs, options: Mapping[str, Any], dtype: str) -> None:
         self.method, self.inputs, self.options, self.engine = method, inputs, options, inputs.engine
-        self.kind, self.shape = kind, inputs.shape
+        self.dtype, self.shape = dtype, inputs.shape
 
     def sources(self) -> tuple[Lazy, ...]:
         return tuple(self.inputs.sources)
@@ -149,11 +149,11 @@ class Merged(Lazy):
             raise
 
     def read(self, box: Box) -> torch.Tensor:
-        out = empty(lengths(box), self.kind)
+        out = empty(lengths(box), self.dtype)
         if not out.numel():
             return out
         ready = self.engine.known(self, self._ready)
-        fused = ready.fused and self.inputs.stored and self.kind in FUSED
+        fused = ready.fused and self.inputs.stored and self.dtype in FUSED
         per_element = (4 if fused else 16) * (len(self.inputs.sources) + 2) * self.engine.threads
         limit = max(1 << 12, min(LARGE_BLOCK if fused else BLOCK, self.engine.memory // 4 // per_element))
         if fused:

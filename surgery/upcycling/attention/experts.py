@@ -104,7 +104,7 @@ def with_attention(source: Checkpoint, wanted: Attention) -> Checkpoint:
     shape = (wanted.experts, spec.width)
     routers: dict[str, Lazy] = {}
     for layer in range(spec.layers):
-        name, kind = _ROUTER.format(layer), source.parts[f"layers.{layer}.attn.q"].kind
+        name, kind = _ROUTER.format(layer), source.parts[f"layers.{layer}.attn.q"].dtype
         whole = wanted.top_k == wanted.experts
         routers[name] = Fill(shape, kind) if whole else Random(shape, kind, name, wanted.seed, std=wanted.std)
     details = {**source.details, "attention": wanted}
@@ -155,7 +155,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     assert isinstance(wanted, Attention)
     found = checkpoint.tokenizer
     facts = {**(found.ids() if found else {}), **checkpoint.facts}
-    config = config_of(spec, wanted, facts, checkpoint.kind)
+    config = config_of(spec, wanted, facts, checkpoint.dtype)
     tokens = hf._tokenizer(checkpoint)
     stored = spread(_table(spec), checkpoint.parts, spec, topology)[Rank()]
     routers = {_STORED.format(i): Stored(checkpoint.parts[_ROUTER.format(i)]) for i in range(spec.layers)}

@@ -13,7 +13,7 @@ from typing import Any
 from surgery.conversion import convert as conversion
 from surgery.errors import UsageError, some
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import KINDS, open_checkpoint, to_kind
+from surgery.formats.registry import DTYPES, open_checkpoint, to_dtype
 from surgery.formats.table import ONE_RANK
 from surgery.running.device import CPU, Device
 from surgery.tensors.fingerprint import Ledger
@@ -42,7 +42,7 @@ def prepare(
         raise UsageError(f"with --attention-experts there is no option {some(unknown)}")
     source = open_checkpoint(src)
     if dtype != "keep":
-        source = to_kind(source, KINDS[dtype])
+        source = to_dtype(source, DTYPES[dtype])
     check(source.spec, attention)
     changed = _changed(source, attention, settings, force_lossy, on)
     job = {"derived": changed.name, "asked": changed.to_json()}

@@ -155,8 +155,8 @@ class _Maker:
         if match and ".shared." in name:
             return self.shared(int(match[1]), match[3])
         if template == "layers.{l}.router" and match:
-            kind = self.source.parts[f"layers.{match[1]}.mlp.gate"].kind
-            return router(self.wanted, self.layout, int(match[1]), self.spec.width, kind, self.found)
+            dtype = self.source.parts[f"layers.{match[1]}.mlp.gate"].dtype
+            return router(self.wanted, self.layout, int(match[1]), self.spec.width, dtype, self.found)
         if name == "lm_head" and name not in self.source.parts:
             name = "embed"
         return self.common(name) if name in self.source.parts else self.zeros(name, template)
@@ -173,8 +173,8 @@ class _Maker:
         if not template.endswith((".router.bias", ".q.bias", ".k.bias", ".v.bias", ".shared_gate")):
             raise ConfigError(f"the model has no {name}")
         shape = shape_of(PARTS[template].layout, self.spec.sizes)
-        kind = "float32" if template.endswith(".router.bias") else self.source.parts["layers.0.attn.q"].kind
-        return Fill(shape, kind)
+        dtype = "float32" if template.endswith(".router.bias") else self.source.parts["layers.0.attn.q"].dtype
+        return Fill(shape, dtype)
 
     def expert(self, layer: int, number: int, which: str) -> Lazy:
         """gate, up or down of a routed expert."""
@@ -200,7 +200,7 @@ class _Maker:
 
 
 def _times(src: Lazy, factor: float) -> Lazy:
-    return Fill(src.shape, src.kind) if factor == 0.0 else scaled(src, factor)
+    return Fill(src.shape, src.dtype) if factor == 0.0 else scaled(src, factor)
 
 
 def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]) -> None:
@@ -216,9 +216,9 @@ def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]
     for other in others:
         gaps = source.spec.differences(other.spec)
         gaps = {name: pair for name, pair in gaps.items() if name not in NAMES_ONLY}
-        kinds = [n for n, part in source.parts.items() if n in other.parts and other.parts[n].kind != part.kind]
+        dtypes = [n for n, part in source.parts.items() if n in other.parts and other.parts[n].dtype != part.dtype]
         if gaps:
             raise ConfigError(f"it is shaped unlike {source.path}: that has {in_words(gaps)}", file=other.path)
-        if kinds:
-            raise ConfigError(f"its weights are {other.kind}, those of {source.path} {source.kind}", file=other.path,
+        if dtypes:
+            raise ConfigError(f"its weights are {other.dtype}, those of {source.path} {source.dtype}", file=other.path,
                               hint="--dtype casts all of them")  # fmt: skip

@@ -42,17 +42,17 @@ STD = 1.0  # of a k-means router's logits
 class Held(Lazy):
     """A small tensor that is in memory."""
 
-    __slots__ = ("data", "kind")
+    __slots__ = ("data", "dtype")
 
-    def __init__(self, data: torch.Tensor, kind: str) -> None:
-        self.data, self.kind = data, kind
+    def __init__(self, data: torch.Tensor, dtype: str) -> None:
+        self.data, self.dtype = data, dtype
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.data.shape)
 
     def read(self, box: Box) -> torch.Tensor:
-        return self.data[tuple(slice(a, b) for a, b in box)].to(self.dtype)
+        return self.data[tuple(slice(a, b) for a, b in box)].to(self.torch_dtype)
 
 
 @dataclass
@@ -233,6 +233,6 @@ def scaled_to(rows: torch.Tensor, inputs: torch.Tensor, std: float) -> torch.Ten
     return rows * (std / spread) if spread > 0 else rows
 
 
-def held_rows(rows: Mapping[int, torch.Tensor], layer: int, kind: str) -> Lazy:
+def held_rows(rows: Mapping[int, torch.Tensor], layer: int, dtype: str) -> Lazy:
     """The rows of a layer's router as a part."""
-    return Held(rows[layer], kind)
+    return Held(rows[layer], dtype)

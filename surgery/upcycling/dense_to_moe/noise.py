@@ -35,8 +35,8 @@ class _Changed(Lazy):
         self._lock = threading.Lock()  # blocks are read in several threads
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
-        return self.src.kind
+    def dtype(self) -> str:  # type: ignore[override]
+        return self.src.dtype
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]
@@ -54,7 +54,7 @@ class _Changed(Lazy):
 
     def _taken(self) -> tuple[float, float]:
         total = squares = 0.0
-        for box in boxes(self.told.shape, ITEMSIZE[self.told.kind], BLOCK):
+        for box in boxes(self.told.shape, ITEMSIZE[self.told.dtype], BLOCK):
             data = self.told.read(box).double()
             total, squares = total + float(data.sum()), squares + float(data.square().sum())
         n = max(1, math.prod(self.told.shape))
