@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each package imports only what stands before it; single modules are packages of one.
 LADDER = ("errors", "units", "tensors", "containers", "writing", "tokenizer", "model", "formats", "conversion",
-          "running", "verification", "merging", "upcycling", "cli")  # fmt: skip
+          "running", "verification", "merging", "upcycling", "data", "midtraining", "jobs", "cli")  # fmt: skip
 CLIMBS = {("running/layerwise.py", "upcycling")}
 # library -> the packages (or files) that may import it
 ROOMS = {
     "pickle": (), "_pickle": (), "shelve": (), "marshal": (), "dill": (), "cloudpickle": (),
-    "transformers": ("running", "verification/readings.py", "upcycling/attention/hub"),
+    "transformers": ("running", "midtraining", "verification/readings.py", "upcycling/attention/hub"),
     "mergekit": ("merging/delegate.py",),
     "numba": ("merging/engine",),
     "yaml": ("containers", "formats/olmo/config.py", "merging"),
