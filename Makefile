@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-upstream test-real lint types pytest format bench venv clean
+.PHONY: help demo test test-fast coverage test-upstream test-real lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,6 +34,12 @@ types: $(VENV)/.ready-dev
 
 pytest: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a few seconds each, in two minutes or less
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+coverage: $(VENV)/.ready-dev  ## every test, and which lines of surgery/ they run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) --cov=surgery --cov-report=term:skip-covered
 
 test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)

@@ -11,23 +11,23 @@ import pytest
 from surgery.cli.main import main
 from surgery.formats.registry import FORMATS
 from tests import matrix, tiny
-from tests.tree import ROOT, files, replaced, says
+from tests.tree import ROOT, TREES, files, packages, replaced, says
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "merge_configs").glob("*.md")])
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_tree_in_the_readme_is_the_tree():
-    assert replaced(README) == README, "run `python -m tests.tree`"
-    assert [str(p) for p in files() if not says(p)] == []
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "merge_configs").glob("*.md")])
 
 
-def test_the_table_of_families_is_what_the_tests_convert():
-    rows = {cells[0]: cells[1:] for cells in table(README, "| model |")}
-    names = next(iter(table(README, "| model |", head=True)))[1:]
-    held = {
-        tuple(sorted(k for k, v in zip(names, cells, strict=True) if v.startswith("exact"))) for cells in rows.values()
-    }
+@pytest.mark.parametrize("page", TREES)
+def test_the_trees_are_the_tree(page):
+    assert replaced(page) == (ROOT / page).read_text(), "run `python -m tests.tree`"
+    assert [str(p) for p in [*files(), *(p / "__init__.py" for p in packages())] if not says(p)] == []
+
+
+@pytest.mark.parametrize(("page", "yes"), [("README.md", "✓"), ("docs/formats/families.md", "exact")])
+def test_the_table_of_families_is_what_the_tests_convert(page, yes):
+    text = (ROOT / page).read_text()
+    rows = {cells[0]: cells[1:] for cells in table(text, "| model |")}
+    names = next(iter(table(text, "| model |", head=True)))[1:]
+    held = {tuple(sorted(k for k, v in zip(names, cells, strict=True) if v == yes)) for cells in rows.values()}
     assert set(names) == set(FORMATS)
     assert held == {tuple(sorted(("hf", *formats))) for formats in matrix.HOLDS.values()}
     said = " ".join(rows)

@@ -156,7 +156,7 @@ def trained(**options) -> bytes:
     return out.getvalue()
 
 
-DTYPES = {
+KINDS = {
     "llama2": lambda: (GOLDEN / "llama2" / "tokenizer.model").read_bytes(),
     "codellama": lambda: (GOLDEN / "codellama" / "tokenizer.model").read_bytes(),
     "spaces squeezed": lambda: trained(remove_extra_whitespaces=True),
@@ -168,13 +168,13 @@ DTYPES = {
 
 @cache
 def pair(kind: str) -> tuple[sentencepiece.SentencePieceProcessor, Fast, list[str]]:
-    data = DTYPES[kind]()
+    data = KINDS[kind]()
     document, notes = spm.tokenizer_json(spm.parse(data))
     assert document is not None
     return sentencepiece.SentencePieceProcessor(model_proto=data), Fast.from_str(document.decode()), notes
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sentencepiece_library_agrees_on_any_text(kind: str) -> None:
     library, fast, notes = pair(kind)
     assert len(notes) == (kind == "user symbols")

@@ -1,4 +1,4 @@
-"""The tree of files in the README, a line each: `python -m tests.tree` renews it from the files' own first lines."""
+"""The trees of files in the docs, a line each: `python -m tests.tree` renews them from the files' own first lines."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("surgery", "recipes", "merge_configs", "bench", "docs", "tests")
-DTYPES = (".py", ".sh", ".yaml", ".yml", ".md")
+SUFFIXES = (".py", ".sh", ".yaml", ".yml", ".md")
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->"
 
 
 def files() -> list[Path]:
-    """Every file that the tree lists, relative to the root: code, recipes, docs and tests, no data."""
-    found = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in DTYPES)
+    """Every file that the long tree lists, relative to the root: code, recipes, docs and tests, no data."""
+    found = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES)
     kept: Iterable[Path] = (p.relative_to(ROOT) for p in found if p.name != "__init__.py" or p.stat().st_size)
     kept = (p for p in kept if not {"golden", "__pycache__"} & set(p.parts))
     return sorted(kept, key=lambda p: (FOLDERS.index(p.parts[0]), p.parent.as_posix(), p.name != "__init__.py", p.name))
+
+
+def packages() -> list[Path]:
+    """The packages of surgery/, in the order in which they build on each other."""
+    from tests.test_imports import LADDER
+
+    return [Path("surgery") / name for name in LADDER if (ROOT / "surgery" / name).is_dir()]
 
 
 def says(path: Path) -> str:
@@ -29,8 +36,8 @@ def says(path: Path) -> str:
     return first.removeprefix('r"""').removeprefix('"""').removesuffix('"""').lstrip("# ").strip()
 
 
-def tree() -> str:
-    """The tree as the README shows it."""
+def long_tree() -> str:
+    """All files, as docs/tree.md shows them."""
     out, folder = [], ""
     for path in files():
         if path.parent.as_posix() != folder:
@@ -40,11 +47,21 @@ def tree() -> str:
     return "```text\n" + "\n".join(out) + "\n```\n"
 
 
-def replaced(readme: str) -> str:
-    """The README with the tree as it is now."""
-    return re.sub(rf"(?s)(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: tree(), readme)
+def short_tree() -> str:
+    """The packages, as the README shows them."""
+    lines = [f"{path.name + '/':14} {says(path / '__init__.py')}" for path in packages()]
+    return "```text\n" + "\n".join(lines) + "\n```\n"
+
+
+TREES = {"README.md": short_tree, "docs/tree.md": long_tree}
+
+
+def replaced(page: str) -> str:
+    """A page with its tree as it is now."""
+    text = (ROOT / page).read_text()
+    return re.sub(rf"(?s)(?<={re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda _: TREES[page](), text)
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(replaced(page.read_text()))
+    for page in TREES:
+        (ROOT / page).write_text(replaced(page))

@@ -133,7 +133,7 @@ STORAGES = [
     ),
 ]  # fmt: skip
 
-DTYPES = [
+KINDS = [
     one("dtype unknown", v3(g("torch.qint8"), "torch.UntypedStorage", 32, 8), "unknown dtype 'torch.qint8'"),
     one("dtype is a function", v3(g("torch.load"), "torch.UntypedStorage", 32, 8), "unknown dtype 'torch.load'"),
     one("dtype elsewhere", v3(g("os.float32"), "torch.UntypedStorage", 32, 8), "unknown dtype 'os.float32'"),
@@ -178,4 +178,4 @@ DTYPES = [
     one("bytes given for a weight", b(FLOATS), None, values={}),
 ]  # fmt: skip
 
-CASES: list[Case] = [*BOUNDS, *STORAGES, *DTYPES]
+CASES: list[Case] = [*BOUNDS, *STORAGES, *KINDS]
