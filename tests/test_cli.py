@@ -50,7 +50,7 @@ def test_inspect():
         "meta, tp 2",
         "llama",
         "layers",
-        "llama3 scaling (factor 8",
+        "scaled as llama3 (factor 8",
         "torch._utils._rebuild_tensor_v2",
         "note:",
     ):

@@ -112,7 +112,7 @@ def test_written_config_reads_the_same_and_transformers_accepts_it(model_type, t
 
 def test_a_model_that_no_family_holds_is_refused(tiny_hf):
     spec = open_checkpoint(tiny_hf("olmo2")).spec.replace(clip_qkv=3.0)
-    with pytest.raises(ConfigError, match=r"clipped to 3"):
+    with pytest.raises(ConfigError, match=r"clip of q, k and v: 3"):
         choose_family(spec)
 
 

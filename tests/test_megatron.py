@@ -482,7 +482,7 @@ def test_extra_states_optimizers_and_shared_storages(tmp_path):
         ("llama", {"options": {"vocab_multiple": "0"}}, "no positive whole number"),
         ("llama", {"options": {"iteration": "x"}}, "neither a number nor release"),
         ("olmo", {}, "clip"),
-        ("olmo2", {}, "norm_at|norms after"),
+        ("olmo2", {}, "place of the norms: after"),
         ("gpt_neox", {}, "parallel"),
     ],
 )

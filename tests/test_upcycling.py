@@ -130,7 +130,7 @@ def test_what_changes_the_function_is_refused_unless_allowed(settings, why, tiny
 
 @pytest.mark.parametrize(("family", "target", "why"), [
     ("llama", "qwen3_moe", "query and key norms"), ("llama", "olmoe", "query and key norms"),
-    ("olmo2", "mixtral", "norms after"), ("qwen2", "mixtral", "biases of queries"), ("llama", "gpt2", "no target"),
+    ("olmo2", "mixtral", "norms: after"), ("qwen2", "mixtral", "biases of queries"), ("llama", "gpt2", "no target"),
 ])  # fmt: skip
 def test_families_that_cannot_hold_the_model_say_why(family, target, why, tiny_hf):
     with pytest.raises(SurgeryError, match=why):

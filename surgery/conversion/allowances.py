@@ -10,12 +10,13 @@ must reach as far as the context.  What is not in `RULES` is never left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError, SurgeryError, UsageError, some
 from surgery.formats.base import Checkpoint
-from surgery.model.spec import Spec, template_of
+from surgery.model.fields import NAME
+from surgery.model.spec import FIELDS, Spec, template_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,6 @@ RULES: Mapping[str, Rule] = {
     ),
 }
 NAMES = ", ".join(RULES)
-NO_EFFECT = ("context", "true_vocab")  # as `Checkpoint.facts`: where a target has no place for them, a note says so
 
 
 def without(
@@ -94,9 +94,11 @@ def without(
 def check_names(allow: Collection[str], checkpoint: Checkpoint) -> None:
     """Raise an error for a name that nothing has, or that cannot be left out without an effect."""
     for name in allow:
-        if name in RULES or name in checkpoint.facts or name in NO_EFFECT:  # these are left out without being asked
+        if name in RULES or name in checkpoint.facts:
             continue
-        if name in {f.name for f in fields(Spec)}:
+        if name in FIELDS and FIELDS[name].kind == NAME:  # what no computation uses is left out without being asked
+            continue
+        if name in FIELDS:
             raise ConfigError(f"--allow {name}: the logits depend on it, it is never left out",
                               hint=f"what can be: {NAMES}")  # fmt: skip
         raise UsageError(f"--allow {name}: there is no such thing", hint=f"what can be left out: {NAMES}")

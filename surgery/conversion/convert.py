@@ -21,14 +21,14 @@ from surgery.conversion import allowances
 from surgery.conversion.provenance import provenance, version
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, Output
-from surgery.formats.registry import DTYPES, FORMATS, open_checkpoint, recognise, to_dtype, to_vocab, with_tokenizer
+from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
+from surgery.formats.registry import FORMATS, open_checkpoint, recognise
 from surgery.formats.table import ONE_RANK, Topology
+from surgery.model.wording import in_words
 from surgery.tensors.fingerprint import SOURCE, Ledger
-from surgery.tensors.lazy import Slice
 from surgery.writing import stream
 from surgery.writing.staging import check_free, data_of
 
-VOCABULARY = ("embed", "lm_head")
 MEMORY = 2 << 30
 Prove = Callable[[Checkpoint], Mapping[str, Any]]
 
@@ -307,11 +307,9 @@ def _again(plan: Plan, dst: Path) -> Checkpoint:
 def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
     """Compare the digests of all parts of what was written with those of what should have been."""
     ledger, rows = Ledger(), plan.source.spec.vocab
-    parts = {  # rows that the target pads its vocabulary with are its own
-        name: Slice(part, 0, 0, rows) if name in VOCABULARY and part.shape[0] > rows else part
-        for name, part in again.parts.items()
-    }
-    stream.read_through(parts, ledger, plan.max_memory, progress)
+    if again.spec.vocab > rows:  # those that the target pads its vocabulary with are its own
+        again = with_rows(again, rows)
+    stream.read_through(again.parts, ledger, plan.max_memory, progress)
     ours, theirs = plan.ledger, ledger
     mine = [n for n in ours.parts if not n.startswith(SOURCE)]
     wrong = [n for n in mine if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]
@@ -322,20 +320,8 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
             file=dst,
             hint="the disk or the memory is faulty, or this is a mistake in surgery; the output was not published",
         )
-    changed = _spec_changes(plan, again)
-    if changed:
-        raise ConfigError(f"the written config means another model: {changed}", file=dst)
-
-
-def _spec_changes(plan: Plan, again: Checkpoint) -> str:
-    """Fields of the Spec that did not survive the config of the target (what only names a family may change)."""
-    differences = plan.source.spec.differences(again.spec)
-    skip = {"family", "true_vocab", "context"}
-    if again.spec.vocab > plan.source.spec.vocab:
-        skip.add("vocab")
-    if again.spec.experts and not again.spec.moe_layers:
-        skip.add("ffn")  # no layer is dense
-    return ", ".join(f"{k} was {a!r} and is {b!r}" for k, (a, b) in differences.items() if k not in skip)
+    if changed := plan.source.spec.changes(again.spec):
+        raise ConfigError(f"the written config means another model: {in_words(changed)}", file=dst)
 
 
 def identity(source: Checkpoint) -> list[Any]:

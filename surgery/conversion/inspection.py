@@ -14,11 +14,11 @@ from dataclasses import asdict
 from typing import Any
 
 from surgery.formats.base import Checkpoint
-from surgery.model.spec import Spec
+from surgery.model.fields import CHOICE, NEEDED, PART, SIZE
+from surgery.model.spec import FIELDS, Spec
 from surgery.tensors.lazy import ITEMSIZE, boxes
 
 Json = dict[str, Any]
-_NORMS = {"rms": "RMSNorm", "layer": "LayerNorm", "none": "LayerNorm without weights"}
 
 
 def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = False) -> Json:
@@ -54,49 +54,20 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
 
 
 def sizes(spec: Spec) -> Json:
-    """The measures of the model, in words."""
-    named = {
-        "layers": spec.layers, "model width": spec.width, "attention heads": spec.heads,
-        "key/value heads": spec.kv_heads,
-        "head width": spec.head_dim, "vocabulary": spec.vocab, "ffn width": spec.ffn, "experts": spec.experts,
-        "experts per token": spec.top_k, "expert ffn width": spec.expert_ffn, "shared expert width": spec.shared_ffn,
-        "layers with experts": len(spec.moe_layers), "learned positions": spec.learned_positions,
-        "context": spec.context,
-    }  # fmt: skip
+    """The measures of the model, under their labels."""
+    measured = {f.label: getattr(spec, n) for n, f in FIELDS.items() if f.kind in (NEEDED, SIZE)}
+    named = {"attention heads": spec.heads, **measured, FIELDS["context"].label: spec.context}
     return {k: v for k, v in named.items() if v}
 
 
 def choices(spec: Spec) -> Json:
-    """What the function depends on besides the weights, in words; what is absent is not listed."""
-    rope = spec.rope
-    scaling = "" if rope is None or not rope.scaling else f", {_scaling(dict(rope.scaling))}"
-    part = "" if rope is None or rope.fraction == 1 else f", {rope.fraction:g} of a head"
-    windows = sorted({w for w in spec.windows if w})
-    layers = sum(1 for w in spec.windows if w)
-    named = {
-        "norm": f"{_NORMS.get(spec.norm, spec.norm)}"
-        f", {'before' if spec.norm_at == 'pre' else 'after'} attention and mlp, eps {spec.norm_eps:g}",
-        "query/key norm": {"head": "per head", "full": "over all heads", "": ""}[spec.qk_norm],
-        "rope": "" if rope is None else f"base {rope.base:g}{part}{scaling}",
-        "sliding window": f"{', '.join(map(str, windows))} in {layers} of {spec.layers} layers" if windows else "",
-        "activation": f"{spec.act}{', gated' if spec.glu else ''}",
-        "biases": ", ".join(
-            n for n, b in (("qkv", spec.qkv_bias), ("attention output", spec.o_bias), ("mlp", spec.mlp_bias)) if b
-        ),
-        "residual": "attention and mlp in parallel" if spec.parallel else "",
-        "clip qkv": spec.clip_qkv,
-        "experts' weights": ("renormalised over the chosen" if spec.top_k_renormalised else "as the softmax gives them")
-        if spec.experts
-        else "",
-        "embeddings": "tied" if spec.tied else "",
-    }
-    return {k: v for k, v in named.items() if v}
-
-
-def _scaling(scaling: Json) -> str:
-    kind = scaling.pop("type", "")
-    numbers = (f"{k} {v:g}" if isinstance(v, (int, float)) else f"{k} {v}" for k, v in scaling.items())
-    return f"{kind} scaling ({', '.join(numbers)})"
+    """What the function depends on besides weights and sizes, in words; what is absent is not listed."""
+    out = {}
+    for name, field in FIELDS.items():
+        value = getattr(spec, name)
+        if field.kind in (PART, CHOICE) and value and not (field.used and not field.used(spec)):
+            out[field.label] = field.say(value)
+    return out
 
 
 def padding_rows(checkpoint: Checkpoint) -> int | None:

@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from surgery import tokenizer
 from surgery.containers.text import read_json
-from surgery.errors import FileError, LayoutError, UsageError, some
+from surgery.errors import FileError, UsageError, some
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.formats.hf import format as hf
 from surgery.formats.megatron import dist as megatron_dist
@@ -24,15 +23,11 @@ from surgery.formats.meta import format as meta
 from surgery.formats.neox import format as neox
 from surgery.formats.olmo import format as olmo
 from surgery.formats.olmo_core import format as olmo_core
-from surgery.model.spec import Spec
-from surgery.tensors.lazy import Concat, Fill, Lazy, Slice, cast
 
 FORMATS: Mapping[str, Format] = {
     f.name: f
     for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, olmo_core.FORMAT, megatron.FORMAT, megatron_dist.FORMAT, neox.FORMAT)
 }
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def recognise(path: str | os.PathLike[str]) -> Format:
@@ -89,51 +84,3 @@ def _carried(folder: Path) -> dict[str, int]:
     record = read_json(folder / PROVENANCE, PROVENANCE)
     run = record.get("run") if isinstance(record, dict) else None
     return run_of(run) if isinstance(run, dict) else {}
-
-
-# Operations: pure functions from checkpoint to checkpoint, lazy and composable.
-
-
-def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Every floating-point part in another dtype, rounded once."""
-    parts = {name: cast(part, dtype) if _is_float(part) else part for name, part in checkpoint.parts.items()}
-    return replace(checkpoint, parts=parts)
-
-
-def _is_float(part: Lazy) -> bool:
-    return part.dtype.startswith(("float", "bfloat"))
-
-
-def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
-    """The vocabulary cut, or padded with zeros, to `rows`.  Raises LayoutError if tokens would be cut."""
-    spec, found = checkpoint.spec, checkpoint.tokenizer
-    if rows == spec.vocab:
-        return checkpoint
-    tokens = spec.true_vocab or (found.vocab_size if found else None)
-    if tokens is not None and rows < tokens:
-        raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")
-
-    def fit(part: Lazy) -> Lazy:
-        if rows <= spec.vocab:
-            return Slice(part, 0, 0, rows)
-        return Concat([part, Fill((rows - spec.vocab, *part.shape[1:]), part.dtype)], 0)
-
-    resized = {name: fit(part) if name in ("embed", "lm_head") else part for name, part in checkpoint.parts.items()}
-    verb = "cut" if rows < spec.vocab else "padded with zeros"
-    note = f"the vocabulary of {spec.vocab} rows is {verb} to {rows}"
-    return replace(
-        checkpoint, parts=resized, spec=spec.replace(vocab=rows, true_vocab=tokens), notes=(*checkpoint.notes, note)
-    )
-
-
-def with_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint with the tokenizer of another folder or file.  Raises FileError if there is none."""
-    found = tokenizer.find(Path(path), Path(path))
-    if found is None:
-        raise FileError(
-            "holds no tokenizer", file=path, hint="give a tokenizer.json, a tokenizer.model or their folder"
-        )
-    return replace(checkpoint, tokenizer=found)
-
-
-Operation = Callable[[Spec, Mapping[str, Lazy]], tuple[Spec, Mapping[str, Lazy]]]

@@ -26,7 +26,7 @@ from surgery.errors import LayoutError, some
 from surgery.formats.replicas import mean, share, total
 from surgery.formats.rows import Bind, Dialect, Row, placeholders, row
 from surgery.formats.topology import ONE_RANK, Rank, Topology
-from surgery.model.spec import COUNTED, PARTS, Spec
+from surgery.model.spec import AXES, FIELDS, PARTS, Spec
 from surgery.tensors.axes import STAR, Axes, Named, flat, shape_of
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Fill, Lazy, Map, Same
@@ -185,8 +185,12 @@ def _named(name: str, data: Lazy, axes: Axes, sizes: Mapping[str, int]) -> Named
 
 
 def _indivisible(r: Row, n: int, tp: int) -> str:
-    what = " x ".join(COUNTED.get(axis, f"'{axis}'") for axis in r.cut.split())
+    what = " x ".join(_counted(axis) for axis in r.cut.split())
     return f"cannot divide {n} {what} of {r.name} among {tp} ranks"
+
+
+def _counted(axis: str) -> str:
+    return (FIELDS[AXES[axis]].counted if axis in AXES else "") or f"'{axis}'"
 
 
 # ------------------------------------------------------------------------------------------- whole checkpoints

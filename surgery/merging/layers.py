@@ -22,15 +22,15 @@ from surgery.merging.engine.inputs import Inputs
 from surgery.merging.engine.merged import Engine, Merged
 from surgery.merging.methods.registry import METHODS
 from surgery.merging.settings import filters, resolve
-from surgery.model.spec import Spec
+from surgery.model.fields import CHOICE
+from surgery.model.spec import FIELDS, VOCABULARY, Spec
 from surgery.tensors.lazy import Lazy, cast
 
 STACKED = ("model.layers.0.mlp.experts.gate_up_proj",)
-VOCABULARY = ("embed", "lm_head")
-# Fields of a Spec that change what a model computes but no shape: the donor's count, differences are told.
-SILENT = ("norm_eps", "rope", "rope_local", "windows", "act", "clip_qkv", "clip_after_norm", "top_k",
-          "top_k_renormalised", "parallel", "context")  # fmt: skip
-FREE = ("family", "layers", "vocab", "true_vocab", "tied", "moe_layers")
+# Fields of a Spec that no part shows: the donor's value is used and a note names each difference.  Routers that were
+# trained to another score cannot be averaged.
+SILENT = {n for n, field in FIELDS.items() if field.kind == CHOICE and not n.startswith("router_")} | {"context"}
+FREE = ("family", "layers", "vocab", "true_vocab", "tied", "moe_layers")  # the merge has its own
 Opened = Mapping[Reference, Checkpoint]
 Aligner = Callable[[Mapping[Reference, Lazy], Reference | None], Mapping[Reference, Lazy]]
 

@@ -9,13 +9,12 @@ What has more tokens than another model is left alone, and the merge will ask fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from surgery.formats.base import Checkpoint
+from surgery.formats.operations import with_rows
 from surgery.merging.config import Reference
-from surgery.tensors.lazy import Lazy, Slice, whole
-
-VOCABULARY = ("embed", "lm_head")
+from surgery.model.spec import VOCABULARY
+from surgery.tensors.lazy import Lazy, whole
 
 
 def trimmed(opened: Mapping[Reference, Checkpoint]) -> tuple[dict[Reference, Checkpoint], list[str]]:
@@ -24,7 +23,7 @@ def trimmed(opened: Mapping[Reference, Checkpoint]) -> tuple[dict[Reference, Che
     out, notes = dict(opened), []
     for model, checkpoint in opened.items():
         if checkpoint.spec.vocab > rows and (why := _padding(checkpoint, rows)):
-            out[model] = _cut(checkpoint, rows)
+            out[model] = with_rows(checkpoint, rows)
             notes.append(
                 f"{model}: {checkpoint.spec.vocab - rows} rows of the vocabulary are cut, they are padding ({why})"
             )
@@ -45,10 +44,3 @@ def _padding(checkpoint: Checkpoint, rows: int) -> str:
 def _nonzero(part: Lazy, rows: int) -> bool:
     box = ((rows, part.shape[0]), *whole(part.shape)[1:])
     return bool(part.read(box).any())
-
-
-def _cut(checkpoint: Checkpoint, rows: int) -> Checkpoint:
-    parts = {n: Slice(p, 0, 0, rows) if n in VOCABULARY else p for n, p in checkpoint.parts.items()}
-    true = checkpoint.spec.true_vocab
-    spec = checkpoint.spec.replace(vocab=rows, true_vocab=true if true is not None and true < rows else None)
-    return replace(checkpoint, parts=parts, spec=spec)

@@ -3,5 +3,6 @@
     spec.part_names()                 ["embed", "layers.0.attn_norm", "layers.0.attn.q", ...]
     layout("attn.q")                  (g n d) h
 
-spec.py      measures, choices, parts       wording.py   differences of two specs in words
+spec.py      measures, choices, parts       fields.py   what is known of each field of Spec
+wording.py   differences in words
 """

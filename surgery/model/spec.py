@@ -21,6 +21,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from surgery.errors import ConfigError
+from surgery.model import fields as about
 from surgery.tensors.axes import Axes, parse
 
 
@@ -39,59 +40,105 @@ class Rope:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scaling", MappingProxyType(dict(self.scaling)))
 
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{k} {about.plain(v)}" for k, v in self.scaling.items() if k != "type")
+        scaling = f", scaled as {about.plain(self.scaling.get('type'))} ({numbers})" if self.scaling else ""
+        share = f" on {self.fraction:g} of a head" if self.fraction != 1 else ""
+        return f"base {self.base:g}{share}{scaling}"
+
+
+# What fields depend on, for their declaration below.
+
+
+def _rope(value: Rope | None) -> str:
+    return "none" if value is None else str(value)
+
+
+def _local_rope(spec: Spec) -> Rope | None:
+    return spec.rope_local or spec.rope
+
+
+def _stretched(spec: Spec) -> bool:
+    """Whether the rotary embeddings depend on the longest context."""
+    return spec.rope is not None and spec.rope.scaling.get("type") == "dynamic"
+
+
+def _windows(spec: Spec) -> tuple[int, ...]:
+    return spec.windows or (0,) * spec.layers
+
+
+def _any_window(spec: Spec) -> bool:
+    return any(spec.windows)
+
+
+def _clipped(spec: Spec) -> bool:
+    return spec.clip_qkv is not None
+
+
+def _moe_layers(spec: Spec) -> list[bool]:
+    return [spec.is_moe(layer) for layer in range(spec.layers)]
+
+
+def _any_dense(spec: Spec) -> bool:
+    return not all(_moe_layers(spec))
+
+
+def _sparse(spec: Spec) -> bool:
+    return spec.experts > 0
+
 
 @dataclass(frozen=True)
 class Spec:
     """A model's measures and the choices that its function depends on.  Frozen; `replace` makes a changed one."""
 
-    family: str  # Hugging Face's model_type where there is one: a hint, the other fields decide
-    layers: int
-    width: int
-    vocab: int
-    kv_heads: int
-    group: int
-    head_dim: int
-    ffn: int = 0
-    experts: int = 0
-    expert_ffn: int = 0
-    shared_ffn: int = 0
-    learned_positions: int = 0
+    family: str = about.name("family")  # Hugging Face's model_type where there is one: a hint
+    layers: int = about.needed("layers", "l")
+    width: int = about.needed("model width", "h", "features")
+    vocab: int = about.needed("vocabulary", "v", "tokens")
+    kv_heads: int = about.needed("key/value heads", "g", "key/value heads")
+    group: int = about.needed("query heads per key/value head", "n")
+    head_dim: int = about.needed("head width")
+    ffn: int = about.size("ffn width", "f", "ffn neurons", _any_dense)
+    experts: int = about.size("experts", "e", "experts")
+    expert_ffn: int = about.size("expert ffn width", "m", "neurons of an expert", _sparse)
+    shared_ffn: int = about.size("shared expert width", "s", "neurons of the shared expert", _sparse)
+    learned_positions: int = about.size("learned positions", "p")
     # norms
-    norm: str = "rms"  # rms | layer (with biases) | layer_no_bias | none (LayerNorm without weights)
-    norm_at: str = "pre"  # pre: before attention and mlp | post: after them, inside the residual branch (OLMo2)
-    norm_eps: float = 1e-5
-    qk_norm: str = ""  # "" | head (over d, shared by the heads) | full (over all heads at once)
+    norm: str = about.part("norm", "rms", about.NORMS)
+    norm_at: str = about.part("place of the norms", "pre", about.NORM_PLACES)
+    norm_eps: float = about.choice("norm eps", 1e-5)
+    qk_norm: str = about.part("query and key norms", "", about.QK_NORMS)
     # attention
-    rope: Rope | None = Rope()
-    rope_local: Rope | None = None  # of the layers with a window, where it differs
-    windows: tuple[int, ...] = ()  # per layer the sliding window (counting the token itself), 0 = all; () = all 0
-    qkv_bias: bool = False
-    o_bias: bool = False
-    clip_qkv: float | None = None
-    clip_after_norm: bool = False  # clipped behind the query and key norms (Hugging Face's OLMoE), not before them
+    rope: Rope | None = about.choice("rope", Rope(), _rope)
+    rope_local: Rope | None = about.choice("rope of layers with a window", None, _rope, _any_window, _local_rope)
+    windows: tuple[int, ...] = about.choice("sliding window", (), about.window_words, None, _windows)  # () = all 0
+    qkv_bias: bool = about.part("biases of queries, keys and values", False)
+    o_bias: bool = about.part("bias of the attention's output", False)
+    clip_qkv: float | None = about.choice("clip of q, k and v", None)
+    clip_after_norm: bool = about.choice("clip after the norms of q and k", False, used=_clipped)  # OLMoE
     # feed forward
-    act: str = "silu"  # silu | gelu | gelu_tanh | relu | relu2
-    glu: bool = True
-    mlp_bias: bool = False
-    parallel: bool = False  # attention and mlp read the same input, their outputs are added together
+    act: str = about.choice("activation", "silu")  # silu | gelu | gelu_tanh | relu | relu2
+    glu: bool = about.part("gated mlp", True)
+    mlp_bias: bool = about.part("biases of the mlp", False)
+    parallel: bool = about.choice("parallel residual", False)  # attention and mlp read the same input
     # mixture of experts
-    moe_layers: tuple[int, ...] = ()  # which layers have experts; () with e > 0 = all
-    top_k: int = 0
-    top_k_renormalised: bool = False  # the chosen experts' weights are divided by their sum
-    router_bias: bool = False  # a per-expert bias that only ranks (DeepSeek-V3, Megatron's expert_bias)
-    router_score: str = "softmax"  # softmax | sigmoid: what makes the router's logits weights
-    router_scale: float | None = None  # the chosen experts' weights are multiplied by it
-    shared_gate: bool = False
+    moe_layers: tuple[int, ...] = about.part("layers with experts", (), about.layer_words, _sparse, _moe_layers)
+    top_k: int = about.choice("experts per token", 0, used=_sparse)
+    top_k_renormalised: bool = about.choice("renormalised experts' weights", False, used=_sparse)  # to a sum of 1
+    router_bias: bool = about.part("router bias", False, used=_sparse)  # only ranks the experts (DeepSeek-V3)
+    router_score: str = about.choice("router score", "softmax", used=_sparse)  # softmax | sigmoid
+    router_scale: float | None = about.choice("scale of the experts' weights", None, used=_sparse)
+    shared_gate: bool = about.part("gate of the shared expert", False, used=_sparse)
     # the rest
-    tied: bool = False
-    context: int | None = None  # the longest context that the model was made for
-    true_vocab: int | None = None  # rows of the vocabulary that are no padding, where that is known
+    tied: bool = about.part("tied embeddings", False)
+    context: int | None = about.name("context", None, _stretched)  # the longest that the model was made for
+    true_vocab: int | None = about.name("tokens that are no padding", None)
 
     def __post_init__(self) -> None:
-        for name, what in _AT_LEAST_ONE.items():
-            if getattr(self, name) < 1:
-                raise ConfigError(f"a model needs at least one {what}, this one says {getattr(self, name)}")
-        if self.head_dim < 2 or self.head_dim % 2:
+        for name, known in FIELDS.items():
+            if known.kind == about.NEEDED and getattr(self, name) < 1:
+                raise ConfigError(f"{known.label}: {getattr(self, name)}, but a model needs at least 1")
+        if self.head_dim % 2:
             raise ConfigError(f"heads have two halves of equal width, this one's are {self.head_dim} wide")
 
     @cached_property
@@ -133,8 +180,16 @@ class Spec:
 
     def differences(self, other: Spec) -> dict[str, tuple[object, object]]:
         """The fields in which two specs differ."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in FIELDS}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    def changes(self, other: Spec) -> dict[str, tuple[object, object]]:
+        """The differences that make it another function: those of fields that a model uses, and means otherwise."""
+        return {n: pair for n, pair in self.differences(other).items() if _meaning(self, n) != _meaning(other, n)}
+
+    def same_function(self, other: Spec) -> bool:
+        """Whether two models with the same weights compute the same."""
+        return not self.changes(other)
 
     def parameters(self, active: bool = False) -> int:
         """How many weights the model has; with `active`, how many of them one token uses (top_k of e experts)."""
@@ -152,34 +207,21 @@ class Spec:
     replace = replace
 
 
-AXES: Mapping[str, str] = MappingProxyType(
-    {
-        "l": "layers",
-        "e": "experts",
-        "v": "vocab",
-        "h": "width",
-        "f": "ffn",
-        "m": "expert_ffn",
-        "s": "shared_ffn",
-        "g": "kv_heads",
-        "n": "group",
-        "p": "learned_positions",
-    }
-)  # letter in patterns -> the field that it measures; `two` and `half` make up a head
-_AT_LEAST_ONE = {"layers": "layer", "width": "model dimension", "vocab": "token", "kv_heads": "key/value head",
-                 "group": "query head"}  # fmt: skip
-COUNTED: Mapping[str, str] = MappingProxyType(
-    {
-        "g": "key/value heads",
-        "v": "tokens",
-        "f": "ffn neurons",
-        "m": "neurons of an expert",
-        "s": "neurons of the shared expert",
-        "h": "features",
-        "e": "experts",
-    }
-)  # what ranks share, in the plural
+FIELDS: Mapping[str, about.Field] = MappingProxyType({f.name: f.metadata[about.KEY] for f in fields(Spec)})
+# letter in patterns -> the field that it measures; `two` and `half` make up a head
+AXES: Mapping[str, str] = MappingProxyType({known.axis: name for name, known in FIELDS.items() if known.axis})
+
+
+def _meaning(spec: Spec, name: str) -> object:
+    """The value of a field, the same for all ways to write it; None where the model does not use the field."""
+    known = FIELDS[name]
+    if known.used and not known.used(spec):
+        return None
+    return known.means(spec) if known.means else getattr(spec, name)
+
+
 _LAST = ("final_norm", "lm_head")
+VOCABULARY = ("embed", "lm_head")  # the parts whose rows are tokens
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import MismatchError, SurgeryError, UsageError
 from surgery.formats.base import Checkpoint
+from surgery.formats.operations import with_rows
 from surgery.model.spec import Spec
 from surgery.running.device import CPU, Device
 from surgery.running.layerwise import Route, bytes_of_a_pass, forward
 from surgery.running.tokens import prose_tokens
 from surgery.running.whole import farthest, free_memory
-from surgery.tensors.lazy import Slice
 from surgery.units import human
 from surgery.upcycling.claim import Claim
 
@@ -147,12 +147,7 @@ def _verdict(proof: Proof, claim: Claim) -> str:
 
 def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
     """The result as the planned model: rows that a format pads its vocabulary with are left out."""
-    spec = claim.spec
-    parts = {
-        name: Slice(part, 0, 0, spec.vocab) if name in ("embed", "lm_head") and part.shape[0] > spec.vocab else part
-        for name, part in result.parts.items()
-    }
-    return replace(result, spec=spec, parts=parts)
+    return replace(with_rows(result, min(claim.spec.vocab, result.spec.vocab)), spec=claim.spec)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:

@@ -17,7 +17,8 @@ from typing import Any
 from surgery.conversion import convert as conversion
 from surgery.errors import UsageError, some
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import DTYPES, FORMATS, open_checkpoint, recognise, to_dtype
+from surgery.formats.operations import DTYPES, to_dtype
+from surgery.formats.registry import FORMATS, open_checkpoint, recognise
 from surgery.formats.table import ONE_RANK, Topology
 from surgery.running.device import CPU, Device, nobody
 from surgery.tensors.fingerprint import Ledger

@@ -21,11 +21,11 @@ from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family, write_config
-from surgery.formats.registry import DTYPES
-from surgery.model.spec import Spec
+from surgery.formats.operations import DTYPES
+from surgery.model.spec import FIELDS, Spec
 from surgery.running import whole as running
 from surgery.tensors.lazy import ITEMSIZE
-from surgery.verification.configs import LABELS, SIZES
+from surgery.verification.configs import SIZES
 from surgery.verification.logits import Cause, Gap, LogitReport, Tell
 from surgery.verification.trials import Score, Trial, config_trials, weight_trials
 from surgery.verification.weights import Weights
@@ -57,7 +57,7 @@ class Search:
 
     def explain(self, report: LogitReport) -> LogitReport:
         """The report with the places and the causes."""
-        sizes = [LABELS[name] for name in self.a.spec.differences(self.b.spec) if name in SIZES - {"vocab"}]
+        sizes = [FIELDS[name].label for name in self.a.spec.differences(self.b.spec) if name in SIZES - {"vocab"}]
         score = self._score(self.model)
         alone = tuple(Gap(n, running.place(n), g) for n, g in score.alone.items())
         if sizes:

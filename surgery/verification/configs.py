@@ -10,41 +10,23 @@ because of it; what weights and shapes show by themselves (`tied`, the vocabular
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import show
 from surgery.formats.base import Checkpoint
-from surgery.model.spec import Rope, Spec
+from surgery.model.fields import NEEDED, SIZE
+from surgery.model.spec import FIELDS, Rope, Spec
 from surgery.tensors.files import File
 from surgery.tokenizer import Tokenizer
 from surgery.tokenizer.files import vocabulary
 
-# field of Spec -> what people call it
-LABELS: Mapping[str, str] = {
-    "family": "family", "layers": "layers", "width": "model width", "vocab": "vocabulary",
-    "kv_heads": "key/value heads",
-    "group": "query heads per key/value head", "head_dim": "head width", "ffn": "ffn width",
-    "experts": "experts", "expert_ffn": "expert ffn width", "shared_ffn": "shared expert width",
-    "learned_positions": "learned positions",
-    "norm": "kind of norm", "norm_at": "place of the norms", "norm_eps": "norm eps", "qk_norm": "query/key norm",
-    "rope": "rope", "rope_local": "rope of layers with a window", "windows": "sliding window",
-    "qkv_bias": "qkv bias", "o_bias": "attention output bias", "clip_qkv": "clip of q, k and v", "act": "activation",
-    "glu": "gated mlp", "mlp_bias": "mlp bias", "parallel": "parallel residual", "moe_layers": "layers with experts",
-    "top_k": "experts per token", "top_k_renormalised": "renormalised experts' weights", "router_bias": "router bias",
-    "shared_gate": "gate of the shared expert", "clip_after_norm": "clip after the norms of q and k",
-    "router_scale": "scale of the experts' weights", "router_score": "router score", "tied": "tied embeddings",
-    "context": "context",
-    "true_vocab": "tokens that are no padding",
-}  # fmt: skip
 ALL = "all differences together"
-SIZES = frozenset(
-    "layers width vocab ffn experts expert_ffn shared_ffn learned_positions".split()
-)  # the shapes of the parts show these
-HEADS = ("kv_heads", "group", "head_dim")  # these they may not show: 4 heads of 16 look like 8 of 8
-HINTS = frozenset("family context true_vocab vocab tied".split())
+HEADS = ("kv_heads", "group", "head_dim")  # shapes may not show these: 4 heads of 16 look like 8 of 8
+SIZES = frozenset(n for n, field in FIELDS.items() if field.kind in (NEEDED, SIZE)) - set(HEADS)  # shapes show these
+SHOWN = ("vocab", "tied")  # the weights show these
 _DULL = frozenset("transformers_version _name_or_path architectures dtype torch_dtype".split())
 
 
@@ -69,32 +51,13 @@ def differences(a: Checkpoint, b: Checkpoint) -> tuple[Field, ...]:
 
 def spec_fields(a: Spec, b: Spec) -> Iterator[Field]:
     """The fields in which two specs differ, ropes taken apart."""
+    changes = a.changes(b)
     for name, (x, y) in a.differences(b).items():
+        label = FIELDS[name].label
         if name in ("rope", "rope_local"):
-            yield from _rope(LABELS[name], x or a.rope, y or b.rope)
-        elif name in _SAME and _SAME[name](a) == _SAME[name](b):
-            continue
-        else:
-            yield Field(LABELS.get(name, name), _plain(x), _plain(y), _changes_function(name, a, b))
-
-
-# Fields that may be written in several ways: how to tell that they mean the same.
-_SAME: Mapping[str, Callable[[Spec], Any]] = {
-    "moe_layers": lambda s: [s.is_moe(i) for i in range(s.layers)],
-    "windows": lambda s: s.windows or (0,) * s.layers,
-}
-
-
-def _changes_function(name: str, a: Spec, b: Spec) -> bool:
-    if name == "context":  # a hint, but this scaling computes with it
-        return any(s.rope is not None and s.rope.scaling.get("type") == "dynamic" for s in (a, b))
-    if name == "ffn":
-        return any(not s.is_moe(i) for s in (a, b) for i in range(s.layers))
-    if name in ("top_k", "top_k_renormalised", "router_score", "router_scale"):
-        return a.experts > 0 or b.experts > 0
-    if name == "clip_after_norm":
-        return a.clip_qkv is not None or b.clip_qkv is not None
-    return name not in HINTS
+            yield from _rope(label, x or a.rope, y or b.rope)
+        elif name in changes or not FIELDS[name].means:  # else it is written in two ways and means the same
+            yield Field(label, _plain(x), _plain(y), name in changes and name not in SHOWN)
 
 
 def _rope(label: str, x: object, y: object) -> Iterator[Field]:
@@ -175,15 +138,15 @@ def _digest(path: Path) -> str:
 def one_from_other(a: Spec, b: Spec) -> list[tuple[str, Spec]]:
     """B's spec with one thing from A each, for every thing that changes the function but no shape: (name, spec)."""
     out: list[tuple[str, Spec]] = []
-    changed = [f.name for f in fields(Spec) if f.name in a.differences(b) and f.name not in HINTS | SIZES]
+    changed = [name for name in a.changes(b) if name not in SIZES and name not in SHOWN]
     heads = [name for name in changed if name in HEADS]
     if heads:
         out.append(("number and width of heads", b.replace(**{n: getattr(a, n) for n in HEADS})))
     for name in changed:
         if name in ("rope", "rope_local"):
-            out += [(f"{LABELS[name]}{what}", b.replace(**{name: r})) for what, r in _ropes(a, b, name)]
-        elif name not in heads and not (name in _SAME and _SAME[name](a) == _SAME[name](b)):
-            out.append((LABELS.get(name, name), b.replace(**{name: getattr(a, name)})))
+            out += [(f"{FIELDS[name].label}{what}", b.replace(**{name: r})) for what, r in _ropes(a, b, name)]
+        elif name not in heads:
+            out.append((FIELDS[name].label, b.replace(**{name: getattr(a, name)})))
     if len(changed) > 1:
         everything = b.replace(**{name: getattr(a, name) for name in changed})
         out.append((ALL, everything))

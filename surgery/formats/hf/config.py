@@ -320,8 +320,8 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
         return {"config": (str(error), None)}
-    unused = ("ffn",) if spec.experts and not spec.moe_layers else ()
-    return {k: v for k, v in spec.differences(back).items() if k not in ("family", "true_vocab", *unused)}
+    context = {k: v for k, v in spec.differences(back).items() if k == "context"}  # which every family's config says
+    return spec.changes(back) | context
 
 
 def choose_family(spec: Spec) -> str:
@@ -334,4 +334,4 @@ def choose_family(spec: Spec) -> str:
             return name
     nearest = min(order, key=lambda name: ("config" in gaps[name], len(gaps[name])))
     has = in_words(gaps[nearest])
-    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but the model has {has}")
+    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but: {has}")

@@ -232,7 +232,7 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     if family == "auto":
         family = choose_family(spec)
     elif gaps := misfits(spec, family):
-        raise ConfigError(f"a {family} cannot hold this model: it has {in_words(gaps)}")
+        raise ConfigError(f"a {family} cannot hold this model: {in_words(gaps)}")
     found = checkpoint.tokenizer
     facts = {**(found.ids() if found else {}), **checkpoint.facts}
     tokens = _tokenizer(checkpoint)

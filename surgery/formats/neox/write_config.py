@@ -16,7 +16,7 @@ from surgery.errors import ConfigError
 from surgery.formats.neox.config import NORMS, read_config
 from surgery.formats.neox.releases import Evidence, Release, ffn_width
 from surgery.model.spec import Spec
-from surgery.model.wording import NAMES_ONLY, check_held, say
+from surgery.model.wording import check_held, say
 
 Json = dict[str, object]
 _PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bfloat16"}
@@ -142,7 +142,7 @@ def _check(spec: Spec, release: Release, config: Json) -> None:
                     qkv_bias=spec.qkv_bias, o_bias=spec.o_bias, mlp_bias=spec.mlp_bias, head=not spec.tied,
                     positions=spec.learned_positions, mark=release.name)  # fmt: skip
     back = read_config(config, "the configuration", seen).spec
-    check_held(f"GPT-NeoX {release.name}", spec, back, (*NAMES_ONLY, *(() if any(spec.windows) else ("windows",))))
+    check_held(f"GPT-NeoX {release.name}", spec, back)
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

@@ -13,7 +13,8 @@ from typing import Any
 from surgery.conversion import convert as conversion
 from surgery.errors import UsageError, some
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import DTYPES, open_checkpoint, to_dtype
+from surgery.formats.operations import DTYPES, to_dtype
+from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import ONE_RANK
 from surgery.running.device import CPU, Device
 from surgery.tensors.fingerprint import Ledger

@@ -14,7 +14,7 @@ from typing import Any
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.model.spec import PARTS, Spec, template_of
-from surgery.model.wording import NAMES_ONLY, in_words
+from surgery.model.wording import in_words
 from surgery.running.device import CPU, Device
 from surgery.tensors.axes import shape_of
 from surgery.tensors.gather import scaled, taken
@@ -214,11 +214,10 @@ def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]
     if wanted.strategy == "mix" and wanted.shared != "0":
         raise UsageError("--shared does not go with --strategy mix")
     for other in others:
-        gaps = source.spec.differences(other.spec)
-        gaps = {name: pair for name, pair in gaps.items() if name not in NAMES_ONLY}
+        gaps = source.spec.changes(other.spec)
         dtypes = [n for n, part in source.parts.items() if n in other.parts and other.parts[n].dtype != part.dtype]
         if gaps:
-            raise ConfigError(f"it is shaped unlike {source.path}: that has {in_words(gaps)}", file=other.path)
+            raise ConfigError(f"it is another model than {source.path}: that has {in_words(gaps)}", file=other.path)
         if dtypes:
             raise ConfigError(f"its weights are {other.dtype}, those of {source.path} {source.dtype}", file=other.path,
                               hint="--dtype casts all of them")  # fmt: skip

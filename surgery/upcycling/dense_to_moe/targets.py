@@ -68,7 +68,7 @@ def fitted(layout: Layout, dense: Spec, target: str, normalise: bool) -> tuple[S
         if gaps := misfits(found, target):
             fits = [name for name, t in TARGETS.items() if not misfits(candidate(layout, dense, t, normalise), name)]
             raise ConfigError(
-                f"a {target} cannot hold this model: it has {why(gaps)}",
+                f"a {target} cannot hold this model: {why(gaps)}",
                 hint=f"these can: {', '.join(fits)}" if fits else "no family can with these settings",
             )
         return found, TARGETS[target]

@@ -1,0 +1,68 @@
+"""Operations on whole checkpoints: pure functions from checkpoint to checkpoint, lazy and composable.
+
+to_dtype(to_vocab(open_checkpoint("gpt-neox-20b"), 50304), "bfloat16")
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from surgery import tokenizer
+from surgery.errors import FileError, LayoutError
+from surgery.formats.base import Checkpoint
+from surgery.model.spec import VOCABULARY
+from surgery.tensors.lazy import Concat, Fill, Lazy, Slice, cast
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Every floating-point part in another dtype, rounded once."""
+    parts = {name: cast(part, dtype) if _is_float(part) else part for name, part in checkpoint.parts.items()}
+    return replace(checkpoint, parts=parts)
+
+
+def _is_float(part: Lazy) -> bool:
+    return part.dtype.startswith(("float", "bfloat"))
+
+
+def with_rows(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    """The vocabulary cut, or padded with zeros, to `rows`, whatever they hold."""
+    spec = checkpoint.spec
+
+    def fit(part: Lazy) -> Lazy:
+        if rows <= spec.vocab:
+            return Slice(part, 0, 0, rows)
+        return Concat([part, Fill((rows - spec.vocab, *part.shape[1:]), part.dtype)], 0)
+
+    if rows == spec.vocab:
+        return checkpoint
+    parts = {name: fit(part) if name in VOCABULARY else part for name, part in checkpoint.parts.items()}
+    known = spec.true_vocab if spec.true_vocab is not None and spec.true_vocab <= rows else None
+    return replace(checkpoint, parts=parts, spec=spec.replace(vocab=rows, true_vocab=known))
+
+
+def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
+    """As `with_rows`, for people: a note says it.  Raises LayoutError if tokens would be cut."""
+    before, found = checkpoint.spec, checkpoint.tokenizer
+    if rows == before.vocab:
+        return checkpoint
+    tokens = before.true_vocab or (found.vocab_size if found else None)
+    if tokens is not None and rows < tokens:
+        raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")
+    resized = with_rows(checkpoint, rows)
+    verb = "cut" if rows < before.vocab else "padded with zeros"
+    note = f"the vocabulary of {before.vocab} rows is {verb} to {rows}"
+    return replace(resized, spec=resized.spec.replace(true_vocab=tokens), notes=(*checkpoint.notes, note))
+
+
+def with_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint with the tokenizer of another folder or file.  Raises FileError if there is none."""
+    found = tokenizer.find(Path(path), Path(path))
+    if found is None:
+        raise FileError(
+            "holds no tokenizer", file=path, hint="give a tokenizer.json, a tokenizer.model or their folder"
+        )
+    return replace(checkpoint, tokenizer=found)
