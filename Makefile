@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-upstream test-real lint types pytest format bench venv clean
+.PHONY: help demo test test-fast coverage test-kernels test-upstream test-real lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -43,6 +43,11 @@ coverage: $(VENV)/.ready-dev  ## every test, and which lines of surgery/ they ru
 
 test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
+
+test-kernels: $(VENV)/.ready-dev  ## Triton's kernels for experts, on the CPU by its interpreter (installs Triton, 1 GB)
+	$(BIN)/pip install -qq --no-deps --no-build-isolation --upgrade --target .cache/kernels \
+		triton==3.9.0 megablocks==0.10.0 stanford-stk==0.7.1
+	PYTHONPATH=.cache/kernels TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_expert_kernels.py
 
 test-real: $(VENV)/.ready-dev  ## upcycle a real small model in every exact way, through files (half an hour on one core)
 	-$(BIN)/python recipes/small_model.py
