@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -169,3 +170,15 @@ def test_fused_experts_are_read(tiny_hf, tmp_path):
     one, other = open_checkpoint(tiny_hf("qwen3_moe")), open_checkpoint(folder)
     assert one.parts.keys() == other.parts.keys()
     assert all(oracle.same_bits(one.parts[n].full(), other.parts[n].full()) for n in one.parts)
+
+
+def test_a_longest_context_that_is_not_known(tmp_path, tiny_hf):
+    """OLMo-core exports max_position_embeddings: -1."""
+    shutil.copytree(tiny_hf("olmo2"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": -1}))
+    found = open_checkpoint(tmp_path / "m")
+    assert found.spec.context is None
+    assert any("-1 for the longest context" in note for note in found.notes)
+    assert choose_family(found.spec) == "olmo2"
+    assert "max_position_embeddings" not in write_config(found.spec, {}, "float32", "olmo2")

@@ -99,6 +99,11 @@ class _Keys:
             value = self.family.absent[key]
             if key not in self.config and alias not in self.config and value is not None:
                 self.notes.append(f"config.json does not say {key}: {show(value)}, as transformers takes it")
+        if key == "max_position_embeddings" and value == -1:
+            self.notes.append(
+                "config.json says -1 for the longest context, as OLMo-core does where it does not know it"
+            )
+            return None
         self._check(key, value)
         return value
 
@@ -257,7 +262,8 @@ def write_config(spec: Spec, facts: Config, kind: str, model_type: str) -> Json:
     names = {"gelu_tanh": "gelu_pytorch_tanh"}
     for key, name in family.keys.items():
         value = getattr(spec, name)
-        config[key] = names.get(value, value) if name == "act" else value
+        if (name, value) != ("context", None):
+            config[key] = names.get(value, value) if name == "act" else value
     config["num_attention_heads"] = spec.heads
     if not family.all_heads:
         config["num_key_value_heads"] = spec.kv_heads
@@ -320,8 +326,8 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
         return {"config": (str(error), None)}
-    context = {k: v for k, v in spec.differences(back).items() if k == "context"}  # which every family's config says
-    return spec.changes(back) | context
+    unlike = spec.differences(back) if spec.context else {}  # every family's config says the context, if it is known
+    return spec.changes(back) | {k: v for k, v in unlike.items() if k == "context"}
 
 
 def choose_family(spec: Spec) -> str:
