@@ -53,9 +53,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
     """
     import torch
 
-    if "attention" not in checkpoint.details and misfits(checkpoint.spec, checkpoint.spec.family):
-        spec = checkpoint.spec.replace(family=choose_family(checkpoint.spec))
-        checkpoint = replace(checkpoint, spec=spec)
+    checkpoint = with_family(checkpoint)
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
         model = empty_model(checkpoint, dtype, on)
         found = Run(torch.empty(0))
@@ -64,14 +62,26 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
         return found
 
 
+def with_family(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint as a family that holds it: its own, else the first that does.  Raises ConfigError if none does."""
+    if "attention" in checkpoint.details or not misfits(checkpoint.spec, checkpoint.spec.family):
+        return checkpoint
+    return replace(checkpoint, spec=checkpoint.spec.replace(family=choose_family(checkpoint.spec)))
+
+
 def bytes_of_a_pass(checkpoint: Checkpoint) -> int:
     """What `forward` tells `on.advance` in all: the weights, and the embedding again where it is the output head."""
     weights = sum(part.nbytes for part in checkpoint.parts.values())
     return weights + (checkpoint.parts["embed"].nbytes if checkpoint.spec.tied else 0)
 
 
-def empty_model(checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Any:
-    """The model without memory for its weights, but with its tables of angles."""
+def empty_model(
+    checkpoint: Checkpoint, dtype: str, on: Device = CPU, attention_by: str = "sdpa", experts_by: str = "eager"
+) -> Any:
+    """The model without memory for its weights, but with its tables of angles.
+
+    `attention_by` and `experts_by` are names of transformers' implementations.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -81,7 +91,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Any:
     config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, dtype, spec.family))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation="eager"
+            config, dtype=torch_dtype(dtype), attn_implementation=attention_by, experts_implementation=experts_by
         )
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and not list(module.children()):
@@ -92,7 +102,7 @@ def empty_model(checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Any:
     return model.eval()
 
 
-def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
+def weights_of(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
     """What every parameter and buffer of the model should hold."""
     names = list(model.state_dict())
     if "attention" in checkpoint.details:
@@ -100,8 +110,8 @@ def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
     else:
         woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
         found = {name: s.tensor for name, s in woven.items()}
-    if "lm_head.weight" not in found:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    if checkpoint.spec.tied:
+        found |= {head: found[embedding] for head, embedding in model._tied_weights_keys.items()}
     if missing := [n for n in names if n not in found]:
         raise ConfigError(f"the model wants {missing[0]}, which the checkpoint does not give")
     return {name: found[name] for name in names}
@@ -110,13 +120,18 @@ def _weights(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
 @contextmanager
 def layer_by_layer(model: Any, checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Iterator[None]:
     """The model can be run: each unit gets its weights before it and loses them after it."""
-    weights, held = _weights(model, checkpoint), torch_dtype(dtype)
+    import torch
+
+    weights, held = weights_of(model, checkpoint), torch_dtype(dtype)
     for name, module in expert_modules(model).items():
         gate_up, down = (weights.pop(f"{name}.{leaf}") for leaf in STORED)
         module.forward = one_by_one(module, gate_up, down, held, on)
-    base = model.base_model
-    units = {f"model.layers.{i}": layer for i, layer in enumerate(base.layers)}
-    units |= {"model.embed_tokens": base.embed_tokens, "model.norm": base.norm, "lm_head": model.lm_head}
+    base = f"{model.base_model_prefix}."
+    units = {base + name: child for name, child in model.base_model.named_children()} | {"lm_head": model.lm_head}
+    stacks = {name: unit for name, unit in units.items() if isinstance(unit, torch.nn.ModuleList)}
+    for name, stack in stacks.items():
+        del units[name]
+        units |= {f"{name}.{i}": layer for i, layer in enumerate(stack)}
     handles = []
     for prefix, unit in units.items():
         mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
@@ -176,7 +191,7 @@ def _observed(model: Any, found: Run) -> Iterator[None]:
 
     handles = [
         module.register_forward_hook(router(i))
-        for i, layer in enumerate(model.base_model.layers)
+        for i, layer in enumerate(getattr(model.base_model, "layers", ()))  # all that have routers call them so
         for module in layer.modules()
         if type(module).__name__.endswith("Router")
     ]

@@ -163,7 +163,7 @@ def read_through(parts: Mapping[str, Lazy], ledger: Ledger, max_memory: int, pro
     blocks = (
         partial(look, name, part, box)
         for name, part in parts.items()
-        for box in boxes(part.shape, ITEMSIZE[part.dtype], _limit(part, block_size(max_memory)))
+        for box in boxes(part.shape, ITEMSIZE[part.dtype], block_limit(part, block_size(max_memory)))
     )
     with ahead(blocks) as looked:
         for size, seen in looked:
@@ -194,7 +194,7 @@ def _steps(
 def _blocks(region: Region, index: int, at: int, ledger: Ledger | None, block: int) -> Iterator[Callable[[], Block]]:
     tensor = region.tensor
     item = ITEMSIZE[tensor.dtype]
-    for box in boxes_from(tensor.shape, item, _limit(tensor, block), at // item):
+    for box in boxes_from(tensor.shape, item, block_limit(tensor, block), at // item):
         yield partial(_block, region, index, at, ledger, box)
         at += math.prod(lengths(box)) * item
 
@@ -211,7 +211,7 @@ def _block(region: Region, index: int, at: int, ledger: Ledger | None, box: Box)
     return Block(index, region, at, bytes_of(data.contiguous()), counts)
 
 
-def _limit(tensor: Lazy, block: int) -> int:
+def block_limit(tensor: Lazy, block: int) -> int:
     """Bytes per block: all of a tensor that is computed as a whole, for it must be read only once."""
     return max(block, tensor.nbytes) if any(isinstance(n, Map) and n.whole for n in walk(tensor)) else block
 

@@ -166,8 +166,10 @@ IGNORED = (
 
 def table(model_type: str, names: Iterable[str] = ()) -> Dialect:
     """The table of a family; `names` of stored tensors decide how experts are spelled, else its published names."""
-    if model_type == "gpt_neox":
-        return Dialect("hf", GPT_NEOX, IGNORED)
+    if model_type == "gpt_neox":  # transformers 5 calls the head lm_head in memory, not in files
+        new = "lm_head.weight" in names
+        rows = [replace(r, name=r.name.replace("embed_out", "lm_head")) for r in GPT_NEOX] if new else GPT_NEOX
+        return Dialect("hf", tuple(rows), IGNORED)
     if model_type == "gpt2":  # the first checkpoints were saved without the head, and without its prefix
         bare = any(name.startswith("wte.") for name in names)
         rows = [replace(r, name=r.name.removeprefix("transformer.")) for r in GPT2] if bare else GPT2

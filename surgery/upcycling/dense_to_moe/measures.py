@@ -26,7 +26,8 @@ from surgery.formats.base import Checkpoint
 from surgery.running.activations import each_layer
 from surgery.running.device import CPU, Device
 from surgery.running.tokens import tokens_of
-from surgery.tensors.lazy import Box, Lazy
+from surgery.tensors.held import Held
+from surgery.tensors.lazy import Lazy
 from surgery.upcycling.dense_to_moe.clusters import Clusters, balanced, unit
 from surgery.upcycling.dense_to_moe.resolve import Layout
 from surgery.upcycling.dense_to_moe.settings import Settings
@@ -37,22 +38,6 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("co-activation", "gradient")  # orders that run the model
 WEIGHTS = ("clustering", "clustering-up")
 STD = 1.0  # of a k-means router's logits
-
-
-class Held(Lazy):
-    """A small tensor that is in memory."""
-
-    __slots__ = ("data", "dtype")
-
-    def __init__(self, data: torch.Tensor, dtype: str) -> None:
-        self.data, self.dtype = data, dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return tuple(self.data.shape)
-
-    def read(self, box: Box) -> torch.Tensor:
-        return self.data[tuple(slice(a, b) for a, b in box)].to(self.torch_dtype)
 
 
 @dataclass
