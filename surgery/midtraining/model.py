@@ -1,0 +1,134 @@
+"""A transformers model from a checkpoint of any format, and a checkpoint from the model as it is now.
+
+    source = with_family(open_checkpoint("Llama-2-7b"))             # Meta's files, say
+    model, digest = load(source, torch.float32, "cuda")             # weights go from the files into the module
+    now = checkpoint_of(weights_now(model, {}), source, step=500)   # parts in memory: plan_for(now, to="olmo")
+
+Nothing is written between, and no weight is in memory twice: the module is built without memory, and each parameter is
+filled block by block from the parts it is woven of.  Every element of every part must be read exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from surgery.errors import ConfigError, LayoutError, some
+from surgery.formats.base import RUN, Checkpoint
+from surgery.formats.hf.format import table
+from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.running.device import Device
+from surgery.running.layerwise import empty_model, weights_of
+from surgery.running.whole import explained, quiet
+from surgery.tensors.fingerprint import Counts, Ledger
+from surgery.tensors.held import Held
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast
+from surgery.writing.stream import ahead, block_limit
+
+BLOCK = 32 << 20  # bytes of the file that are read at once
+
+
+def load(
+    source: Checkpoint, dtype: torch.dtype, device: str, *, attention: str = "sdpa", experts: str = "eager",
+    dropout: float = 0.0, progress: Callable[[int], None] | None = None,
+) -> tuple[Any, str]:  # fmt: skip
+    """The model, ready to be trained, and the digest of the weights that it was filled with.
+
+    Parameters have `dtype`; `attention` and `experts` are transformers' names; `dropout` is that of all places where
+    the family has one.  `progress` is told bytes of the source.
+    Raises ConfigError if transformers has no such model, LayoutError if a part is left over.
+    """
+    if "attention" in source.details:
+        raise ConfigError("experts of attention heads cannot be trained here", file=source.path)
+    ledger = Ledger()
+    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
+    name = str(dtype).removeprefix("torch.")
+    with explained("transformers cannot hold the model", source.path), quiet():
+        model = empty_model(tapped, name, Device(device), attention, experts)
+    model.config.use_cache = False
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # its balance loss is not ours
+    _drop(model, dropout)
+    weights = weights_of(model, tapped)
+    targets = _allocate(model, weights, device)
+    for size, seen in _filled(targets, weights, ledger):
+        ledger.add(seen)
+        if progress:
+            progress(size)
+    model.tie_weights()
+    if gaps := ledger.gaps():
+        raise LayoutError(f"the model has no place for {some(gaps)}", file=source.path)
+    if left := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise LayoutError(f"the checkpoint gives no {some(left)}", file=source.path)
+    return model.train(), ledger.content_digest()
+
+
+def _drop(model: Any, share: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = share
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = share
+
+
+def _allocate(model: Any, weights: Mapping[str, Lazy], device: str) -> dict[str, torch.Tensor]:
+    """Memory for all parameters and kept buffers; a tied one only once."""
+    targets: dict[str, torch.Tensor] = {}
+    own = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in weights)]
+    for name, empty in own:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        targets[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = targets[name]
+        else:
+            owner._parameters[leaf] = torch.nn.Parameter(targets[name], requires_grad=empty.requires_grad)
+    return targets
+
+
+def _filled(
+    targets: Mapping[str, torch.Tensor], weights: Mapping[str, Lazy], ledger: Ledger
+) -> Iterator[tuple[int, Counts]]:
+    """Fill the targets in a few threads: the bytes of every block, and of which parts they were."""
+
+    def fill(target: torch.Tensor, lazy: Lazy, box: Box) -> tuple[int, Counts]:
+        with ledger.collect() as seen:
+            data = lazy.read(box)
+        target[tuple(slice(a, b) for a, b in box)].copy_(data)
+        return data.nbytes, seen
+
+    blocks = (
+        partial(fill, targets[name], lazy, box)
+        for name, lazy in weights.items()
+        if name in targets
+        for box in boxes(lazy.shape, ITEMSIZE[lazy.dtype], block_limit(lazy, BLOCK))
+    )
+    with ahead(blocks) as filled:
+        yield from filled
+
+
+def weights_now(model: Any, masters: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters and kept buffers by name, in fp32 where there is a master (by the id of its parameter)."""
+    kept = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    return {n: masters.get(id(t), t).detach() for n, t in [*model.named_parameters(), *kept.items()]}
+
+
+def checkpoint_of(
+    weights: Mapping[str, torch.Tensor], source: Checkpoint, dtype: str = "source", step: int | None = None
+) -> Checkpoint:
+    """Weights of a model by its names, as a checkpoint like the one that it came from: its config and its tokenizer.
+
+    dtype   "source": what each part had in `source`; or torch's name of one
+    step    how far this run has come; what `source` says of its own run is left out then
+    """
+    held: dict[str, Lazy] = {n: Held(t, str(t.dtype).removeprefix("torch.")) for n, t in weights.items()}
+    found = gather(table(source.spec.family, held), {Rank(): held}, source.spec, ONE_RANK)
+    parts = {n: cast(p, source.parts[n].dtype if dtype == "source" else dtype) for n, p in found.parts.items()}
+    details = {k: v for k, v in source.details.items() if k not in RUN}
+    if step is not None:
+        details |= {"iteration": step, "step": step}
+    return replace(source, parts=parts, details=details, ignored={})
