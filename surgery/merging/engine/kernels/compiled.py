@@ -1,30 +1,70 @@
-"""Loops that numba compiles, for where the passes of torch and numpy over memory cost more than the arithmetic.
+"""`compiled`: numba's njit with a cache that knows all files of the folder.
 
     @compiled
     def scale(values, factor): ...
 
 Modules that import this one need numba, which is optional.  Code is compiled at its first call and kept for the next
-process, beside the source or, where that cannot be written, in numba's cache folder.  No flag lets it reorder
-arithmetic: results are those of the same operations in torch.
+process.  numba recompiles a function when its file has changed, but not when a file that it imports has; the name of
+the cache folder is therefore a digest of all files beside the function's.  No flag lets numba reorder arithmetic:
+results are those of the same operations in torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
+USER_CACHE = "~/.cache/checkpoint-surgery"  # where the folder of the sources cannot be written
 
 
 def compiled(fn: F) -> F:
-    """`fn`, compiled; other threads run while it does."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(fn)
-    except RuntimeError:  # no folder for a cache can be written
+    """`fn`, compiled without the interpreter's lock; dividing by zero gives what IEEE says."""
+    folder = cache_folder(Path(fn.__code__.co_filename).parent)
+    if folder is None:
         return njit(nogil=True, error_model="numpy")(fn)
+    with _cached_in(folder):
+        return njit(nogil=True, error_model="numpy", cache=True)(fn)
+
+
+@functools.cache
+def cache_folder(sources: Path) -> Path | None:
+    """Where code compiled from a folder of Python files is kept; None if no such place can be written.
+
+    It is below NUMBA_CACHE_DIR if that is set, else beside the files or in the user's cache.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(sources.glob("*.py")):
+        digest.update(hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).digest())
+    places = [config.CACHE_DIR] if config.CACHE_DIR else [sources / "__pycache__", os.path.expanduser(USER_CACHE)]
+    for place in places:
+        folder = Path(place) / f"numba-{digest.hexdigest()[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError:
+            continue
+    return None
+
+
+@contextmanager
+def _cached_in(folder: Path) -> Iterator[None]:
+    """numba takes the place of a function's cache from its settings, once, when it is decorated."""
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder)
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
 
 
 @intrinsic

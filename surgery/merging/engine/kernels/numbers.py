@@ -1,7 +1,4 @@
-"""Elements as they are stored, and fp32 numbers; what the loops share.
-
-numba sees that a file has changed, not what it imports: after a change in this folder, touch all of its files.
-"""
+"""Elements as they are stored, and fp32 numbers; what the loops share."""
 
 from __future__ import annotations
 
