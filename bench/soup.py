@@ -26,7 +26,7 @@ from pathlib import Path
 from timing import Result, timed
 
 EMPTY = (
-    "import torch, numpy, surgery.cli.main, surgery.merging.engine.merged as e, surgery.merging.run; e.compiled_loops()"
+    "import torch, numpy, surgery.cli.main, surgery.merging.engine.pool as e, surgery.merging.run; e.compiled_loops()"
 )
 TASK = {"weight": 0.5, "density": 0.5}
 # method -> how many models (of which the first is the base), parameters of each, of the whole

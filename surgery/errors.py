@@ -14,6 +14,7 @@ Nothing else is raised on bad input.  `assert` is for our own mistakes only.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
 
@@ -102,3 +103,10 @@ def some(names: Iterable[object], limit: int = 5) -> str:
     names = list(names)
     text = ", ".join(str(name) for name in names[:limit])
     return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def suggest(wrong: object, names: Iterable[str], label: str = "known") -> str:
+    """A hint for a name that there is not: the nearest right one, or else all of them."""
+    names = list(names)
+    near = difflib.get_close_matches(str(wrong), names, 1)
+    return f"did you mean {near[0]}?" if near else f"{label}: {', '.join(names)}"

@@ -19,7 +19,7 @@ CLIMBS = {("running/layerwise.py", "upcycling")}
 ROOMS = {
     "pickle": (), "_pickle": (), "shelve": (), "marshal": (), "dill": (), "cloudpickle": (),
     "transformers": ("running", "midtraining", "verification/readings.py", "upcycling/attention/hub"),
-    "mergekit": ("merging/delegate.py",),
+    "mergekit": ("merging/mergekit.py",),
     "numba": ("merging/engine",),
     "yaml": ("containers", "formats/olmo/config.py", "merging"),
     "click": ("cli",),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import surgery
-from surgery.merging.config import read_recipe
+from surgery.merging.recipe import read_recipe
 from tests import merges, tiny
 from tests.test_soup_tokenizers import tokenizer
 

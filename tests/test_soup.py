@@ -16,7 +16,7 @@ from surgery.errors import ConfigError, FileError, LayoutError, OutputError, Sur
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
 from surgery.merging import run
-from surgery.merging.config import parse_recipe
+from surgery.merging.recipe import parse_recipe
 from tests import merges, tiny
 from tests.test_conversion import weights
 

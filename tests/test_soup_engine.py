@@ -16,9 +16,10 @@ from surgery.merging.engine import merged as engine
 from surgery.merging.engine import order_statistics as select
 from surgery.merging.engine import random_masks as masks
 from surgery.merging.engine.inputs import Inputs
-from surgery.merging.engine.merged import Engine, Merged
+from surgery.merging.engine.merged import Merged
+from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.methods.registry import METHODS
-from surgery.merging.settings import resolve
+from surgery.merging.parameters import resolve
 from surgery.tensors import lazy
 from surgery.tensors.lazy import Lazy, lengths, whole
 
@@ -28,8 +29,8 @@ def loops(request):
     """The compiled loops or None, for tests that must hold with both."""
     if request.param == "torch":
         return None
-    assert engine.compiled_loops(), "numba, which the tests need, is not installed"
-    return engine.compiled_loops()
+    assert compiled_loops(), "numba, which the tests need, is not installed"
+    return compiled_loops()
 
 
 class Given(Lazy):
@@ -65,8 +66,8 @@ def options_of(name, count, given):
 
 def merge(name, given, engine=None, kind="float32", work="float32", tensor="w", seed=3, loops=None, **own):
     base = None if METHODS[name].base == "ignored" else 0
-    inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed, engine or Engine(1, kernels=loops))
-    return Merged(METHODS[name], inputs, options_of(name, len(given), own), kind)
+    inputs = Inputs(tensor, [Given(t) for t in given], base, work, seed, engine or Engine(1, loops=loops))
+    return Merged(METHODS[name].run, inputs, options_of(name, len(given), own), kind)
 
 
 COUNT = {"passthrough": 1, "slerp": 2, "nearswap": 2, "arcee_fusion": 2, "linear": 3}
@@ -111,7 +112,7 @@ LARGE = {"density": [0.5, 0.2, 0.7]} | {"gamma": [0.1, 0.0, 0.3]}
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_compiled_loops_and_torch_give_the_same_bits(name, own):
     """Dtypes alone and mixed, infinities, zeros of both signs, many equal values, and any dtype of the result."""
-    compiled = engine.compiled_loops()
+    compiled = compiled_loops()
     count = COUNT.get(name, 3)
     for seed, shape in enumerate([(37, 75), (2, 30, 40), (1203,), (1, 1)]):
         kinds = [torch.float32, torch.bfloat16, torch.float16]
@@ -131,14 +132,14 @@ def test_compiled_loops_and_torch_give_the_same_bits(name, own):
 @pytest.mark.parametrize("name", sorted(n for n, m in METHODS.items() if "density" in {p.name for p in m.parameters}))
 def test_any_number_of_task_vectors_gives_the_same_bits_in_both_lanes(name, count, own):
     given = [t * (t.abs() > 0.3) for t in tensors((37, 75), count, torch.bfloat16)]
-    lanes = (engine.compiled_loops(), None)
+    lanes = (compiled_loops(), None)
     compiled, plain = (merge(name, given, kind="bfloat16", loops=k, **own).full() for k in lanes)
     assert torch.equal(compiled, plain)
 
 
 def test_ranks_in_long_rows_of_few_different_values_are_those_of_a_sort():
     given = [(t * 4).round() / 4 for t in tensors((2, 20000), 3, torch.bfloat16)]
-    compiled, plain = (merge("della", given, kind="float32", loops=k).full() for k in (engine.compiled_loops(), None))
+    compiled, plain = (merge("della", given, kind="float32", loops=k).full() for k in (compiled_loops(), None))
     assert torch.equal(compiled, plain)
 
 
@@ -242,7 +243,7 @@ def test_random_numbers_do_not_depend_on_how_they_are_asked_for():
 
 def test_marks_give_back_what_was_noted_in_any_runs():
     chosen = masks.below((1, "t", 0), [(0, 1000)], 0.4)
-    marks = masks.Marks(2, 1000)
+    marks = masks.Bitmap(2, 1000)
     for start, stop in ((616, 1000), (0, 16), (16, 616)):
         marks.put(0, [(start, stop - start)], chosen[start:stop])
         marks.put(1, [(start, stop - start)], ~chosen[start:stop])
@@ -255,7 +256,7 @@ def test_marks_give_back_what_was_noted_in_any_runs():
 
 
 def test_marks_that_would_share_a_byte_are_given_up():
-    marks = masks.Marks(1, 100)
+    marks = masks.Bitmap(1, 100)
     marks.put(0, [(50, 50)], np.ones(50, bool))
     marks.close()
     assert not marks.complete
@@ -263,24 +264,54 @@ def test_marks_that_would_share_a_byte_are_given_up():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("chunk", [64, 1 << 14])
-def test_selection_is_a_stable_sort(dtype, last, chunk, loops, monkeypatch):
-    """The n-th of values full of ties, and which element it is: by a bracket, or (too many ties) by histograms."""
+@pytest.mark.parametrize(("chunk", "bins"), [(64, 3), (64, 12), (1 << 14, 12)])
+def test_selection_is_a_stable_sort(dtype, last, chunk, bins, loops, monkeypatch):
+    """The n-th of values full of ties, and which element it is, in one pass or (too many in a bracket) in several."""
     monkeypatch.setattr(soup_inputs, "CHUNK", chunk)
-    answers = []
-    bracketed = select._bracketed
-    monkeypatch.setattr(select, "_bracketed", lambda *a: answers.extend(found := bracketed(*a)) or found)
+    monkeypatch.setattr(select, "BINS", bins)
     generator = torch.Generator().manual_seed(4)
     values = (torch.randint(0, 40, (13, 29), generator=generator) / 8).to(dtype)
-    inputs = Inputs("w", [Given(values)], None, str(dtype).removeprefix("torch."), 0, Engine(1, kernels=loops))
+    passes = selected(values, last, (0, 1, 100, 188, 376), loops)
+    assert (max(passes) > 1) == (chunk == 64)
+
+
+def selected(values, last, ranks, loops):
+    """Check the elements of these ranks against a stable sort; how many passes each took."""
+    inputs = Inputs("w", [Given(values)], None, str(values.dtype).removeprefix("torch."), 0, Engine(1, loops=loops))
+    scans, scan = [], inputs.scan
+    inputs.scan = lambda fn: scans.append(1) or scan(fn)
     flat = values.reshape(-1)
     order = torch.sort(flat, descending=last, stable=True).indices
-    order = order.flip(0) if last else order
-    for rank in (0, 1, 100, 188, 376):
+    order, passes = order.flip(0) if last else order, []
+    for rank in ranks:
+        before = len(scans)
         found = select.order(inputs, lambda block: [t.abs() for t in block.tensors], [select.Query(0, rank, last)])[0]
         assert found.value == float(flat[order[rank]])
         assert found.index == int(order[rank])
-    assert (None in answers) == (chunk == 64)
+        passes.append(len(scans) - before)
+    return passes
+
+
+@pytest.mark.parametrize("kind", ["sorted", "rows of other sizes", "the sample misses", "two values"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_selection_of_unusual_orders_takes_few_passes(kind, dtype, loops, monkeypatch):
+    """Where a bracket crowds one chunk, or a rank lies outside it."""
+    monkeypatch.setattr(soup_inputs, "CHUNK", 1 << 13)
+    monkeypatch.setattr(select, "SLICES", 4)
+    monkeypatch.setattr(select, "SLICE", 1 << 8)
+    values = torch.rand((1 << 6, 1 << 10), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    if kind == "sorted":
+        values = values.reshape(-1).sort().values.reshape(values.shape)
+    elif kind == "rows of other sizes":
+        values = torch.where(torch.arange(64)[:, None] % 8 == 3, values * 1e-3 + 0.5, values)
+    elif kind == "two values":
+        values = (values > 0.5).double()
+    else:
+        flat = values.reshape(-1)
+        for i in range(64):  # the places of the sample hold large values only
+            flat[flat.numel() * i // 64 // 256 * 256 :][:256] += 100
+    passes = selected(values.to(dtype), True, (0, 7, 20_000, 32_768, 65_535), loops)
+    assert 1 < max(passes) <= (4 if dtype == torch.float32 else 7)
 
 
 def test_boxes_of_flat_ranges_cover_them_in_order():

@@ -8,8 +8,8 @@ import torch
 
 from surgery.merging.engine import inputs as soup_inputs
 from surgery.merging.engine import merged as engine
-from surgery.merging.engine.cache import Held
-from surgery.merging.engine.merged import Engine
+from surgery.merging.engine.cache import SourceCache
+from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.tensors.lazy import lengths
 from test_soup_engine import Given, merge, tensors
 
@@ -31,7 +31,7 @@ def chunk(first, count):
 
 
 def test_what_was_put_comes_back_in_parts_of_any_cut():
-    held = Held(1 << 20)
+    held = SourceCache(1 << 20)
     for first, count in [(20, 10), (0, 20), (30, 5)]:
         held.put("a", first, chunk(first, count))
     for start, stop in [(0, 20), (3, 9), (15, 35), (20, 30), (34, 35)]:
@@ -42,7 +42,7 @@ def test_what_was_put_comes_back_in_parts_of_any_cut():
 
 
 def test_what_was_taken_for_the_last_time_is_let_go():
-    held = Held(1 << 20)
+    held = SourceCache(1 << 20)
     held.put("a", 0, chunk(0, 20))
     held.put("a", 20, chunk(20, 10))
     assert len(held.take("a", 0, 25, last=True)) == 2
@@ -53,7 +53,7 @@ def test_what_was_taken_for_the_last_time_is_let_go():
 
 
 def test_the_oldest_go_when_there_is_no_room():
-    held = Held(budget=100)
+    held = SourceCache(budget=100)
     for name in "abc":
         held.put(name, 0, chunk(0, 10))  # 40 bytes each
     assert [bool(held.take(name, 0, 10, last=False)) for name in "abc"] == [False, True, True]
@@ -70,20 +70,20 @@ def test_sources_that_fit_are_read_once(name, memory, times, monkeypatch):
     monkeypatch.setattr(engine, "LARGE_BLOCK", 512)
     sources = [Counted(t) for t in tensors((64, 50), 2 if name == "slerp" else 3, torch.bfloat16)]
     monkeypatch.setattr("test_soup_engine.Given", lambda t: t)
-    pool = Engine(1, memory, engine.compiled_loops())
+    pool = Engine(1, memory, compiled_loops())
     lazy = merge(name, sources, pool)
     rows = [lazy.read(((a, a + 8), (0, 50))) for a in range(0, 64, 8)]
-    wanted = merge(name, [Given(s.tensor) for s in sources], Engine(1, 1 << 10, pool.kernels)).full()
+    wanted = merge(name, [Given(s.tensor) for s in sources], Engine(1, 1 << 10, pool.loops)).full()
     assert torch.equal(torch.cat(rows), wanted)
     looked = 3 * 1024 if times == 1 else 0  # a selection looks at a sample, too
     for source in sources:
         assert source.elements >= times * 3200
         assert times > 1 or source.elements <= 3200 + looked
-    assert times > 1 or pool.held.nbytes == 0
+    assert times > 1 or pool.cache.nbytes == 0
 
 
 def test_variances_above_zero_are_counted_without_computing_them():
-    loops = engine.compiled_loops()
+    loops = compiled_loops()
     generator = torch.Generator().manual_seed(0)
     for count in (2, 3, 4):
         for scale in (1.0, 1e-12, 1e-19, 1e-22, 1e-30):

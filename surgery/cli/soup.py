@@ -15,8 +15,8 @@ from typing import Any
 from surgery.conversion.convert import Plan, Report
 from surgery.errors import UsageError
 from surgery.merging import run
-from surgery.merging.config import Recipe
-from surgery.merging.delegate import by_mergekit, reason_for_mergekit
+from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
+from surgery.merging.recipe import Recipe
 from surgery.writing import stream
 
 Bar = Callable[[int], AbstractContextManager[stream.Progress]]

@@ -2,10 +2,12 @@
 
     surgery.soup("merge_configs/three-seeds.yaml", "merged", to="meta")
 
-config.py      the YAML, strictly                  settings.py       gradients, filters, defaults
-references.py  models by path or hub id            adapters.py       LoRA
-layers.py      which layers make which tensor      vocabulary.py     tokenizers       padding.py   tokens.py
-align_experts.py  experts in another order         delegate.py       what is mergekit's alone
-run.py         from YAML to checkpoint             search.py         greedy soups and search over weights
-methods/       every method by name                engine/           blocks, threads, memory
+recipe.py      the YAML, strictly                  reader.py        where it is when something is wrong
+contract.py    what a method promises              parameters.py    gradients, filters, defaults
+references.py  models by path or hub id            adapters.py      LoRA
+layers.py      which layers make which tensor      align_experts.py experts in another order
+vocabulary.py  models with different tokenizers    tokens.py        the tokenizer of a merge       padding.py
+run.py         from YAML to checkpoint             search.py        greedy soups and search over weights
+methods/       every method by name                engine/          blocks, threads, memory
+mergekit.py    what is mergekit's alone
 """

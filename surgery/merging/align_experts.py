@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import ConfigError, LayoutError, UsageError
 from surgery.formats.base import Checkpoint
-from surgery.merging.config import Recipe, Reference
+from surgery.merging.reader import Reference
+from surgery.merging.recipe import Recipe
 from surgery.merging.vocabulary import Rows
 from surgery.tensors.lazy import Lazy, boxes
 

@@ -17,11 +17,13 @@ from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family
 from surgery.formats.hf.format import table
 from surgery.formats.table import ONE_RANK, Dialect, Rank, Stored, gather, spread
-from surgery.merging.config import OutputSlice, Recipe, Reference, Source
 from surgery.merging.engine.inputs import Inputs
-from surgery.merging.engine.merged import Engine, Merged
+from surgery.merging.engine.merged import Merged
+from surgery.merging.engine.pool import Engine
 from surgery.merging.methods.registry import METHODS
-from surgery.merging.settings import filters, resolve
+from surgery.merging.parameters import filters, resolve
+from surgery.merging.reader import Reference
+from surgery.merging.recipe import OutputSlice, Recipe, Source
 from surgery.model.fields import CHOICE
 from surgery.model.spec import FIELDS, VOCABULARY, Spec
 from surgery.tensors.lazy import Lazy, cast
@@ -193,7 +195,7 @@ def _tensor(
     if recipe.method == "passthrough" and options["scale"] == [None]:
         return cast(lazies[0], kind)
     inputs = Inputs(name, lazies, 0 if base is not None else None, work, recipe.seed, engine)
-    return Merged(method, inputs, options, kind)
+    return Merged(method.run, inputs, options, kind)
 
 
 def promoted(name: str, kinds: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import with_rows
-from surgery.merging.config import Reference
+from surgery.merging.reader import Reference
 from surgery.model.spec import VOCABULARY
 from surgery.tensors.lazy import Lazy, whole
 

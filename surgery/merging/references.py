@@ -15,7 +15,7 @@ from pathlib import Path
 from surgery.errors import ConfigError, FileError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, recognise
-from surgery.merging.config import Place, Reference
+from surgery.merging.reader import Place, Reference
 
 
 def locate(place: Place) -> Path:

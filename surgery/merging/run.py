@@ -24,10 +24,11 @@ from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import FORMATS
 from surgery.formats.table import ONE_RANK, Topology
 from surgery.merging import layers
-from surgery.merging.config import Recipe, Reference, parse_recipe, read_recipe
-from surgery.merging.delegate import by_mergekit, reason_for_mergekit
-from surgery.merging.engine.merged import Engine, compiled_loops
+from surgery.merging.engine.pool import Engine, compiled_loops
+from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
 from surgery.merging.padding import trimmed
+from surgery.merging.reader import Reference
+from surgery.merging.recipe import Recipe, parse_recipe, read_recipe
 from surgery.merging.references import open_all
 from surgery.writing import stream
 from surgery.writing.staging import check_free
@@ -81,11 +82,11 @@ def prepared(recipe: Recipe, settings: Settings) -> Iterator[Plan]:
             merged = derive(recipe, opened, settings.arithmetic, engine, Path(scratch))
             plan = plan_for(
                 merged, to=settings.to, topology=settings.topology, options=writing, max_memory=memory,
-                settings={"soup": repr(recipe), "arithmetic": settings.arithmetic, "compiled": bool(engine.kernels),
+                settings={"soup": repr(recipe), "arithmetic": settings.arithmetic, "compiled": bool(engine.loops),
                           "derived": True},
             )  # fmt: skip
-            if engine.kernels:
-                plan.ledger.row_sums = engine.kernels.row_sums
+            if engine.loops:
+                plan.ledger.row_sums = engine.loops.row_sums
             record = text_file(RECORD, _record(recipe, opened, settings))
             output = replace(plan.output, files=(*plan.output.files, record))
             yield replace(plan, output=output, threads=engine.threads)
@@ -133,7 +134,7 @@ def derive(
             found, recipe.chat_template, [c.tokenizer for c in opened.values()], scratch / "chat"
         )
         notes.append(note)
-    if not engine.kernels:
+    if not engine.loops:
         notes.append("numba is not there, so it takes several times as long: pip install 'checkpoint-surgery[merge]'")
     for model, checkpoint in opened.items():
         notes += [f"{model}: {note}" for note in checkpoint.notes]

@@ -24,8 +24,9 @@ from typing import Any
 from surgery.errors import ConfigError, FileError, show
 from surgery.formats.table import ONE_RANK
 from surgery.merging import run
-from surgery.merging.config import Recipe, Reference
 from surgery.merging.methods.registry import METHODS
+from surgery.merging.reader import Reference
+from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
 from surgery.running.loss import loss_of
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import ConfigError, show, some
 from surgery.formats.base import Checkpoint
 from surgery.merging import tokens
-from surgery.merging.config import Recipe, Reference, TokenRule
+from surgery.merging.reader import Reference
+from surgery.merging.recipe import Recipe, TokenRule
 from surgery.merging.references import locate
 from surgery.tensors.lazy import Box, Lazy, lengths, whole
 from surgery.tokenizer import Tokenizer, find

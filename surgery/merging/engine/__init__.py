@@ -1,7 +1,8 @@
 """Merged tensors, made block by block in threads, within a memory budget.
 
-merged.py         the lazy result                    inputs.py            blocks of the models to be merged
-arithmetic.py     dtypes and rounding                cache.py             what a scan has read, for the next one
-order_statistics.py  the n-th smallest, exactly      random_masks.py      random choices that belong to elements
-keep.py           what stays of thinned vectors      kernels/             the same in compiled loops
+merged.py         the lazy result                    ready.py             what a method does with a block
+inputs.py         blocks of the models to be merged  pool.py              threads, memory, the door to compiled loops
+cache.py          what a scan has read, for later    arithmetic.py        sums in a stated order
+order_statistics.py  the n-th smallest, exactly      random_masks.py      random masks that belong to elements
+sparsity.py       masks for compiled loops           kernels/             the loops themselves
 """

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from surgery.merging.engine.inputs import Block, Inputs
+from surgery.tensors.lazy import torch_dtype
+
 if TYPE_CHECKING:
     import torch
 
-    from surgery.merging.engine.inputs import Block, Inputs
-
 GROUP = 128
-Values = Callable[["Block"], "Sequence[torch.Tensor]"]
+Values = Callable[[Block], "Sequence[torch.Tensor]"]
 
 
 def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -29,7 +30,7 @@ def added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return out.to(dtype)
 
 
-def mask(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:
+def indicator(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:
     """1 where `t` is "gt", "ge" or "eq" to the limit, else 0, in the dtype of `t`.
 
     torch makes booleans, and multiplies by them, several times more slowly than it calculates.
@@ -42,7 +43,7 @@ def mask(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:
 def oriented(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sign of the sum of `deltas`, as 1 or -1 (of zero: 1).  They are multiplied by it, and what is then negative,
     which is what has the other sign, becomes zero."""
-    sign = mask(added(deltas), "ge", 0).mul_(2).sub_(1)
+    sign = indicator(added(deltas), "ge", 0).mul_(2).sub_(1)
     for delta in deltas:
         delta.mul_(sign).clamp_(min=0)
     return sign
@@ -50,8 +51,6 @@ def oriented(deltas: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def sums(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
     """The sum of each of the tensors that `values` makes of a block, as scalars of the working dtype."""
-    from surgery.tensors.lazy import torch_dtype
-
     if inputs.single and inputs.numel:
         return [v.sum() for v in whole(inputs, values, span)]
     return [total.to(torch_dtype(inputs.work)) for total in totals(inputs, values, span)]
@@ -60,8 +59,6 @@ def sums(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
 def norms(inputs: Inputs, values: Values) -> list[torch.Tensor]:
     """The euclidean norm of each tensor, as `sums`."""
     import torch
-
-    from surgery.tensors.lazy import torch_dtype
 
     if inputs.single and inputs.numel:
         return [torch.linalg.vector_norm(v, dim=-1) for v in whole(inputs, values)]

@@ -1,8 +1,8 @@
-"""What was read of the sources of a tensor to learn about it, held until it is merged: then every byte is read once.
+"""Cache of what was read of a tensor's sources for its statistics, kept until it is merged: every byte is read once.
 
-held = Held(budget=64 << 20)
-held.put(inputs, 0, bits)                   # [sources, n]: the first n elements
-held.take(inputs, 0, n, last=True)          # [bits]; nobody will ask for them again
+cache = SourceCache(budget=64 << 20)
+cache.put(inputs, 0, bits)                   # [sources, n]: the first n elements
+cache.take(inputs, 0, n, last=True)          # [bits]; nobody will ask for them again
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 
-class Held:
+class SourceCache:
     """Chunks of tensors, up to `budget` bytes.  When there is no room for one, the oldest are let go.
 
     Threads may use it at once.  What it gives may be read only.

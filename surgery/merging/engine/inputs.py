@@ -17,13 +17,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.merging.engine import random_masks as masks
+from surgery.merging.engine.pool import Engine
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Shape, boxes, lengths, torch_dtype, whole
 from surgery.tensors.memory import buffer
 
 if TYPE_CHECKING:
     import torch
-
-    from surgery.merging.engine.merged import Engine
 
 T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
@@ -32,7 +31,7 @@ LARGE_PIECE = 1 << 20  # the same for compiled loops, which take it in strips
 
 
 class Again(Enum):
-    """Whether what is read will be read again: then it is held in memory, if there is room; or is let go."""
+    """Whether what is read will be read again: then it is kept in memory, if there is room; or is let go."""
 
     YES = 1
     MAYBE = 2
@@ -43,7 +42,7 @@ class Block:
     """The same elements of every source, the base, if any, being the first: those of a box, or of a flat range.
 
     bits  [sources, elements] as they are stored (`Inputs.stored`), flat, for compiled loops; valid until this thread
-          reads the next block; None where there are no such loops
+          reads the next block; None where `Inputs.loops` is
     """
 
     __slots__ = ("_read", "_tensors", "box", "inputs", "numel", "shape", "start")
@@ -67,9 +66,9 @@ class Block:
         return self._tensors
 
     @property
-    def kernels(self) -> Any:
+    def loops(self) -> Any:
         """The compiled loops, where there are `bits`."""
-        return self.inputs.engine.kernels
+        return self.inputs.loops
 
     def room(self, use: str, rows: int = 1, itemsize: int = 4) -> Any:
         """[rows, elements] integers for one use; see `Engine.scratch`."""
@@ -159,27 +158,32 @@ class Inputs:
     def block(self, box: Box, again: Again = Again.MAYBE) -> Block:
         return Block(self, self._read(masks.runs(self.shape, box), box, again), box, 0, tuple(lengths(box)))
 
+    @property
+    def loops(self) -> Any:
+        """The compiled loops if they can take these sources: numba is there, and fp32 is worked in; else None."""
+        return self.engine.loops if self.work == "float32" else None
+
     @functools.cached_property
     def stored(self) -> str | None:
-        """As what compiled loops take the sources: bfloat16 if all are, else float32; None if they cannot."""
-        if self.work != "float32" or not self.engine.kernels:
+        """As what compiled loops take the sources: bfloat16 if all are, else float32; None without such loops."""
+        if not self.loops:
             return None
         return "bfloat16" if all(s.dtype == "bfloat16" for s in self.sources) else "float32"
 
     @functools.cached_property
-    def holds(self) -> bool:
-        """Whether all of the sources may be held in memory, as they are stored."""
+    def fits(self) -> bool:
+        """Whether all of the sources may be kept in memory, as they are stored."""
         dtype = self.stored
-        return dtype is not None and len(self.sources) * self.numel * ITEMSIZE[dtype] <= self.engine.held.budget
+        return dtype is not None and len(self.sources) * self.numel * ITEMSIZE[dtype] <= self.engine.cache.budget
 
     def _read(self, runs: Sequence[tuple[int, int]], box: Box | None, again: Again) -> Any:
         """[sources, elements]: integers of the width of what is stored, or of the working dtype."""
-        dtype, held = self.stored, self.engine.held
+        dtype, cache = self.stored, self.engine.cache
         (start, numel), single = runs[0], len(runs) == 1
-        if single and (parts := held.take(self, start, start + numel, again is Again.NO)):
+        if single and (parts := cache.take(self, start, start + numel, again is Again.NO)):
             return parts[0] if len(parts) == 1 and parts[0].flags.c_contiguous else self._joined(parts)
         numel = sum(count for _, count in runs)
-        keep = single and again is Again.YES and self.holds
+        keep = single and again is Again.YES and self.fits
         if dtype and not keep:
             bits = self.engine.scratch("read", len(self.sources) * numel, ITEMSIZE[dtype])
         else:
@@ -194,7 +198,7 @@ class Inputs:
             else:
                 source.read_into(box, tensor_of(out, source.dtype).reshape(lengths(box)))
         if keep:
-            held.put(self, start, bits)
+            cache.put(self, start, bits)
         return bits
 
     def _joined(self, parts: Sequence[Any]) -> Any:

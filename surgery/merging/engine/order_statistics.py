@@ -1,12 +1,11 @@
-"""The n-th smallest of many values without sorting them: a sample says about where it lies, one pass looks closer.
+"""Order statistics: the n-th smallest of many values, and which element has it, exactly and in bounded memory.
 
     kept = order(inputs, lambda block: [t.abs() for t in block.others], [Query(0, rank=90, last=True)])
     kept[0].value, kept[0].index          # keep what is larger, and of what is equal the elements up to this index
 
-Non-negative floats are ordered as the integers of their bits.  One pass counts what lies below the sample's bracket
-and keeps the few values within it, or the few different ones; where that fails (an unusual order), two passes of
-histograms find the rank in memory that does not grow with the tensor.  Both are exact: equal values are ordered by
-their place.
+Non-negative floats are ordered as the integers of their bits.  A sample gives a bracket in which a rank lies with near
+certainty.  A pass over the tensor counts the values below the bracket and keeps the few within it; where they are many,
+it counts them in bins, which give a bracket for the next pass.  Equal values are ordered by their place.
 """
 
 from __future__ import annotations
@@ -15,18 +14,20 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from surgery.merging.engine.arithmetic import mask
+from surgery.merging.engine.arithmetic import indicator
+from surgery.merging.engine.inputs import Block, Inputs
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.merging.engine.inputs import Block, Inputs
-
-Values = Callable[["Block"], "Sequence[torch.Tensor]"]
+Values = Callable[[Block], "Sequence[torch.Tensor]"]
+Bracket = tuple[int, int]  # the least and the largest bits, both within
 SLICES, SLICE = 64, 1 << 10  # of a sample: how many (for large tensors up to 16 times so many), of how many elements
 CROWDED = 16  # one in so many values of a chunk may lie within a bracket
+BINS = 12  # else they are counted in 2 ** BINS bins
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def number(bits: int, wide: bool) -> float:
     return float(struct.unpack(kinds[1], struct.pack(kinds[0], bits))[0])
 
 
-def behind(block: Block, values: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
-    """1 for the element itself and what is larger, else 0, in the dtype of `values`, which are not negative.
+def at_least(block: Block, values: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
+    """1 for the element that was found and all that rank above it, else 0, in the dtype of `values`, none negative.
 
-    Of equal ones those count as larger that lie before it in the tensor, or (not `first_wins`) behind it.
+    Ties: the earlier element ranks higher (`first_wins`), else the later one.
     """
-    least_bits = least(block, found, first_wins)
-    if least_bits is not None and values.dtype.itemsize >= 4:
-        return mask(values, "ge", number(least_bits, found.wide))
+    limit = limit_bits(block, found, first_wins)
+    if limit is not None and values.dtype.itemsize >= 4:
+        return indicator(values, "ge", number(limit, found.wide))
     bits = bits_of(values)
     equal = (bits == found.bits).contiguous()
     flat, at = equal.view(-1), 0
@@ -79,8 +80,8 @@ def behind(block: Block, values: torch.Tensor, found: Found, first_wins: bool) -
     return ((bits > found.bits) | equal).to(values.dtype)
 
 
-def least(block: Block, found: Found, first_wins: bool) -> int | None:
-    """The bits of the least value that counts as larger in a block; None if that depends on the place in it."""
+def limit_bits(block: Block, found: Found, first_wins: bool) -> int | None:
+    """The bits from which on the values of a block rank above the element; None if that depends on their place."""
     runs = block.runs()
     if runs[-1][0] + runs[-1][1] <= found.index:
         return found.bits + (not first_wins)
@@ -103,31 +104,34 @@ def integers(values: Any) -> Any:
     return bits_of(values).reshape(-1).numpy() if isinstance(values, torch.Tensor) else values
 
 
-def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found]:
-    """Answer all queries.  `values` gives non-negative tensors, one for every `of`, for flat blocks."""
-    found = _bracketed(inputs, values, queries) if queries else []
-    left = [i for i, f in enumerate(found) if f is None]
-    rest = iter(_counted(inputs, values, [queries[i] for i in left]) if left else [])
-    return [next(rest) if f is None else f for f in found]
-
-
 @dataclass(frozen=True)
 class Piece:
-    """What a chunk has of a bracket: how many values lie under it, and the bits of those within it.
+    """What a chunk has of a bracket, by value or in bins.
 
-    counts: where many are equal, only the different ones are kept, and how often each is there.
+    under           how many values of the chunk lie below the bracket
+    least, largest  the least and the largest bits of every bin; the same array: bits of values
+    counts          how many values there are of each; None: one
     """
 
     under: int
-    bits: Any
+    least: Any
+    largest: Any
     counts: Any = None
 
+    @property
+    def exact(self) -> bool:
+        return self.least is self.largest
+
+    @property
+    def inside(self) -> int:
+        return len(self.least) if self.counts is None else int(self.counts.sum())
+
     def smaller(self, bits: int) -> int:
-        """How many of the chunk are smaller."""
-        return self.under + self._count(self.bits < bits)
+        """How many values of the chunk are smaller, of one that is exact."""
+        return self.under + self._count(self.least < bits)
 
     def equal(self, bits: int) -> int:
-        return self._count(self.bits == bits)
+        return self._count(self.least == bits)
 
     def _count(self, chosen: Any) -> int:
         import numpy as np
@@ -135,66 +139,83 @@ class Piece:
         return int(np.count_nonzero(chosen) if self.counts is None else self.counts[chosen].sum())
 
 
-def _bracketed(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found | None]:
-    """The answers that lie within a bracket around the same rank of a sample; None for others."""
+def order(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found]:
+    """Answer all queries.  `values` gives non-negative tensors, one for every `of`, for flat blocks."""
+    brackets = _brackets(inputs, values, queries) if queries else []
+    answers: dict[int, Found] = {}
+    while left := [i for i in range(len(queries)) if i not in answers]:
+        asked = [(queries[i].of, brackets[i]) for i in left]
+        pieces = inputs.scan(partial(_pieces, values, asked))
+        for i, own in zip(left, zip(*pieces, strict=True), strict=True):
+            brackets[i], sure = _closer(inputs, queries[i].rank, brackets[i], own)
+            if sure:
+                answers[i] = _locate(inputs, values, queries[i], brackets[i][0], own)
+    return [answers[i] for i in range(len(queries))]
+
+
+def _closer(inputs: Inputs, rank: int, bracket: Bracket, pieces: Sequence[Piece]) -> tuple[Bracket, bool]:
+    """Where the rank certainly lies, and whether that is the bits of its value."""
     import numpy as np
 
-    ranges = _brackets(inputs, values, queries)
+    rank -= sum(p.under for p in pieces)
+    if rank < 0:
+        return (0, bracket[0] - 1), False
+    if rank >= sum(p.inside for p in pieces):
+        return (bracket[1] + 1, int(np.iinfo(pieces[0].least.dtype).max)), False
+    counts = [p.counts for p in pieces]
+    least = _ranked(inputs, [p.least for p in pieces], counts, rank)
+    if all(p.exact for p in pieces):
+        return (least, least), True
+    return (least, _ranked(inputs, [p.largest for p in pieces], counts, rank)), False
+
+
+def _pieces(values: Values, asked: Sequence[tuple[int, Bracket]], block: Block) -> list[Piece]:
+    """What the block has of every bracket."""
+    own = [integers(v) for v in values(block)]
+    return [_piece(block.inputs, own[of], *bracket) for of, bracket in asked]
+
+
+def _piece(inputs: Inputs, bits: Any, low: int, high: int) -> Piece:
+    import numpy as np
+
     room = inputs.chunk // CROWDED
-
-    def look(block: Block) -> list[Piece | None]:
-        own = [integers(v) for v in values(block)]
-        return [piece(own[q.of], *limits) for q, limits in zip(queries, ranges, strict=True)]
-
-    def compiled(bits: Any, low: int, high: int) -> Piece | None:
-        inside = inputs.engine.scratch("inside", len(bits), bits.itemsize)
-        under, count = inputs.engine.kernels.within(bits, np.uint32(low), np.uint32(high), inside)
-        if count <= room:
-            return Piece(under, inside[:count].copy())
-        different, counts = np.unique(inside[:count], return_counts=True)
-        return Piece(under, different, counts) if len(different) <= room else None
-
-    def piece(bits: Any, low: int, high: int) -> Piece | None:
-        if inputs.stored:
-            return compiled(bits, low, high)
-        inside, above = bits >= low, bits > high
-        under = len(bits) - int(np.count_nonzero(inside))
-        few = len(bits) - under - int(np.count_nonzero(above)) <= room
-        inside ^= above
-        if few:
-            return Piece(under, bits[np.flatnonzero(inside)])
-        different, counts = np.unique(bits[inside], return_counts=True)
-        return Piece(under, different, counts) if len(different) <= room else None
-
-    pieces = zip(*inputs.scan(look), strict=True)
-    return [_within(inputs, values, q, own) for q, own in zip(queries, pieces, strict=True)]
+    if inputs.loops:
+        space = inputs.engine.scratch("inside", len(bits), bits.itemsize)
+        under, count = inputs.loops.within(bits, np.uint32(low), np.uint32(high), space)
+        kept = space[:count]
+        return Piece(under, *_bins(kept, low, high) if count > room else (kept.copy(),) * 2)
+    inside, above = bits >= low, bits > high
+    under = len(bits) - int(np.count_nonzero(inside))
+    count = len(bits) - under - int(np.count_nonzero(above))
+    inside ^= above
+    return Piece(under, *_bins(bits[inside], low, high) if count > room else (bits[np.flatnonzero(inside)],) * 2)
 
 
-def _within(inputs: Inputs, values: Values, q: Query, pieces: Sequence[Piece | None]) -> Found | None:
-    """The answer among the values that were kept, if it is there."""
-    kept = [p for p in pieces if p is not None]
-    bits = _ranked(inputs, kept, q.rank - sum(p.under for p in kept)) if len(kept) == len(pieces) else None
-    if bits is None:
-        return None
-    return _locate(inputs, values, q, bits, q.rank - sum(p.smaller(bits) for p in kept), [p.equal(bits) for p in kept])
-
-
-def _ranked(inputs: Inputs, pieces: Sequence[Piece], rank: int) -> int | None:
-    """The bits of a rank among the values of all pieces."""
+def _bins(bits: Any, low: int, high: int) -> tuple[Any, Any, Any]:
+    """The least, the largest and the number of values of the bins that a bracket is cut into."""
     import numpy as np
 
-    bits = np.concatenate([p.bits for p in pieces])
-    if all(p.counts is None for p in pieces):
-        if not 0 <= rank < len(bits):
-            return None
-        return int(inputs.engine.kernels.ranked(bits, rank) if inputs.stored else np.partition(bits, rank)[rank])
-    counts = np.concatenate([np.ones(len(p.bits), np.int64) if p.counts is None else p.counts for p in pieces])
-    order = np.argsort(bits)
-    last = np.cumsum(counts[order])  # the rank behind the last of each
-    return int(bits[order[np.searchsorted(last, rank, side="right")]]) if 0 <= rank < last[-1] else None
+    shift = max(0, (high - low).bit_length() - BINS)
+    counts = np.bincount((bits - bits.dtype.type(low)) >> bits.dtype.type(shift))
+    filled = np.flatnonzero(counts)
+    least = (low + (filled << shift)).astype(bits.dtype)
+    return least, least + bits.dtype.type((1 << shift) - 1) if shift else least, counts[filled]
 
 
-def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[tuple[int, int]]:
+def _ranked(inputs: Inputs, bits: Sequence[Any], counts: Sequence[Any], rank: int) -> int:
+    """The bits of a rank among those of all pieces, each there as often as its count says."""
+    import numpy as np
+
+    every = np.concatenate(bits)
+    if all(c is None for c in counts):
+        return int(inputs.loops.ranked(every, rank) if inputs.loops else np.partition(every, rank)[rank])
+    often = np.concatenate([np.ones(len(b), np.int64) if c is None else c for b, c in zip(bits, counts, strict=True)])
+    order = np.argsort(every)
+    behind = np.cumsum(often[order])  # the rank behind the last of each
+    return int(every[order[np.searchsorted(behind, rank, side="right")]])
+
+
+def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Bracket]:
     """Bits between which each rank lies with near certainty, from slices of the tensor at equal distances."""
     import numpy as np
 
@@ -211,67 +232,11 @@ def _brackets(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[
     return ranges
 
 
-def _counted(inputs: Inputs, values: Values, queries: Sequence[Query]) -> list[Found]:
-    """By histograms of the bits: of the upper half, then of the lower half behind the one that holds the rank."""
-    import torch
-
-    wide = inputs.work == "float64"
-    levels = (47, 31, 15, 0) if wide else (15, 0)
-    total = 63 if wide else 31
-    prefix = [0] * len(queries)
-    rank = [q.rank for q in queries]
-    chunks: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-    above = total
-    for shift in levels:
-        size = 1 << (above - shift)
-        chunks = _histograms(inputs, values, queries, prefix, above, shift, size)
-        for i in range(len(queries)):
-            counts = torch.zeros(size, dtype=torch.int64)
-            for chunk in chunks:
-                where, n = chunk[i]
-                counts[where] += n
-            sums = counts.cumsum(0)
-            bin_ = int(torch.searchsorted(sums, torch.tensor([rank[i]]), right=True)[0])
-            before = int(sums[bin_ - 1]) if bin_ else 0
-            rank[i] -= before
-            prefix[i] = (prefix[i] << (above - shift)) | bin_
-        above = shift
-    equals = [
-        [int(n[where == (p & 0x7FFF)].sum()) for where, n in (c[i] for c in chunks)] for i, p in enumerate(prefix)
-    ]
-    return [_locate(inputs, values, *each) for each in zip(queries, prefix, rank, equals, strict=True)]
-
-
-def _histograms(
-    inputs: Inputs, values: Values, queries: Sequence[Query], prefix: Sequence[int], above: int, shift: int, size: int
-) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Per chunk and query: which of the next bits occur behind the query's prefix, and how often."""
-    import numpy as np
-    import torch
-
-    first = all(p == 0 for p in prefix) and above in (31, 63)
-
-    def count(block: Block) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        bits = [
-            torch.from_numpy(integers(v).view(np.int64 if inputs.work == "float64" else np.int32))
-            for v in values(block)
-        ]
-        made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        for q, p in zip(queries, prefix, strict=True):
-            if (q.of, p) not in made:
-                own = bits[q.of] if first else bits[q.of][(bits[q.of] >> above) == p]
-                counts = torch.bincount(((own >> shift) & (size - 1)).long(), minlength=size)
-                where = counts.nonzero().reshape(-1)
-                made[q.of, p] = where, counts[where]
-        return [made[q.of, p] for q, p in zip(queries, prefix, strict=True)]
-
-    return inputs.scan(count)
-
-
-def _locate(inputs: Inputs, values: Values, q: Query, bits: int, rank: int, equals: Sequence[int]) -> Found:
-    """The element: the `rank`-th of those that have these bits, of which every chunk has as many as `equals` says."""
+def _locate(inputs: Inputs, values: Values, q: Query, bits: int, pieces: Sequence[Piece]) -> Found:
+    """The element of the query's rank, whose value has these bits."""
     import numpy as np
 
+    equals, rank = [p.equal(bits) for p in pieces], q.rank - sum(p.smaller(bits) for p in pieces)
     left = sum(equals) - rank - 1 if q.last else rank
     for chunk, have in enumerate(equals):
         if left < have:

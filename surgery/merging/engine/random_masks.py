@@ -1,4 +1,4 @@
-"""Random choices that belong to elements: the same for an element whatever block or thread asks for it.
+"""Per-element random masks (DARE, DELLA): the same for an element whatever block or thread asks for it.
 
     below((seed, "model.norm.weight", 1), [(4096, 100)], 0.3)     # which of elements 4096..4195 stay, as booleans
 
@@ -71,7 +71,7 @@ def _coarse(key: int, start: int, count: int) -> Any:
     return words.astype("<u8", copy=False).view("<u2")[skip : skip + count]
 
 
-class Marks:
+class Bitmap:
     """Which elements of a tensor were chosen, one bit each: noted while it is scanned, then asked for.
 
     `runs` are (first element, how many), as above.
@@ -83,6 +83,10 @@ class Marks:
         self._bits = np.zeros((sources, -(-numel // 8)), np.uint8)
         self._torn = False
         self.complete = False
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._bits.nbytes)
 
     def put(self, source: int, runs: Sequence[tuple[int, int]], chosen: Any) -> None:
         """Note the booleans of what was scanned, in several threads at once."""

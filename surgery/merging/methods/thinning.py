@@ -2,7 +2,7 @@
 
     way = THINNING["magnitude"](inputs, {"density": [0.2, 0.2]})
     way.thin(block, 0, delta)                # the task vector of source 0 in a block, zero where it goes
-    way.picks(block)                         # the same for all sources, for compiled loops
+    way.masks(block)                         # the same for all sources, for compiled loops
 
 Formulas: mergekit 0.1.5, `sparsify.py`.
 """
@@ -17,31 +17,33 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
 from surgery.merging.engine.inputs import Block, Inputs
-from surgery.merging.engine.keep import NEVER, Bound, Pick, between, everything
-from surgery.merging.engine.merged import KEPT
-from surgery.merging.engine.order_statistics import Found, Query, behind, bits_of, least, number, order
-from surgery.merging.engine.random_masks import Marks, keys, shares
+from surgery.merging.engine.order_statistics import Found, Query, at_least, bits_of, limit_bits, number, order
+from surgery.merging.engine.pool import KEPT
+from surgery.merging.engine.random_masks import Bitmap, keys, shares
+from surgery.merging.engine.ready import Options
+from surgery.merging.engine.sparsity import NEVER, Bound, Mask, between, everything
+from surgery.tensors.lazy import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-Options = Mapping[str, Any]
 Thin = Callable[[Block, int, "torch.Tensor"], "torch.Tensor"]  # block, source, delta -> delta, zero where it goes
-Choose = Callable[[Block, int, "torch.Tensor"], Any]  # block, source, delta -> what stays: numpy's booleans, flat
-Picks = Callable[[Block], Sequence[Pick]]
+Draw = Callable[[Block, int, "torch.Tensor"], Any]  # block, source, delta -> what stays: numpy's booleans, flat
+Masks = Callable[[Block], Sequence[Mask]]
 
 
 @dataclass(frozen=True)
 class Thinning:
-    """How a task vector is thinned: `thin`, the dimensions it needs whole, and what it notes while it is scanned.
+    """How task vectors are thinned.
 
-    picks: the same as `thin`, for compiled loops.
+    thin    of one source, by torch               masks   of all sources, for compiled loops
+    span    how many dimensions it needs whole    bitmap  what is noted while the tensor is scanned
     """
 
     thin: Thin
-    picks: Picks
+    masks: Masks
     span: int = 0
-    marks: Marks | None = None
+    bitmap: Bitmap | None = None
     nbytes: int = 1024
 
 
@@ -58,28 +60,28 @@ def _magnitude(inputs: Inputs, options: Options) -> Thinning:
     def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
         if options["density"][i] >= 1:
             return delta
-        return _behind(block, delta, found[i], True) if i in found else delta * 0
+        return _where_at_least(block, delta, found[i], True) if i in found else delta * 0
 
     bounds = [(0 if d >= 1 else found.get(i, NEVER), NEVER) for i, d in enumerate(options["density"])]
     return Thinning(thin, lambda block: between(block, bounds, True))
 
 
 def _magnitudes(block: Block) -> list[Any]:
-    if block.bits is None:
+    if not block.loops:
         return [d.abs_() for d in block.deltas()]
     out = block.room("values", len(block.bits) - 1)
     for stored, own in zip(block.bits[1:], out, strict=True):
-        block.kernels.magnitudes(block.bits[0], stored, own)
+        block.loops.magnitudes(block.bits[0], stored, own)
     return list(out)
 
 
-def _behind(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
-    """`delta` where its magnitude is that of the element, or larger (see `behind`); else zero."""
+def _where_at_least(block: Block, delta: torch.Tensor, found: Found, first_wins: bool) -> torch.Tensor:
+    """`delta` where its magnitude ranks as high as that of the element, or higher; else zero."""
     import torch
 
-    bits = least(block, found, first_wins)
+    bits = limit_bits(block, found, first_wins)
     if bits is None or delta.dtype.itemsize < 4:
-        return delta * behind(block, delta.abs(), found, first_wins)
+        return delta * at_least(block, delta.abs(), found, first_wins)
     return torch.nn.functional.hardshrink(delta, number(bits - 1, found.wide)) if bits else delta
 
 
@@ -101,8 +103,8 @@ def _outliers(inputs: Inputs, options: Options) -> Thinning:
         low, high = ranges[i]
         if low >= high:
             return delta * 0
-        above = _behind(block, delta, found[i, high], False) if (i, high) in found else None
-        kept = _behind(block, delta, found[i, low], False) if (i, low) in found else delta
+        above = _where_at_least(block, delta, found[i, high], False) if (i, high) in found else None
+        kept = _where_at_least(block, delta, found[i, low], False) if (i, low) in found else delta
         return kept if above is None else kept - above
 
     def bound(i: int) -> tuple[Bound, Bound]:
@@ -115,6 +117,66 @@ def _outliers(inputs: Inputs, options: Options) -> Thinning:
     return Thinning(thin, lambda block: between(block, bounds, False))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Elements chosen at random, each source with its density: those of 0 and 1 need no choice.
+
+    draw      what is chosen of a block, a source and its task vector     compiled   the same in loops, into bytes
+    bitmap    where what is chosen in the scan for the vectors' lengths is kept for the merge; None: it is not
+    """
+
+    densities: Sequence[float]
+    draw: Draw
+    compiled: Callable[[Block, int, Any], None] | None
+    bitmap: Bitmap | None
+
+    def thinning(self, span: int = 0) -> Thinning:
+        return Thinning(self.thin, self.masks, span, self.bitmap, self.bitmap.nbytes if self.bitmap else 1024)
+
+    def thin(self, block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self.densities[i] >= 1:
+            return delta
+        if self.densities[i] <= 0:
+            return delta * 0
+        chosen = self.known(block, i)
+        if chosen is None:
+            chosen = self.noted(block, i, self.draw(block, i, delta))
+        return delta * torch.from_numpy(chosen.view("u1")).to(torch_dtype(block.inputs.work)).reshape(delta.shape)
+
+    def masks(self, block: Block) -> list[Mask]:
+        kept = block.room("kept", len(self.densities), 1)
+        for i, (density, row) in enumerate(zip(self.densities, kept, strict=True)):
+            if not 0 < density < 1:
+                row[:] = density > 0
+            elif (chosen := self.known(block, i)) is not None:
+                row[:] = chosen.view("u1")
+            else:
+                if self.compiled:
+                    self.compiled(block, i, row)
+                else:
+                    row[:] = self.draw(block, i, block.others[i] - block.base).view("u1")
+                self.noted(block, i, row)
+        return [everything(block, kept)]
+
+    def known(self, block: Block, i: int) -> Any:
+        """What was chosen before, as booleans; None if it was not kept."""
+        return self.bitmap.get(i, block.runs()) if self.bitmap and self.bitmap.complete else None
+
+    def noted(self, block: Block, i: int, chosen: Any) -> Any:
+        if self.bitmap:
+            self.bitmap.put(i, block.runs(), chosen)
+        return chosen
+
+
+def _bitmap(inputs: Inputs, options: Options) -> Bitmap | None:
+    """Room for what is chosen, if the vectors are to be scaled and there is room."""
+    nbytes = inputs.count * inputs.numel // 8
+    fits = options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
+    return Bitmap(inputs.count, inputs.numel) if fits else None
+
+
 def _random(inputs: Inputs, options: Options) -> Thinning:
     """Each element with probability `density`."""
     import numpy as np
@@ -125,22 +187,23 @@ def _random(inputs: Inputs, options: Options) -> Thinning:
     coarse, fine = np.array([keys((inputs.seed, inputs.name, i)) for i in range(inputs.count)], np.uint64).T.copy()
     how = coarse, fine, *shares(options["density"])
 
-    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
+    def draw(block: Block, i: int, delta: torch.Tensor) -> Any:
         return block.below(i, options["density"][i])
 
     def compiled(block: Block, i: int, out: Any) -> None:
         starts, counts = (np.array(column) for column in zip(*block.runs(), strict=True))
-        block.kernels.choose(starts, counts, *(column[i] for column in how), out)
+        block.loops.choose(starts, counts, *(column[i] for column in how), out)
 
-    way = _chosen(inputs, options, choose, 0, compiled, keep=not inputs.stored)
+    # what compiled loops draw is drawn again sooner than it is kept
+    choice = Choice(options["density"], draw, compiled, None if inputs.loops else _bitmap(inputs, options))
     if inputs.single or not all(0 < d < 1 for d in options["density"]):
-        return way
+        return choice.thinning()
 
-    def picks(block: Block) -> Sequence[Pick]:
+    def masks(block: Block) -> Sequence[Mask]:
         (start, _), *more = block.runs()
-        return way.picks(block) if more else [everything(block, chance=(start, *how))]
+        return choice.masks(block) if more else [everything(block, chance=(start, *how))]
 
-    return replace(way, picks=picks)
+    return replace(choice.thinning(), masks=masks)
 
 
 def _ranks(inputs: Inputs, options: Options) -> Thinning:
@@ -152,7 +215,7 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         if 0 < d < 1 and (d + e >= 1 or d - e <= 0):
             raise ConfigError(f"density {d} and epsilon {e}: the probabilities do not lie between 0 and 1")
 
-    def choose(block: Block, i: int, delta: torch.Tensor) -> Any:
+    def draw(block: Block, i: int, delta: torch.Tensor) -> Any:
         density, epsilon = options["density"][i], options["epsilon"][i]
         rows = delta if delta.dim() > 1 else delta.reshape(1, -1)
         return block.below(i, _chances(rows.shape[1], delta.dtype, density, epsilon)[ranks_in_rows(rows.abs())])
@@ -165,11 +228,12 @@ def _ranks(inputs: Inputs, options: Options) -> Thinning:
         coarse, fine = (np.uint64(k) for k in keys((inputs.seed, inputs.name, i)))
         lines = shape[0], shape[1], math.prod(shape[2:])
         bits = block.bits
-        block.kernels.choose_by_rank(bits[0], bits[i + 1], lines, start, coarse, fine, whole, rest, out)
+        block.loops.choose_by_rank(bits[0], bits[i + 1], lines, start, coarse, fine, whole, rest, out)
 
     # rows are the last dimension of a matrix; of stacked matrices (experts) each column of one, as in mergekit
     span = 2 if len(inputs.shape) > 2 else 1
-    return _chosen(inputs, options, choose, span, compiled if len(inputs.shape) <= 3 else None)
+    usable = compiled if len(inputs.shape) <= 3 else None
+    return Choice(options["density"], draw, usable, _bitmap(inputs, options)).thinning(span)
 
 
 @functools.lru_cache
@@ -180,65 +244,6 @@ def _chances(count: int, dtype: torch.dtype, density: float, epsilon: float) -> 
     ranks = torch.arange(count).to(dtype if dtype != torch.float16 else torch.float32) + 1
     chance = (density - epsilon) + ((ranks - ranks[0]) / (ranks[-1] - ranks[0])).clamp(0, 1) * 2 * epsilon
     return chance.nan_to_num(density).double().numpy()  # a row of one element has no range
-
-
-def _chosen(
-    inputs: Inputs,
-    options: Options,
-    choose: Choose,
-    span: int,
-    compiled: Callable[[Block, int, Any], None] | None,
-    keep: bool = True,
-) -> Thinning:
-    """Thin by what `choose` chooses (`compiled`: the same of a block and a source, in compiled loops, into bytes).
-
-    If the vectors are to be scaled, what is chosen in the scan for their lengths is kept for the merge (unless not
-    `keep`, as it is made again sooner than kept), one bit per element, where there is room.
-    """
-    import torch
-
-    from surgery.tensors.lazy import torch_dtype
-
-    densities, number = options["density"], torch_dtype(inputs.work)
-    nbytes = inputs.count * inputs.numel // 8
-    marks = (
-        Marks(inputs.count, inputs.numel)
-        if keep and options["rescale"] and nbytes <= min(KEPT, inputs.engine.memory // 4)
-        else None
-    )
-
-    def note(block: Block, i: int, chosen: Any) -> Any:
-        if marks:
-            marks.put(i, block.runs(), chosen)
-        return chosen
-
-    def thin(block: Block, i: int, delta: torch.Tensor) -> torch.Tensor:
-        if densities[i] >= 1:
-            return delta
-        if densities[i] <= 0:
-            return delta * 0
-        if marks and marks.complete:
-            chosen = marks.get(i, block.runs())
-        else:
-            chosen = note(block, i, choose(block, i, delta))
-        return delta * torch.from_numpy(chosen.view("u1")).to(number).reshape(delta.shape)
-
-    def picks(block: Block) -> list[Pick]:
-        kept = block.room("kept", inputs.count, 1)
-        for i, (density, row) in enumerate(zip(densities, kept, strict=True)):
-            if not 0 < density < 1:
-                row[:] = density > 0
-            elif marks and marks.complete:
-                row[:] = marks.get(i, block.runs()).view("u1")
-            else:
-                if compiled:
-                    compiled(block, i, row)
-                else:
-                    row[:] = choose(block, i, block.others[i] - block.base).view("u1")
-                note(block, i, row)
-        return [everything(block, kept)]
-
-    return Thinning(thin, picks, span, marks, nbytes if marks else 1024)
 
 
 def ranks_in_rows(magnitudes: torch.Tensor) -> Any:

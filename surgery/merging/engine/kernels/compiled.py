@@ -45,9 +45,9 @@ def cache_folder(sources: Path) -> Path | None:
     digest = hashlib.sha256()
     for path in sorted(sources.glob("*.py")):
         digest.update(hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).digest())
-    places = [config.CACHE_DIR] if config.CACHE_DIR else [sources / "__pycache__", os.path.expanduser(USER_CACHE)]
-    for place in places:
-        folder = Path(place) / f"numba-{digest.hexdigest()[:16]}"
+    beside, user = sources / "__pycache__", Path(os.path.expanduser(USER_CACHE))
+    for place in [Path(config.CACHE_DIR)] if config.CACHE_DIR else [beside, user]:
+        folder = place / f"numba-{digest.hexdigest()[:16]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

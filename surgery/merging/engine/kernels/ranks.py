@@ -1,4 +1,4 @@
-"""Loops that find ranks, and values by their rank."""
+"""Loops of order statistics: ranks of values, and values by their rank."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Task vectors (model minus base), thinned in one of four ways, weighted, and added to the base again.
 
-    run = method("magnitude", agree=True)                 # TIES
-    run(inputs, {"weight": [1, 1], "density": [0.2, 0.2], "normalize": True, "rescale": False, "lambda": 1.0})
+    options = {"weight": [1, 1], "density": [0.2, 0.2], "normalize": True, "rescale": False, "lambda": 1.0}
+    task_arithmetic(inputs, options, thinning="magnitude", agree=True).apply(block)       # TIES
 
     magnitude   the largest share `density` stays                               TIES, arXiv 2306.01708
     random      each element stays with probability `density`                   DARE, arXiv 2311.03099
@@ -14,46 +14,40 @@ With `agree`, an element takes part only where its sign is that of the weighted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.merging.engine.arithmetic import added, mask, oriented, sums
+from surgery.merging.engine.arithmetic import added, indicator, oriented, sums
 from surgery.merging.engine.inputs import Block, Inputs
-from surgery.merging.engine.keep import parts
-from surgery.merging.engine.merged import Fused, Ready
-from surgery.merging.methods.thinning import THINNING, Picks, Thin, Thinning
+from surgery.merging.engine.ready import Fused, Options, Ready
+from surgery.merging.engine.sparsity import parts
+from surgery.merging.methods.thinning import THINNING, Masks, Thin, Thinning
+from surgery.tensors.lazy import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-Options = Mapping[str, Any]
 TINY = 1e-7
 
 
-def method(thinning: str, agree: bool) -> Callable[[Inputs, Options], Ready]:
-    """The method of one way of thinning ("" for none)."""
-
-    def run(inputs: Inputs, options: Options) -> Ready:
-        if not inputs.count:
-            return Ready(lambda block: block.base)
-        way = THINNING[thinning](inputs, options)
-        factors = _factors(inputs, way) if options["rescale"] and thinning else [None] * inputs.count
-        if way.marks:
-            way.marks.close()
-        apply = _mixer(inputs, options, agree, way.thin, factors)
-        element_wise = not way.span or (way.marks is not None and way.marks.complete)
-        fused = _fused(inputs, options, agree, way.picks, factors) if element_wise else None
-        return Ready(apply, way.span, way.nbytes, fused)
-
-    return run
+def task_arithmetic(inputs: Inputs, options: Options, *, thinning: str, agree: bool) -> Ready:
+    """The base and the weighted sum of the task vectors, thinned in one of the ways of `THINNING` ("": not at all)."""
+    if not inputs.count:
+        return Ready(lambda block: block.base)
+    way = THINNING[thinning](inputs, options)
+    factors = _factors(inputs, way) if options["rescale"] and thinning else [None] * inputs.count
+    if way.bitmap:
+        way.bitmap.close()
+    apply = _mixer(inputs, options, agree, way.thin, factors)
+    element_wise = not way.span or (way.bitmap is not None and way.bitmap.complete)
+    fused = _fused(inputs, options, agree, way.masks, factors) if element_wise else None
+    return Ready(apply, way.span, way.nbytes, fused)
 
 
 def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     """What makes the thinned vectors as long (l1) as they were; None where that cannot be said."""
     import numpy as np
     import torch
-
-    from surgery.tensors.lazy import torch_dtype
 
     def lengths(block: Block) -> list[torch.Tensor]:
         own = block.deltas()
@@ -62,14 +56,14 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
 
     def compiled(block: Block) -> Any:
         out = np.zeros((inputs.count, 2))
-        for bits, pick in parts(block, way.picks(block)):
-            block.kernels.lengths(bits, pick.kept, pick.chance, pick.least, pick.most, out)
+        for bits, own in parts(block, way.masks(block)):
+            block.loops.lengths(bits, *own.limits, out)
         return out
 
     kind = torch_dtype(inputs.work)
-    if inputs.stored and inputs.single and inputs.numel:
-        totals = _lengths(inputs.all(), way.picks)
-    elif inputs.stored:
+    if inputs.loops and inputs.single and inputs.numel:
+        totals = _lengths(inputs.all(), way.masks)
+    elif inputs.loops:
         added_up = sum(inputs.scan(compiled, way.span), np.zeros((inputs.count, 2)))
         totals = list(torch.from_numpy(added_up).to(kind).reshape(-1))
     else:
@@ -80,20 +74,20 @@ def _factors(inputs: Inputs, way: Thinning) -> list[torch.Tensor | None]:
     return out
 
 
-def _lengths(block: Block, picks: Picks) -> list[torch.Tensor]:
+def _lengths(block: Block, masks: Masks) -> list[torch.Tensor]:
     """Of a whole small tensor, by torch's own sum: the l1 length of every task vector before and after."""
     import torch
 
     values, totals = block.room("lengths", 2), []
-    made = list(parts(block, picks(block)))
+    made = list(parts(block, masks(block)))
     for i in range(len(block.bits) - 1):
         at = 0
-        for bits, pick in made:
-            before, after = values[:, at : at + pick.count]
-            block.kernels.magnitudes(bits[0], bits[i + 1], before)
-            least, most = pick.least[i], pick.most[i]
-            block.kernels.thinned(bits[0], bits[i + 1], least, most, pick.kept[i], after.view("f4"))
-            at += pick.count
+        for bits, own in made:
+            before, after = values[:, at : at + own.count]
+            block.loops.magnitudes(bits[0], bits[i + 1], before)
+            least, most = own.least[i], own.most[i]
+            block.loops.thinned(bits[0], bits[i + 1], least, most, own.kept[i], after.view("f4"))
+            at += own.count
         values[1] &= 0x7FFFFFFF
         totals += [row.sum() for row in torch.from_numpy(values.view("f4"))]
     return totals
@@ -118,8 +112,8 @@ def _mixer(
             sign = oriented(own)
             mixed = added(own).mul_(sign)
             if options["normalize"]:
-                divisor = added([mask(d, "gt", 0).mul_(w) for w, d in zip(weights, own, strict=True)])
-                divisor += mask(divisor, "eq", 0)
+                divisor = added([indicator(d, "gt", 0).mul_(w) for w, d in zip(weights, own, strict=True)])
+                divisor += indicator(divisor, "eq", 0)
         else:
             mixed = added(own)
         if options["normalize"]:
@@ -132,12 +126,12 @@ def _mixer(
 
 
 def _fused(
-    inputs: Inputs, options: Options, agree: bool, picks: Picks, factors: Sequence[torch.Tensor | None]
+    inputs: Inputs, options: Options, agree: bool, masks: Masks, factors: Sequence[torch.Tensor | None]
 ) -> Fused | None:
     """The same as `_mixer`, compiled."""
     import numpy as np
 
-    if not inputs.stored:
+    if not inputs.loops:
         return None
     weights, total = (t.numpy() for t in _weights(inputs, options))
     scales = np.array([1 if f is None else float(f) for f in factors], np.float32)
@@ -145,10 +139,9 @@ def _fused(
 
     def fused(block: Block, out: Any) -> None:
         at = 0
-        for bits, pick in parts(block, picks(block)):
+        for bits, own in parts(block, masks(block)):
             n = bits.shape[1]
-            limits = pick.kept, pick.chance, pick.least, pick.most
-            block.kernels.mix(bits, *limits, scales, weights, *how, out[at : at + n])
+            block.loops.mix(bits, *own.limits, scales, weights, *how, out[at : at + n])
             at += n
 
     return fused
@@ -157,8 +150,6 @@ def _fused(
 def _weights(inputs: Inputs, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights, and what to divide by where all models take part."""
     import torch
-
-    from surgery.tensors.lazy import torch_dtype
 
     weights = torch.tensor(options["weight"], dtype=torch_dtype(inputs.work))
     total = weights.sum(dim=0)

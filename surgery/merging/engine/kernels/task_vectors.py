@@ -1,4 +1,4 @@
-"""Loops over task vectors: their magnitudes, what is left of them when they are thinned, and their sum."""
+"""Loops over task vectors: magnitudes, lengths, what is left of them when they are thinned, and their sum."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from surgery.merging.engine.kernels.choices import choose_from
 from surgery.merging.engine.kernels.compiled import bits_of, compiled, float_of
 from surgery.merging.engine.kernels.numbers import GROUP, MAGNITUDE, STRIP, f4, f8, load, store, u4, u8
+from surgery.merging.engine.kernels.random_masks import choose_from
 
 SIGN = u4(0x80000000)
-NEVER = u4(0xFFFFFFFF)  # as `surgery.merging.engine.keep.NEVER`
+NEVER = u4(0xFFFFFFFF)  # as `surgery.merging.engine.sparsity.NEVER`
 
 
 @compiled

@@ -1,6 +1,6 @@
 """Arcee Fusion: take the changes that matter most, by size and by how they move a row's distribution.
 
-arcee_fusion(inputs, {}).apply(block)
+    arcee_fusion(inputs, {}).apply(block)
 
 Formulas: mergekit 0.1.5, `merge_methods/arcee_fusion.py`.  mergekit estimates the quartiles of large tensors from a
 random million of elements; here they are exact, so that the result is the same every time.
@@ -8,17 +8,16 @@ random million of elements; here they are exact, so that the result is the same 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.merging.engine.inputs import Block, Inputs
-from surgery.merging.engine.merged import Ready
+from surgery.merging.engine.ready import Options, Ready
 
 if TYPE_CHECKING:
     import torch
 
 
-def arcee_fusion(inputs: Inputs, options: Mapping[str, Any]) -> Ready:
+def arcee_fusion(inputs: Inputs, options: Options) -> Ready:
     """The base plus those changes whose importance is at least median + 1.5 (q3 - q1)."""
     import torch
 

@@ -1,4 +1,4 @@
-"""The loop of a fingerprint."""
+"""The loop of a content digest, as `tensors.fingerprint`."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from surgery.conversion.provenance import version
 from surgery.errors import ConfigError, UsageError, show
 from surgery.formats.base import PROVENANCE
 from surgery.formats.hf.families import FAMILIES
-from surgery.merging.config import Recipe
+from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
 
 

@@ -3,49 +3,27 @@
     recipe = read_recipe("merge_configs/three-seeds.yaml")
     recipe.method, [str(m) for m in recipe.models()]        # "linear", in the order of the file
 
-mergekit 0.1.5 (`config.py`, `tokenizer/config.py`) ignores keys that it does not know, so that `wieght: 0.3` merges
-with the default.  Here a misspelt key is an error that names the nearest right one.  `seed` and `align` are ours;
-mergekit ignores them.
+Keys are those of mergekit 0.1.5 (`config.py`, `tokenizer/config.py`); `seed` and `align` are ours, and mergekit ignores
+them.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import read_yaml
-from surgery.errors import ConfigError, show
-from surgery.merging.settings import Settings, read_settings
+from surgery.errors import show, suggest
+from surgery.merging.contract import Method
+from surgery.merging.methods.registry import METHODS
+from surgery.merging.parameters import Settings, read_settings
+from surgery.merging.reader import Reader, Reference
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ALIGN = ("experts",)
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """A folder or hub id, and the revision of the latter."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model as the YAML names it: `path`, `org/name@revision`, `path+adapter`."""
-
-    model: Place
-    lora: Place | None = None
-    architecture: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.model}+{self.lora}" if self.lora else str(self.model)
 
 
 @dataclass(frozen=True)
@@ -117,73 +95,6 @@ class Recipe:
         return list(dict.fromkeys(named))
 
 
-class Reader:
-    """Walks the YAML and says where it is when something is wrong."""
-
-    def __init__(self, file: str) -> None:
-        self.file = file
-
-    def fail(self, at: str, what: str, hint: str | None = None) -> ConfigError:
-        return ConfigError(f"{at + ': ' if at else ''}{what}", file=self.file, hint=hint)
-
-    def mapping(self, value: Any, at: str, known: Iterable[str]) -> Mapping[str, Any]:
-        """A mapping with known keys only; a wrong one is an error with the nearest right one."""
-        names = list(known)
-        if not isinstance(value, dict):
-            raise self.fail(at, f"is {show(value)}, not a mapping with {', '.join(names)}")
-        for key in value:
-            if key not in names:
-                raise self.fail(at, f"{show(key)} is no key here", suggest(key, names))
-        return value
-
-    def items(self, value: Any, at: str) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise self.fail(at, f"is {show(value)}, not a list of at least one")
-        return value
-
-    def reference(self, value: Any, at: str) -> Reference:
-        if isinstance(value, str) and value:
-            if os.path.isdir(value):
-                return Reference(Place(value))
-            parts = value.split("+")
-            if len(parts) > 2:
-                raise self.fail(at, f"{show(value)} names more than one adapter", "write MODEL or MODEL+ADAPTER")
-            return Reference(self.place(parts[0], at), self.place(parts[1], at) if len(parts) == 2 else None)
-        given = self.mapping(value, at, ("model", "lora", "override_architecture"))
-        if "model" not in given:
-            raise self.fail(at, "model is missing")
-        lora = given.get("lora")
-        architecture = given.get("override_architecture")
-        return Reference(self.place(given["model"], at), None if lora is None else self.place(lora, at), architecture)
-
-    def place(self, value: Any, at: str) -> Place:
-        if isinstance(value, dict):
-            given = self.mapping(value, at, ("path", "revision"))
-            if isinstance(given.get("path"), str):
-                return Place(given["path"], given.get("revision"))
-        if not isinstance(value, str) or not value:
-            raise self.fail(at, f"{show(value)} names no model")
-        if os.path.isdir(value) or "@" not in value:
-            return Place(value)
-        path, _, revision = value.partition("@")
-        if "@" in revision or not path or not revision:
-            raise self.fail(at, f"{show(value)} is no PATH@REVISION")
-        return Place(path, revision)
-
-    def choice(self, value: Any, at: str, choices: Iterable[str]) -> str | None:
-        names = list(choices)
-        if value is None or value in names:
-            return value
-        raise self.fail(at, f"is {show(value)}", suggest(value, names))
-
-
-def suggest(wrong: object, names: Iterable[str]) -> str:
-    """A hint: the nearest right name, or all of them."""
-    names = list(names)
-    near = difflib.get_close_matches(str(wrong), names, 1, 0.6)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
-
-
 _TOP = ("models", "slices", "modules", "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source",
         "tokenizer", "chat_template", "parameters", "seed", "align")  # fmt: skip
 
@@ -196,8 +107,6 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 def parse_recipe(data: Any, file: str = "merge configuration", text: str = "") -> Recipe:
     """The recipe in a mapping as YAML gives it.  Raises ConfigError naming the key that is wrong."""
-    from surgery.merging.methods.registry import METHODS
-
     r = Reader(file)
     top = r.mapping(data, "", _TOP)
     method = top.get("merge_method")
@@ -270,7 +179,7 @@ def _whole_number(r: Reader, value: Any, at: str) -> int:
     return value
 
 
-def _whole(r: Reader, body: Any, base: Reference | None, chosen: Any) -> OutputSlice:
+def _whole(r: Reader, body: Any, base: Reference | None, chosen: Method) -> OutputSlice:
     """`models`: all layers of every model; the base comes last if it is not among them, as in mergekit."""
     sources = []
     for i, item in enumerate(r.items(body, "models")):
@@ -285,7 +194,7 @@ def _whole(r: Reader, body: Any, base: Reference | None, chosen: Any) -> OutputS
     return OutputSlice(tuple(sources), None, {})
 
 
-def _slice(r: Reader, item: Any, at: str, chosen: Any) -> OutputSlice:
+def _slice(r: Reader, item: Any, at: str, chosen: Method) -> OutputSlice:
     keys = r.mapping(item, at, ("sources", "base_model", "residual_weight", "parameters"))
     if keys.get("residual_weight") is not None:
         raise r.fail(at, "residual_weight has no effect in mergekit 0.1.5; remove it")
@@ -352,8 +261,6 @@ def _rule(r: Reader, rule: Any, at: str) -> TokenRule:
 
 def _contract(r: Reader, recipe: Recipe) -> None:
     """How many models a method takes, and whether it needs a base."""
-    from surgery.merging.methods.registry import METHODS
-
     method = METHODS[recipe.method]
     for i, s in enumerate(recipe.slices):
         base = s.base or recipe.base

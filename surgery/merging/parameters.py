@@ -1,6 +1,6 @@
 """Parameters of a merge: scalars, gradients over layers, filters by tensor name; resolved as mergekit resolves them.
 
-    value = evaluate([0.0, 0.5, 1.0], "model.layers.3.mlp.up_proj.weight", t=0.5, kind="float")     # 0.5
+    value = evaluate([0.0, 0.5, 1.0], "model.layers.3.mlp.up_proj.weight", 0.5, Parameter("t", "float"))     # 0.5
 
 A list of numbers is interpolated over the layers of a slice (t from 0 to 1), other lists are steps; a list of
 {filter, value} takes the first whose filter is part of the tensor's name.  The nearest scope wins: source, slice,
@@ -11,31 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery.errors import ConfigError, show
-
-if TYPE_CHECKING:
-    from surgery.merging.config import Reader
+from surgery.merging.contract import Parameter
+from surgery.merging.reader import Reader
 
 Settings = Mapping[str, Any]
 _TRUE = ("1", "true", "t", "yes", "y", "on")
 _FALSE = ("0", "false", "f", "no", "n", "off")
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What a method can be told: kind is float, int or bool; scope "all", or per "input", or per "other" than the base.
-
-    `default` None with `required` False means that nothing happens unless it is given.
-    """
-
-    name: str
-    kind: str
-    scope: str = "all"
-    default: Any = None
-    required: bool = False
 
 
 def read_settings(value: Any, known: Iterable[str], r: Reader, at: str) -> Settings:

@@ -1,63 +1,20 @@
-"""Methods that look at one element of every source at a time.
+"""RAM: task vectors averaged over the models that changed an element (arXiv 2601.13572), and RAM+.
 
-linear(inputs, {"weight": [0.5, 0.3, 0.2], "normalize": True}).apply(block)
+    ram(inputs, {"epsilon": 1e-5}).apply(block)
 
-Sources are added in the order of the file.  Formulas: mergekit 0.1.5, `merge_methods/`.
+Formulas: mergekit 0.1.5, `merge_methods/ram.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from surgery.errors import ConfigError
 from surgery.merging.engine.arithmetic import added
 from surgery.merging.engine.inputs import Block, Inputs
-from surgery.merging.engine.merged import Ready
+from surgery.merging.engine.ready import Options, Ready
 
 if TYPE_CHECKING:
     import torch
-
-Options = Mapping[str, Any]
-
-
-def linear(inputs: Inputs, options: Options) -> Ready:
-    """A weighted mean (model soups, arXiv 2203.05482), in fp32 at least; without `normalize` a weighted sum."""
-    import torch
-
-    wide = torch.float64 if inputs.work == "float64" else torch.float32
-    weights = torch.tensor(options["weight"], dtype=wide)
-    total = weights.reshape(1, -1).sum(dim=1)[0]
-    if options["normalize"] and float(total) == 0:
-        raise ConfigError("the weights of a linear merge add up to zero", hint="set normalize: false for a plain sum")
-
-    def apply(block: Block) -> torch.Tensor:
-        out = torch.zeros(block.tensors[0].shape, dtype=wide)
-        for t, weight in zip(block.tensors, weights, strict=True):
-            out.addcmul_(t.to(wide), weight)
-        if options["normalize"]:
-            out.div_(total)
-        return out
-
-    given, divisor = weights.numpy(), (total if options["normalize"] else torch.ones((), dtype=wide)).numpy()[()]
-    return Ready(apply, fused=lambda block, bits: block.kernels.linear(block.bits, given, divisor, bits))
-
-
-def passthrough(inputs: Inputs, options: Options) -> Ready:
-    """The one source, times `scale` if that is given."""
-    scale = options["scale"][0]
-    return Ready(lambda block: block.tensors[0] if scale is None else block.tensors[0] * scale)
-
-
-def nearswap(inputs: Inputs, options: Options) -> Ready:
-    """The base, pulled towards the other model the more, the closer they are (alchemonaut, QuartetAnemoi)."""
-
-    def apply(block: Block) -> torch.Tensor:
-        a, b = block.tensors
-        weight = (options["t"] / (a - b).abs().clamp(min=1e-6)).clamp(min=0, max=1)
-        return weight * b + (1 - weight) * a
-
-    return Ready(apply)
 
 
 def ram(inputs: Inputs, options: Options) -> Ready:

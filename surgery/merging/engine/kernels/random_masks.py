@@ -1,4 +1,4 @@
-"""Loops that choose elements at random, as `random_masks`: all with one chance, or by rank in a line."""
+"""Loops that draw random masks, as `engine.random_masks`: of one probability, or by rank in a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops over one element of every source: linear merges and arcs."""
+"""Loops of weighted sums: linear merges, and the last step of slerp."""
 
 from __future__ import annotations
 

@@ -1,25 +1,24 @@
-"""Methods that move along spheres: slerp, nuslerp, multislerp and the Karcher mean.
+"""Spherical interpolation: slerp, nuslerp (by weights, of models or task vectors), multislerp (of several models).
 
-slerp(inputs, {"t": 0.5}).apply(block)
+    slerp(inputs, {"t": 0.5}).apply(block)
 
 Each asks for norms and products over the whole tensor first; what is left is a weighted sum per element.
-Formulas: mergekit 0.1.5, `merge_methods/{slerp,nuslerp,multislerp,karcher}.py`.
+Formulas: mergekit 0.1.5, `merge_methods/{slerp,nuslerp,multislerp}.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError
 from surgery.merging.engine.arithmetic import added, norms, sums
 from surgery.merging.engine.inputs import CHUNK, Block, Inputs
-from surgery.merging.engine.merged import Ready
+from surgery.merging.engine.ready import Options, Ready
+from surgery.tensors.lazy import torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-Options = Mapping[str, Any]
 COLINEAR = 0.9995
 
 
@@ -54,7 +53,7 @@ def slerp(inputs: Inputs, options: Options) -> Ready:
     factors = of_a.numpy()[()], of_b.numpy()[()]
     return Ready(
         lambda block: of_a * block.tensors[0].to(wide) + of_b * block.tensors[1].to(wide),
-        fused=lambda block, bits: block.kernels.blend(block.bits, *factors, bits),
+        fused=lambda block, bits: block.loops.blend(block.bits, *factors, bits),
     )
 
 
@@ -96,8 +95,6 @@ def _columns(inputs: Inputs, t: float, vectors: Any) -> Ready:
     """nuslerp along the first dimension: norms and products of all columns at once, then element by element."""
     import torch
 
-    from surgery.tensors.lazy import torch_dtype
-
     dtype = torch_dtype(inputs.work)
 
     def add(fn: Any) -> list[torch.Tensor]:
@@ -138,8 +135,6 @@ def _arc(t: float, a: torch.Tensor, b: torch.Tensor, a_norm: Any, b_norm: Any, c
 def multislerp(inputs: Inputs, options: Options) -> Ready:
     """The weighted centre of several tensors on a sphere, by one step in the tangent space at their mean."""
     import torch
-
-    from surgery.tensors.lazy import torch_dtype
 
     if inputs.count == 1:
         return Ready(lambda block: block.others[0])
@@ -184,96 +179,3 @@ def multislerp(inputs: Inputs, options: Options) -> Ready:
 
 def _based(block: Block, made: torch.Tensor) -> torch.Tensor:
     return made + block.base if block.inputs.based else made
-
-
-def karcher(inputs: Inputs, options: Options) -> Ready:
-    """The Karcher mean of equal weights on the sphere, times the mean of the norms (arXiv 2603.04972)."""
-    if inputs.count == 1:
-        return Ready(lambda block: block.tensors[0])
-    if inputs.single:
-        return _karcher_whole(inputs, options)
-    return _karcher_span(inputs, options)
-
-
-def _karcher_whole(inputs: Inputs, options: Options) -> Ready:
-    """Iterated on the elements, in the working dtype: mergekit's own steps, for tensors of one chunk."""
-    import torch
-
-    wide = torch.float64 if inputs.work == "float64" else torch.float32
-    tol, tensors = options["tol"], inputs.all().tensors
-    kind = tensors[0].dtype
-
-    def size(t: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(t.to(wide))
-
-    lengths = [size(t) for t in tensors]
-    units = [(t / n).to(kind) for t, n in zip(tensors, lengths, strict=True) if n > tol]
-    if not units:
-        return Ready(lambda block: torch.zeros_like(block.tensors[0]))
-    mean = torch.zeros_like(units[0])
-    alpha = (1.0 / len(tensors)) / sum([1.0 / len(tensors)] * len(units))
-    for unit in units:
-        mean += alpha * unit
-    mean = units[0].clone() if size(mean) < tol else (mean / size(mean)).to(kind)
-    for _ in range(options["max_iter"]):
-        tangent = torch.zeros_like(mean)
-        for unit in units:
-            dot = torch.clamp(torch.dot(mean.flatten(), unit.flatten()), -1.0, 1.0)
-            theta = torch.arccos(dot)
-            if theta.item() >= tol:
-                tangent += alpha * (theta / torch.sin(theta)) * (unit - dot * mean)
-        step = size(tangent)
-        if step.item() < tol:
-            break
-        mean = (torch.cos(step) * mean + torch.sin(step) * (tangent / step)).to(kind)
-        if size(mean).item() > tol:
-            mean = (mean / size(mean)).to(kind)
-    whole = sum(1.0 / len(tensors) * n for n in lengths) * mean
-    assert isinstance(whole, torch.Tensor)
-    return Ready(lambda block: _part(whole, block), nbytes=whole.nbytes)
-
-
-def _part(whole: torch.Tensor, block: Block) -> torch.Tensor:
-    assert block.box is not None
-    return whole[tuple(slice(a, b) for a, b in block.box)]
-
-
-def _karcher_span(inputs: Inputs, options: Options) -> Ready:
-    """The same iteration in the span of the sources: all it needs are their products with each other, in fp64."""
-    import torch
-
-    def products(block: Block) -> torch.Tensor:
-        stacked = torch.stack([t.double().reshape(-1) for t in block.tensors])
-        return stacked @ stacked.T
-
-    gram = torch.stack(inputs.scan(products)).sum(0)
-    lengths, tol = gram.diagonal().sqrt(), options["tol"]
-    used = lengths > tol
-    if not used.any():
-        return Ready(lambda block: torch.zeros_like(block.tensors[0]))
-    gram = gram / torch.where(used, lengths, 1).outer(torch.where(used, lengths, 1))
-    one = torch.eye(len(lengths), dtype=torch.float64)
-    active = used.nonzero().reshape(-1).tolist()
-    alpha = 1.0 / len(active)
-
-    def size(c: torch.Tensor) -> torch.Tensor:
-        return (c @ gram @ c).clamp(min=0).sqrt()
-
-    mean = used.double() * alpha  # coefficients of the unit vectors
-    mean = one[active[0]] if size(mean) < tol else mean / size(mean)
-    for _ in range(options["max_iter"]):
-        tangent = torch.zeros_like(mean)
-        for i in active:
-            dot = (mean @ gram[i]).clamp(-1, 1)
-            theta = torch.arccos(dot)
-            if theta >= tol:
-                tangent += alpha * (theta / torch.sin(theta)) * (one[i] - dot * mean)
-        step = size(tangent)
-        if step < tol:
-            break
-        mean = torch.cos(step) * mean + torch.sin(step) * (tangent / step)
-        mean = mean / size(mean)
-    weights = lengths.mean() * mean / torch.where(used, lengths, 1)
-    dtype = inputs.work
-    scaled = weights.to(torch.float64 if dtype == "float64" else torch.float32)
-    return Ready(lambda block: added([t * w for t, w in zip(block.tensors, scaled, strict=True)]))
