@@ -318,6 +318,17 @@ def test_auto_measures_what_runs_here_and_says_so():
     assert "; not grouped_mm: rows of 54" in str(refusing)
 
 
+def test_auto_names_a_kernel_that_fails_and_goes_on(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+    monkeypatch.setattr(experts, "EXPERTS", {**experts.EXPERTS, "padded": experts.Backend(fails)})
+    mixture = find_mixtures(tiny.model("mixtral", l=1))[0]
+    choice = experts.fastest_experts(mixture, tokens=9, rounds=2)
+    assert choice.refused == {"padded": "no kernel image is available"}
+    assert set(choice.milliseconds) == {"loop", "grouped_mm"}
+
+
 def test_mistakes_are_told():
     model = tiny.model("mixtral", l=1)
     mixtures = find_mixtures(model)
@@ -344,6 +355,7 @@ for again in range(2):
 """
 
 
+@pytest.mark.slow
 def test_onednn_reads_how_many_products_it_keeps():
     """32 shapes do not fit into a cache of 5, so all are compiled again; none is if 50,000 are kept."""
     misses = {}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from surgery.errors import UsageError
 from surgery.midtraining.routers import Mixture, Routed
@@ -166,6 +167,7 @@ def nudge_biases(mixtures: Sequence[Mixture], counts: Tensor, rate: float = 1e-3
         hint = "use the balance loss; glm4_moe and ernie4_5_moe have the bias"
         raise UsageError(f"the router of {without[0]} has no bias that chooses experts", hint=hint)
     for mixture, chosen in zip(mixtures, counts, strict=True):
-        missing = chosen.double().mean() - chosen
-        assert mixture.bias is not None
-        mixture.bias.add_(rate * missing.sign().to(mixture.bias.dtype))
+        bias = mixture.bias
+        assert bias is not None
+        step = (rate * (chosen.double().mean() - chosen).sign()).to(bias.dtype).view(bias.shape)
+        bias.add_(distribute_tensor(step, bias.device_mesh, bias.placements) if isinstance(bias, DTensor) else step)

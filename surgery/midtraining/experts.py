@@ -110,36 +110,47 @@ class Choice:
 
 
 def fastest_experts(mixture: Mixture, tokens: int, rounds: int = ROUNDS) -> Choice:
-    """Time every backend for the mixture's device, in turns, on random tokens that choose random experts.
+    """Time every backend for the mixture's device, in turns, on random tokens, experts and weights.
 
-    tokens: of a micro-batch on this device.  The model must not be sharded yet.  Autocast is what it is at the call, so
-    call where the loop would.  The fastest of `rounds` counts, after one to warm up.
+    tokens: of a micro-batch on this device.  Autocast is what it is at the call, so call where the loop would.  The
+    fastest of `rounds` counts, after one to warm up.  Tokens choose anew every time, as in training: a backend that met
+    its shapes again would seem faster than it is.  Memory: one more layer of experts, and their gradient.
     """
-    module = mixture.experts
+    module = _stand_in(mixture.experts)
     device, dtype = module.down_proj.device, module.down_proj.dtype
     refused = {n: why for n, b in EXPERTS.items() if device.type in b.devices and (why := b.refuses(module))}
     names = [n for n, b in EXPERTS.items() if device.type in b.devices and n not in refused]
-    width = mixture.weight.shape[1]
-    x, experts, weights = _problem(tokens, width, mixture.num_experts, mixture.top_k, device, dtype)
+    width, count = module.down_proj.shape[2 if module.is_transposed else 1], module.num_experts
+    top_k, generator = min(mixture.top_k, count), torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
+    weights = torch.full((tokens, top_k), 1 / top_k, device=device, dtype=dtype).requires_grad_()
     best = dict.fromkeys(names, float("inf"))
     for turn in range(rounds + 1):
-        for name in names:
-            seconds = _timed(EXPERTS[name].run, module, x, experts, weights)
+        for name in [n for n in names if n not in refused]:
+            chosen = torch.rand(tokens, count, generator=generator).topk(top_k, -1).indices.to(device)
+            try:
+                seconds = _timed(EXPERTS[name].run, module, x, chosen, weights)
+            except RuntimeError as error:  # a kernel that was not made for this device
+                refused[name] = str(error).partition("\n")[0]
+                continue
             best[name] = min(best[name], seconds) if turn else best[name]
     cast = f" under {torch.get_autocast_dtype(device.type)}" if torch.is_autocast_enabled(device.type) else ""
-    shape = f"{mixture.num_experts} experts, top {mixture.top_k}, width {width}, {tokens} tokens, {dtype}{cast}"
-    times = {name: seconds * 1e3 for name, seconds in best.items()}
-    return Choice(min(times, key=lambda n: times[n]), f"{shape} on {device.type}".replace("torch.", ""), times, refused)
+    shape = f"{count} experts, top {top_k}, width {width}, {tokens} tokens, {dtype}{cast} on {device.type}"
+    times = {name: seconds * 1e3 for name, seconds in best.items() if name not in refused}
+    return Choice(min(times, key=lambda n: times[n]), shape.replace("torch.", ""), times, refused)
 
 
-def _problem(
-    tokens: int, width: int, experts: int, top_k: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, experts that are distinct for each token, and weights that sum to one."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, width, generator=generator).to(device, dtype)
-    chosen = torch.rand(tokens, experts, generator=generator).topk(top_k, -1).indices.to(device)
-    return x.requires_grad_(), chosen, torch.full_like(chosen, 1 / top_k, dtype=dtype).requires_grad_()
+def _stand_in(module: Any) -> Any:
+    """All that a backend asks of the module, with random parameters that are whole, be its own sharded or not."""
+    twin: Any = torch.nn.Module()
+    twin.__dict__.update(vars(module), _parameters={})
+    twin._apply_gate = module._apply_gate
+    generator = torch.Generator(module.down_proj.device).manual_seed(0)  # a run's own random numbers stay what they are
+    for name, p in module._parameters.items():
+        rows = (module.num_experts, *p.shape[1:]) if p.ndim > 1 else p.shape
+        fresh = torch.empty(rows, dtype=p.dtype, device=p.device).normal_(std=p.shape[-1] ** -0.5, generator=generator)
+        setattr(twin, name, torch.nn.Parameter(fresh, requires_grad=p.requires_grad))
+    return twin
 
 
 def _timed(run: Run, module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> float:
@@ -153,6 +164,8 @@ def _timed(run: Run, module: Any, x: Tensor, experts: Tensor, weights: Tensor) -
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Seconds of the clock on a GPU; of the processor on a CPU, where others may be at work."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
     return time.perf_counter()

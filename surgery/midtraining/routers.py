@@ -54,12 +54,8 @@ class Mixture:
 
     @property
     def bias(self) -> Tensor | None:
-        """[experts], a view of the parameter or buffer; None if experts are chosen by their scores alone."""
-        if not self.bias_path:
-            return None
-        path, _, leaf = self.bias_path.rpartition(".")
-        bias: Tensor = getattr(self.router.get_submodule(path), leaf)
-        return bias.view(-1)
+        """The parameter or buffer, of a number per expert; None if experts are chosen by their scores alone."""
+        return _at(self.router, self.bias_path) if self.bias_path else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class Routed:
 
 
 def find_mixtures(model: Any) -> tuple[Mixture, ...]:
-    """All mixtures of a model, in the order of its layers.  Call it before the model is sharded.
+    """All mixtures of a model, in the order of its layers.
 
     Raises ConfigError for routers or experts that are not understood: they would be trained without a balance loss.
     """
@@ -131,13 +127,14 @@ def _mixture(name: str, children: Mapping[str, Any], experts: Sequence[Any]) -> 
 
 
 def _random_copy(router: Any) -> Any:
-    """The same router with random weights in fp32 on the CPU, even if the model has none yet (device meta)."""
-    copied = copy.deepcopy(router).to_empty(device="cpu").float()
-    generator = torch.Generator().manual_seed(0)
+    """The same router with random weights in fp32 on the CPU, also of one that has none yet or is sharded."""
+    fresh: dict[int, Tensor] = {id(p): torch.nn.Parameter(torch.zeros(p.shape)) for p in router.parameters()}
+    fresh |= {id(b): torch.zeros(b.shape) for b in router.buffers()}
+    copied = copy.deepcopy(router, fresh)
+    copied._forward_hooks.clear()
+    copied._forward_pre_hooks.clear()
     with torch.no_grad():
-        for tensor in (*copied.parameters(), *copied.buffers()):
-            tensor.zero_()
-        copied.weight.normal_(std=copied.weight.shape[1] ** -0.5, generator=generator)
+        copied.weight.normal_(std=copied.weight.shape[1] ** -0.5, generator=torch.Generator().manual_seed(0))
     return copied
 
 
@@ -160,8 +157,7 @@ def _tried(name: str, router: Any, bias: str) -> str:
         if not _keeps_shapes(router, logits, weights, experts) or not torch.allclose(logits, expected, atol=1e-5):
             raise ConfigError(f"{what} does not return what is expected of a router", hint=hint)
         if bias:
-            path, _, leaf = bias.rpartition(".")
-            getattr(router.get_submodule(path), leaf).view(-1)[0] = 1e4
+            _at(router, bias).view(-1)[0] = 1e4
             if not bool((router(x)[2] == 0).any(-1).all()):
                 raise ConfigError(f"{what} has a {BIAS} that does not choose experts", hint=hint)
     for scores, function in SCORES.items():
@@ -170,6 +166,13 @@ def _tried(name: str, router: Any, bias: str) -> str:
     raise ConfigError(
         f"{what} makes weights of its logits in a way that is not understood", hint=f"known: {', '.join(SCORES)}"
     )
+
+
+def _at(module: Any, name: str) -> Tensor:
+    """The parameter or buffer of that dotted name."""
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(path), leaf)
+    return tensor
 
 
 def _keeps_shapes(router: Any, logits: Any, weights: Any, experts: Any) -> bool:
@@ -268,12 +271,14 @@ class Fp32Routers:
             self._handles.append(mixture.router.register_forward_pre_hook(self._enter))
             self._handles.append(mixture.router.register_forward_hook(self._leave, always_call=True))
 
+    @torch.compiler.disable
     def _enter(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         off = torch.autocast(args[0].device.type, enabled=False)
         off.__enter__()
         self._off.append(off)
         return (args[0].float(), *args[1:])
 
+    @torch.compiler.disable
     def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
         self._off.pop().__exit__(None, None, None)
 

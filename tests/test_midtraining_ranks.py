@@ -1,0 +1,89 @@
+"""Two gloo processes against one: experts and routers of a model that is sharded (FSDP2), or has its experts divided.
+
+This file is the test and, under torchrun, what each process runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+IDS = torch.randint(0, 264, (4, 12), generator=torch.Generator().manual_seed(5))
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def summed(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def step(model, backend, ids):
+    """Loss and whole gradients of a model with router losses, f being of all ranks."""
+    from surgery.midtraining.balance import balance_loss, router_z_loss
+    from surgery.midtraining.experts import fastest_experts, use_experts
+    from surgery.midtraining.router_telemetry import RouterTelemetry
+    from surgery.midtraining.routers import RouterLog, find_mixtures
+
+    mixtures = find_mixtures(model)  # of a sharded model, too
+    assert backend in fastest_experts(mixtures[0], tokens=20, rounds=1).milliseconds
+    use_experts(model, mixtures, backend)
+    with RouterLog(mixtures) as log:
+        loss = model(ids, labels=ids, use_cache=False).loss
+    routed = log.take()
+    telemetry = RouterTelemetry([m.layer for m in mixtures])
+    telemetry.add(routed)
+    loss = loss + 0.1 * balance_loss(routed, reduce=summed) + 0.01 * router_z_loss(routed)
+    loss.backward()
+    grads = {n: p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for n, p in model.named_parameters()}
+    return grads, telemetry.read(summed)
+
+
+def main(folder: Path, way: str, backend: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if way == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    else:
+        from transformers.distributed import DistributedConfig
+
+        both = DistributedConfig(fsdp_size=2, ep_size=2)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=both)
+    grads, reading = step(model, backend, IDS.chunk(2)[dist.get_rank()])
+    if dist.get_rank() == 0:
+        torch.save((grads, reading["load"]), folder / "ranks.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "backend"), [("fsdp", "padded"), ("ep", "grouped_mm")])
+def test_two_ranks_are_one(way, backend, tmp_path):
+    from tests import tiny
+
+    folder = tiny.save("olmoe", tmp_path, l=2)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run([*words, __file__, str(folder), way, backend], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    got, load = torch.load(folder / "ranks.pt", weights_only=True)
+    want, reading = step(tiny.model("olmoe", l=2), "loop", IDS)
+    assert load == [pytest.approx(x) for x in reading["load"]]
+    assert got.keys() == want.keys()
+    assert {n: d for n in want if (d := float((got[n] - want[n]).norm() / want[n].norm())) > 5e-6} == {}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
