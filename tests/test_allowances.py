@@ -29,7 +29,7 @@ def no_biases(name, tensor):
 
 def test_biases_of_zeros_can_be_left_out(tmp_path):
     source = edited(tiny.save("qwen2", tmp_path / "qwen2"), no_biases)
-    with pytest.raises(ConfigError, match="it has biases") as caught:
+    with pytest.raises(ConfigError, match="biases of queries, keys and values: yes") as caught:
         convert(source, tmp_path / "out", to="meta")
     assert caught.value.hint == "the logits do not depend on it: --allow qkv_bias"
     report = convert(source, tmp_path / "out", to="meta", allow=["qkv_bias"])
@@ -44,7 +44,7 @@ def test_biases_of_zeros_can_be_left_out(tmp_path):
 
 def test_biases_that_count_cannot(tmp_path):
     source = tiny.save("qwen2", tmp_path / "qwen2")
-    with pytest.raises(ConfigError, match="it has biases") as caught:
+    with pytest.raises(ConfigError, match="biases of queries, keys and values: yes") as caught:
         prepare(source, to="meta")
     assert caught.value.hint is None
     with pytest.raises(ConfigError, match=r"--allow qkv_bias: the logits depend on it: .*bias.* are not all zero"):

@@ -163,6 +163,11 @@ def test_formats_lists_every_option():
     assert "rope_factor" in good("formats", "meta")
 
 
+def test_shard_size_goes_where_the_format_has_it(tmp_path):
+    good("convert", META, tmp_path / "out", "--to", "olmo-core", "--shard-size", "20kB", "--no-verify")
+    assert len(list((tmp_path / "out" / "model_and_optim").glob("*.distcp"))) > 1
+
+
 def test_sizes():
     assert parse_size("5GB") == 5_000_000_000
     assert parse_size("512MiB") == 512 << 20

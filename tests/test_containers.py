@@ -227,7 +227,7 @@ def test_folders_and_indexes(tmp_path: Path) -> None:
                     safetensors.torch.save_file)  # fmt: skip
     check(open_tensors(st), weights)
     check(open_tensors(st / "model.safetensors.index.json"), weights)
-    assert len(open_tensors(st).files) == 2
+    assert len(open_tensors(st).containers) == 2
     (pt := tmp_path / "pt").mkdir()
     weights = shard(pt, names, "pytorch_model-0000{}-of-00002.bin", "pytorch_model.bin.index.json", torch.save)
     check(open_tensors(pt), weights)

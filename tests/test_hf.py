@@ -9,9 +9,10 @@ import shutil
 import pytest
 import torch
 
+from surgery.containers import open_tensors
 from surgery.errors import ConfigError, LayoutError, SurgeryError
 from surgery.formats.base import Checkpoint
-from surgery.formats.hf import format as hf
+from surgery.formats.hf import table as hf
 from surgery.formats.hf.config import FAMILIES, choose_family, misfits, read_config, write_config
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Dialect, Rank, Row, Topology, gather
@@ -65,7 +66,7 @@ def applicable(family: str, spec) -> list[Row]:
 def test_a_mistake_in_any_row_shows(family, tiny_hf, truth):
     checkpoint = open_checkpoint(tiny_hf(family))
     spec = checkpoint.spec
-    tensors = hf.open_tensors(tiny_hf(family))
+    tensors = open_tensors(tiny_hf(family))
     tables = hf.table(spec.family)
     tried = 0
     for row in applicable(spec.family, spec):
@@ -142,13 +143,36 @@ def test_an_odd_key_is_named(tiny_hf):
 
 def test_missing_and_surplus_tensors_are_named(tiny_hf):
     spec = open_checkpoint(tiny_hf("llama")).spec
-    tensors = dict(hf.open_tensors(tiny_hf("llama")))
+    tensors = dict(open_tensors(tiny_hf("llama")))
     odd = tensors.pop("model.layers.2.mlp.up_proj.weight")
     tensors["model.layers.2.mlp.up_proj.weigth"] = odd
     with pytest.raises(LayoutError) as error:
         gather(hf.table("llama"), {Rank(): tensors}, spec, Topology())
     assert "model.layers.2.mlp.up_proj.weight is missing" in str(error.value)
     assert "up_proj.weigth" in str(error.value)
+
+
+def test_the_original_length_beside_the_scaling_counts(tiny_hf):
+    """As Phi-3 has it; transformers gives it the priority."""
+    config = json.loads((tiny_hf("llama3") / "config.json").read_text())
+    inside = config["rope_parameters"]["original_max_position_embeddings"]
+    spec, _, notes = read_config({**config, "original_max_position_embeddings": 4096}, "config.json")
+    assert (inside, spec.rope.scaling["original_max_position_embeddings"]) == (8192, 4096)
+    assert not any("not understood" in note for note in notes)
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    assert read_config(config, "x")[0].rope.scaling["original_max_position_embeddings"] == 16384  # the longest context
+    assert torch.equal(frequencies({**config, "original_max_position_embeddings": 4096}), frequencies(config, 4096))
+    assert not torch.equal(frequencies(config), frequencies(config, 4096))
+
+
+def frequencies(config: dict, inside: int | None = None) -> torch.Tensor:
+    """What transformers computes of a config; `inside`: with this original length inside the rope's parameters."""
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    more = {} if inside is None else {"original_max_position_embeddings": inside}
+    values = {**config, "rope_parameters": {**config["rope_parameters"], **more}}
+    return LlamaRotaryEmbedding(AutoConfig.for_model(**values)).inv_freq
 
 
 def test_fused_experts_are_read(tiny_hf, tmp_path):

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import surgery
+from surgery.containers import open_file
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf import config as hf_config
 from surgery.formats.meta import config as meta_params
 from surgery.formats.meta import format as meta
+from surgery.formats.meta import table as meta_table
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Dialect, Rank, Topology, gather
 from surgery.tensors.lazy import Fill
@@ -67,8 +69,8 @@ def test_a_mistake_in_any_row_shows(name, least):
     ids, want = oracle.expected(f"meta/{name}")
     embedding = "vocab" if name == "llama31-mp2" else "width"
     folder = oracle.GOLDEN / "meta" / name / "checkpoint"
-    shards = {Rank(tp=i): meta.open_file(p).tensors for i, p in enumerate(sorted(folder.glob("*.pth")))}
-    table = meta.table(embedding)
+    shards = {Rank(tp=i): open_file(p).tensors for i, p in enumerate(sorted(folder.glob("*.pth")))}
+    table = meta_table.table(embedding)
     tried = 0
     for row in table.rows:
         if next(row.binds(checkpoint.spec), None) is None or row.copy:
@@ -80,7 +82,7 @@ def test_a_mistake_in_any_row_shows(name, least):
             tried += 1
             rows = tuple(mutant if r is row else r for r in table.rows)
             try:
-                parts = gather(Dialect("meta", rows, meta.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
+                parts = gather(Dialect("meta", rows, meta_table.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
                 wrong = dataclasses.replace(checkpoint, parts=parts)
                 assert oracle.gap(reference.logits(wrong, ids), want) > 1e-3, f"{row.name} as {mutant}"
             except (SurgeryError, ValueError):

@@ -31,7 +31,7 @@ DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32
                      help="Cast the weights before anything else; by default every bit is kept.")  # fmt: skip
 MAX_MEMORY = click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB; the result is the "
                           "same. [default: a quarter of what is free, at most 2GiB]")  # fmt: skip
-SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of Hugging Face output. "
+SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file (hf, olmo-core). "
                           "[default: 5GB]")  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
 NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not read the output back.")
@@ -63,6 +63,7 @@ def topology(flags: Mapping[str, Any]) -> Topology:
 def options_of(flags: Mapping[str, Any]) -> dict[str, str]:
     """What -O and --shard-size say.  Raises UsageError."""
     from surgery.errors import UsageError
+    from surgery.formats.registry import FORMATS
 
     out: dict[str, str] = {}
     for pair in flags["options"]:
@@ -73,7 +74,8 @@ def options_of(flags: Mapping[str, Any]) -> dict[str, str]:
             raise UsageError(f"-O {name} is given twice")
         out[name] = value
     if flags.get("shard_size"):
-        if flags["to"] != "hf":
+        target = FORMATS.get(flags["to"])
+        if target and "shard_size" not in target.option_names("write"):
             raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
         out["shard_size"] = flags["shard_size"]
     return out

@@ -5,6 +5,6 @@ table["model.norm.weight"].full()
 open_file("model_optim_rng.pt").root["args"]    # the described object of a torch file
 """
 
-from surgery.containers.opening import TensorTable, open_file, open_tensors
+from surgery.containers.opening import Container, TensorTable, open_file, open_tensors
 
-__all__ = ["TensorTable", "open_file", "open_tensors"]
+__all__ = ["Container", "TensorTable", "open_file", "open_tensors"]

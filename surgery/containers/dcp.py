@@ -72,6 +72,14 @@ class Dcp:
         except BadPickle as error:
             raise FileError(error.what, file=self.path, hint=error.hint) from None
 
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.path), *(Path(file.path) for file in self.files.values())]
+
+    @property
+    def entries(self) -> dict[str, Any]:
+        return {**self.tensors, **self.objects}
+
     def _entries(self) -> None:
         state = self.root.state
         entries, places = state.get("state_dict_metadata"), state.get("storage_data")

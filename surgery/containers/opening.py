@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from surgery.containers.dcp import Dcp
 from surgery.containers.pickles.records import Obj, Storage, TensorRecord
@@ -18,7 +18,7 @@ from surgery.errors import FileError, show, some
 from surgery.tensors.files import File, plain_name
 from surgery.tensors.lazy import Lazy
 
-Container = TorchZip | TorchLegacy | Safetensors
+CheckpointFile = TorchZip | TorchLegacy | Safetensors
 
 # (first bytes, what the file is, what to do)
 _REFUSED = (
@@ -39,14 +39,35 @@ _SINGLE_AND_INDEX = (
 )
 
 
+class Container(Protocol):
+    """What was opened: a file, or a folder of files that belong together."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """Its files."""
+
+    @property
+    def globals(self) -> list[str]:
+        """The names that its pickles mention."""
+
+    @property
+    def entries(self) -> Any:
+        """All that it holds: tensors and other leaves in dicts, lists and tuples."""
+
+
 @dataclass(frozen=True)
 class TensorTable(Mapping[str, Lazy]):
-    """Tensors by name, the files that they lie in, and the names that their pickles mention."""
+    """Tensors by name, the containers that they lie in, and the index, if one was read."""
 
     tensors: Mapping[str, Lazy]
-    files: tuple[File, ...]
-    globals: tuple[str, ...] = ()
+    containers: tuple[Container, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    index: Path | None = None
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        """The names that pickles mention."""
+        return tuple(sorted({name for container in self.containers for name in container.globals}))
 
     def __getitem__(self, name: str) -> Lazy:
         return self.tensors[name]
@@ -58,7 +79,7 @@ class TensorTable(Mapping[str, Lazy]):
         return len(self.tensors)
 
 
-def open_file(path: str | os.PathLike[str]) -> Container:
+def open_file(path: str | os.PathLike[str]) -> CheckpointFile:
     """One checkpoint file, whatever its name says.  Raises FileError, also for what is recognised but refused."""
     file = File(path)
     head = file.read(0, min(file.size, 512), "the first bytes")
@@ -102,7 +123,7 @@ def _open_folder(folder: Path) -> TensorTable:
         if others:
             raise FileError(f"holds both .metadata and {others[0]}", file=folder, hint="pass the file itself")
         dcp = Dcp(folder)
-        return TensorTable(dcp.tensors, tuple(dcp.files.values()), tuple(dcp.globals))
+        return TensorTable(dcp.tensors, (dcp,))
     for single, index in _SINGLE_AND_INDEX:
         found = [name for name in (single, index) if os.path.lexists(folder / name)]
         if len(found) == 2:
@@ -134,7 +155,7 @@ def _open_index(path: Path) -> TensorTable:
     table = _table([open_file(path.parent / shard) for shard in names])
     owners = {name: Path(file.path).name for name, file in _owners(table).items()}
     _compare(path, weight_map, owners)
-    return TensorTable({name: table[name] for name in weight_map}, table.files, table.globals, table.metadata)
+    return TensorTable({name: table[name] for name in weight_map}, table.containers, table.metadata, path)
 
 
 def _owners(table: TensorTable) -> dict[str, File]:
@@ -152,7 +173,7 @@ def _compare(path: Path, listed: Mapping[str, str], owners: Mapping[str, str]) -
         raise FileError(f"does not list tensors that its shards hold: {some(extra)}", file=path, hint=hint)
 
 
-def _table(files: list[Container]) -> TensorTable:
+def _table(files: list[CheckpointFile]) -> TensorTable:
     tensors: dict[str, Lazy] = {}
     metadata: dict[str, str] = {}
     for container in files:
@@ -163,11 +184,10 @@ def _table(files: list[Container]) -> TensorTable:
                 raise FileError(f"tensor {show(name)} also lies in another shard", file=container.file.path)
             tensors[name] = tensor
         metadata |= _metadata(container)
-    names = tuple(sorted({name for container in files for name in container.globals}))
-    return TensorTable(tensors, tuple(container.file for container in files), names, metadata)
+    return TensorTable(tensors, tuple(files), metadata)
 
 
-def _metadata(container: Container) -> Mapping[str, str]:
+def _metadata(container: CheckpointFile) -> Mapping[str, str]:
     if not isinstance(container, Safetensors):
         return {}
     if "DCP_SHARDING_INFO" in container.metadata:

@@ -10,6 +10,7 @@ Source of the format: github.com/huggingface/safetensors, README "Format".
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import parse_json
@@ -55,6 +56,14 @@ class Safetensors:
 
     def _error(self, what: str, at: int = 8, hint: str | None = None) -> FileError:
         return FileError(what, file=self.file.path, byte=at, hint=hint)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.file.path)]
+
+    @property
+    def entries(self) -> dict[str, Extent]:
+        return self.tensors
 
     def _header(self) -> tuple[dict[str, Any], int]:
         """The parsed header, and where the tensors' bytes begin"""

@@ -10,6 +10,7 @@ Source of the layout: torch/serialization.py and caffe2/serialize/inline_contain
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from surgery.containers.pickles.described import describe
@@ -29,6 +30,14 @@ class Tree:
     root: Any
     globals: list[str]
     storages: dict[str, Storage]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.file.path)]
+
+    @property
+    def entries(self) -> Any:
+        return self.root
 
     @cached_property
     def leaves(self) -> dict[str, Any]:

@@ -300,8 +300,7 @@ def refuse_overlap(src: Path, dst: Path) -> None:
 
 def _again(plan: Plan, dst: Path) -> Checkpoint:
     """What was written, opened as any reader would."""
-    known = {k: v for k, v in plan.options.items() if k in plan.to.option_names("read")}
-    return plan.to.open(data_of(dst), plan.to.with_defaults(known, "read"))
+    return plan.to.open(data_of(dst), plan.to.reading(plan.options))
 
 
 def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
@@ -326,7 +325,7 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
 
 def identity(source: Checkpoint) -> list[Any]:
     """What tells whether the source is still the same when a killed run is repeated."""
-    stats = [(p, p.stat()) for p in source.files]
+    stats = [(p, p.stat()) for p in (*source.files, *source.configs)]
     return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
 
 

@@ -1,29 +1,42 @@
-"""What a format is to the rest of the program: a name, its options, and how to recognise, open and plan it.
+"""What a format is to the rest of the program: the steps that it fills in, and the core that calls them in order.
 
-    meta = Format("meta", "Meta Llama (consolidated.NN.pth)", flags=("tp",), ...)
+    meta = Format("meta", "Meta's format", "Meta Llama (consolidated.NN.pth)", locate, read, spec, table, draft)
     checkpoint = meta.open(Path("Llama-2-7b"), options={})
     output = meta.plan(checkpoint, Topology(tp=2), options={})
 
-The formats themselves are in folders beside this file; `registry.FORMATS` lists them.
+Reading: `locate` (names only), `read` (files, opened), `spec` (what the config means), `table` (how tensors lie), then
+`gather`, and the account of everything else that lies there.  Writing: `draft`; its config is read back by `spec` and
+has to mean the same model; then `spread`, and the draft's `files`.  The core does what no format may forget.  The
+formats are in folders beside this file; `registry.FORMATS` lists them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from surgery.errors import UsageError, show
-from surgery.formats.table import ONE_RANK, Topology
+from surgery import tokenizer
+from surgery.containers.output import copied_file
+from surgery.errors import ConfigError, FileError, UsageError, show, some
+from surgery.formats.account import Rule, beside, inside, summed_up
+from surgery.formats.rows import Dialect
+from surgery.formats.table import Shards, Stored, gather, spread
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.spec import Spec
+from surgery.model.wording import check_held
 from surgery.tensors.lazy import Lazy
+from surgery.tokenizer import Carried, Tokenizer
 
 if TYPE_CHECKING:
+    from surgery.containers import Container
     from surgery.containers.output import OutputFile
-    from surgery.tokenizer import Tokenizer
 
 Options = Mapping[str, str]
+Config = Mapping[str, Any]
+Ranks = Mapping[Rank, Mapping[str, Stored]]
 PROVENANCE = "surgery.json"  # what surgery wrote beside a checkpoint: where it comes from
 RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
@@ -43,8 +56,9 @@ class Option:
 class Checkpoint:
     """An opened checkpoint: nothing of its weights has been read.
 
-    `facts` are what a config says besides the anatomy (token ids, training settings), under Hugging Face's names;
-    `notes` name everything that was guessed, dropped or left out; `details` are for people (iteration, versions).
+    `files` hold the weights, `configs` were read too, `beside` are small files that are carried along.  `facts` are
+    what a config says besides the anatomy (token ids, training settings), under Hugging Face's names; `ignored` maps
+    what is left out to the reason; `notes` name everything that was guessed; `details` are for people (iteration ...).
     """
 
     format: str
@@ -52,44 +66,198 @@ class Checkpoint:
     spec: Spec
     parts: Mapping[str, Lazy]
     topology: Topology = ONE_RANK
-    config: Mapping[str, object] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     facts: Mapping[str, object] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+    configs: tuple[Path, ...] = ()
     globals: tuple[str, ...] = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     details: Mapping[str, object] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    beside: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         """The dtype that most bytes of the weights have."""
-        sizes: dict[str, int] = {}
-        for part in self.parts.values():
-            sizes[part.dtype] = sizes.get(part.dtype, 0) + part.nbytes
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return main_dtype(self.parts.values())
+
+
+def main_dtype(tensors: Iterable[Lazy]) -> str:
+    """The dtype of most bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+# ------------------------------------------------------------------------- what the steps of a format hand over
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies: the folder that was given, and the one in it that is read.  `also`: where a tokenizer
+    may be besides."""
+
+    root: Path
+    folder: Path
+    also: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    details: Mapping[str, object] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return tokenizer.find(self.folder, self.root, *self.also)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The files of a checkpoint, opened.  `config` (which stands in `file`) and `seen`, what the tensors show, say what
+    the model is; `shards` are the ranks' tensors by name, `containers` all files that were opened, `read` all others.
+    `parallel` is what the run's sizes were, where files do not depend on them."""
+
+    config: Config
+    file: str
+    shards: Shards
+    containers: tuple[Container, ...]
+    read: tuple[Path, ...] = ()
+    seen: Any = None
+    topology: Topology = ONE_RANK
+    details: Mapping[str, object] = field(default_factory=dict)
+    parallel: Topology | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a config means.  `variant` is how the tensors lie where their names do not tell, `tokenizer` the name of one
+    that the config mentions."""
+
+    spec: Spec
+    notes: tuple[str, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
+    details: Mapping[str, object] = field(default_factory=dict)
+    variant: Any = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a format would write: a config, what the tensors would show (as `Opened.seen`), how they would lie on which
+    ranks, and the files that hold all this.  `who` would read them, if not the format's usual program."""
+
+    config: Config
+    seen: Any
+    table: Dialect
+    topology: Topology
+    files: Callable[[Ranks], Iterable[OutputFile]]
+    notes: tuple[str, ...] = ()
+    who: str = ""
+    hint: str | None = None
 
 
 @dataclass(frozen=True)
 class Output:
-    """Files to be written, and what has to be said about them.  `spec` is what a reader of the files will see."""
+    """Files to be written, and what has to be said about them."""
 
     files: tuple[OutputFile, ...]
     notes: tuple[str, ...] = ()
 
 
+# -------------------------------------------------------------------------------------------------- the format
+
+
 @dataclass(frozen=True)
 class Format:
-    """A checkpoint format.  `flags` are the parallel sizes that it has: of tp, pp, vpp, ep; `zero`: which may be 0."""
+    """A checkpoint format: its steps, as the module's docstring tells, and what it offers.
+
+    `flags` are the parallel sizes that it has: of tp, pp, vpp, ep; `zero`: which may be 0.  `tokens` writes a
+    tokenizer, None if checkpoints have none.  `files` and `entries` are what is known of other files in the folder and
+    of other entries in pickles.
+    """
 
     name: str
+    who: str
     title: str
-    flags: tuple[str, ...]
-    options: tuple[Option, ...]
-    recognise: Callable[[Path], bool]
-    open: Callable[[Path, Options], Checkpoint]
-    plan: Callable[[Checkpoint, Topology, Options], Output]
+    locate: Callable[[Path], Place | None]
+    read: Callable[[Place, Options], Opened]
+    spec: Callable[[Config, str, Any, Options], Reading]
+    table: Callable[[Opened, Reading, Options], Dialect]
+    draft: Callable[[Checkpoint, Topology, Options], Draft]
+    tokens: Callable[[Tokenizer, Checkpoint], Carried] | None = None
+    flags: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
+    options: tuple[Option, ...] = ()
+    files: tuple[Rule, ...] = ()
+    entries: tuple[Rule, ...] = ()
+
+    def recognise(self, folder: Path) -> bool:
+        return self.locate(folder) is not None
+
+    def open(self, folder: Path, options: Options) -> Checkpoint:
+        """A checkpoint of this format.  `options` are complete.  Raises SurgeryError naming all that does not fit."""
+        place = self.locate(folder)
+        if place is None:
+            raise FileError(f"holds no checkpoint of the format {self.name}", file=folder, hint=self.title)
+        opened = self.read(place, options)
+        reading = self.spec(opened.config, opened.file, opened.seen, options)
+        gathered = gather(self.table(opened, reading, options), opened.shards, reading.spec, opened.topology)
+        tokens, notes = place.tokenizer, [*place.notes, *reading.notes, *opened.notes]
+        if tokens is None and reading.tokenizer:
+            file = Path(opened.file).name
+            notes.append(f"{file} names the tokenizer {show(reading.tokenizer)}, which is not in the folder")
+        ignored, carried = self._account(place, opened, gathered.ignored)
+        paths = [path for c in opened.containers for path in c.paths]
+        return Checkpoint(
+            format=self.name, path=folder, spec=reading.spec, parts=gathered.parts,
+            topology=opened.parallel or opened.topology, config=opened.config, facts=reading.facts,
+            files=tuple(paths), configs=opened.read,
+            globals=tuple(sorted({name for c in opened.containers for name in c.globals})), ignored=ignored,
+            notes=tuple(dict.fromkeys(notes)), details={**place.details, **opened.details, **reading.details},
+            tokenizer=tokens, beside=carried,
+        )  # fmt: skip
+
+    def _account(
+        self, place: Place, opened: Opened, tensors: Mapping[str, str]
+    ) -> tuple[dict[str, str], dict[str, Path]]:
+        """Everything that is left out, each with the reason, and the small files that are carried along."""
+        claimed = {id(tensor) for shard in opened.shards.values() for tensor in shard.values()}
+        entries = [pair for c in opened.containers for pair in inside(c, claimed, self.entries)]
+        files = {*opened.read, *(path for c in opened.containers for path in c.paths)}
+        if place.tokenizer:
+            files |= set(place.tokenizer.files.values())
+        found = beside(place.root, files, self.files)
+        return {**summed_up((*tensors.items(), *entries)), **found.left}, found.carried
+
+    def plan(self, checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
+        """The files that hold a checkpoint of any format.  `options` are complete.
+
+        Raises ConfigError naming everything about the model that this format cannot say, LayoutError for tensors that
+        have no place in it.
+        """
+        found = checkpoint.tokenizer
+        checkpoint = _as_its_tokenizer_says(checkpoint)
+        draft = self.draft(checkpoint, topology, options)
+        who, spec = draft.who or self.who, checkpoint.spec
+        try:
+            back = self.spec(draft.config, "its config", draft.seen, self.reading(options)).spec
+        except ConfigError as error:
+            raise ConfigError(f"{who} cannot hold this {spec.family}: {error.what}", hint=draft.hint) from None
+        check_held(who, spec, back, draft.hint)
+        ranks = spread(draft.table, checkpoint.parts, spec, draft.topology)
+        tokens = Carried((), ())
+        if self.tokens:
+            note = "no tokenizer was found, none is written (--tokenizer PATH adds one)"
+            tokens = self.tokens(found, checkpoint) if found else Carried((), (note,))
+        files = [*draft.files(ranks), *tokens.files]
+        names, notes = {file.name for file in files}, [*draft.notes, *tokens.notes]
+        if self.tokens:
+            files += [copied_file(name, path) for name, path in checkpoint.beside.items() if name not in names]
+        elif checkpoint.beside:
+            notes.append(f"{self.name} has no place for {some(checkpoint.beside)}")
+        return Output(tuple(files), tuple(notes))
+
+    # --------------------------------------------------------------------------------------------- options
 
     def option_names(self, side: str) -> set[str]:
         return {o.name for o in self.options if o.side in (side, "both")}
@@ -107,6 +275,28 @@ class Format:
                 values[o.name] = given[o.name]
         return values
 
+    def reading(self, options: Options) -> dict[str, str]:
+        """The options with which is read what was written with these."""
+        return self.with_defaults({k: v for k, v in options.items() if k in self.option_names("read")}, "read")
+
+
+def _as_its_tokenizer_says(checkpoint: Checkpoint) -> Checkpoint:
+    """With the ids of special tokens, and how many rows of the vocabulary are no padding, if nothing else says it."""
+    found, spec = checkpoint.tokenizer, checkpoint.spec
+    if found is None:
+        return checkpoint
+    if spec.true_vocab is None and found.vocab_size and found.vocab_size <= spec.vocab:
+        spec = spec.replace(true_vocab=found.vocab_size)
+    return replace(checkpoint, spec=spec, facts={**found.ids(), **checkpoint.facts})
+
+
+def mapping(file: Path, read: Callable[[Path, str], object]) -> dict[str, Any]:
+    """What a config's file holds, read by `read_json` or `read_yaml`.  Raises ConfigError if it is no mapping."""
+    value = read(file, file.name)
+    if not isinstance(value, dict):
+        raise ConfigError("holds no mapping of keys to values", file=file)
+    return value
+
 
 def number(options: Options, name: str) -> float | None:
     """A positive number from an option, None where it is empty or `auto`."""
@@ -120,11 +310,6 @@ def number(options: Options, name: str) -> float | None:
     if not 0 < value < 1e15:
         raise UsageError(f"-O {name}={show(text)} is no positive number")
     return value
-
-
-def joined(notes: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """Several lists of notes as one, each note once."""
-    return tuple(dict.fromkeys(note for group in notes for note in group))
 
 
 def run_of(details: Mapping[str, object]) -> dict[str, int]:

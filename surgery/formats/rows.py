@@ -132,12 +132,13 @@ def row(
 @dataclass(frozen=True)
 class Dialect:
     """A format's table.  `ignore` lists (pattern of names, why they carry nothing); `vocab_multiple` times tp is what
-    the rows of padded tensors are a multiple of when they are written."""
+    the rows of padded tensors are a multiple of when they are written; `unequal` is a hint for copies that differ."""
 
     name: str
     rows: tuple[Row, ...]
     ignore: tuple[tuple[str, str], ...] = ()
     vocab_multiple: int = 1
+    unequal: str = ""
 
     def live(self, spec: Spec, topology: Topology) -> Iterator[tuple[Row, Bind]]:
         for r in self.rows:

@@ -259,7 +259,11 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
         if missing:
             errors.append(f"no tensor holds {some(missing)}")
     _raise(errors)
-    return Gathered({name: parts[name] for name in spec.part_names()}, ignored)
+    return Gathered({name: _hinted(parts[name], dialect.unequal) for name in spec.part_names()}, ignored)
+
+
+def _hinted(part: Lazy, hint: str) -> Lazy:
+    return Same(part.srcs, part.name, hint) if hint and isinstance(part, Same) else part
 
 
 def _present(r: Row, bind: Bind, shards: Shards, spec: Spec, topology: Topology) -> bool:

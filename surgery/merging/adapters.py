@@ -19,7 +19,7 @@ from surgery.containers import open_tensors
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError, FileError, show, some
 from surgery.formats.base import Checkpoint
-from surgery.formats.hf.format import table
+from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Rank, gather
 from surgery.merging.layers import hf_family, view
 from surgery.tensors.lazy import Box, Lazy

@@ -15,7 +15,7 @@ from typing import Any
 from surgery.errors import LayoutError, show, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family
-from surgery.formats.hf.format import table
+from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Dialect, Rank, Stored, gather, spread
 from surgery.merging.engine.inputs import Inputs
 from surgery.merging.engine.merged import Merged

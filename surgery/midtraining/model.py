@@ -19,7 +19,7 @@ import torch
 
 from surgery.errors import ConfigError, LayoutError, some
 from surgery.formats.base import RUN, Checkpoint
-from surgery.formats.hf.format import table
+from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Rank, gather
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of

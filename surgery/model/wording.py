@@ -20,7 +20,7 @@ Gaps = Mapping[str, tuple[object, object]]
 def check_held(who: str, spec: Spec, back: Spec, hint: str | None = None) -> None:
     """Raise ConfigError if `back`, what the format makes of `spec`, computes something else."""
     if gaps := spec.changes(back):
-        raise ConfigError(f"{who} cannot hold this {spec.family}: {in_words(gaps)}", hint=hint)
+        raise ConfigError(f"{who} cannot hold this {spec.family}: {in_words(gaps, 12)}", hint=hint)
 
 
 def in_words(gaps: Gaps, limit: int = 5) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.formats.hf.format import table
+from surgery.formats.hf.table import table
 from surgery.formats.table import Rank, Topology, gather, spread, unweave, weave
 from surgery.formats.table import row as make_row
 from surgery.model.spec import PARTS, Spec, full_template

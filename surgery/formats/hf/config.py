@@ -197,12 +197,15 @@ def _read_rope(family: Family, keys: _Keys, windowed: bool) -> tuple[Rope | None
     scaling = config.get("rope_scaling") or {}
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise ConfigError("rope_scaling is no mapping", file=keys.file)
-    top = {k: config[k] for k in (base_key, fraction_key) if config.get(k) is not None}
+    names = (base_key, fraction_key, "original_max_position_embeddings")
+    top = {k: config[k] for k in names if config.get(k) is not None}
     nested = "full_attention" in parameters or "sliding_attention" in parameters
     if family.window == "types":
         # transformers gives a flat dictionary of this family no effect at all
         full = {**(parameters.get("full_attention") or {}), **scaling} if nested else dict(scaling)
         local = dict(parameters.get("sliding_attention") or {}) if nested else {}
+        if nested:  # a length beside dictionaries by layer type has no effect
+            top.pop("original_max_position_embeddings", None)
         main = _rope(family, full, top, keys)
         other = _rope(family, local, {} if nested else top, keys)
         return main, (other if windowed and other != main else None)
@@ -226,7 +229,10 @@ def _rope(family: Family, given: Config, top: Config, keys: _Keys) -> Rope:
     if kind not in ("default", "linear", "dynamic", "yarn", "longrope", "llama3"):
         raise ConfigError(f"rope_type is {show(kind)}", file=keys.file)
     if kind in ("llama3", "yarn", "longrope") and keys.config.get("max_position_embeddings"):
-        numbers.setdefault("original_max_position_embeddings", keys.config["max_position_embeddings"])
+        length = "original_max_position_embeddings"
+        numbers.setdefault(length, keys.config["max_position_embeddings"])
+        if top.get(length) is not None:  # beside the scaling it counts, as in transformers
+            numbers[length] = top[length]
     if kind == "yarn":
         numbers = _plain_yarn(numbers)
     scaling = {} if kind == "default" else {"type": kind, **{k: v for k, v in numbers.items() if v is not None}}

@@ -177,7 +177,8 @@ INERT = frozenset(
     """.split()
 )
 EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
-          "rope_scaling", "rope_parameters", "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
+          "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+          "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
           "use_sliding_window", "max_window_layers", "layer_types", "decoder_sparse_step", "mlp_only_layers",
           "num_local_experts", "num_experts", "num_experts_per_tok",
           "first_k_dense_replace", "moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")  # fmt: skip

@@ -1,317 +1,113 @@
 """Hugging Face: `config.json` beside safetensors (or pytorch_model.bin) files, single or sharded with an index.
 
-Names and layouts: transformers `models/<family>/modeling_<family>.py`; the layouts of the anatomy are these, so most
-rows need no pattern.  Rows that a model has no parts for are silent, so one table serves all Llama-like families; the
-position of the norms (`post_attention_layernorm` is the mlp's input norm in Llama and the attention's output norm in
-OLMo2) is decided by the parts.  Experts are stored one by one under two spellings, or fused as transformers 5 has them.
+families.py   what the keys of each family mean      table.py   the tensors
+config.py     config.json <-> Spec (moe.py: of experts)      files.py   the weight files
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from surgery import tokenizer
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, text_file
-from surgery.containers.safetensors_writer import safetensors_file
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError
-from surgery.formats.base import Checkpoint, Format, Option, Options, Output
+from surgery.formats.base import (
+    Checkpoint,
+    Config,
+    Draft,
+    Format,
+    Opened,
+    Option,
+    Options,
+    Place,
+    Ranks,
+    Reading,
+    mapping,
+)
 from surgery.formats.hf.config import choose_family, misfits, read_config, write_config
 from surgery.formats.hf.families import FAMILIES
-from surgery.formats.table import Dialect, Rank, Row, Stored, Topology, gather, row, spread
+from surgery.formats.hf.files import to_json, weight_files
+from surgery.formats.hf.table import table
+from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
 from surgery.model.wording import in_words
+from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
 
-_L = "model.layers.{l}."
 
-LLAMA_LIKE: tuple[Row, ...] = (
-    row("model.embed_tokens.weight", "embed", pad="v"),
-    row(_L + "input_layernorm.weight", "attn_norm"),
-    row(_L + "self_attn.q_proj.weight", "attn.q"),
-    row(_L + "self_attn.q_proj.bias", "attn.q.bias"),
-    row(_L + "self_attn.k_proj.weight", "attn.k"),
-    row(_L + "self_attn.k_proj.bias", "attn.k.bias"),
-    row(_L + "self_attn.v_proj.weight", "attn.v"),
-    row(_L + "self_attn.v_proj.bias", "attn.v.bias"),
-    row(_L + "self_attn.q_norm.weight", "attn.q_norm"),
-    row(_L + "self_attn.k_norm.weight", "attn.k_norm"),
-    row(_L + "self_attn.q_norm.weight", "attn.q_head_norm"),
-    row(_L + "self_attn.k_norm.weight", "attn.k_head_norm"),
-    row(_L + "self_attn.o_proj.weight", "attn.o"),
-    row(_L + "self_attn.o_proj.bias", "attn.o.bias"),
-    row(_L + "post_attention_layernorm.weight", "attn_post_norm"),
-    row(_L + "post_attention_layernorm.weight", "mlp_norm"),
-    row(_L + "mlp.gate_proj.weight", "mlp.gate"),
-    row(_L + "mlp.gate_proj.bias", "mlp.gate.bias"),
-    row(_L + "mlp.up_proj.weight", "mlp.up"),
-    row(_L + "mlp.up_proj.bias", "mlp.up.bias"),
-    row(_L + "mlp.down_proj.weight", "mlp.down"),
-    row(_L + "mlp.down_proj.bias", "mlp.down.bias"),
-    row(_L + "post_feedforward_layernorm.weight", "mlp_post_norm"),
-    row("model.norm.weight", "final_norm"),
-    row("lm_head.weight", "lm_head", pad="v"),
-    row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-_GRANITE = _L + "block_sparse_moe."
-
-EXPERTS: Mapping[str, tuple[Row, ...]] = {
-    "w1": (
-        row(_L + "block_sparse_moe.gate.weight", "router"),
-        row(_L + "block_sparse_moe.experts.{e}.w1.weight", "experts.{e}.gate"),
-        row(_L + "block_sparse_moe.experts.{e}.w3.weight", "experts.{e}.up"),
-        row(_L + "block_sparse_moe.experts.{e}.w2.weight", "experts.{e}.down"),
-    ),
-    "gate_proj": (
-        row(_L + "mlp.gate.weight", "router"),
-        row(_L + "mlp.experts.{e}.gate_proj.weight", "experts.{e}.gate"),
-        row(_L + "mlp.experts.{e}.up_proj.weight", "experts.{e}.up"),
-        row(_L + "mlp.experts.{e}.down_proj.weight", "experts.{e}.down"),
-    ),
-    "fused": (
-        row(_L + "mlp.gate.weight", "router"),
-        row(_L + "mlp.experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_L + "mlp.experts.down_proj", "experts.{e}.down", layout="e h m"),
-    ),
-    "granite": (
-        row(_GRANITE + "router.layer.weight", "router"),
-        row(_GRANITE + "input_linear.weight", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_GRANITE + "output_linear.weight", "experts.{e}.down", layout="e h m"),
-        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
-        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
-    ),
-    "granite_fused": (  # as transformers 5 has them in memory
-        row(_GRANITE + "router.weight", "router"),
-        row(_GRANITE + "experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_GRANITE + "experts.down_proj", "experts.{e}.down", layout="e h m"),
-        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
-        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
-    ),
-}
+def locate(folder: Path) -> Place | None:
+    weights = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    here = (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+    return Place(folder, folder) if here else None
 
 
-def _shared(module: str) -> tuple[Row, ...]:
-    return tuple(row(f"{_L}mlp.{module}.{x}_proj.weight", f"shared.{x}") for x in ("gate", "up", "down"))
+def read(place: Place, options: Options) -> Opened:
+    file = place.folder / "config.json"
+    config, tensors = mapping(file, read_json), open_tensors(place.folder)
+    index = () if tensors.index is None else (tensors.index,)
+    return Opened(config, str(file), {Rank(): tensors}, tensors.containers, (file, *index))
 
 
-# What single families have besides.  transformers 5 holds Ernie's statistics inside the router.
-EXTRA_ROWS: Mapping[str, tuple[Row, ...]] = {
-    "qwen2_moe": (*_shared("shared_expert"), row(_L + "mlp.shared_expert_gate.weight", "shared_gate")),
-    "glm4_moe": (*_shared("shared_experts"), row(_L + "mlp.gate.e_score_correction_bias", "router.bias")),
-    "ernie4_5_moe": (
-        *_shared("shared_experts"),
-        row(_L + "mlp.moe_statics.e_score_correction_bias", "router.bias", layout="u e"),
-    ),
-}
-PAIRS = {"attn.q": "(g n half two) h", "attn.k": "(g half two) h"}
-
-_N = "gpt_neox.layers.{l}."
-
-GPT_NEOX: tuple[Row, ...] = (
-    row("gpt_neox.embed_in.weight", "embed", pad="v"),
-    row(_N + "input_layernorm.weight", "attn_norm"),
-    row(_N + "input_layernorm.bias", "attn_norm.bias"),
-    row(_N + "attention.query_key_value.weight", "attn.q", "attn.k", "attn.v", layout="(g * d) h"),
-    row(_N + "attention.query_key_value.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout="(g * d)"),
-    row(_N + "attention.dense.weight", "attn.o"),
-    row(_N + "attention.dense.bias", "attn.o.bias"),
-    row(_N + "post_attention_layernorm.weight", "mlp_norm"),
-    row(_N + "post_attention_layernorm.bias", "mlp_norm.bias"),
-    row(_N + "mlp.dense_h_to_4h.weight", "mlp.up"),
-    row(_N + "mlp.dense_h_to_4h.bias", "mlp.up.bias"),
-    row(_N + "mlp.dense_4h_to_h.weight", "mlp.down"),
-    row(_N + "mlp.dense_4h_to_h.bias", "mlp.down.bias"),
-    row("gpt_neox.final_layer_norm.weight", "final_norm"),
-    row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
-    row("embed_out.weight", "lm_head", pad="v"),
-    row("embed_out.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-_G = "transformer.h.{l}."
-
-# Conv1D weights are [in, out]
-GPT2: tuple[Row, ...] = (
-    row("transformer.wte.weight", "embed", pad="v"),
-    row("transformer.wpe.weight", "positions"),
-    row(_G + "ln_1.weight", "attn_norm"),
-    row(_G + "ln_1.bias", "attn_norm.bias"),
-    row(_G + "attn.c_attn.weight", "attn.q", "attn.k", "attn.v", layout="h (* g d)"),
-    row(_G + "attn.c_attn.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout="(* g d)"),
-    row(_G + "attn.c_proj.weight", "attn.o", layout="(g n d) h"),
-    row(_G + "attn.c_proj.bias", "attn.o.bias"),
-    row(_G + "ln_2.weight", "mlp_norm"),
-    row(_G + "ln_2.bias", "mlp_norm.bias"),
-    row(_G + "mlp.c_fc.weight", "mlp.up", layout="h f"),
-    row(_G + "mlp.c_fc.bias", "mlp.up.bias"),
-    row(_G + "mlp.c_proj.weight", "mlp.down", layout="f h"),
-    row(_G + "mlp.c_proj.bias", "mlp.down.bias"),
-    row("transformer.ln_f.weight", "final_norm"),
-    row("transformer.ln_f.bias", "final_norm.bias"),
-    row("lm_head.weight", "lm_head", pad="v"),
-    row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-IGNORED = (
-    (r"^(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
-    (r"rotary_emb\.inv_freq$", "a buffer that is computed from the rope base"),
-    (r"^gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
-)
+def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
+    found, facts, notes = read_config(config, file)
+    return Reading(found, tuple(notes), facts)
 
 
-def table(model_type: str, names: Iterable[str] = ()) -> Dialect:
-    """The table of a family; `names` of stored tensors decide how experts are spelled, else its published names."""
-    if model_type == "gpt_neox":  # transformers 5 calls the head lm_head in memory, not in files
-        new = "lm_head.weight" in names
-        rows = [replace(r, name=r.name.replace("embed_out", "lm_head")) for r in GPT_NEOX] if new else GPT_NEOX
-        return Dialect("hf", tuple(rows), IGNORED)
-    if model_type == "gpt2":  # the first checkpoints were saved without the head, and without its prefix
-        bare = any(name.startswith("wte.") for name in names)
-        rows = [replace(r, name=r.name.removeprefix("transformer.")) for r in GPT2] if bare else GPT2
-        return Dialect("hf", tuple(rows), IGNORED)
-    family = FAMILIES.get(model_type)
-    spelling = family.experts if family else "gate_proj"
-    first = next((n for n in names if ".experts." in n), "")
-    if re.search(r"\.experts\.(gate_up_proj|down_proj)$", first):
-        spelling = "granite_fused" if spelling == "granite" else "fused"
-    elif first and spelling != "granite":
-        spelling = "w1" if ".w1." in first or ".w2." in first or ".w3." in first else "gate_proj"
-    rows = LLAMA_LIKE + EXPERTS[spelling] + EXTRA_ROWS.get(model_type, ())
-    if any(".mlp.gate.moe_statics." in n for n in names):
-        rows = tuple(replace(r, name=r.name.replace("mlp.moe_statics", "mlp.gate.moe_statics")) for r in rows)
-    if family and family.interleaved:
-        rows = tuple(_paired(r) for r in rows)
-    return Dialect("hf", rows, IGNORED)
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+    return table(reading.spec.family, opened.shards[Rank()])
 
 
-@cache
-def _paired(r: Row) -> Row:
-    """The row of a family whose rotary pairs lie side by side."""
-    part = r.parts[0].removeprefix("layers.{l}.")
-    return row(r.name, part, layout=PAIRS[part]) if part in PAIRS else r
-
-
-def recognise(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(
-        (folder / f"{stem}{end}").is_file()
-        for stem in ("model.safetensors", "pytorch_model.bin")
-        for end in ("", ".index.json")
-    )
-
-
-def open_hf(folder: Path, options: Options) -> Checkpoint:
-    """A Hugging Face folder.  Raises SurgeryError naming every tensor and key that does not fit."""
-    config = read_json(folder / "config.json", "config.json")
-    if not isinstance(config, dict):
-        raise ConfigError("is no JSON object", file=folder / "config.json")
-    spec, facts, notes = read_config(config, str(folder / "config.json"))
-    tensors = open_tensors(folder)
-    gathered = gather(table(spec.family, tensors), {Rank(): tensors}, spec, Topology())
-    return Checkpoint(
-        format="hf",
-        path=folder,
-        spec=spec,
-        parts=gathered.parts,
-        config=config,
-        facts=facts,
-        files=tuple(Path(f.path) for f in tensors.files),
-        globals=tensors.globals,
-        ignored=gathered.ignored,
-        notes=tuple(notes),
-        tokenizer=tokenizer.find(folder),
-    )
-
-
-def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
-    """config.json, model*.safetensors, the index and the tokenizer for a checkpoint of any format."""
-    spec = checkpoint.spec
-    family = options.get("family", "auto")
+def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
+    """config.json and the weights, of a family that holds the model."""
+    family = options["family"]
     if family == "auto":
-        family = choose_family(spec)
-    elif gaps := misfits(spec, family):
+        family = choose_family(checkpoint.spec)
+    elif gaps := misfits(checkpoint.spec, family):
         raise ConfigError(f"a {family} cannot hold this model: {in_words(gaps)}")
-    found = checkpoint.tokenizer
-    facts = {**(found.ids() if found else {}), **checkpoint.facts}
-    tokens = _tokenizer(checkpoint)
-    config = write_config(spec, facts, checkpoint.dtype, family)
+    config = write_config(checkpoint.spec, checkpoint.facts, checkpoint.dtype, family)
     if checkpoint.format == "hf" and family == checkpoint.config.get("model_type"):
         config = _kept(checkpoint, config)
-    stored = spread(table(family), checkpoint.parts, spec, topology)[Rank()]
-    files = [
-        text_file("config.json", _json(config)),
-        *_weights(stored, parse_size(options["shard_size"])),
-        *tokens.files,
-    ]
-    return Output(tuple(files), tuple(tokens.notes))
+    return Draft(config, None, table(family), ONE_RANK, partial(_files, config, parse_size(options["shard_size"])))
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tokenizer.Carried:
-    if checkpoint.tokenizer is None:
-        return tokenizer.Carried((), ("no tokenizer was found, none is written (--tokenizer PATH adds one)",))
-    spec = checkpoint.spec
-    ids = {k.removesuffix("_token_id"): v for k, v in checkpoint.facts.items() if k.endswith("_token_id")}
-    return tokenizer.for_hf(
-        checkpoint.tokenizer,
-        vocab_size=spec.vocab,
-        max_length=spec.context or 2048,
-        ids={k: v for k, v in ids.items() if type(v) is int},
-    )
+def _files(config: Config, limit: int, ranks: Ranks) -> Iterable[OutputFile]:
+    return [text_file("config.json", to_json(config)), *weight_files(ranks[Rank()], limit)]
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:
     """From Hugging Face to itself, the config stays as it was wherever it means the same."""
     old = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype")}
-    same = read_config(old, "config.json")[0].differences(checkpoint.spec)
-    return {**(old if not same else {**old, **config}), "torch_dtype": config["torch_dtype"]}
+    same = read_config(old, "config.json")[0].differences(checkpoint.spec).keys() <= {"true_vocab"}
+    return {**(old if same else {**old, **config}), "torch_dtype": config["torch_dtype"]}
 
 
-def _weights(stored: Mapping[str, Stored], limit: int) -> list[OutputFile]:
-    """The weight files, filled in the order of the layers up to `limit` bytes each, and their index."""
-    shards: list[dict[str, Stored]] = [{}]
-    filled = 0
-    for name in sorted(stored, key=_natural):
-        nbytes = stored[name].tensor.nbytes
-        if shards[-1] and filled + nbytes > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = stored[name]
-        filled += nbytes
-    if len(shards) == 1:
-        return [safetensors_file("model.safetensors", {k: s.tensor for k, s in shards[0].items()})]
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    total = sum(s.tensor.nbytes for s in stored.values())
-    places = {k: name for name, shard in zip(names, shards, strict=True) for k in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    files = [
-        safetensors_file(n, {k: s.tensor for k, s in shard.items()}) for n, shard in zip(names, shards, strict=True)
-    ]
-    return [*files, text_file("model.safetensors.index.json", _json(index))]
-
-
-def _natural(name: str) -> tuple[tuple[bool, str, int], ...]:
-    """Sorts layer 2 before layer 10."""
-    return tuple((t.isdigit(), "", int(t)) if t.isdigit() else (False, t, 0) for t in name.split("."))
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+def tokens(found: Tokenizer, checkpoint: Checkpoint) -> Carried:
+    ids = {k.removesuffix("_token_id"): v for k, v in checkpoint.facts.items() if k.endswith("_token_id")}
+    return tokenizer.for_hf(
+        found,
+        vocab_size=checkpoint.spec.vocab,
+        max_length=checkpoint.spec.context or 2048,
+        ids={k: v for k, v in ids.items() if type(v) is int},
+    )
 
 
 FORMAT = Format(
     name="hf",
+    who="Hugging Face's family",
     title="Hugging Face (config.json, *.safetensors; also reads pytorch_model*.bin)",
-    flags=(),
+    locate=locate,
+    read=read,
+    spec=spec,
+    table=stored_table,
+    draft=draft,
+    tokens=tokens,
     options=(
         Option("family", "the model_type to write; auto: the source's, else the first that holds it exactly", "auto",
                ("auto", *FAMILIES), "write"),
         Option("shard_size", "largest weight file (same as --shard-size)", "5GB", (), "write"),
     ),
-    recognise=recognise,
-    open=open_hf,
-    plan=plan,
 )  # fmt: skip

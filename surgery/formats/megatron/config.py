@@ -1,7 +1,6 @@
 """Megatron's `args` (an argparse.Namespace in every checkpoint) <-> Spec, in the spellings of core 0.10 to 0.20.
 
-    found = read_args({"num_layers": 32, "hidden_size": 4096, ...}, "model_optim_rng.pt", vocab=32000)
-    found.spec, found.notes
+    spec, notes = read_args({"num_layers": 32, "hidden_size": 4096, ...}, "model_optim_rng.pt", vocab=32000)
     args = write_args(spec)
 
 The Namespace is described, never made.  An argument that would change the model and that no Spec expresses is refused
@@ -12,14 +11,12 @@ megatron/training `arguments.py`, megatron/core `transformer/transformer_config.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import AmbiguousError, ConfigError, show, some
 from surgery.formats.megatron.inert import is_inert
 from surgery.formats.typed_keys import TypedKeys
 from surgery.model.spec import Rope, Spec
-from surgery.model.wording import check_held
 
 UPSTREAM = "megatron.training"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -83,16 +80,10 @@ _NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 _POSITIONS = ("rope", "learned_absolute", "none")
 
 
-@dataclass(frozen=True)
-class Found:
-    """What the args say about the model, and what had to be assumed or left aside."""
-
-    spec: Spec
-    notes: tuple[str, ...]
-
-
-def read_args(args: Mapping[str, Any], file: str, vocab: int, rope_factor: float | None = None) -> Found:
-    """The model behind a Namespace's attributes; `vocab` is how many rows the embedding has.
+def read_args(
+    args: Mapping[str, Any], file: str, vocab: int, rope_factor: float | None = None
+) -> tuple[Spec, tuple[str, ...]]:
+    """The model behind a Namespace's attributes, and notes; `vocab` is how many rows the embedding has.
 
     Raises ConfigError naming every argument that no Spec can express.
     """
@@ -116,7 +107,7 @@ def read_args(args: Mapping[str, Any], file: str, vocab: int, rope_factor: float
     odd = [key for key in keys.unknown(ABSENT) if not is_inert(key.removeprefix("args."), {**REFUSED, **REFUSED_MOE})]
     if odd:
         notes.append(f"arguments that are not understood and have no effect here: {some(odd, 20)}")
-    return Found(spec, tuple(notes))
+    return spec, tuple(notes)
 
 
 def _refuse(args: Mapping[str, Any], rules: Mapping[str, tuple[object, ...]], file: str) -> None:
@@ -291,7 +282,7 @@ def _family(fields: Mapping[str, Any]) -> str:
 
 
 def write_args(spec: Spec) -> dict[str, Any]:
-    """The attributes that describe the model.  Raises ConfigError naming every field that Megatron cannot express."""
+    """The attributes that describe the model that comes nearest."""
     bias = spec.mlp_bias or spec.o_bias
     args: dict[str, Any] = {
         "num_layers": spec.layers, "encoder_num_layers": spec.layers, "hidden_size": spec.width,
@@ -310,11 +301,6 @@ def write_args(spec: Spec) -> dict[str, Any]:
     }  # fmt: skip
     if spec.experts:
         args |= _write_experts(spec)
-    try:
-        back = read_args(args, "args", spec.vocab, rope_factor=_own_factor(spec)).spec
-    except ConfigError as error:
-        raise ConfigError(f"Megatron cannot hold this {spec.family}: {error.what}") from None
-    check_held("Megatron", spec, back)
     return args
 
 

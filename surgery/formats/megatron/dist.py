@@ -10,24 +10,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.containers import open_file
+from surgery.containers import Container, open_file
 from surgery.containers.dcp import Dcp
 from surgery.containers.dcp_writer import dcp_files
-from surgery.containers.output import text_file
+from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_json
 from surgery.containers.torch_writer import torch_file
 from surgery.containers.torch_zip import Tree
 from surgery.errors import ConfigError, FileError, LayoutError, show
-from surgery.formats.base import Checkpoint, Format, Options, Output, number
-from surgery.formats.megatron import entries
-from surgery.formats.megatron import folder as folders
-from surgery.formats.megatron.config import read_args
-from surgery.formats.megatron.rows import dist_table
-from surgery.formats.table import ONE_RANK, Rank, Topology, gather, spread
+from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Place, Ranks, Reading
+from surgery.formats.megatron import entries, files
+from surgery.formats.megatron.table import dist_table
+from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 
@@ -38,45 +38,38 @@ _STATES = re.compile(r"^(optimizer|chained_\d+)[._]")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def recognise(folder: Path) -> bool:
-    found = folders.latest(folder)
-    return found is not None and folders.is_dist(found)
+@dataclass(frozen=True)
+class Common:
+    """What is not sharded, where it lies inside the DCP files."""
+
+    entries: Mapping[Any, Any]
+    paths: list[Path] = field(default_factory=list)
+    globals: list[str] = field(default_factory=list)
 
 
-def open_dist(folder: Path, options: Options) -> Checkpoint:
-    """A run or one iteration of it.  Raises SurgeryError naming everything that does not fit."""
-    where = folders.iteration_folder(folder)
+def locate(folder: Path) -> Place | None:
+    return files.place(folder, files.is_dist)
+
+
+def read(place: Place, options: Options) -> Opened:
+    """A run's latest iteration, or one iteration."""
+    where = files.iteration_folder(place.root)
     _check_backend(where)
     dcp = Dcp(where)
-    root, names, files = _common(where, dcp)
+    root, holder = _common(where, dcp)
     args = entries.namespace(root, where)
     tensors = {name: t for name, t in dcp.tensors.items() if not _STATES.match(name)}
     if _EMBEDDING not in tensors or len(tensors[_EMBEDDING].shape) != 2:
         hint = "keys under model.module. are of fsdp_dtensor, which is not read" if _is_fsdp(tensors) else None
         raise LayoutError(f"{where}: holds no matrix {_EMBEDDING}", hint=hint)
-    factor = number(options, "rope_factor") or entries.own_factor(root)
-    found = read_args(args, str(where), tensors[_EMBEDDING].shape[0], factor)
     norms = "te" if any(".pre_mlp_layernorm." in name for name in tensors) else "local_dist"
-    gathered = gather(dist_table(norms, tensors), {Rank(): tensors}, found.spec, ONE_RANK)
-    tp, pp, ep, _ = entries.parallel_sizes(args, where)
+    seen = entries.Seen(tensors[_EMBEDDING].shape[0], entries.own_factor(root), 0, dist_table(norms, tensors))
     stacked = any(re.match(r"decoder\.layers\.\D", name) for name in tensors)
-    return Checkpoint(
-        format="megatron-dist",
-        path=folder,
-        spec=found.spec,
-        parts=gathered.parts,
-        topology=Topology(tp, pp, ep),
-        config=args,
-        files=(where / ".metadata", *(Path(f.path) for f in dcp.files.values()), *files),
-        globals=tuple(sorted({*dcp.globals, *names})),
-        ignored=gathered.ignored | _left_out(dcp, root),
-        notes=found.notes,
-        details={
-            **entries.run_details(root, args),
-            "layers are": "stacked" if stacked else "numbered",
-            "optimizer": _optimizer(dcp),
-        },
-    )
+    details = {"layers are": "stacked" if stacked else "numbered", "optimizer": _optimizer(dcp)}
+    read = [path for path in (place.root / files.TRACKER, where / "metadata.json") if path.is_file()]
+    tp, pp, ep, _ = entries.parallel_sizes(args, where)
+    return Opened(args, str(where), {Rank(): tensors}, (dcp, holder), tuple(read), seen, ONE_RANK,
+                  {**entries.run_details(root, args), **details}, Topology(tp, pp, ep))  # fmt: skip
 
 
 def _check_backend(where: Path) -> None:
@@ -91,19 +84,19 @@ def _check_backend(where: Path) -> None:
         )
 
 
-def _common(where: Path, dcp: Dcp) -> tuple[Mapping[Any, Any], Collection[str], list[Path]]:
-    """What is not sharded: the args and counters; the names that its pickle mentions; its file."""
+def _common(where: Path, dcp: Dcp) -> tuple[Mapping[Any, Any], Container]:
+    """What is not sharded (the args and counters), and what holds it."""
     path = where / "common.pt"
     if path.is_file():
         file = open_file(path)
         if not isinstance(file, Tree) or not isinstance(file.root, dict):
             raise FileError("is no common state of Megatron", file=path)
-        return file.root, file.globals, [path]
+        return file.root, file
     if COMMON in dcp.objects:
         held = dcp.objects[COMMON]()
         root = held[0] if isinstance(held, list) and len(held) == 1 else held
         if isinstance(root, dict):
-            return root, (), []
+            return root, Common(root)
     if (where / "run_config.yaml").is_file():
         raise ConfigError("is of Megatron-Bridge, which stores no args; it is not read", file=where,
                           hint="export it with Megatron-Bridge itself")  # fmt: skip
@@ -121,52 +114,34 @@ def _optimizer(dcp: Dcp) -> str:
     return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
 
 
-def _left_out(dcp: Dcp, root: Mapping[Any, Any]) -> dict[str, str]:
-    """Everything that is not the model, each kind of entry once."""
-    out = {}
-    for name in dcp.tensors:
-        if match := _STATES.match(name):
-            out[match[1]] = entries.STATES["optimizer"]
-    for name in dcp.objects:
-        kind = name.partition("/")[0]
-        if "_extra_state" in kind:
-            out["_extra_state"] = "Transformer Engine's own state (FP8 scales), no weight"
-        elif name != COMMON:
-            out[kind] = entries.STATES.get(kind.removesuffix("_state"), entries.STATES.get(kind, "no tensor"))
-    for key in root:
-        if key not in entries.READ and key not in ("content_metadata",):
-            out[str(key)] = entries.STATES.get(key, "no part of the model")
-    return out
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+    found: Dialect = opened.seen.table
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
+def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
     """The iteration's folder and the tracker.  `topology` decides the padding and what `args` remember."""
-    spec, carried = checkpoint.spec, checkpoint.details
-    norms = entries.chosen(options, "spec", carried.get("layer names"))
-    experts = entries.chosen(options, "experts", carried.get("experts"))
-    entries.check_heads(spec, topology.tp)
-    topology = entries.with_experts(spec, topology, options)
-    topology.layer_counts(spec.layers)
+    spec = checkpoint.spec
+    plan = entries.written(checkpoint, topology, options, {"ckpt_format": "torch_dist", "use_dist_ckpt": True})
+    plan.topology.layer_counts(spec.layers)
     numbered = spec.experts > 0 and not all(spec.is_moe(i) for i in range(spec.layers))
-    multiple = entries.whole_number(options, "vocab_multiple")
-    iteration = folders.chosen_iteration(options, carried.get("iteration", carried.get("step")))
-    args = {"transformer_impl": entries.IMPL[norms], **entries.EXPERT_ARGS[experts], "ckpt_format": "torch_dist",
-            "use_dist_ckpt": True}  # fmt: skip
-    root = entries.root_entries(checkpoint, topology, multiple, args, iteration)
-    stored_norms = "te" if norms == "te" else "local_dist"
-    dialect = dist_table(stored_norms, (), multiple * topology.tp, numbered=numbered)
-    tensors = {name: s.tensor for name, s in spread(dialect, checkpoint.parts, spec, ONE_RANK)[Rank()].items()}
-    where, text = folders.iteration_name(iteration)
-    files = [
-        text_file(folders.TRACKER, text.encode()),
+    norms = "te" if plan.norms == "te" else "local_dist"
+    dialect = dist_table(norms, (), plan.multiple * plan.topology.tp, numbered=numbered)
+    return Draft(plan.args, plan.seen, dialect, ONE_RANK, partial(_files, plan, spec, numbered), plan.notes)
+
+
+def _files(plan: entries.Written, spec: Spec, numbered: bool, ranks: Ranks) -> Iterable[OutputFile]:
+    where, text = files.iteration_name(plan.iteration)
+    tensors = {name: s.tensor for name, s in ranks[Rank()].items()}
+    return [
+        text_file(files.TRACKER, text.encode()),
         text_file(f"{where}/metadata.json", json.dumps(METADATA).encode()),
-        torch_file(f"{where}/common.pt", root),
+        torch_file(f"{where}/common.pt", dict(plan.root)),
         *dcp_files(f"{where}/", tensors, {name: [None] for name in extra_states(spec, numbered)}),
     ]
-    return Output(tuple(files), tuple(entries.notes_of(checkpoint, topology, multiple)))
 
 
 def extra_states(spec: Spec, numbered: bool) -> Iterator[str]:
@@ -195,10 +170,14 @@ def _modules(spec: Spec, layer: int) -> list[str]:
 
 FORMAT = Format(
     name="megatron-dist",
+    who="Megatron",
     title="Megatron-LM, `torch_dist` format (.metadata, __R_N.distcp, common.pt)",
+    locate=locate,
+    read=read,
+    spec=entries.spec,
+    table=stored_table,
+    draft=draft,
     flags=("tp", "pp", "vpp", "ep"),
     options=entries.OPTIONS,
-    recognise=recognise,
-    open=open_dist,
-    plan=plan,
+    entries=entries.ENTRIES,
 )

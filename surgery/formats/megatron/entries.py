@@ -1,34 +1,36 @@
-"""What a Megatron checkpoint says besides its tensors: args, iteration, options of writing; both formats share it.
+"""What a Megatron checkpoint says besides its tensors: args, iteration, options; both of its formats share it.
 
-root_entries(checkpoint, topology, 128, {...}, iteration=7)     # {"args": Namespace(...), "iteration": 7, ...}
+written(checkpoint, topology, options).root     # {"args": Namespace(...), "iteration": 7, ...}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.pickles.records import Obj
 from surgery.containers.torch_writer import Record
 from surgery.errors import ConfigError, LayoutError, UsageError, show
-from surgery.formats.base import Checkpoint, Option, Options
-from surgery.formats.megatron.config import BUILT_IN_FACTOR, write_args
-from surgery.formats.table import Topology
+from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER, Rule
+from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
+from surgery.formats.megatron.config import BUILT_IN_FACTOR, read_args, write_args
+from surgery.formats.megatron.files import chosen_iteration
+from surgery.formats.table import Dialect, Topology
 from surgery.model.spec import Spec
 
-STATES = {
-    "optimizer": "the optimizer's state, which is not converted",
-    "opt_param_scheduler": "the scheduler's state, which is not converted",
-    "lr_scheduler": "the scheduler's state, which is not converted",
-    "rng_state": "random states, which are not converted",
-    "rerun_state_machine": "the trainer's own state",
-}
+# what is known of the entries of a checkpoint that are no tensors of the model
+ENTRIES: tuple[Rule, ...] = (
+    Rule(r"args|checkpoint_version|iteration|surgery|content_metadata|common_state/.*", verdict=READ),
+    Rule(r"(optimizer|chained_\d+)(?:[._/].*)?", OPTIMIZER),
+    Rule(r"(opt_param_scheduler|lr_scheduler)(?:[./].*)?", SCHEDULER),
+    Rule(r"(rng_state)(?:[./].*)?", RANDOM),
+    Rule(r"num_floating_point_operations_so_far", "a counter of the run"),
+    Rule(r"(rerun_state_machine(?:_state)?)(?:[./].*)?", TRAINER),
+    Rule(r"(?:.*\.)?(_extra_state)\d*(?:/.*)?", "Transformer Engine's own state (FP8 scales), no weight"),
+)
 _COUNTERS = ("consumed_train_samples", "consumed_valid_samples")
-# keys of a checkpoint that describe the model and are read
-READ = ("args", "checkpoint_version", "iteration", "surgery")
-
 OPTIONS = (
     Option("spec", "names of norms and attention: te (Transformer Engine) or local; auto: as the source, else te",
            "auto", ("auto", "local", "te"), "write"),
@@ -39,6 +41,23 @@ OPTIONS = (
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
     Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tensors show: rows of the embedding, how many layers there are, and how all are laid out.  `factor` is
+    the rope's where surgery wrote the file: Megatron's own args leave a doubt."""
+
+    vocab: int
+    factor: float | None = None
+    layers: int = 0
+    table: Dialect | None = None
+
+
+def spec(config: Config, file: str, seen: Seen, options: Options) -> Reading:
+    """What the args mean."""
+    found, notes = read_args(config, file, seen.vocab, number(options, "rope_factor") or seen.factor)
+    return Reading(found, notes)
 
 
 def namespace(root: Mapping[Any, Any], file: Path) -> Mapping[str, Any]:
@@ -130,11 +149,30 @@ def with_experts(spec: Spec, topology: Topology, options: Options) -> Topology:
     return replace(topology, etp=None if etp == topology.tp else etp)
 
 
-def root_entries(
-    checkpoint: Checkpoint, topology: Topology, multiple: int, more: Mapping[str, Any], iteration: int | None
-) -> dict[str, Any]:
-    """The entries of a checkpoint besides its tensors: args of primitives only, so that stock loaders take them."""
-    spec = checkpoint.spec
+@dataclass(frozen=True)
+class Written:
+    """What is written besides the tensors.  `args` describe the model, `root` holds them and the counters."""
+
+    args: Mapping[str, Any]
+    root: Mapping[str, Any]
+    norms: str
+    experts: str
+    topology: Topology
+    multiple: int
+    iteration: int | None
+    seen: Seen
+    notes: tuple[str, ...]
+
+
+def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: Mapping[str, Any]) -> Written:
+    """Args of primitives only, so that stock loaders take them.  Raises UsageError, LayoutError."""
+    spec, carried = checkpoint.spec, checkpoint.details
+    norms = chosen(options, "spec", carried.get("layer names"))
+    experts = chosen(options, "experts", carried.get("experts"))
+    check_heads(spec, topology.tp)
+    topology = with_experts(spec, topology, options)
+    multiple = whole_number(options, "vocab_multiple")
+    iteration = chosen_iteration(options, carried.get("iteration", carried.get("step")))
     args = write_args(spec) | {
         "tensor_model_parallel_size": topology.tp, "pipeline_model_parallel_size": topology.pp,
         "expert_model_parallel_size": topology.ep, "expert_tensor_parallel_size": topology.expert_tp,
@@ -145,14 +183,16 @@ def root_entries(
         "make_vocab_size_divisible_by": multiple, "padded_vocab_size": padded(spec.vocab, topology, multiple),
         "vocab_size": spec.true_vocab or spec.vocab, "bf16": checkpoint.dtype == "bfloat16",
         "fp16": checkpoint.dtype == "float16", "iteration": iteration or 0, "tokenizer_type": None,
-        "consumed_train_samples": checkpoint.details.get("consumed_train_samples", 0),
-        "consumed_valid_samples": checkpoint.details.get("consumed_valid_samples", 0), **more,
+        "consumed_train_samples": carried.get("consumed_train_samples", 0),
+        "consumed_valid_samples": carried.get("consumed_valid_samples", 0),
+        "transformer_impl": IMPL[norms], **EXPERT_ARGS[experts], **more,
     }  # fmt: skip
     root: dict[str, Any] = {"args": Record("argparse", "Namespace", (), args), "checkpoint_version": 3.0,
                             "iteration": iteration or 0}  # fmt: skip
     if args.get("rope_scaling_factor", BUILT_IN_FACTOR) != BUILT_IN_FACTOR:
         root["surgery"] = {"rope_factor": args["rope_scaling_factor"]}
-    return root
+    seen, notes = Seen(spec.vocab, own_factor(root)), tuple(notes_of(checkpoint, topology, multiple))
+    return Written(args, root, norms, experts, topology, multiple, iteration, seen, notes)
 
 
 def padded(rows: int, topology: Topology, multiple: int) -> int:

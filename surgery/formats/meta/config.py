@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from surgery.errors import ConfigError, show
 from surgery.model.spec import Rope, Spec
-from surgery.model.wording import say
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _INERT = {"max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_args", "model_parallel_size"}
@@ -26,12 +25,14 @@ _KNOWN = _INERT | set(
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the tensors' shapes say: rows of the vocabulary, ffn width, the embedding's cut, tied or not."""
+    """What the tensors' shapes say: rows of the vocabulary, ffn width, the embedding's cut, tied or not; and whether
+    the tokenizer beside them is a rank file of tiktoken."""
 
     vocab: int
     ffn: int
     embedding: str
     tied: bool
+    tiktoken: bool = False
 
 
 def read_params(
@@ -39,7 +40,6 @@ def read_params(
     file: str,
     evidence: Evidence,
     *,
-    tiktoken: bool = False,
     rope_factor: float | None = None,
     positions: float | None = None,
 ) -> tuple[Spec, list[str]]:
@@ -56,7 +56,7 @@ def read_params(
     if vocab not in (None, -1, evidence.vocab):
         raise ConfigError(f"vocab_size is {show(vocab)}, but the embedding has {evidence.vocab} rows", file=file)
     notes += _check_ffn(params, dim, evidence.ffn)
-    llama3 = tiktoken or (evidence.embedding == "vocab" and evidence.vocab >= 100_000)
+    llama3 = evidence.tiktoken or (evidence.embedding == "vocab" and evidence.vocab >= 100_000)
     base = keys.real("rope_theta")
     if base is None:
         base = 500000.0 if llama3 else 10000.0
@@ -163,47 +163,22 @@ def is_llama3(spec: Spec) -> bool:
     return scaled or spec.tied or spec.vocab >= 100_000 or (spec.rope is not None and spec.rope.base == 500000.0)
 
 
-def refuse_misfits(spec: Spec) -> None:
-    """Raise ConfigError naming everything about a model that Meta's reference code cannot compute."""
-    rope = spec.rope or Rope()
-    plain = {k: v for k, v in rope.scaling.items() if k not in ("type", "factor")}
-    problems = {
-        "experts": spec.experts > 0,
-        say("norm", spec.norm): spec.norm != "rms",
-        "norms after the layers": spec.norm_at != "pre",
-        say("qk_norm", spec.qk_norm): bool(spec.qk_norm),
-        "biases": spec.qkv_bias or spec.o_bias or spec.mlp_bias,
-        "clipped queries, keys and values": spec.clip_qkv is not None,
-        f"activation {spec.act}": spec.act != "silu" or not spec.glu,
-        "parallel residuals": spec.parallel,
-        "sliding windows": bool(spec.windows),
-        "no rotary embeddings": spec.rope is None or spec.learned_positions > 0,
-        f"rotary embeddings on {rope.fraction:g} of a head": rope.fraction != 1.0,
-        say("rope", rope): bool(rope.scaling) and (rope.scaling.get("type") != "llama3" or plain != LLAMA3_ROPE),
-        f"heads of width {spec.head_dim} x {spec.heads} for a model width of {spec.width}": spec.head_dim * spec.heads
-        != spec.width,
-    }
-    found = [name for name, is_so in problems.items() if is_so]
-    if found:
-        raise ConfigError(f"Meta's format cannot hold this {spec.family}: it has {', '.join(found)}")
-
-
 def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], list[str]]:
-    """params.json, with notes on what it cannot say."""
-    assert spec.rope is not None
+    """params.json of the model that comes nearest, with notes on what it cannot say."""
+    rope = spec.rope or Rope()
     multiple, multiplier = ffn_numbers(spec.width, spec.ffn)
     params: dict[str, object] = {
         "dim": spec.width, "n_layers": spec.layers, "n_heads": spec.heads, "n_kv_heads": spec.kv_heads,
         "vocab_size": spec.vocab,
         "multiple_of": multiple, "ffn_dim_multiplier": multiplier, "norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope.base,
+        "rope_theta": rope.base,
     }  # fmt: skip
     if multiplier is None:
         del params["ffn_dim_multiplier"]
     notes = []
-    if spec.rope.scaling:
+    if rope.scaling.get("type") == "llama3":
         params["use_scaled_rope"] = True
-        own = spec.rope.scaling["factor"]
+        own = rope.scaling["factor"]
         if factor is not None and factor != own:
             raise ConfigError(f"-O rope_factor={factor:g}, but the model's own factor is {own}")
         if own != (32.0 if spec.tied else 8.0):
@@ -219,6 +194,8 @@ def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], l
 
 def ffn_numbers(dim: int, width: int) -> tuple[int, float | None]:
     """multiple_of and ffn_dim_multiplier that give an ffn width: those of a release if one fits, else fresh ones."""
+    if not width:  # no dense layer
+        return 256, None
     for multiple in (256, 1024, 4096, 512, 128, 64, 32):
         for multiplier in (None, 1.3, 1.5, 1.0):
             if ffn_width(dim, multiple, multiplier) == width:

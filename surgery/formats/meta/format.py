@@ -1,59 +1,51 @@
 """Meta's Llama releases: `params.json` beside `consolidated.NN.pth`, one file per model-parallel rank.
 
-Layout after llama-models `models/llama3/model.py` and, for Llama 1 and 2, llama `llama/model.py`: column-parallel
-weights are cut along their rows, row-parallel ones along their columns.  Rotary pairs lie side by side in `wq` and
-`wk` (`half two`), where Hugging Face keeps the halves apart.  Llama 1, 2 and Code Llama cut the embedding along the
-model width, Llama 3 along the vocabulary: the shapes tell which.
+table.py   the tensors          config.py   params.json <-> Spec
+
+params.json says little: the vocabulary, the ffn width, whether embeddings are tied and how ranks cut them are seen in
+the tensors' shapes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from surgery import tokenizer
 from surgery.containers import open_file
-from surgery.containers.output import text_file
+from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_json
 from surgery.containers.torch_writer import torch_file
-from surgery.errors import ConfigError, FileError, LayoutError, show
-from surgery.formats.base import Checkpoint, Format, Option, Options, Output, number
-from surgery.formats.meta import config as meta_params
-from surgery.formats.table import Dialect, Rank, Row, Topology, gather, row, spread
+from surgery.errors import FileError, LayoutError, show
+from surgery.formats.base import (
+    Checkpoint,
+    Config,
+    Draft,
+    Format,
+    Opened,
+    Option,
+    Options,
+    Place,
+    Ranks,
+    Reading,
+    mapping,
+    number,
+)
+from surgery.formats.meta.config import Evidence, is_llama3, read_params, to_json, write_params
+from surgery.formats.meta.table import table
+from surgery.formats.table import Dialect, Rank, Shards, Topology
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Lazy
+from surgery.tokenizer import Carried, Tokenizer
 
-_L = "layers.{l}."
-ROWS: tuple[Row, ...] = (
-    row(_L + "attention.wq.weight", "attn.q", layout="(g n half two) h", cut="g"),
-    row(_L + "attention.wk.weight", "attn.k", layout="(g half two) h", cut="g"),
-    row(_L + "attention.wv.weight", "attn.v", cut="g"),
-    row(_L + "attention.wo.weight", "attn.o", cut="g"),
-    row(_L + "feed_forward.w1.weight", "mlp.gate", cut="f"),
-    row(_L + "feed_forward.w2.weight", "mlp.down", cut="f"),
-    row(_L + "feed_forward.w3.weight", "mlp.up", cut="f"),
-    row(_L + "attention_norm.weight", "attn_norm"),
-    row(_L + "ffn_norm.weight", "mlp_norm"),
-    row("norm.weight", "final_norm"),
-    row("output.weight", "lm_head", cut="v"),
-)
-# A tied model stores its embedding under both names.
-EMBEDDING: Mapping[str, tuple[Row, ...]] = {
-    "width": (
-        row("tok_embeddings.weight", "embed", cut="h"),
-        row("output.weight", "embed", cut="v", copy=True, when=lambda spec, _: spec.tied),
-    ),
-    "vocab": (
-        row("tok_embeddings.weight", "embed", cut="v"),
-        row("output.weight", "embed", cut="v", copy=True, when=lambda spec, _: spec.tied),
-    ),
-}
-IGNORED = ((r"(^|\.)rope\.freqs$", "a buffer that is computed from the rope base"),)
+_CUT = {"vocab": "the vocabulary", "width": "the model width"}
 
 
-def table(embedding: str) -> Dialect:
-    return Dialect("meta", (*EMBEDDING[embedding], *ROWS), IGNORED)
+def locate(folder: Path) -> Place | None:
+    here = (folder / "params.json").is_file() and any(folder.glob("consolidated.*.pth"))
+    return Place(folder, folder) if here else None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -64,56 +56,25 @@ def _weight_files(folder: Path) -> list[Path]:
         if (m := re.fullmatch(r"consolidated\.(\d{2,3})\.pth", p.name))
     }
     gap = next((i for i in range(len(files)) if i not in files), None)
-    if gap is not None:
+    if gap is not None or not files:
         raise FileError(
-            f"consolidated.{gap:02d}.pth is missing", file=folder, hint="copy or download every rank's file"
+            f"consolidated.{gap or 0:02d}.pth is missing", file=folder, hint="copy or download every rank's file"
         )
     return [files[i] for i in range(len(files))]
 
 
-def recognise(folder: Path) -> bool:
-    return (folder / "params.json").is_file() and any(folder.glob("consolidated.*.pth"))
+def read(place: Place, options: Options) -> Opened:
+    """Any number of ranks."""
+    file = place.folder / "params.json"
+    params = mapping(file, read_json)
+    opened = [open_file(path) for path in _weight_files(place.folder)]
+    shards = {Rank(tp=i): opened.tensors for i, opened in enumerate(opened)}
+    tiktoken = place.tokenizer is not None and place.tokenizer.native_kind == "tiktoken"
+    seen = _evidence(shards, params.get("dim"), place.folder, tiktoken)
+    return Opened(params, str(file), shards, tuple(opened), (file,), seen, Topology(tp=len(opened)))
 
 
-def open_meta(folder: Path, options: Options) -> Checkpoint:
-    """A folder of a Meta release, any number of ranks.  Raises SurgeryError naming all that does not fit."""
-    params = read_json(folder / "params.json", "params.json")
-    if not isinstance(params, dict):
-        raise ConfigError("is no JSON object", file=folder / "params.json")
-    files = _weight_files(folder)
-    opened = [open_file(path) for path in files]
-    shards = {Rank(tp=i): file.tensors for i, file in enumerate(opened)}
-    tokens = tokenizer.find(folder)
-    evidence = _evidence(shards, params, folder)
-    spec, notes = meta_params.read_params(
-        params,
-        str(folder / "params.json"),
-        evidence,
-        tiktoken=tokens is not None and tokens.native_kind == "tiktoken",
-        rope_factor=number(options, "rope_factor"),
-        positions=number(options, "max_positions"),
-    )
-    topology = Topology(tp=len(files))
-    gathered = gather(table(evidence.embedding), shards, spec, topology)
-    return Checkpoint(
-        format="meta",
-        path=folder,
-        spec=spec,
-        parts=gathered.parts,
-        topology=topology,
-        config=params,
-        files=tuple(files),
-        globals=tuple(sorted({g for file in opened for g in file.globals})),
-        ignored=gathered.ignored,
-        notes=tuple(notes),
-        details={"embedding cut along": "the vocabulary" if evidence.embedding == "vocab" else "the model width"},
-        tokenizer=tokens,
-    )
-
-
-def _evidence(
-    shards: Mapping[Rank, Mapping[str, Lazy]], params: Mapping[str, object], folder: Path
-) -> meta_params.Evidence:
+def _evidence(shards: Shards, dim: object, folder: Path, tiktoken: bool) -> Evidence:
     """What the shapes of rank 0 say: the vocabulary, the ffn width, how the embedding is cut, whether it is tied."""
     ranks, first = len(shards), shards[Rank()]
     shapes = {}
@@ -129,7 +90,6 @@ def _evidence(
             )
         shapes[name] = first[name].shape
     rows, width = shapes["tok_embeddings.weight"]
-    dim = params.get("dim")
     if width == dim:
         embedding, vocab = "vocab", rows * ranks  # one rank alone has both cuts
     elif width * ranks == dim:
@@ -147,7 +107,7 @@ def _evidence(
             file=folder / "consolidated.00.pth",
         )
     tied = embedding == "vocab" and _looks_equal(first["tok_embeddings.weight"], first["output.weight"])
-    return meta_params.Evidence(vocab, shapes["layers.0.feed_forward.w1.weight"][0] * ranks, embedding, tied)
+    return Evidence(vocab, shapes["layers.0.feed_forward.w1.weight"][0] * ranks, embedding, tied, tiktoken)
 
 
 def _looks_equal(a: Lazy, b: Lazy) -> bool:
@@ -161,39 +121,52 @@ def _looks_equal(a: Lazy, b: Lazy) -> bool:
     return all(a.file.read(a.offset + r * size, size) == b.file.read(b.offset + r * size, size) for r in rows)
 
 
-def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
-    """params.json, consolidated.NN.pth and the tokenizer for a checkpoint of any format that is a Llama."""
-    spec = checkpoint.spec
-    meta_params.refuse_misfits(spec)
-    embedding, notes = options.get("embedding", "auto"), []
+def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading:
+    factor, positions = number(options, "rope_factor"), number(options, "max_positions")
+    found, notes = read_params(config, file, seen, rope_factor=factor, positions=positions)
+    return Reading(found, tuple(notes), details={"embedding cut along": _CUT[seen.embedding]})
+
+
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+    return table(opened.seen.embedding)
+
+
+def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
+    """params.json and consolidated.NN.pth."""
+    spec, embedding, notes = checkpoint.spec, options["embedding"], []
     if embedding == "auto":
-        embedding = "vocab" if meta_params.is_llama3(spec) else "width"
+        embedding = "vocab" if is_llama3(spec) else "width"
         if topology.tp > 1:
-            like = "the vocabulary, as Llama 3 does" if embedding == "vocab" else "the model width, as Llama 1 and 2 do"
+            like = f"{_CUT[embedding]}, as Llama {'3 does' if embedding == 'vocab' else '1 and 2 do'}"
             notes.append(f"the embedding is cut along {like} (-O embedding=vocab|width decides otherwise)")
-    params, more = meta_params.write_params(spec, number(options, "rope_factor"))
+    params, more = write_params(spec, number(options, "rope_factor"))
     if len({p.dtype for p in checkpoint.parts.values()}) > 1:
         notes.append("the weights have several dtypes; Meta's loader casts them all to one")
-    ranks = spread(table(embedding), checkpoint.parts, spec, topology)
-    tokens = tokenizer.Carried((), ("no tokenizer was found, none is written (--tokenizer PATH adds one)",))
-    if checkpoint.tokenizer is not None:
-        tokens = tokenizer.for_meta(checkpoint.tokenizer, vocab_size=spec.vocab)
-    files = [
-        torch_file(
-            f"consolidated.{rank.tp:02d}.pth",
-            {name: s.tensor for name, s in stored.items()},
-            frozenset(name for name, s in stored.items() if s.copy),
-        )
-        for rank, stored in ranks.items()
-    ]
-    return Output(
-        (text_file("params.json", meta_params.to_json(params)), *files, *tokens.files), (*notes, *more, *tokens.notes)
-    )
+    seen = Evidence(spec.vocab, spec.ffn, embedding, spec.tied)
+    return Draft(params, seen, table(embedding), topology, partial(_files, params), (*notes, *more))
+
+
+def _files(params: Config, ranks: Ranks) -> Iterable[OutputFile]:
+    yield text_file("params.json", to_json(params))
+    for rank, stored in ranks.items():
+        copies = frozenset(name for name, s in stored.items() if s.copy)
+        yield torch_file(f"consolidated.{rank.tp:02d}.pth", {name: s.tensor for name, s in stored.items()}, copies)
+
+
+def tokens(found: Tokenizer, checkpoint: Checkpoint) -> Carried:
+    return tokenizer.for_meta(found, vocab_size=checkpoint.spec.vocab)
 
 
 FORMAT = Format(
     name="meta",
+    who="Meta's format",
     title="Meta Llama 1 to 3.3 (params.json, consolidated.NN.pth)",
+    locate=locate,
+    read=read,
+    spec=spec,
+    table=stored_table,
+    draft=draft,
+    tokens=tokens,
     flags=("tp",),
     options=(
         Option("embedding", "how ranks share the embedding: vocab (Llama 3) or width (Llama 1, 2); auto: by the model",
@@ -203,7 +176,4 @@ FORMAT = Format(
         Option("max_positions", "longest context, which params.json does not say; auto: by the generation", "auto",
                (), "read"),
     ),
-    recognise=recognise,
-    open=open_meta,
-    plan=plan,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """The files of a GPT-NeoX checkpoint, as DeepSpeed writes them, opened as tables of tensors per rank.
 
-    found = locate(Path("pythia-run"))           # follows `latest`
-    opened = open_files(found)
-    opened.shards[Rank(tp=1)]["2.attention.dense.weight"]
+    found = find(Path("pythia-run"))           # follows `latest`
+    stored = open_files(found)
+    stored.shards[Rank(tp=1)]["2.attention.dense.weight"]
 
 With pipeline parallelism (even of one stage) every layer has a file of its own and tensors get its number as a
 prefix; without, each rank's `module` holds them under `sequential.N.`.  Sources: DeepSpeed runtime/pipe/module.py
@@ -21,6 +21,7 @@ from surgery.containers import open_file
 from surgery.containers.text import read_tracker, read_yaml
 from surgery.containers.torch_zip import Tree
 from surgery.errors import ConfigError, FileError, LayoutError, UsageError, show, some
+from surgery.formats.base import Place, main_dtype
 from surgery.formats.neox.config import merge
 from surgery.formats.neox.releases import RELEASES, Evidence
 from surgery.formats.table import Rank
@@ -44,13 +45,9 @@ class Found:
     optimizer: tuple[Path, ...]
     configs: tuple[Path, ...]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return (*self.layers.values(), *self.ranks, *self.configs)
-
 
 @dataclass(frozen=True)
-class Opened:
+class Stored:
     """Every rank's tensors under the names of the format, the prefix of these, and what else the files say."""
 
     shards: Mapping[Rank, Mapping[str, Lazy]]
@@ -58,14 +55,19 @@ class Opened:
     tp: int
     pp: int
     state: Mapping[str, Any]
-    globals: tuple[str, ...]
+    trees: tuple[Tree, ...]
 
 
-def recognise(folder: Path) -> bool:
+def locate(folder: Path) -> Place | None:
     """A run's folder with its `latest`, or the folder of one iteration."""
     if _is_iteration(folder):
-        return True
-    return (folder / "latest").is_file() and any(_is_iteration(p) for p in folder.iterdir() if p.is_dir())
+        return Place(folder, folder, (folder.parent,))
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and _is_iteration(p)) if _has_latest(folder) else []
+    return Place(folder, folder, tuple(found)) if found else None
+
+
+def _has_latest(folder: Path) -> bool:
+    return (folder / "latest").is_file()
 
 
 def _is_iteration(folder: Path) -> bool:
@@ -74,7 +76,7 @@ def _is_iteration(folder: Path) -> bool:
     return (folder / "mp_rank_00_model_states.pt").is_file() and any((folder / "configs").glob("*.y*ml"))
 
 
-def locate(root: Path, configs: str = "") -> Found:
+def find(root: Path, configs: str = "") -> Found:
     """The files of a run's latest iteration, or of the iteration that the folder is.
 
     `configs`: YAML files to take instead of the checkpoint's own, separated by commas.  Raises FileError.
@@ -132,11 +134,11 @@ def read_configs(found: Found) -> dict[str, object]:
     return merge([(str(p), read_yaml(p, "configuration")) for p in found.configs])
 
 
-def open_files(found: Found) -> Opened:
+def open_files(found: Found) -> Stored:
     """All tensors of all ranks, nothing of them read.  Raises FileError."""
     trees = [_tree(path) for path in found.ranks]
     state: Mapping[str, Any] = trees[0].root if trees else {}
-    names = {name for tree in trees for name in tree.globals}
+    opened = list(trees)
     module = state.get("module")
     if found.layers:
         if module:
@@ -144,14 +146,14 @@ def open_files(found: Found) -> Opened:
         shards: dict[Rank, dict[str, Lazy]] = {}
         for (index, tp), path in sorted(found.layers.items()):
             tree = _tree(path)
-            names |= set(tree.globals)
+            opened.append(tree)
             shards.setdefault(Rank(tp=tp), {}).update({f"{index}.{k}": t for k, t in _plain(tree, tree.root).items()})
         pp, prefix = max(1, len(trees) // len(shards)), ""
     else:
         shards = {Rank(tp=i): _plain(tree, tree.root.get("module")) for i, tree in enumerate(trees)}
         pp, prefix = 0, "sequential."
     _check_ranks(found, state, len(shards))
-    return Opened(shards, prefix, len(shards), pp, state, tuple(sorted(names)))
+    return Stored(shards, prefix, len(shards), pp, state, tuple(opened))
 
 
 def _tree(path: Path) -> Tree:
@@ -200,7 +202,7 @@ def check_arguments(state: Mapping[str, Any], config: Mapping[str, object], voca
         )
 
 
-def evidence(opened: Opened, folder: Path) -> Evidence:
+def evidence(opened: Stored, folder: Path) -> Evidence:
     """What the names and shapes of the tensors show.  Raises LayoutError where they are not GPT-NeoX's."""
     first = opened.shards[Rank()]
     layer = f"{opened.prefix}2."
@@ -231,6 +233,10 @@ def evidence(opened: Opened, folder: Path) -> Evidence:
         positions=0 if learned is None else learned.shape[0],
         buffer=buffer.dtype if buffer is not None else "",
         mark=_mark(opened.state),
+        dtype=main_dtype(first.values()),
+        ranks=opened.tp,
+        prefix=opened.prefix,
+        head_cut=_head_cut(opened, embedding[0] * opened.tp),
     )
 
 
@@ -252,7 +258,7 @@ def _mark(state: Mapping[str, Any]) -> str:
     return release if isinstance(release, str) and release in RELEASES else ""
 
 
-def head_cut(opened: Opened, vocab: int) -> str:
+def _head_cut(opened: Stored, vocab: int) -> str:
     """The axis along which ranks share the output layer: the vocabulary, or (before 2.0, by default) the width."""
     for name, tensor in opened.shards[Rank()].items():
         if name.endswith(".final_linear.weight") and opened.tp > 1 and tensor.shape[:1] == (vocab,):

@@ -1,7 +1,7 @@
 """GPT-NeoX: DeepSpeed's `layer_NN-model_TT` or `mp_rank_TT` files, and the YAML files of the run.
 
-    neox_rows.py    the tensors             neox_config.py   YAML -> Spec       neox_releases.py   names and packing
-    neox_files.py   the files, opened       neox_yaml.py     Spec -> YAML       neox_keys.py       keys without effect
+    table.py    the tensors             config.py         YAML -> Spec       releases.py   names and packing
+    files.py    the files, opened       write_config.py   Spec -> YAML       inert.py      keys without effect
 
 `--pp 0` is GPT-NeoX's "sequential" model, whose weights are in the rank files; from `--pp 1` on every layer has files
 of its own, whatever the number of stages.
@@ -11,26 +11,38 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from surgery import tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import LayoutError, show
-from surgery.formats.base import Checkpoint, Format, Option, Options, Output
-from surgery.formats.neox import config as neox_config
-from surgery.formats.neox import files as neox_files
-from surgery.formats.neox import write_config as neox_yaml
-from surgery.formats.neox.config import Reading
+from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, Rule
+from surgery.formats.base import (
+    Checkpoint,
+    Config,
+    Draft,
+    Format,
+    Opened,
+    Option,
+    Options,
+    Place,
+    Ranks,
+    Reading,
+    main_dtype,
+)
+from surgery.formats.neox import files, write_config
+from surgery.formats.neox.config import read_config
 from surgery.formats.neox.inert import INERT
-from surgery.formats.neox.releases import NEWEST, RELEASES, Release
-from surgery.formats.neox.rows import Spelling, table
-from surgery.formats.table import Rank, Stored, Topology, gather, spread
+from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
+from surgery.formats.neox.table import Spelling, table
+from surgery.formats.table import Dialect, Rank, Stored, Topology
 from surgery.model.spec import Rope, Spec
-from surgery.tensors.lazy import Fill, Lazy, Map, Same
+from surgery.tensors.lazy import Fill, Lazy, Map
+from surgery.tokenizer import Carried, Tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -38,44 +50,53 @@ if TYPE_CHECKING:
 UNEQUAL = (
     "runs of some releases let the norms of ranks drift apart; -O replicas=average takes their mean, as upstream does"
 )
-_LEFT_OUT = {
-    "optimizer": "the optimizer's state", "lr_scheduler": "the learning rate scheduler's state",
-    "random_rng_state": "state of random numbers", "np_rng_state": "state of random numbers",
-    "torch_rng_state": "state of random numbers", "cuda_rng_state": "state of random numbers",
-    "rng_tracker_states": "state of random numbers", "checkpoint_validation_logits": "logits for GPT-NeoX's own check",
-}  # fmt: skip
+ENTRIES = (
+    Rule(r"args|surgery|iteration|(?:global|skipped)_\w+|(?:dp|mp)_world_size|ds_version", verdict=READ),
+    Rule(r"(optimizer)(?:\..*)?", OPTIMIZER),
+    Rule(r"(lr_scheduler)(?:\..*)?", SCHEDULER),
+    Rule(r"((?:random|np|torch|cuda)_rng_state|rng_tracker_states)(?:\..*)?", RANDOM),
+    Rule(r"(checkpoint_validation_logits)", "logits for GPT-NeoX's own check"),
+    Rule(r"(buffer_names|(?:frozen_)?param\w*|shared_params|\w+_tensor_module_names|data_sampler|random_ltd|ds_config|"
+         r"num_experts|checkpoint_parallel_dimensions)(?:\..*)?", "DeepSpeed's own records"),
+)  # fmt: skip
 
 
-def open_neox(folder: Path, options: Options) -> Checkpoint:
-    """A run's latest iteration, or one iteration.  Raises SurgeryError naming all that does not fit."""
-    found = neox_files.locate(folder, options.get("config", ""))
-    config = neox_files.read_configs(found)
-    place = str(found.configs[0].parent)
-    opened = neox_files.open_files(found)
-    seen = neox_files.evidence(opened, found.folder)
-    neox_files.check_arguments(opened.state, config, seen.vocab, place)
-    reading = neox_config.read_config(
-        config, place, seen, qkv=options.get("qkv", "auto"), release=options.get("release", "auto")
+def read(place: Place, options: Options) -> Opened:
+    """A run's latest iteration, or one iteration."""
+    found = files.find(place.root, options.get("config", ""))
+    config = files.read_configs(found)
+    stored = files.open_files(found)
+    seen = files.evidence(stored, found.folder)
+    file, latest = str(found.configs[0].parent), place.root / "latest"
+    files.check_arguments(stored.state, config, seen.vocab, file)
+    notes = _masters(found, main_dtype(t for shard in stored.shards.values() for t in shard.values()))
+    return Opened(
+        config,
+        file,
+        stored.shards,
+        stored.trees,
+        (*found.configs, *([latest] if latest.is_file() else [])),
+        seen,
+        Topology(tp=stored.tp),
+        _details(found, stored),
+        Topology(tp=stored.tp, pp=stored.pp),
+        tuple(notes),
     )
-    spec = reading.spec
-    _divide(spec, opened.tp)
-    cut = neox_files.head_cut(opened, seen.vocab)
-    how = Spelling(seen.mlp, reading.qkv, opened.tp, opened.prefix, cut, options.get("replicas") == "average")
-    gathered = gather(table(spec, how), opened.shards, spec, Topology(tp=opened.tp))
-    checkpoint = Checkpoint(
-        format="neox",
-        path=folder,
-        spec=spec,
-        parts={n: Same(p.srcs, p.name, UNEQUAL) if isinstance(p, Same) else p for n, p in gathered.parts.items()},
-        topology=Topology(tp=opened.tp, pp=opened.pp),
-        config=config,
-        files=tuple(p for p in found.files if folder in p.parents),
-        globals=opened.globals,
-        ignored={**gathered.ignored, **_left_out(found, opened)},
-        details=_details(found, opened, reading),
-        tokenizer=tokenizer.find(folder, found.folder, found.folder.parent),
-    )
-    return replace(checkpoint, notes=(*reading.notes, *_rounding(checkpoint, how), *_masters(checkpoint, found)))
+
+
+def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading:
+    found = read_config(config, file, seen, qkv=options.get("qkv", "auto"), release=options.get("release", "auto"))
+    details = {"release": found.release, "query_key_value": f"layout {found.qkv}"}
+    notes = (*found.notes, *_rounding(found.spec, seen, options))
+    return Reading(found.spec, notes, details=details, variant=found.qkv)
+
+
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+    seen = opened.seen
+    _divide(reading.spec, seen.ranks)
+    averaged = options.get("replicas") == "average"
+    how = Spelling(seen.mlp, reading.variant, seen.ranks, seen.prefix, seen.head_cut, averaged)
+    return replace(table(reading.spec, how), unequal=UNEQUAL)
 
 
 def _divide(spec: Spec, tp: int) -> None:
@@ -85,17 +106,9 @@ def _divide(spec: Spec, tp: int) -> None:
         raise LayoutError(f"cannot divide {what} among {tp} ranks", hint="choose another --tp")
 
 
-def _left_out(found: neox_files.Found, opened: neox_files.Opened) -> dict[str, str]:
-    """What the files hold besides weights."""
-    out = {p.name: "the optimizer's state" for p in found.optimizer}
-    if found.ranks:
-        out |= {f"{found.ranks[0].name}:{k}": why for k, why in _LEFT_OUT.items() if opened.state.get(k)}
-    return out
-
-
-def _details(found: neox_files.Found, opened: neox_files.Opened, reading: Reading) -> dict[str, object]:
+def _details(found: files.Found, stored: files.Stored) -> dict[str, object]:
     """What people want to know: iteration, versions, layout, optimizer."""
-    state = opened.state
+    state = stored.state
     named = {k: state.get(k) for k in ("iteration", "global_steps", "global_samples", "skipped_steps", "dp_world_size",
                                        "ds_version")}  # fmt: skip
     folder = re.fullmatch(r"(?:global_step)?(\d{1,12})", found.folder.name)
@@ -105,8 +118,6 @@ def _details(found: neox_files.Found, opened: neox_files.Opened, reading: Readin
     out: dict[str, object] = {k: v if type(v) is int else show(v)[1:-1] for k, v in named.items()
                               if type(v) in (int, str)}  # fmt: skip
     out["layout"] = "a file per layer" if found.layers else "a file per rank (sequential)"
-    out["release"] = reading.release
-    out["query_key_value"] = f"layout {reading.qkv}"
     out["optimizer"] = "in the rank files" if state.get("optimizer") else "none"
     if found.optimizer:
         out["optimizer"] = f"{len(found.optimizer)} ZeRO files, {size} bytes"
@@ -114,53 +125,64 @@ def _details(found: neox_files.Found, opened: neox_files.Opened, reading: Readin
     return out
 
 
-def _rounding(checkpoint: Checkpoint, how: Spelling) -> Iterator[str]:
-    spec = checkpoint.spec
-    if spec.parallel and how.tp > 1 and (spec.o_bias or spec.mlp_bias):
-        yield (f"row-parallel biases are the sum of {how.tp} ranks' biases (parallel residual), computed in fp32 and "
-               f"rounded once to {checkpoint.dtype}")  # fmt: skip
-    if how.averaged and how.tp > 1:
+def _rounding(spec: Spec, seen: Evidence, options: Options) -> Iterator[str]:
+    if spec.parallel and seen.ranks > 1 and (spec.o_bias or spec.mlp_bias):
+        yield (f"row-parallel biases are the sum of {seen.ranks} ranks' biases (parallel residual), computed in fp32 "
+               f"and rounded once to {seen.dtype}")  # fmt: skip
+    if options.get("replicas") == "average" and seen.ranks > 1:
         yield "copies that differ between the ranks are averaged (-O replicas=average): not exact"
 
 
-def _masters(checkpoint: Checkpoint, found: neox_files.Found) -> Iterator[str]:
-    if found.optimizer and checkpoint.dtype != "float32":
+def _masters(found: files.Found, dtype: str) -> Iterator[str]:
+    if found.optimizer and dtype != "float32":
         yield (f"the optimizer's files hold fp32 copies of the weights, which are not converted; the weights are those "
-               f"in {checkpoint.dtype} that the run computed with")  # fmt: skip
+               f"in {dtype} that the run computed with")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
 
 
-def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
-    """`latest`, the files of one iteration with its configs, and the tokenizer."""
-    name = options.get("release", "auto")
+def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
+    """`latest` and the files of one iteration with its configs."""
+    name = options["release"]
     release = RELEASES[NEWEST if name == "auto" else name]
     spec, tp, pp = checkpoint.spec, topology.tp, topology.pp
-    found = checkpoint.tokenizer
-    multiple = neox_yaml.vocab_multiple(spec.vocab, tp, spec.true_vocab or (found.vocab_size if found else None))
-    config = neox_yaml.write_config(spec, release, tp=tp, pp=pp, multiple=multiple, kind=checkpoint.dtype)
+    write_config.refuse(spec, release)
+    multiple = write_config.vocab_multiple(spec.vocab, tp, spec.true_vocab)
+    config = write_config.write_config(spec, release, tp=tp, pp=pp, multiple=multiple, dtype=checkpoint.dtype)
     _divide(spec, tp)
     rows = spec.vocab if spec.vocab % tp == 0 else -(-spec.vocab // (multiple * tp)) * multiple * tp
-    prefix = "" if pp else "sequential."
-    mlp, layout = neox_yaml.spelling_of_mlp(spec, release), release.gqa if spec.group > 1 else "A"
-    how = Spelling(mlp, layout, tp, prefix, vocab_multiple=multiple if rows != spec.vocab else 1)
-    dialect = table(spec, how)
-    ranks = spread(dialect, checkpoint.parts, spec, Topology(tp=tp))
+    seen = replace(write_config.shown(spec, release), prefix="" if pp else "sequential.")
+    padding = multiple if rows != spec.vocab else 1
+    how = Spelling(seen.mlp, release.gqa if spec.group > 1 else "A", tp, seen.prefix, vocab_multiple=padding)
+    return Draft(
+        config,
+        seen,
+        table(spec, how),
+        Topology(tp=tp),
+        partial(_files, checkpoint, config, release, rows, topology),
+        tuple(_remarks(spec, release, name)),
+        write_config.program(release),
+        write_config.HINT,
+    )
+
+
+def _files(
+    checkpoint: Checkpoint, config: Config, release: Release, rows: int, topology: Topology, ranks: Ranks
+) -> Iterable[OutputFile]:
+    spec, tp, pp = checkpoint.spec, topology.tp, topology.pp
     if release.buffer and spec.rope is not None:
-        ranks = {
-            rank: _with_buffers(stored, spec, spec.rope, checkpoint.dtype, prefix) for rank, stored in ranks.items()
-        }
+        prefix = "" if pp else "sequential."
+        ranks = {r: _with_buffers(stored, spec, spec.rope, checkpoint.dtype, prefix) for r, stored in ranks.items()}
     step = _step(checkpoint)
     tag = f"global_step{step}"
-    state = _state(config, rows, step, max(pp, 1) * tp, release)
-    files = list(_layer_files(tag, ranks, spec) if pp else ())
-    files += _rank_files(tag, ranks, state, tp, pp)
-    tokens, named = _tokenizer(checkpoint)
-    configs = {"model.yml": {**config, **named}, "training.yml": _training(checkpoint, release)}
-    files += [text_file(f"{tag}/configs/{k}", neox_yaml.to_yaml(v)) for k, v in configs.items()]
-    files += [text_file("latest", tag.encode()), *tokens.files]
-    return Output(tuple(files), (*_remarks(spec, release, name), *tokens.notes))
+    if pp:
+        yield from _layer_files(tag, ranks, spec)
+    yield from _rank_files(tag, ranks, _state(config, rows, step, max(pp, 1) * tp, release), tp, pp)
+    configs = {"model.yml": {**config, **_named(checkpoint.tokenizer)}, "training.yml": _training(checkpoint, release)}
+    for name, values in configs.items():
+        yield text_file(f"{tag}/configs/{name}", write_config.to_yaml(values))
+    yield text_file("latest", tag.encode())
 
 
 def _step(checkpoint: Checkpoint) -> int:
@@ -168,11 +190,11 @@ def _step(checkpoint: Checkpoint) -> int:
     return step if type(step) is int and 0 <= step < 10**12 else 0
 
 
-def _with_buffers(stored: Mapping[str, Stored], spec: Spec, rope: Rope, kind: str, prefix: str) -> dict[str, Stored]:
+def _with_buffers(stored: Mapping[str, Stored], spec: Spec, rope: Rope, dtype: str, prefix: str) -> dict[str, Stored]:
     """The rank's tensors with inv_freq in every layer, without which code before 2024-03 does not load them."""
     turning = int(spec.head_dim * rope.fraction)
     buffer = Map(
-        lambda empty: _frequencies(empty, rope.base, turning), (Fill(((turning + 1) // 2,), kind),), whole=True
+        lambda empty: _frequencies(empty, rope.base, turning), (Fill(((turning + 1) // 2,), dtype),), whole=True
     )
     extra = {f"{prefix}{i + 2}.attention.rotary_emb.inv_freq": Stored(buffer) for i in range(spec.layers)}
     return {**stored, **extra}
@@ -192,7 +214,7 @@ def _state(config: Mapping[str, object], rows: int, step: int, world: int, relea
         "optimizer": {}, "lr_scheduler": None, "skipped_steps": 0, "global_steps": step, "iteration": step,
         "dp_world_size": 1, "mp_world_size": world,
         "args": {**{k: config[k] for k in keys}, "padded_vocab_size": rows},
-        neox_files.MARK: {"release": release.name},
+        files.MARK: {"release": release.name},
     }  # fmt: skip
 
 
@@ -221,18 +243,23 @@ def _rank_files(
         yield torch_file(f"{tag}/mp_rank_{number:02d}_model_states.pt", {"module": module, **state}, copies)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tuple[tokenizer.Carried, dict[str, object]]:
-    """The tokenizer's files, and the keys that name them."""
-    found = checkpoint.tokenizer
-    if found is None:
-        return tokenizer.Carried((), ("no tokenizer was found, none is written (--tokenizer PATH adds one)",)), {}
+_TOKENIZERS = {"tokenizer.json": "HFTokenizer", "tokenizer.model": "SPMTokenizer"}
+
+
+def _named(found: Tokenizer | None) -> dict[str, object]:
+    """The keys that name a tokenizer's file."""
+    name = next((n for n in _TOKENIZERS if found and n in found.files), None)
+    if found is None or name is None or found.kind == "tiktoken":
+        return {}
+    return {"tokenizer_type": _TOKENIZERS[name], "vocab_file": name}
+
+
+def tokens(found: Tokenizer, checkpoint: Checkpoint) -> Carried:
     carried = tokenizer.carry(found)
-    kind = {"tokenizer.json": "HFTokenizer", "tokenizer.model": "SPMTokenizer"}
-    name = next((n for n in kind if n in found.files), None)
-    if name is None or found.kind == "tiktoken":
-        note = "GPT-NeoX reads no rank file of tiktoken; set tokenizer_type and vocab_file yourself"
-        return tokenizer.Carried(carried.files, (*carried.notes, note)), {}
-    return carried, {"tokenizer_type": kind[name], "vocab_file": name}
+    if _named(found):
+        return carried
+    note = "GPT-NeoX reads no rank file of tiktoken; set tokenizer_type and vocab_file yourself"
+    return Carried(carried.files, (*carried.notes, note))
 
 
 def _training(checkpoint: Checkpoint, release: Release) -> dict[str, object]:
@@ -254,8 +281,17 @@ def _remarks(spec: Spec, release: Release, name: str) -> Iterator[str]:
 
 FORMAT = Format(
     name="neox",
+    who="GPT-NeoX",
     title="GPT-NeoX (DeepSpeed layer or rank files, configs/*.yml)",
+    locate=files.locate,
+    read=read,
+    spec=spec,
+    table=stored_table,
+    draft=draft,
+    tokens=tokens,
     flags=("tp", "pp"),
+    zero=("pp",),
+    entries=ENTRIES,
     options=(
         Option("release", "the code that reads or wrote it (names, packing of grouped queries, buffers); auto: reading "
                f"goes by the files, writing is for {NEWEST}", "auto", ("auto", *RELEASES)),
@@ -265,8 +301,4 @@ FORMAT = Format(
                ("equal", "average"), "read"),
         Option("config", "YAML files to read instead of configs/*.yml, separated by commas", "", (), "read"),
     ),
-    recognise=neox_files.recognise,
-    open=open_neox,
-    plan=plan,
-    zero=("pp",),
 )  # fmt: skip

@@ -51,7 +51,8 @@ NEWEST = "2024-11"
 class Evidence:
     """What the tensors show: layers, how the mlp is named (w, dense, linear), sizes over all ranks, which there are.
 
-    `mark` is the release that this program noted when it wrote the checkpoint; `buffer` the dtype of inv_freq.
+    `mark` is the release that this program noted when it wrote the checkpoint; `buffer` the dtype of inv_freq;
+    `prefix` of all names, and `head_cut`, the axis of the output layer that the `ranks` share, are as in `Spelling`.
     """
 
     layers: int
@@ -67,6 +68,10 @@ class Evidence:
     positions: int = 0
     buffer: str = ""
     mark: str = ""
+    dtype: str = ""
+    ranks: int = 1
+    prefix: str = ""
+    head_cut: str = "v"
 
 
 def choose_qkv(

@@ -1,6 +1,6 @@
 """Where the tensors of an OLMo checkpoint are: five layouts on disk, one table of tensors with plain names.
 
-    stored = read_tensors(Path("step1000-unsharded"), config)
+    stored = read_tensors(Path("step1000-unsharded"))
     stored.tensors["transformer.blocks.0.att_proj.weight"]
 
 model.pt; model.safetensors, whose names are pickles; and the sharded ones: `model_and_optim/` (torch's distributed
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.containers import TensorTable, open_tensors
 from surgery.errors import FileError, LayoutError, show, some
+from surgery.formats.base import Place
 from surgery.formats.olmo.names import decode_names, is_encoded
 from surgery.formats.olmo.sharded import read_flat_files, read_flat_params, read_sharded_tensors
 from surgery.tensors.lazy import Lazy
@@ -29,22 +30,22 @@ _STEP = re.compile(r"step(\d+)(-unsharded)?$")
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors under the names of a model of single blocks, the files that hold them, and what is known besides."""
+    """Tensors under the names of a model of single blocks, the table that they come from, and what else was read."""
 
     tensors: Mapping[str, Lazy]
-    files: tuple[Path, ...]
-    globals: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    details: Mapping[str, object] = field(default_factory=dict)
+    table: TensorTable
+    layout: str
+    read: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of storing a checkpoint: the file by which it is known, and how it is read."""
+    """A way of storing a checkpoint: the file by which it is known, how it is read, and files without weights."""
 
     name: str
     mark: str
     read: Callable[[Path], TensorTable]
+    also: tuple[str, ...] = ()
 
 
 def _safetensors(folder: Path) -> TensorTable:
@@ -67,25 +68,17 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("unsharded safetensors", "model.safetensors", _safetensors),
     Layout("sharded: torch_new", "model_and_optim/.metadata", _distributed),
     Layout("sharded: torch_legacy", "rank0.pt", read_sharded_tensors),
-    Layout("sharded: local", "model/rank0.pt", read_flat_params),
-    Layout("sharded: olmo_core", "model/metadata.json", lambda folder: read_flat_files(folder / "model")),
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """The checkpoint of a folder: itself, or the newest of a run; its step, if its name says one."""
-
-    folder: Path
-    step: int | None = None
-    notes: tuple[str, ...] = ()
+    Layout("sharded: local", "model/rank0.pt", read_flat_params, ("metadata.yaml",)),
+    Layout("sharded: olmo_core", "model/metadata.json", lambda folder: read_flat_files(folder / "model"),
+           ("model/metadata.json",)),
+)  # fmt: skip
 
 
 def find_place(folder: Path, is_checkpoint: Callable[[Path], bool]) -> Place | None:
     """The folder itself if it is a checkpoint, else the one with the highest step in it; None if there is none."""
     if is_checkpoint(folder):
         m = _STEP.match(folder.resolve().name)
-        return Place(folder, int(m[1]) if m else None)
+        return Place(folder, folder, details={"step": int(m[1])} if m else {})
     steps = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if (m := _STEP.match(path.name)) and is_checkpoint(path):
@@ -93,7 +86,8 @@ def find_place(folder: Path, is_checkpoint: Callable[[Path], bool]) -> Place | N
     if not steps:
         return None
     step, _, newest = max(steps)
-    return Place(newest, step, (f"the folder is a run's: its newest checkpoint {newest.name} is read",))
+    note = f"the folder is a run's: its newest checkpoint {newest.name} is read"
+    return Place(folder, newest, notes=(note,), details={"step": step})
 
 
 def layout_of(folder: Path) -> Layout | None:
@@ -108,21 +102,14 @@ def locate(folder: Path) -> Place | None:
     return find_place(folder, lambda path: layout_of(path) is not None)
 
 
-def read_tensors(place: Place) -> Stored:
+def read_tensors(folder: Path) -> Stored:
     """All tensors of the model in a checkpoint's folder.  Raises SurgeryError."""
-    found = layout_of(place.folder)
-    assert found is not None
-    table = found.read(place.folder)
-    details: dict[str, object] = {"layout": found.name}
-    if place.step is not None:
-        details["step"] = place.step
-    return Stored(
-        ungrouped(unwrapped(table, place.folder)),
-        tuple(Path(f.path) for f in table.files),
-        table.globals,
-        notes=tuple(_left_out(place.folder)),
-        details=details,
-    )
+    found = layout_of(folder)
+    if found is None:
+        raise FileError("holds no checkpoint of OLMo", file=folder, hint="config.yaml, and model.pt or shards")
+    table = found.read(folder)
+    read = [path for name in found.also if (path := folder / name).is_file()]
+    return Stored(ungrouped(unwrapped(table, folder)), table, found.name, tuple(read))
 
 
 def unwrapped(tensors: Mapping[str, Lazy], folder: Path) -> dict[str, Lazy]:
@@ -134,13 +121,6 @@ def unwrapped(tensors: Mapping[str, Lazy], folder: Path) -> dict[str, Lazy]:
                 raise LayoutError(f"{show(name)} and another tensor both mean {show(new)}", file=folder)
             out[new] = tensor
     return out
-
-
-def _left_out(folder: Path) -> list[str]:
-    """What lies beside the weights and is not converted."""
-    kinds = {"optimizer": ("optim.pt", "optim.safetensors", "optim"), "trainer": ("train.pt", "train")}
-    found = [(kind, name) for kind, names in kinds.items() for name in names if (folder / name).exists()]
-    return [f"the {kind} state ({name}) is left out" for kind, name in found]
 
 
 def plain(name: str) -> list[str]:

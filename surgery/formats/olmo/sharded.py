@@ -71,8 +71,7 @@ def _rank_files(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _table(tensors: Mapping[str, Lazy], containers: Sequence[Any]) -> TensorTable:
-    names = sorted({name for container in containers for name in container.globals})
-    return TensorTable(tensors, tuple(container.file for container in containers), tuple(names))
+    return TensorTable(tensors, tuple(containers))
 
 
 # ----------------------------------------------------------------------------- local: flat parameters of FSDP

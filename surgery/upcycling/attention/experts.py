@@ -11,7 +11,6 @@ the variance stays.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,13 +21,16 @@ from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError, UsageError, show
-from surgery.formats.base import Checkpoint, Format, Option, Options, Output
+from surgery.formats.base import Checkpoint, Format, Option, Options, Output, Place
 from surgery.formats.hf import format as hf
 from surgery.formats.hf.config import read_config, write_config
+from surgery.formats.hf.files import to_json, weight_files
+from surgery.formats.hf.table import table
 from surgery.formats.table import Dialect, Rank, Stored, Topology, gather, spread
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Fill, Lazy
 from surgery.tensors.random import Random
+from surgery.tokenizer import Carried
 from surgery.units import parse_size
 
 MODELING = "modeling_attention_moe"
@@ -120,7 +122,7 @@ def _base(spec: Spec) -> str:
 
 
 def _table(spec: Spec) -> Dialect:
-    return hf.table(_base(spec))
+    return table(_base(spec))
 
 
 def config_of(spec: Spec, wanted: Attention, facts: Mapping[str, object], kind: str) -> dict[str, Any]:
@@ -156,13 +158,13 @@ def plan(checkpoint: Checkpoint, topology: Topology, options: Options) -> Output
     found = checkpoint.tokenizer
     facts = {**(found.ids() if found else {}), **checkpoint.facts}
     config = config_of(spec, wanted, facts, checkpoint.dtype)
-    tokens = hf._tokenizer(checkpoint)
+    tokens = hf.tokens(found, checkpoint) if found else Carried((), ())
     stored = spread(_table(spec), checkpoint.parts, spec, topology)[Rank()]
     routers = {_STORED.format(i): Stored(checkpoint.parts[_ROUTER.format(i)]) for i in range(spec.layers)}
     files: list[OutputFile] = [
-        text_file("config.json", (json.dumps(config, indent=2) + "\n").encode()),
+        text_file("config.json", to_json(config)),
         text_file(f"{MODELING}.py", modeling()),
-        *hf._weights({**stored, **routers}, parse_size(options["shard_size"])),
+        *weight_files({**stored, **routers}, parse_size(options["shard_size"])),
         *tokens.files,
     ]
     return Output(tuple(files), tuple(tokens.notes))
@@ -210,8 +212,9 @@ def open_attention(folder: Path, options: Options) -> Checkpoint:
     rest = {name: t for name, t in tensors.items() if name not in routers}
     gathered = gather(_table(spec), {Rank(): rest}, spec, Topology())
     parts = {**gathered.parts, **{part: tensors[name] for name, part in routers.items()}}
-    return Checkpoint("hf-attention", folder, spec, parts, config=config, facts=facts,
-                      files=tuple(Path(f.path) for f in tensors.files), details={"attention": wanted})  # fmt: skip
+    files = tuple(path for container in tensors.containers for path in container.paths)
+    return Checkpoint("hf-attention", folder, spec, parts, config=config, facts=facts, files=files,
+                      details={"attention": wanted})  # fmt: skip
 
 
 def _read_config(config: Mapping[str, Any], file: str) -> tuple[Spec, Attention, dict[str, object]]:
@@ -231,12 +234,25 @@ def _read_config(config: Mapping[str, Any], file: str) -> tuple[Spec, Attention,
     return spec, Attention(config[names[0]], config[names[1]]), dict(facts)
 
 
-FORMAT = Format(
+@dataclass(frozen=True)
+class AttentionFormat(Format):
+    """Written and read as a whole: its routers of attention are no parts of a Spec."""
+
+    def open(self, folder: Path, options: Options) -> Checkpoint:
+        return open_attention(folder, options)
+
+    def plan(self, checkpoint: Checkpoint, topology: Topology, options: Options) -> Output:
+        return plan(checkpoint, topology, options)
+
+
+FORMAT = AttentionFormat(
     name="hf-attention",
+    who="Hugging Face",
     title="Hugging Face with attention experts (config.json, modeling_attention_moe.py, *.safetensors)",
-    flags=(),
+    locate=lambda folder: Place(folder, folder) if (folder / f"{MODELING}.py").is_file() else None,
+    read=hf.read,
+    spec=hf.spec,
+    table=hf.stored_table,
+    draft=hf.draft,
     options=(Option("shard_size", "largest weight file (same as --shard-size)", "5GB", (), "write"),),
-    recognise=lambda folder: (folder / f"{MODELING}.py").is_file(),
-    open=open_attention,
-    plan=plan,
 )

@@ -1,7 +1,8 @@
-"""Megatron's folders: the run with its tracker file, its iterations, and the folders of the legacy ranks.
+"""Megatron's folders: the run with its tracker file, its iterations, the folders and files of the legacy ranks.
 
     iteration_folder(Path("run"))            # run/iter_0001000, as run/latest_checkpointed_iteration.txt says
     rank_folder(Rank(tp=1, pp=3), topology)  # "mp_rank_01_003"
+    open_rank(path).chunks[0]                # the tensors of the first virtual-pipeline chunk by name
 
 Source: megatron/training `checkpointing.py` (get_checkpoint_name, read_metadata).
 """
@@ -9,16 +10,39 @@ Source: megatron/training `checkpointing.py` (get_checkpoint_name, read_metadata
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from surgery.containers import open_file
+from surgery.containers.pickles.records import Obj, flatten
 from surgery.containers.text import read_json, read_tracker
+from surgery.containers.torch_zip import Tree
 from surgery.errors import FileError, LayoutError, UsageError, show, some
-from surgery.formats.base import Options
+from surgery.formats.base import Options, Place
+from surgery.formats.megatron.table import OLD_NAMES
 from surgery.formats.table import Rank, Topology
+from surgery.tensors.extent import Extent
+from surgery.tensors.lazy import Lazy
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second: older runs with a distributed optimizer
 _ITERATION = re.compile(r"iter_\d{7,}|release")
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One opened rank, and the tensors of each virtual-pipeline chunk."""
+
+    path: Path
+    tree: Tree
+    chunks: tuple[dict[str, Lazy], ...]
+
+    @property
+    def root(self) -> Mapping[Any, Any]:
+        found: Mapping[Any, Any] = self.tree.root
+        return found
 
 
 def is_legacy(folder: Path) -> bool:
@@ -34,6 +58,13 @@ def is_dist(folder: Path) -> bool:
     except FileError:
         return (folder / "common.pt").is_file()
     return isinstance(found, dict) and "sharded_backend" in found
+
+
+def place(folder: Path, is_kind: Callable[[Path], bool]) -> Place | None:
+    """The iteration that a path means, if it is of this kind; where that is unclear, another of the run tells."""
+    found = latest(folder)
+    known = found if found and found.is_dir() else next(iter(iterations(folder)), None)
+    return Place(folder, found or folder) if known and is_kind(known) else None
 
 
 def latest(folder: Path) -> Path | None:
@@ -97,12 +128,46 @@ def model_file(folder: Path) -> Path:
     raise FileError(f"holds no {MODEL_FILES[0]}", file=folder, hint="copy or download it again")
 
 
-def stage_counts(layers: list[int], total: int, file: Path) -> tuple[int, ...]:
-    """How many layers each (chunk, stage) holds; () if all hold the same.  Raises LayoutError if the sum is wrong."""
-    if sum(layers) != total:
-        raise LayoutError(f"{file}: the pipeline stages hold {layers} layers, but args say num_layers {total}",
-                          hint="stages are missing, or of several saves")  # fmt: skip
-    return () if len(set(layers)) == 1 else tuple(layers)
+def open_rank(path: Path) -> RankFile:
+    file = open_file(path)
+    if not isinstance(file, Tree) or not isinstance(file.root, dict):
+        raise FileError("is no checkpoint of a Megatron rank", file=path)
+    root = file.root
+    keys = ["model"] if "model" in root else [f"model{i}" for i in range(len(root)) if f"model{i}" in root]
+    if not keys:
+        raise FileError(f"holds no model, only {show(', '.join(map(str, root)))}", file=path)
+    return RankFile(path, file, tuple(tensors_of(root[key], path) for key in keys))
+
+
+def tensors_of(model: object, file: Path) -> dict[str, Lazy]:
+    """The tensors of a (nested) state dict by dotted name.  Raises FileError if one is no plain tensor."""
+    out: dict[str, Lazy] = {}
+    try:
+        for name, leaf in flatten(model):
+            name = name.removeprefix("module.")
+            for old, new in OLD_NAMES if "language_model." in name else ():
+                name = re.sub(old, new, name)
+            if isinstance(leaf, Extent):
+                out[name] = leaf
+            elif leaf is not None and not re.search(r"_extra_state\d*$", name):
+                what = leaf.path if isinstance(leaf, Obj) else leaf
+                raise FileError(f"{show(name)} is no plain tensor but {show(what)}", file=file,
+                                hint="weights kept in FP8 or in tensor subclasses are not read")  # fmt: skip
+    except ValueError as error:
+        raise FileError(str(error), file=file) from None
+    return out
+
+
+def check_one_save(ranks: Mapping[Rank, RankFile]) -> None:
+    """Raise LayoutError if the files are of several iterations or have different numbers of chunks."""
+    first = ranks[Rank()]
+    for file in ranks.values():
+        if file.root.get("iteration") != first.root.get("iteration") or len(file.chunks) != len(first.chunks):
+            raise LayoutError(
+                f"{file.path} is of iteration {show(file.root.get('iteration'))}, {first.path} of "
+                f"{show(first.root.get('iteration'))}",
+                hint="the ranks' files are from different saves",
+            )
 
 
 def iteration_name(iteration: int | None) -> tuple[str, str]:

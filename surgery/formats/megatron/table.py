@@ -155,6 +155,7 @@ def table(norms: str, experts: str, vocab_multiple: int = 1) -> Dialect:
 
 # ------------------------------------------------------------------------------------------------ pre-core classes
 
+PRECORE = "megatron (pre-core)"
 _P = "language_model.encoder.layers.{l}."
 # rows of query_key_value by checkpoint_version: 0 all queries, keys, values; 1.0 q, k, v side by side in every row
 QKV_ORDER = {0: "(* g d)", 1: "(g d *)", 2: "(g * d)"}
@@ -195,7 +196,7 @@ def precore_table(version: int) -> Dialect:
         row("word_embeddings_for_head.weight", "embed", cut="v", pad="v", stage=-1, copy=True,
             when=lambda spec, topology: spec.tied and topology.pp > 1),
     )  # fmt: skip
-    return Dialect("megatron (pre-core)", rows, IGNORED)
+    return Dialect(PRECORE, rows, IGNORED)
 
 
 # ------------------------------------------------------------------------------------------------------ torch_dist
