@@ -22,7 +22,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from surgery.errors import UsageError
-from surgery.midtraining import experts
+from surgery.midtraining import experts, experts_padded
 from surgery.midtraining.balance import balance_loss, router_z_loss
 from surgery.midtraining.experts_layout import ordered
 from surgery.midtraining.experts_padded import ROWS, blocked
@@ -143,11 +143,13 @@ def test_every_family_equals_transformers_loop(family):
         assert {n: distance(got[n], want[n]) for n in want if distance(got[n], want[n]) > FP32} == {}
 
 
+@pytest.mark.parametrize("at_once", [0, 1 << 20])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_autocast_in_every_family(family):
+def test_autocast_in_every_family(family, at_once, monkeypatch):
     """On one layer, since tokens that are routed elsewhere after rounding would hide everything in a whole model."""
     module = find_mixtures(tiny.model(family, l=3))[0].experts
     module.config._experts_implementation = "eager"
+    monkeypatch.setattr(experts_padded, "AT_ONCE", at_once)
     inputs = problem(width=module.down_proj.shape[1], count=8)
     want = results(transformers_loop, module, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -344,7 +346,7 @@ def test_mistakes_are_told():
 
 COUNT = """
 import sys, torch
-from surgery.midtraining import experts
+from surgery.midtraining import experts, experts_padded
 experts.GEMMS = int(sys.argv[1])
 experts.keep_compiled_gemms()
 x, w = torch.randn(96, 64, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16)

@@ -75,13 +75,15 @@ def balance_loss(
     rule: Rule = RULES["ours"],
     *,
     micro_batches: int = 1,
+    ranks: int = 1,
     labels: int | Tensor | None = None,
     reduce: Reduce = alone,
 ) -> Tensor:
     """What a micro-batch adds to the balance loss of its step: fp32, with a gradient through the routers' logits.
 
-    The values of a step's micro-batches are to be added up, those of ranks averaged.
-    labels   of the whole step that count, for rules that divide by them
+    The values of all micro-batches and ranks of a step are to be added up.
+    micro_batches, ranks   how many of them there are, a rank having so many micro-batches
+    labels   of the whole step that count, on all ranks, for rules that divide by them
     reduce   sums an int64 tensor [layers, E] over the ranks: f is then that of the whole micro-batch, on every rank.
              Without it each rank balances its own tokens, and results depend on the number of ranks.
     """
@@ -92,7 +94,7 @@ def balance_loss(
         counts, chances = counts.sum(0, keepdim=True), chances.mean(0, keepdim=True)
     shares = (counts / counts.sum(-1, keepdim=True)).to(chances.dtype)
     factor = experts * (top_k if rule.times_top_k else 1)
-    return _over(routed, factor * (shares * chances).sum(-1), rule, micro_batches, labels)
+    return _share(routed, factor * (shares * chances).sum(-1), rule, micro_batches, ranks, labels)
 
 
 def router_z_loss(
@@ -100,23 +102,25 @@ def router_z_loss(
     rule: Rule = RULES["ours"],
     *,
     micro_batches: int = 1,
+    ranks: int = 1,
     labels: int | Tensor | None = None,
 ) -> Tensor:
     """What a micro-batch adds to the router z-loss of its step; arguments as in `balance_loss`."""
     values = torch.stack([r.logits.float().logsumexp(-1).square().mean() for r in routed])
-    return _over(routed, values.mean(0, keepdim=True) if rule.one_pot else values, rule, micro_batches, labels)
+    values = values.mean(0, keepdim=True) if rule.one_pot else values
+    return _share(routed, values, rule, micro_batches, ranks, labels)
 
 
-def _over(
-    routed: Sequence[Routed], values: Tensor, rule: Rule, micro_batches: int, labels: int | Tensor | None
+def _share(
+    routed: Sequence[Routed], values: Tensor, rule: Rule, micro_batches: int, ranks: int, labels: int | Tensor | None
 ) -> Tensor:
-    """Of values per layer, the part of the step's loss."""
+    """Of values per layer, this micro-batch's share of the step's loss."""
     value = values.sum() if rule.sum_layers else values.mean()
     if rule.over_labels:
         if labels is None:
             raise UsageError("this rule divides by the labels of the step", hint="give labels=")
         return value * (len(routed[0].logits) / labels)
-    return value if rule.sum_micro else value / micro_batches
+    return value / (ranks if rule.sum_micro else ranks * micro_batches)
 
 
 # ------------------------------------------------------------------------------------------------------- translations

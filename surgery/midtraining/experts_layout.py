@@ -1,6 +1,6 @@
 """What every way to run experts starts from: their weights in one layout, and the pairs of tokens and experts in order.
 
-    weights = expert_weights(module)              # as [expert, in, out], in the dtype of the computation
+    weights = expert_weights(module)              # as [expert, in, out], cast where autocast is on
     pairs = ordered(experts_TK, module.num_experts)
     rows_NH = gathered(x_TH, pairs)               # a row for every pair, those of expert 0 first
     y_TH = combined(rows_NH, weights_TK, pairs)
@@ -28,15 +28,17 @@ class ExpertWeights:
     down_bias: Tensor | None = None
 
 
-def expert_weights(module: Any) -> ExpertWeights:
-    """Views of the module's parameters, cast where autocast is on."""
+def expert_weights(module: Any, cast: bool = True) -> ExpertWeights:
+    """Views of the module's parameters; in `computation_dtype`, unless the backend casts them itself."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, name), module.down_proj
     dtype = computation_dtype(up)
     if not module.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if cast:
+        up, down = up.to(dtype), down.to(dtype)
     biases = [getattr(module, f"{n}_bias").to(dtype) for n in (name, "down_proj")] if module.has_bias else [None, None]
-    return ExpertWeights(up.to(dtype), down.to(dtype), *biases)
+    return ExpertWeights(up, down, *biases)
 
 
 def computation_dtype(weight: Tensor) -> torch.dtype:

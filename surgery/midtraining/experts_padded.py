@@ -7,6 +7,9 @@ for every shape that it meets, and the number of tokens of an expert is another 
 shapes remain, and they are met again.  And where gather, experts and sum are one function, its gradient needs no
 scattered additions, keeps no weighted outputs, and writes each weight's gradient once.
 
+Under autocast large experts are cast one by one, when they are multiplied: no copy of all of them in bf16 is made, or
+kept for the backward pass, and their gradients are written in fp32.  Small ones are cast together, in fewer calls.
+
 A token's weight is applied to the F numbers between the two products, not to the H that come out: the same sum, fewer
 numbers.  Padding rows repeat token 0 with weight 0, so they add exactly nothing to sums and gradients.
 """
@@ -20,16 +23,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from surgery.midtraining.experts_layout import activated, expert_weights, here
+from surgery.midtraining.experts_layout import activated, computation_dtype, expert_weights, here
 
 ROWS = 32
+AT_ONCE = 1 << 20  # numbers in the down projections of all experts: up to here they are cast together, not one by one
 
 
 def padded(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     """Letters: see experts_layout.py; S rows with their padding."""
     experts, weights = here(module, experts, weights)
-    w, blocks = expert_weights(module), blocked(experts, module.num_experts)
-    tensors = (x.to(w.up.dtype), weights, w.up, w.down, w.up_bias, w.down_bias)
+    w = expert_weights(module, cast=module.down_proj.numel() <= AT_ONCE)
+    blocks = blocked(experts, module.num_experts)
+    tensors = (x.to(computation_dtype(w.up)), weights, w.up, w.down, w.up_bias, w.down_bias)
     y: Tensor = _Padded.apply(module, blocks, x.dtype, *tensors)
     return y
 
@@ -102,14 +107,15 @@ class _Padded(torch.autograd.Function):
         d_outer = grad.to(rows.dtype).index_select(0, blocks.token)  # of unweighted rows: the weight goes to the inside
         d_act = _products(d_outer, down.transpose(1, 2), blocks)
         d_scale = (d_act * act.detach()).sum(1, dtype=torch.float32)
-        d_down = _outer_products(act.detach() * scale, d_outer, down, blocks)
+        trains_up, trains_down = ctx.needs_input_grad[5:7]
+        d_down = _outer_products(act.detach() * scale, d_outer, down, blocks) if trains_down else None
         d_down_bias = None
         if down_bias is not None:
             d_down_bias = _sums(d_outer * scale, down_bias, blocks)
             for e, a, n in blocks.spans:
                 d_scale[a : a + n] += d_outer[a : a + n].float() @ down_bias[e].float()
         (d_inner,) = torch.autograd.grad(act, inner, d_act.mul_(scale))
-        d_up = _outer_products(rows, d_inner, up, blocks)
+        d_up = _outer_products(rows, d_inner, up, blocks) if trains_up else None
         d_up_bias = None if up_bias is None else _sums(d_inner, up_bias, blocks)
         d_rows = _products(d_inner, up.transpose(1, 2), blocks)
         d_x = d_rows.index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1)
@@ -118,22 +124,25 @@ class _Padded(torch.autograd.Function):
 
 
 def _products(rows: Tensor, weight: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
-    """[S, in] and [E, in, out] -> [S, out]: every block by its expert."""
+    """[S, in] and [E, in, out] -> [S, out]: every block by its expert, whose weight is cast to the rows' dtype."""
     out = rows.new_empty(len(rows), weight.shape[2])
     for e, a, n in blocks.spans:
-        torch.mm(rows[a : a + n], weight[e], out=out[a : a + n])
+        torch.mm(rows[a : a + n], weight[e].to(rows.dtype), out=out[a : a + n])
         if bias is not None:
             out[a : a + n] += bias[e]
     return out
 
 
 def _outer_products(rows: Tensor, grads: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
-    """The gradient of a weight [E, in, out], laid out in memory as the weight is: rows.T @ grads of every block."""
+    """The gradient of a weight [E, in, out], in its dtype and with its strides: rows.T @ grads of every block."""
     out = torch.empty_like(weight)
     for e in set(range(len(weight))) - {e for e, _, _ in blocks.spans}:
         out[e].zero_()
     for e, a, n in blocks.spans:
-        torch.mm(rows[a : a + n].t(), grads[a : a + n], out=out[e])
+        if rows.dtype == weight.dtype:
+            torch.mm(rows[a : a + n].t(), grads[a : a + n], out=out[e])
+        else:
+            out[e].t().copy_(grads[a : a + n].t() @ rows[a : a + n])
     return out
 
 
