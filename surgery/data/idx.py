@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from surgery.data.mapped import Array, Mapped, mapped
 from surgery.errors import ConfigError, FileError, show
 from surgery.tensors.files import File
 from surgery.writing.atomic import atomic_file
@@ -39,7 +40,6 @@ DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"
 CODES = {name: code for code, name in DTYPES.items()} | {"uint32": 4}  # the same bytes while ids are below 2^31
 CHUNK = 1 << 20  # entries read or written at a time
 LONGEST = 2**31 - 1
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +56,23 @@ class Index:
     payload: Path
     dtype: np.dtype[Any]
     tokens: int
-    lengths: Array
-    offsets: Array
-    documents: Array
-    modes: Array | None = None
+    sections: tuple[Mapped, ...]
+
+    @property
+    def lengths(self) -> Array:
+        return self.sections[0].array
+
+    @property
+    def offsets(self) -> Array:
+        return self.sections[1].array
+
+    @property
+    def documents(self) -> Array:
+        return self.sections[2].array
+
+    @property
+    def modes(self) -> Array | None:
+        return self.sections[3].array if len(self.sections) > 3 else None
 
 
 def read_index(path: str | os.PathLike[str], payload: str | os.PathLike[str] | None = None) -> Index:
@@ -74,18 +87,15 @@ def read_index(path: str | os.PathLike[str], payload: str | os.PathLike[str] | N
     dtype, sequences, documents, has_modes = _header(file)
     tokens_file = File(payload if payload is not None else path.with_suffix(".bin"))
     at = HEADER.size
-    lengths, offsets = (at, "<i4", sequences), (at + 4 * sequences, "<i8", sequences)
-    firsts, modes = (at + 12 * sequences, "<i8", documents), (at + 12 * sequences + 8 * documents, "i1", sequences)
+    lengths, offsets = mapped(path, "i4", at, sequences), mapped(path, "i8", at + 4 * sequences, sequences)
+    firsts = mapped(path, "i8", at + 12 * sequences, documents)
+    modes = [mapped(path, "i1", at + 12 * sequences + 8 * documents, sequences)] if has_modes else []
     tokens = _check_sequences(file, lengths, offsets, dtype.itemsize)
     if tokens * dtype.itemsize != tokens_file.size:
         what = f"holds {tokens_file.size} bytes, but {path.name} lists {tokens} tokens of {dtype.itemsize} bytes"
         raise FileError(what, file=tokens_file.path, hint="the two files do not belong together, or one is truncated")
     _check_documents(file, firsts, sequences)
-    maps = (_map(path, lengths), _map(path, offsets), _map(path, firsts), _map(path, modes) if has_modes else None)
-    return Index(path, Path(tokens_file.path), dtype, tokens, *maps)
-
-
-Section = tuple[int, str, int]  # byte, dtype, number of entries
+    return Index(path, Path(tokens_file.path), dtype, tokens, (lengths, offsets, firsts, *modes))
 
 
 def _header(file: File) -> tuple[np.dtype[Any], int, int, bool]:
@@ -105,7 +115,7 @@ def _header(file: File) -> tuple[np.dtype[Any], int, int, bool]:
     return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, documents, file.size > size
 
 
-def _check_sequences(file: File, lengths: Section, offsets: Section, itemsize: int) -> int:
+def _check_sequences(file: File, lengths: Mapped, offsets: Mapped, itemsize: int) -> int:
     """The number of tokens.  Each sequence must begin where the one before it ends."""
     tokens = at = 0
     for some_lengths, some_offsets in zip(_chunks(file, lengths), _chunks(file, offsets), strict=True):
@@ -115,13 +125,13 @@ def _check_sequences(file: File, lengths: Section, offsets: Section, itemsize: i
             if bad.any():
                 i = int(np.argmax(bad))
                 said = f"{some_lengths[i]} tokens at byte {some_offsets[i]}"
-                byte = lengths[0] + 4 * (at + i)
+                byte = lengths.offset + 4 * (at + i)
                 raise FileError(f"sequence {at + i} {what}: {said}", file=file.path, byte=byte, hint="it is damaged")
         tokens, at = int(ends[-1]), at + len(ends)
     return tokens
 
 
-def _check_documents(file: File, section: Section, sequences: int) -> None:
+def _check_documents(file: File, section: Mapped, sequences: int) -> None:
     """They must go from 0 to the number of sequences and never back; equal entries are empty documents."""
     last, at = 0, 0
     for firsts in _chunks(file, section):
@@ -130,23 +140,18 @@ def _check_documents(file: File, section: Section, sequences: int) -> None:
         if bad.any():
             i = int(np.argmax(bad))
             what = f"document {at + i} begins with sequence {firsts[i]}, after {last if i == 0 else firsts[i - 1]}"
-            raise FileError(what, file=file.path, byte=section[0] + 8 * (at + i), hint="it is damaged")
+            raise FileError(what, file=file.path, byte=section.offset + 8 * (at + i), hint="it is damaged")
         last, at = int(firsts[-1]), at + len(firsts)
     if last != sequences:
         raise FileError(f"the documents end with sequence {last} of {sequences}", file=file.path, hint="it is damaged")
 
 
-def _chunks(file: File, section: Section) -> Iterator[Array]:
-    start, dtype, count = section
-    size = np.dtype(dtype).itemsize
-    for first in range(0, count, CHUNK):
-        n = min(CHUNK, count - first)
-        yield np.frombuffer(file.read(start + first * size, n * size, "entries"), dtype)
-
-
-def _map(path: Path, section: Section) -> Array:
-    start, dtype, count = section
-    return np.asarray(np.memmap(path, dtype, "r", start, (count,))) if count else np.zeros(0, dtype)
+def _chunks(file: File, section: Mapped) -> Iterator[Array]:
+    """The entries, read and not mapped: memory stays bounded, and a file that shrinks is an error."""
+    size = section.dtype.itemsize
+    for first in range(0, section.count, CHUNK):
+        n = min(CHUNK, section.count - first)
+        yield np.frombuffer(file.read(section.offset + first * size, n * size, "entries"), section.dtype)
 
 
 def _add(path: Path, suffix: str) -> Path:
