@@ -92,7 +92,7 @@ def recognise(path: Path) -> str:
 
 
 def check_vocabulary(file: TokenFile, vocab_size: int | None) -> None:
-    """Raise FileError if the dtype is too small for the vocabulary, or an id here and there is negative or beyond it."""
+    """Raise FileError if the dtype is too small for the vocabulary, or some id that is looked at is not in it."""
     ids = file.ids.array
     if vocab_size is not None and np.iinfo(ids.dtype).max < vocab_size - 1:
         what = f"{ids.dtype.name} cannot hold a vocabulary of {vocab_size} ids"
