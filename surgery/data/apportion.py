@@ -1,4 +1,4 @@
-"""How many rows each source gives: fixed amounts first, the rest by weight, poured over where a cap binds.
+"""How many instances each source gives: fixed amounts first, the rest by weight, poured over where a cap binds.
 
     wants = [Want("web", weight=5), Want("math", weight=3, cap=100), Want("code", weight=2)]
     apportion(1000, wants)              # web 643, math 100, code 257: what math cannot give goes to the others
@@ -21,7 +21,7 @@ Number = int | float | Fraction
 
 @dataclass(frozen=True)
 class Want:
-    """What a source asks for: a `weight` in what is left of the budget, or a `fixed` number of rows; at most `cap`."""
+    """What a source asks for: a `weight` in what is left of the budget, or a `fixed` number; at most `cap`."""
 
     name: str
     weight: Number | None = None
@@ -66,10 +66,12 @@ def _budget(total: int | None, fixed: Fraction, weighted: bool) -> Fraction:
             raise ConfigError("weights need a budget to be shares of", hint="add budget: {tokens: ...}")
         return fixed
     if fixed >= total + 1:
-        what = f"the sources ask for {float(fixed):,.0f} rows, but the budget is {total:,}"
+        what = f"the sources ask for {float(fixed):,.0f} instances, but the budget has {total:,}"
         raise ConfigError(what, hint="raise the budget or leave it out, or give weights")
     if not weighted and fixed <= total - 1:
-        what = f"the sources ask for {float(fixed):,.0f} rows, and none has a weight to fill the budget of {total:,}"
+        what = (
+            f"the sources ask for {float(fixed):,.0f} instances, and none has a weight to fill the budget of {total:,}"
+        )
         raise ConfigError(what, hint="leave the budget out, or give a source a weight")
     return Fraction(total) if weighted else fixed
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from surgery.containers.text import read_json
 from surgery.data.documents import EndBounds
+from surgery.data.extra import needs
 from surgery.data.mapped import Array, Held
 from surgery.data.tokens import TokenFile
 from surgery.errors import ConfigError, FileError, show, some
@@ -50,6 +51,7 @@ def open_dataset(path: str | os.PathLike[str], mask: str | None = None) -> list[
 
 
 def _open(path: Path, mask: str | None) -> list[TokenFile]:
+    needs("pyarrow", "reading folders of datasets")
     import pyarrow as pa
 
     file = File(path)

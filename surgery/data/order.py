@@ -35,10 +35,9 @@ class Taken:
     take: int
 
 
-def heldout_of(taken: Taken) -> Array:
-    """int64 [heldout], rising: the middles of as many equal stretches of the source."""
-    total = taken.have + taken.heldout
-    return (2 * np.arange(taken.heldout, dtype=np.int64) + 1) * total // (2 * taken.heldout or 1)
+def heldout_of(have: int, heldout: int) -> Array:
+    """int64 [heldout], rising: the middles of as many equal stretches of a source of have + heldout instances."""
+    return (2 * np.arange(heldout, dtype=np.int64) + 1) * (have + heldout) // (2 * heldout or 1)
 
 
 def make_order(sources: Sequence[Taken], seed: int, sample_seed: int) -> Array:
@@ -50,7 +49,7 @@ def make_order(sources: Sequence[Taken], seed: int, sample_seed: int) -> Array:
             what = f"{source.name} has {source.have:,} instances, and one source can have {MOST:,}"
             raise ConfigError(what, hint="divide its files among two sources, or raise sequence_length")
         rng = np.random.Generator(np.random.PCG64(key_of(sample_seed, source.name)))
-        kept_out = heldout_of(source)
+        kept_out = heldout_of(source.have, source.heldout)
         kept_out -= np.arange(len(kept_out))  # how many of the others stand before each
         for block in passes(source.have, source.take, rng):
             instances = block + np.searchsorted(kept_out, block, side="right")
