@@ -58,9 +58,10 @@ class Source(Strict):
     max_share      at most this share of the budget
     holdout        instances kept out for evaluation: a share below 1, or a number
     format, dtype  where the files do not say it themselves
-    eos            the id that ends documents, for files without an index of them
+    eos            the id that ends documents: looked for in files without an index of them, appended to text
     label_mask     a file for each of `paths` (in order of their names), a column of a dataset, or "none"
-    text_key       the key of the text in jsonl and parquet
+    text_key       the key of the text in jsonl and parquet; or
+    messages_key   that of conversations, of which only the assistant's tokens are learnt
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -76,6 +77,7 @@ class Source(Strict):
     eos: Annotated[int, Field(ge=0)] | None = None
     label_mask: Paths | None = None
     text_key: str = "text"
+    messages_key: str | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> Source:

@@ -22,6 +22,7 @@ from pydantic import Field, ValidationError
 
 from surgery.data.mapped import Array
 from surgery.data.mixture import Mixture
+from surgery.data.sources import is_url
 from surgery.data.strict import Strict
 from surgery.errors import FileError, show
 from surgery.tensors.files import File, plain_name, read_small
@@ -111,7 +112,9 @@ def little(array: Array) -> memoryview:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data.cast("B") if array.size else memoryview(b"")
 
 
-def relative(path: Path, root: Path) -> str:
+def relative(path: str, root: Path) -> str:
     """`path` as a plan of that root stores it: relative where it lies inside, so that both can be moved together."""
+    if is_url(path):
+        return path
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(root)) if absolute.is_relative_to(root) else str(absolute)

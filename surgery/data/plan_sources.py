@@ -21,6 +21,7 @@ from surgery.data.mixture import Mixture, Source
 from surgery.data.packing import Cut, Instances, Packed, pack
 from surgery.data.plan_file import Entry, relative
 from surgery.data.readers import open_tokens, recognise
+from surgery.data.sources import is_url, kind_of
 from surgery.data.tokens import TokenFile, TokenSource
 from surgery.errors import ConfigError, FileError, some
 
@@ -31,16 +32,9 @@ TABLES = ("firsts", "starts", "lengths")
 
 def find_entries(source: Source, root: Path) -> list[Entry]:
     """The files of a source, each once, in the order of their names.  Raises ConfigError if a path names nothing."""
-    found: list[Path] = []
-    for given in source.paths:
-        here = _named(root / os.path.expanduser(given))
-        if not here:
-            raise ConfigError(
-                f"{source.name}: {given} names no file", file=root, hint="paths are relative to the mixture"
-            )
-        found += here
-    names = [os.path.realpath(path) for path in found]
-    if twice := sorted({str(p) for p, n in zip(found, names, strict=True) if names.count(n) > 1}):
+    found = [path for given in source.paths for path in _named(given, root, source.name)]
+    same = [_identity(path) for path in found]
+    if twice := sorted({str(p) for p, key in zip(found, same, strict=True) if same.count(key) > 1}):
         raise ConfigError(
             f"{source.name} names {some(twice)} twice", hint="use multiplier or weight to repeat a source"
         )
@@ -52,45 +46,54 @@ def find_entries(source: Source, root: Path) -> list[Entry]:
     ]
 
 
-def _named(path: Path) -> list[Path]:
-    """A file or dataset itself, the token files of a folder, or what matches a pattern; `x.idx` stands for `x.bin`."""
-    if path.is_dir():
-        if is_dataset(path):
-            return [path]
+def _named(given: str, root: Path, name: str) -> list[str]:
+    """A file, dataset or URL itself, the token files of a folder, or what matches a pattern.
+
+    `x.idx` stands for `x.bin`, and of several names of one file the first counts.
+    """
+    if is_url(given):
+        return [given]
+    path = root / os.path.expanduser(given)
+    if path.is_dir() and not is_dataset(path):
         inside = sorted(p for p in path.rglob("*") if p.is_file())
-        tokens = [p for p in inside if p.suffix in SUFFIXES]
-        return tokens or [p for p in inside if _is_text(p)]
-    if path.exists():
-        return [path.with_suffix(".bin") if path.suffix == ".idx" else path]
-    matches = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
-    return list(dict.fromkeys(p.with_suffix(".bin") if p.suffix == ".idx" else p for p in matches))
+        found = [p for p in inside if p.suffix in SUFFIXES] or [p for p in inside if kind_of(p.name)]
+    else:
+        found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise ConfigError(
+            f"{name}: {given} names no file", file=root, hint="paths are relative to the mixture's folder"
+        )
+    payloads = (str(p.with_suffix(".bin") if p.suffix == ".idx" else p) for p in found)
+    return list({_identity(p): p for p in reversed(list(payloads))}.values())[::-1]
 
 
-def _kind(path: Path) -> str:
-    return TEXT if path.is_file() and _is_text(path) else recognise(path)
+def _identity(path: str) -> object:
+    """What two names of one file have in common: hard links and symbolic ones."""
+    if is_url(path) or not os.path.exists(path):
+        return path
+    info = os.stat(path)
+    return info.st_dev, info.st_ino
 
 
-def _is_text(path: Path) -> bool:
-    from surgery.data.sources import kind_of
-
-    return kind_of(path.name) is not None
+def _kind(path: str) -> str:
+    return TEXT if kind_of(path) and not os.path.isdir(path) else recognise(Path(path))
 
 
-def _masks(source: Source, root: Path, files: Sequence[Path]) -> list[str | None]:
+def _masks(source: Source, root: Path, files: Sequence[str]) -> list[str | None]:
     """The label mask of each file: "none", a column, or a path."""
     given = source.label_mask
     if given is None or given == ("none",):
         return [given and "none"] * len(files)
-    if all(is_dataset(f) for f in files):
+    if all(is_dataset(Path(f)) for f in files):
         if len(given) != 1:
             raise ConfigError(f"{source.name}: label_mask names {len(given)} columns", hint="name one")
         return [given[0]] * len(files)
-    masks = [p for pattern in given for p in _named(root / os.path.expanduser(pattern))]
+    masks = [path for pattern in given for path in _named(pattern, root, source.name)]
     if len(masks) != len(files):
         what = f"{source.name}: label_mask names {len(masks)} files for {len(files)} of tokens"
         raise ConfigError(what, file=root, hint="each file of tokens needs one, in the order of their names")
-    if both := {os.path.realpath(m) for m in masks} & {os.path.realpath(f) for f in files}:
-        raise ConfigError(f"{source.name}: {some(both)} are named as tokens and as a label mask")
+    if both := {_identity(m) for m in masks} & {_identity(f) for f in files}:
+        raise ConfigError(f"{source.name} names {len(both)} files both as tokens and as label masks")
     return [relative(m, root) for m in masks]
 
 
