@@ -43,12 +43,16 @@ class Result:
 
 
 class Rendered(NamedTuple):
-    """A text to encode, and which of its characters are to be learnt; `ends`: whether the eos after it is, too."""
+    """A text to encode, and which of its characters are to be learnt.
+
+    `ends`: whether an eos after it is to be learnt, too; `bare`: a text of its own, not what a chat template made.
+    """
 
     document: Document
     text: str
     spans: list[Span]
-    ends: bool
+    ends: bool = True
+    bare: bool = False
 
 
 class Encoder:
@@ -90,14 +94,14 @@ class Encoder:
     def _render(self, document: Document) -> Rendered:
         value = document.value
         if self.settings.documents == "text":
-            return Rendered(document, value, [], True)
+            return Rendered(document, value, [], bare=True)
         if self.settings.documents == "messages":
             text, spans = self._chat().conversation(value, document.more)
             return Rendered(document, text, spans, value[-1]["role"] == ANSWERING)
         asked, answered = value
         if isinstance(asked, str):
-            return Rendered(document, asked + answered, [(len(asked), len(asked) + len(answered))], True)
-        return Rendered(document, *self._chat().completion(asked, answered, document.more), True)
+            return Rendered(document, asked + answered, [(len(asked), len(asked) + len(answered))], bare=True)
+        return Rendered(document, *self._chat().completion(asked, answered, document.more))
 
     def _chat(self) -> ChatTemplate:
         if self.template is None:
@@ -121,7 +125,8 @@ class Encoder:
     def _framed(self, tokens: list[int], one: Rendered, encoding: Any) -> Array | None:
         """Put bos and eos around the tokens; their label mask, if there is one."""
         learnt = learnt_tokens(encoding.offsets, one.spans) if self.settings.masked else None
-        bos, eos, once = self.settings.bos, self.settings.eos, self.settings.output.once
+        wraps, once = one.bare or self.settings.wraps, self.settings.output.once
+        bos, eos = (self.settings.bos, self.settings.eos) if wraps else (None, None)
         before = [] if bos is None or (once and tokens[0] == bos) else [bos]
         after = [] if eos is None or (once and tokens[-1] == eos) else [eos]
         tokens[:0] = before

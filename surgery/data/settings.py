@@ -30,6 +30,7 @@ class Settings:
     id_key      the field that holds a document's name, for formats that keep it
     txt         what is a document of a .txt file: "file" or "line"
     bos, eos    ids put before and after each document; pad is only noted down
+    wraps       bos and eos are put around conversations as well, which have what their template gives them
     max_size    a file of output holds fewer tokens than this; None: one file
     shuffle     None: the order of the input
     template    the chat template; `special` and `stops` as `ChatTemplate` takes them
@@ -43,6 +44,7 @@ class Settings:
     txt: str = "file"
     bos: int | None = None
     eos: int | None = None
+    wraps: bool = False
     pad: int | None = None
     max_size: int | None = None
     shuffle: Shuffle | None = None
