@@ -38,6 +38,7 @@ from surgery.data.plan_sources import (
     found_ends,
     open_entries,
     stored_instances,
+    stored_size,
     tables,
 )
 from surgery.data.text_cache import load_tokenizer, tokenized
@@ -47,7 +48,7 @@ from surgery.writing.folder import write_folder
 
 SETTINGS = ("sequence_length", "packing", "isolate", "pad_id", "seed", "sample_seed")
 CHUNK = 1 << 20
-Progress = Callable[[int], None]
+Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,24 +81,28 @@ def draft_plan(
     path: str | os.PathLike[str],
     *,
     seed: int | None = None,
+    rows_per_step: int | None = None,
     strict: bool = False,
     cache: Path | None = None,
-    progress: Progress = lambda n: None,
+    begin: Begin = lambda what, total: lambda n: None,
 ) -> Draft:
-    """Open the sources of a mixture and apportion.  `seed`, `strict`: over what the file says; `cache`: for text.
+    """Open the sources of a mixture and apportion.
 
+    seed, rows_per_step, strict  in place of what the file says
+    cache                        where text is tokenized to
+    begin                        makes a progress bar
     Raises ConfigError if the mixture cannot be, FileError if a file is broken.
     """
-    given = {"seed": seed} if seed is not None else {}
-    mixture = read_mixture(path)
-    mixture = mixture.model_copy(update={**given, "strict": mixture.strict or strict})
+    given = {"seed": seed, "rows_per_step": rows_per_step, "strict": strict or None}
+    mixture = read_mixture(path).model_copy(update={k: v for k, v in given.items() if v is not None})
     root = Path(os.path.abspath(path)).parent
     vocabulary = load_tokenizer(mixture, root)
     size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
     opened = []
     for source in mixture.sources:
-        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache)
-        tokens = open_entries(source.name, entries, root, size, progress=progress)
+        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin)
+        advance = begin(f"open {source.name}", sum(stored_size(e, root) for e in entries))
+        tokens = open_entries(source.name, entries, root, size, progress=advance)
         check_bounds(tokens, mixture)
         opened.append(Opened(tuple(entries), tokens, divide(tokens, mixture)))
     given_amounts, notes = amounts(mixture, {o.tokens.name: len(o.instances) for o in opened})
@@ -206,6 +211,7 @@ class Plan:
     """A plan that is open: its sources are what they were when it was made."""
 
     folder: Path
+    root: Path
     file: PlanFile
     sources: tuple[TokenSource, ...]
     instances: tuple[Instances, ...]
@@ -245,7 +251,7 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)
     check_same(_files_before(file, folder), {s.name: facts_of(s) for s in sources}, str(folder))
     instances = tuple(stored_instances(s, file.mixture, folder) for s in sources)
-    plan = Plan(folder, file, sources, instances, mapped(folder / ORDER, "u8"))
+    plan = Plan(folder, base, file, sources, instances, mapped(folder / ORDER, "u8"))
     _check_order(plan)
     return plan
 

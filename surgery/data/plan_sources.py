@@ -114,8 +114,14 @@ def open_entries(
         ends: Mapped | None = mapped(own / entry.ends, "i8") if own and entry.ends else None
         path, dtype, eos = root / entry.path, entry.dtype, entry.eos
         files += open_tokens(path, entry.format, dtype=dtype, eos=eos, mask=mask, ends=ends, vocab_size=vocab_size)
-        progress(1)
+        progress(stored_size(entry, root))
     return TokenSource(name, tuple(files), vocab_size)
+
+
+def stored_size(entry: Entry, root: Path) -> int:
+    """Bytes of the ids, for a progress bar; a folder counts as one."""
+    path = root / entry.path
+    return path.stat().st_size if path.is_file() else 1
 
 
 def check_bounds(source: TokenSource, mixture: Mixture) -> None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from surgery import units
 from surgery.containers.text import YAML_LIMIT
 from surgery.containers.yaml_loader import parse_yaml, yaml_lines
-from surgery.errors import ConfigError, show
+from surgery.errors import ConfigError, UsageError, show
 from surgery.tensors.files import read_small
 
 Model = TypeVar("Model", bound="Strict")
@@ -33,11 +34,9 @@ class Strict(BaseModel):
 
 def parse_count(value: Any) -> Any:
     """5_000, 50e9, "50B": a whole number."""
-    units = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,12})(?:\.(\d{1,9}))?([kMBT]?)", value)):
-        whole, part, unit = match[1], match[2] or "", match[3]
-        number, rest = divmod(int(whole + part) * units[unit], 10 ** len(part))
-        return value if rest else number
+    if isinstance(value, str):
+        with suppress(UsageError):
+            return units.parse_count(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -27,7 +27,7 @@ from surgery.data.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import ConfigError, some
 
 BLOCK = 1 << 20
-Progress = Callable[[int, int, int], None]
+Begin = Callable[[str, int | None], Callable[[int], None]]
 
 
 def load_tokenizer(mixture: Mixture, root: Path) -> Vocabulary | None:
@@ -44,7 +44,7 @@ def tokenized(
     root: Path,
     vocabulary: Vocabulary | None,
     cache: Path | None,
-    progress: Progress = lambda read, documents, tokens: None,
+    begin: Begin = lambda what, total: lambda n: None,
 ) -> list[Entry]:
     """The entries with text replaced by the token files that it became.
 
@@ -60,7 +60,8 @@ def tokenized(
     settings = settings_for(_choices(source, vocabulary), vocabulary)
     folder = (cache or default_cache()) / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
     if not (folder / NOTE).is_file():
-        tokenize(sources, folder, vocabulary, settings, progress=progress)
+        advance = begin(f"tokenize {source.name}", sum(s.size for s in sources))
+        tokenize(sources, folder, vocabulary, settings, progress=lambda read, documents, tokens: advance(read))
     files = sorted(str(p) for p in folder.glob("*.bin"))
     made = [Entry(path=relative(path, root), format="megatron") for path in files]
     return [e for e in entries if e.format != TEXT] + made
