@@ -22,7 +22,7 @@ from surgery.data.rows import Rows, isolated, restarting, share, shifted
 from surgery.data.tokens import Passage
 from surgery.errors import UsageError
 
-Read = tuple[Array, Array | None, tuple[Array, Array]]  # tokens, label mask, and (row, offset) where documents begin
+Read = tuple[Array | None, Array, Array]  # label mask; row and offset of every document that begins inside a row
 
 
 class Batches:
@@ -84,40 +84,44 @@ class Batches:
 
     def _read(self, source: Array, instance: Array) -> Rows:
         shape = (len(source), self.sequence_length)
-        tokens, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
-        positions = np.empty(shape, np.int64) if self.plan.mixture.isolate else None
+        tokens, cuts = np.empty(shape, np.int64), []
+        mask: Array | None = None
         for number in np.unique(source):
             at = np.flatnonzero(source == number)
-            ids, mask, cuts = self._cut(number, instance[at]) or self._packed(number, instance[at])
-            tokens[at], wanted = ids, shifted(ids, mask)
-            labels[at] = wanted if positions is None else isolated(wanted, *cuts)
-            if positions is not None:
-                positions[at] = restarting(ids.shape, *cuts)
-        return Rows(tokens, labels, positions, source, instance)
+            read = self._packed if isinstance(self.plan.instances[number], Packed) else self._cut
+            kept, rows, offsets = read(int(number), instance[at], tokens, at)
+            cuts.append((at[rows], offsets))
+            if kept is not None:
+                mask = np.ones(shape, bool) if mask is None else mask
+                mask[at] = kept
+        labels = shifted(tokens, mask)
+        if not self.plan.mixture.isolate or not cuts:
+            return Rows(tokens, labels, None, source, instance)
+        rows, offsets = (np.concatenate([cut[i] for cut in cuts]) for i in (0, 1))
+        return Rows(tokens, isolated(labels, rows, offsets), restarting(shape, rows, offsets), source, instance)
 
-    def _cut(self, number: int, instance: Array) -> Read | None:
-        """Instances that lie in the stream as they are; None if this source's do not."""
-        if isinstance(self.plan.instances[number], Packed):
-            return None
+    def _cut(self, number: int, instance: Array, out: Array, at: Array) -> Read:
+        """Instances that lie in the stream as they are."""
         source, length = self.plan.sources[number], self.sequence_length
         starts = instance * length
+        source.windows(starts, length, out, at)
         cuts = source.starts_within(starts, length) if self.plan.mixture.isolate else (starts[:0], starts[:0])
-        return source.windows(starts, length), source.label_mask(starts, length), cuts
+        return source.label_mask(starts, length), *cuts
 
-    def _packed(self, number: int, instance: Array) -> Read:
+    def _packed(self, number: int, instance: Array, out: Array, at: Array) -> Read:
         """Instances put together from pieces, and filled up with padding, which is no label."""
-        source, shape = self.plan.sources[number], (len(instance), self.sequence_length)
-        ids = np.full(shape, self.plan.mixture.pad_id, np.int64)
-        mask = np.zeros(shape, bool)
+        source, length = self.plan.sources[number], self.sequence_length
+        mask = np.zeros((len(instance), length), bool)
+        out[at] = self.plan.mixture.pad_id
         cuts: list[tuple[int, int]] = []
         for row, i in enumerate(instance):
-            at = 0
+            filled = 0
             for start, stop in self.plan.instances[number].pieces(int(i)):
-                where, inside = slice(at, at + int(stop - start)), (np.array([start]), int(stop - start))
-                ids[row, where] = source.windows(*inside)[0]
+                where, inside = slice(filled, filled + int(stop - start)), (np.array([start]), int(stop - start))
+                out[at[row], where] = source.windows(*inside)[0]
                 kept = source.label_mask(*inside)
                 mask[row, where] = True if kept is None else kept[0]
-                at = where.stop
-                cuts += [(row, at)] * (at < shape[1])
+                filled = where.stop
+                cuts += [(row, filled)] * (filled < length)
         rows, offsets = np.array(cuts, np.int64).reshape(-1, 2).T
-        return ids, mask, (rows, offsets)
+        return mask, rows, offsets

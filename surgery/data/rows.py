@@ -73,16 +73,22 @@ class RowSource(Protocol):
 
 def shifted(tokens: Array, mask: Array | None = None) -> Array:
     """Labels of tokens [rows, sequence]; `mask` is False where a token is no label."""
-    labels = np.full_like(tokens, IGNORE)
-    labels[:, :-1] = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], IGNORE)
+    labels = np.empty_like(tokens)
+    labels[:, :-1], labels[:, -1] = tokens[:, 1:], IGNORE
+    if mask is not None:
+        labels[:, :-1][~mask[:, 1:]] = IGNORE
     return labels
 
 
 def restarting(shape: tuple[int, int], rows: Array, offsets: Array) -> Array:
-    """int64 positions [rows, sequence] that count from 0 again at each (row, offset)."""
-    begin = np.zeros(shape, np.int64)
-    begin[rows, offsets] = offsets
-    return np.arange(shape[1]) - np.maximum.accumulate(begin, axis=1)
+    """int64 positions [rows, sequence] that count from 0 again at each (row, offset), which are in any order."""
+    count, length = shape
+    steps = np.ones(count * length, np.int64)
+    if count * length:
+        begin = np.unique(np.concatenate([np.arange(0, count * length, length), rows * length + offsets]))
+        steps[begin] = 1 - np.diff(begin, prepend=0)
+        steps[0] = 0
+    return np.cumsum(steps, out=steps).reshape(shape)
 
 
 def isolated(labels: Array, rows: Array, offsets: Array) -> Array:

@@ -58,6 +58,27 @@ class Passage:
     stop: int
 
 
+@dataclass(frozen=True)
+class _Column:
+    """What of a file is read, and below which number all of it must be."""
+
+    read: Callable[[TokenFile], Column | None]
+    limit: int | None
+
+    def check(self, values: Array, starts: Array, file: TokenFile) -> None:
+        """Raise FileError if a value [n, length], read from these places, cannot be."""
+        low, high = int(values.min()), int(values.max())
+        if low >= 0 and (self.limit is None or high < self.limit):
+            return
+        row, column = np.argwhere((values < 0) | (values >= (high + 1 if self.limit is None else self.limit)))[0]
+        what = f"token {starts[row] + column} is {values[row, column]}"
+        if self.read(file) is file.mask:
+            raise FileError(f"the mask of {what}, neither 0 nor 1", file=getattr(file.mask, "path", file.path))
+        hint = "the dtype is wrong, or the file was made with another tokenizer"
+        known = "" if self.limit is None else f", but the vocabulary has {self.limit} ids"
+        raise FileError(what + known, file=file.path, hint=hint)
+
+
 @dataclass(frozen=True, eq=False)
 class TokenSource:
     """Files as one stream.  `vocab_size`: ids from there on are refused when they are read; None: not checked."""
@@ -85,25 +106,22 @@ class TokenSource:
     def masked(self) -> bool:
         return any(f.mask is not None for f in self.files)
 
-    def windows(self, starts: Array, length: int) -> Array:
-        """int64 [n, length], the tokens from each start on.  Raises FileError on an id beyond the vocabulary."""
-        out = np.empty((len(starts), length), np.int64)
-        self._gather(starts, out, lambda file: file.ids.array)
-        if out.size and self.vocab_size is not None:
-            low, high = int(out.min()), int(out.max())
-            if low < 0 or high >= self.vocab_size:
-                self._refuse(starts, out)
+    def windows(self, starts: Array, length: int, out: Array | None = None, rows: Array | None = None) -> Array:
+        """int64 [n, length], the tokens from each start on; put into the `rows` [n] of `out`, if these are given.
+
+        Raises FileError on an id beyond the vocabulary.
+        """
+        out = np.empty((len(starts), length), np.int64) if out is None else out
+        self._gather(_Column(lambda file: file.ids, self.vocab_size), starts, out, rows)
         return out
 
     def label_mask(self, starts: Array, length: int) -> Array | None:
-        """bool [n, length]; None if no file has a mask."""
+        """bool [n, length]; None if no file has a mask.  Raises FileError if a mask holds other bytes than 0 and 1."""
         if not self.masked:
             return None
         out = np.ones((len(starts), length), np.uint8)
-        self._gather(starts, out, lambda file: None if file.mask is None else file.mask.array)
-        if out.max(initial=0) > 1:
-            raise FileError("holds bytes over 1, so it is no label mask", file=self._mask_at(starts, out))
-        return out.astype(bool)
+        self._gather(_Column(lambda file: file.mask, 2), starts, out, None)
+        return out.view(bool)
 
     def starts_within(self, starts: Array, length: int) -> tuple[Array, Array]:
         """(window, offset) of every place inside these windows where a document, or a file, begins."""
@@ -137,21 +155,24 @@ class TokenSource:
             ]
         return found
 
-    def _gather(self, starts: Array, out: Array, column: Callable[[TokenFile], Array | None]) -> None:
-        """Fill out [n, length] from a column of the files; what has none is left as it is."""
-        length = out.shape[1]
+    def _gather(self, column: _Column, starts: Array, out: Array, rows: Array | None) -> None:
+        """Fill rows of out [rows, length] from a column of the files; what has none is left as it is."""
+        length, rows = out.shape[1], np.arange(len(starts)) if rows is None else rows
         for number, at in self._by_file(starts):
-            data = column(self.files[number])
+            data = column.read(self.files[number])
             inside = starts[at] - self.firsts[number]
             whole = inside + length <= self.files[number].tokens
             if data is not None and whole.any():
-                out[at[whole]] = sliding_window_view(data, length)[inside[whole]]
-            for row in at[~whole]:
+                chosen = sliding_window_view(data.array, length)[inside[whole]]
+                column.check(chosen, inside[whole], self.files[number])
+                out[rows[at[whole]]] = chosen
+            for i in at[~whole]:
                 filled = 0
-                for piece, begin, stop in self._pieces(int(starts[row]), length):
-                    part = column(self.files[piece])
+                for piece, begin, stop in self._pieces(int(starts[i]), length):
+                    part = column.read(self.files[piece])
                     if part is not None:
-                        out[row, filled : filled + stop - begin] = part[begin:stop]
+                        column.check(part.array[None, begin:stop], np.array([begin]), self.files[piece])
+                        out[rows[i], filled : filled + stop - begin] = part.array[begin:stop]
                     filled += stop - begin
 
     def _by_file(self, starts: Array) -> list[tuple[int, Array]]:
@@ -179,16 +200,3 @@ class TokenSource:
             found += [filled] * (filled > 0) + [filled + at for at in inner]
             filled += stop - begin
         return np.array(found, np.int64)
-
-    def _refuse(self, starts: Array, out: Array) -> None:
-        row, column = np.argwhere((out < 0) | (out >= self.vocab_size))[0]
-        [(number, at, _)] = self._pieces(int(starts[row] + column), 1)
-        what = f"token {at} is {out[row, column]}, but the vocabulary has {self.vocab_size} ids"
-        hint = "the dtype is wrong, or the file was made with another tokenizer"
-        raise FileError(what, file=self.files[number].path, hint=hint)
-
-    def _mask_at(self, starts: Array, out: Array) -> str | None:
-        row, column = np.argwhere(out > 1)[0]
-        [(number, _, _)] = self._pieces(int(starts[row] + column), 1)
-        mask = self.files[number].mask
-        return getattr(mask, "path", None)
