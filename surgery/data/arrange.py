@@ -148,8 +148,9 @@ def _shuffled(feed: Feed, state: State, shuffle: Shuffle) -> Iterator[Portion]:
         state.cursors = [slot.cursor for slot in slots]
         state.batch += 1
         documents = join(batch.parts) if batch.parts else None
-        if documents is not None:
-            documents = documents.take(permutation(len(documents), shuffle.seed, state.batch))
+        if documents is not None:  # in an order that does not depend on where blocks end, then in a random one
+            order = np.lexsort((documents.lines, documents.files))
+            documents = documents.take(order[permutation(len(documents), shuffle.seed, state.batch)])
         yield Portion(documents, batch.bad, batch.read)
         if not slots:
             return

@@ -137,9 +137,9 @@ def _told_apart(source: Source) -> Iterator[None]:
 
 
 def _lines(source: Source, stream: BinaryIO, raw: BinaryIO, first: Block) -> Iterator[Block]:
-    """Blocks of whole lines."""
+    """Blocks of whole lines.  Each ends with the last line before a multiple of BLOCK, wherever reading begins."""
     at, line, parts, size = first.at, first.line, list[bytes](), 0
-    while chunk := stream.read(BLOCK):
+    while chunk := stream.read(BLOCK - (at + size) % BLOCK):
         cut = chunk.rfind(b"\n") + 1
         if not cut:
             parts.append(chunk)

@@ -146,7 +146,8 @@ class _Run:
     ) -> None:
         self.sources, self.vocabulary, self.settings, self.limit = sources, vocabulary, settings, limit
         self.stage, self.journal, self.state = stage, journal, state
-        self.every, self.last = checkpoint, time.monotonic()
+        self.least = self.every = checkpoint
+        self.last = time.monotonic()
         self.folder = stage.hidden / "data"
 
     def tidy(self) -> None:
@@ -196,7 +197,7 @@ class _Run:
         out.sync()
         self.journal.append([self.state.line()])
         self.last = time.monotonic()
-        self.every = max(self.every, PATIENCE * (self.last - began))
+        self.every = max(self.least, PATIENCE * (self.last - began))
 
     def _check_limit(self, ended: bool) -> None:
         total = self.state.total
