@@ -49,7 +49,11 @@ class Stream:
 
     @property
     def ready(self) -> bool:
-        return not self.read and (self.check is None or self.check.done())
+        """Can blocks be read?  Not before it is known that the file unpacks."""
+        if self.read or self.damage is not None:
+            return False
+        check = self.check
+        return check is None or (check.done() and check.exception() is None and check.result() is None)
 
 
 class Feed:
@@ -102,7 +106,7 @@ class Feed:
     def _fill(self) -> None:
         """Submit blocks until enough are on their way: of the files in use first, evenly, then of those that follow."""
         while sum(len(s.pending) for s in (*self.used, *self.coming)) < self.ahead:
-            ready = [s for s in self.used if s.ready and s.damage is None]
+            ready = [s for s in self.used if s.ready]
             stream = min(ready, key=lambda s: len(s.pending)) if ready else self._following()
             if stream is None:
                 return
@@ -112,7 +116,7 @@ class Feed:
         """A file that is not in use yet and can be read."""
         while True:
             for stream in self.coming:
-                if stream.ready and not (stream.check and stream.check.result()):
+                if stream.ready:
                     return stream
             if len(self.coming) >= self.ahead or not self._open_next():
                 return None
