@@ -69,6 +69,8 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
 @click.option("--rows-per-step", type=click.IntRange(1), metavar="N", help="Of the global batch, where the run does "
               "not say it, or to see another one.")  # fmt: skip
 @click.option("--root", type=click.Path(), help="Where the plan's data lie now, if they were moved.")
+@click.option("--pad-id", type=click.IntRange(0), metavar="ID", help="Of the tokenizer of a Megatron run: that id "
+              "becomes 0 and is no label.")  # fmt: skip
 @JSON
 def show_command(plan: str, step: int, rows: str | None, as_json: bool, **flags: Any) -> None:
     """Show exactly what a batch holds: every row, its documents and where they lie.
@@ -83,7 +85,7 @@ def show_command(plan: str, step: int, rows: str | None, as_json: bool, **flags:
     from surgery.cli import show_data
     from surgery.data.show import contents, open_rows
 
-    batches = open_rows(plan, flags["rows_per_step"], flags["root"])
+    batches = open_rows(plan, flags["rows_per_step"], root=flags["root"], pad_id=flags["pad_id"])
     decode = show_data.decoder(batches, flags["tokenizer"]) if flags["decode"] else None
     chosen = show_data.chosen_rows(rows, None if as_json or flags["source"] else ROWS_SHOWN)
     found = contents(batches, step, chosen, flags["source"], decode)

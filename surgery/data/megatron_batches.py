@@ -144,16 +144,19 @@ class MegatronBatches:
         return self.datasets[source].pieces(instance)
 
 
-def open_megatron(path: str | os.PathLike[str], rows_per_step: int | None = None) -> MegatronBatches:
-    """From a YAML file of settings, or the description of a cached dataset.
+def open_megatron(
+    path: str | os.PathLike[str], rows_per_step: int | None = None, pad_id: int | None = None
+) -> MegatronBatches:
+    """From a YAML file of settings, or the description of a cached dataset, which does not say the pad id.
 
     Raises FileError or ConfigError if they contradict the data, UsageError if nothing says the rows of a step.
     """
     path = Path(path)
     if path.name.endswith(DESCRIPTION):
-        return _cached(path, rows_per_step)
+        return _cached(path, rows_per_step, pad_id)
+    given = {"rows_per_step": rows_per_step, "pad_id": pad_id}
     settings = read_model(path, Run, "Megatron run").megatron
-    chosen = settings.model_copy(update={"rows_per_step": rows_per_step or settings.rows_per_step})
+    chosen = settings.model_copy(update={k: v for k, v in given.items() if v is not None})
     return _computed(chosen, path.parent)
 
 
@@ -195,20 +198,20 @@ def _dataset(index: Index, samples: int | None, run: Settings) -> Dataset:
     )
 
 
-def _cached(path: Path, rows_per_step: int | None) -> MegatronBatches:
+def _cached(path: Path, rows_per_step: int | None, pad_id: int | None) -> MegatronBatches:
     if rows_per_step is None:
         raise UsageError("the cache does not say how many rows a step has", hint="give the global batch size")
     told = read_json(path, "description")
     if not isinstance(told, Mapping) or told.get("class") not in ("GPTDataset", "BlendedDataset"):
         raise FileError("describes no GPTDataset or BlendedDataset", file=path)
     if told["class"] == "GPTDataset":
-        return MegatronBatches([_cached_dataset(told, path)], None, rows_per_step)
+        return MegatronBatches([_cached_dataset(told, path)], None, rows_per_step, pad_id)
     parts = told.get("datasets")
     if not isinstance(parts, list) or not all(isinstance(p, Mapping) for p in parts):
         raise FileError("does not describe its datasets", file=path)
     order = tuple(_array(path, name)[0] for name in ("dataset_index", "dataset_sample_index"))
     datasets = [_cached_dataset(part, _description(part, path)) for part in parts]
-    return MegatronBatches(datasets, (order[0], order[1]), rows_per_step)
+    return MegatronBatches(datasets, (order[0], order[1]), rows_per_step, pad_id)
 
 
 def _description(part: Mapping[str, Any], blended: Path) -> Path:

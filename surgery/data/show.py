@@ -29,11 +29,16 @@ Decode = Callable[[list[int]], str]
 
 
 def open_rows(
-    path: str | os.PathLike[str], rows_per_step: int | None = None, root: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    rows_per_step: int | None = None,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    pad_id: int | None = None,
 ) -> RowSource:
     """The batches that a path describes.  Raises ConfigError if it describes none.
 
-    rows_per_step  of the global batch, in place of what the run says      root  where the data of a plan lie now
+    rows_per_step  of the global batch, in place of what the run says
+    root           where the data of a plan lie now      pad_id  of the tokenizer of a Megatron run
     """
     path = Path(path)
     if (path / NAME).is_file():
@@ -45,17 +50,17 @@ def open_rows(
         hint = f"name one of {some(found)}" if found else f"a plan has {NAME}, a run of OLMo {olmo_batches.CONFIG}"
         raise ConfigError("is no plan and no run that is known", file=path, hint=hint)
     if path.name.endswith(megatron_batches.DESCRIPTION):
-        return megatron_batches.open_megatron(path, rows_per_step)
+        return megatron_batches.open_megatron(path, rows_per_step, pad_id)
     if path.suffix == ".npz":
         return RecordedBatches(path)
-    return _from_yaml(path, rows_per_step)
+    return _from_yaml(path, rows_per_step, pad_id)
 
 
-def _from_yaml(path: Path, rows_per_step: int | None) -> RowSource:
+def _from_yaml(path: Path, rows_per_step: int | None, pad_id: int | None) -> RowSource:
     value = read_yaml(path, "run")
     keys = value if isinstance(value, dict) else {}
     if "megatron" in keys:
-        return megatron_batches.open_megatron(path, rows_per_step)
+        return megatron_batches.open_megatron(path, rows_per_step, pad_id)
     if "data" in keys and "model" in keys:
         return olmo_batches.open_olmo(path, rows_per_step)
     hint = "make a plan of it first: surgery data plan" if "sources" in keys else None
