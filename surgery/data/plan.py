@@ -32,10 +32,12 @@ from surgery.data.packing import Instances
 from surgery.data.plan_file import NAME, ORDER, Entry, PlanFile, PlannedSource, little, plan_bytes, read_plan_file
 from surgery.data.plan_sources import (
     check_bounds,
+    check_pad,
     divide,
     filled,
     find_entries,
     found_ends,
+    identity,
     open_entries,
     stored_instances,
     stored_size,
@@ -43,9 +45,10 @@ from surgery.data.plan_sources import (
 )
 from surgery.data.text_cache import load_tokenizer, tokenized
 from surgery.data.tokens import TokenSource
-from surgery.errors import FileError, some
+from surgery.errors import FileError
 from surgery.writing.folder import write_folder
 
+HEADLESS = ("dolma", "datatrove")
 SETTINGS = ("sequence_length", "packing", "isolate", "pad_id", "seed", "sample_seed")
 CHUNK = 1 << 20
 Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
@@ -98,6 +101,7 @@ def draft_plan(
     root = Path(os.path.abspath(path)).parent
     vocabulary = load_tokenizer(mixture, root)
     size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
+    check_pad(mixture, size)
     opened = []
     for source in mixture.sources:
         entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin)
@@ -128,14 +132,14 @@ def _planned(opened: Opened, amount: Amount, mixture: Mixture) -> PlannedSource:
 
 
 def _shared_files(opened: Sequence[Opened]) -> list[str]:
-    owners: dict[str, list[str]] = {}
+    owners: dict[object, dict[str, str]] = {}
     for o in opened:
-        for path in dict.fromkeys(os.path.realpath(f.path) for f in o.tokens.files):
-            owners.setdefault(path, []).append(o.tokens.name)
-    shared = {path: names for path, names in owners.items() if len(names) > 1}
+        for file in o.tokens.files:
+            owners.setdefault(identity(str(file.path)), {})[o.tokens.name] = file.path.name
+    shared = [names for names in owners.values() if len(names) > 1]
     return [
-        f"{os.path.basename(path)} is in {some(names)}: what one holds out the other may train on"
-        for path, names in shared.items()
+        f"{next(iter(names.values()))} is in {', '.join(names)}: what one holds out the others may train on"
+        for names in shared
     ]
 
 
@@ -162,7 +166,11 @@ def _files(draft: Draft) -> Iterator[tuple[str, bytes | memoryview]]:
     for opened, source in zip(draft.opened, draft.sources, strict=True):
         ends = found_ends(opened.tokens, opened.entries, draft.root)
         names = {i: f"{source.name}.{i}.ends.i64" for i in ends}
-        entries = tuple(e.model_copy(update={"ends": names.get(i)}) for i, e in enumerate(source.entries))
+        dtypes = {f.path: f.ids.dtype.name for f in opened.tokens.files if f.format in HEADLESS}
+        entries = tuple(
+            e.model_copy(update={"ends": names.get(i), "dtype": dtypes.get(draft.root / e.path, e.dtype)})
+            for i, e in enumerate(source.entries)
+        )
         sources.append(source.model_copy(update={"entries": entries}))
         arrays = {names[i]: array for i, array in ends.items()} | tables(source.name, opened.instances)
         for name, array in arrays.items():
@@ -196,14 +204,14 @@ def _fingerprint(draft: Draft, order: str) -> dict[str, Any]:
 
 
 def facts_of(source: TokenSource) -> dict[str, Any]:
-    """Of the files of a source: what they hold, and a sample of their bytes."""
-    seen: dict[Path, dict[str, Any]] = {}
+    """Of the files of a source: what they hold, and a sample of their bytes and of those beside them."""
+    found: dict[Path, dict[str, Any]] = {}
     for file in source.files:
-        for path in file.files:
-            seen.setdefault(path, sampled(path))
-        whole = seen[file.files[0]]
-        whole["dtype"], whole["tokens"] = file.ids.dtype.name, whole.get("tokens", 0) + file.tokens
-    return {f"{i} {path.name}": facts for i, (path, facts) in enumerate(seen.items())}
+        if file.path not in found:
+            beside = {path.name: sampled(path) for path in file.files[1:]}
+            found[file.path] = {**sampled(file.path), "dtype": file.ids.dtype.name, "tokens": 0, **beside}
+        found[file.path]["tokens"] += file.tokens
+    return {f"{i} {path.name}": facts for i, (path, facts) in enumerate(found.items())}
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,7 +33,7 @@ TABLES = ("firsts", "starts", "lengths")
 def find_entries(source: Source, root: Path) -> list[Entry]:
     """The files of a source, each once, in the order of their names.  Raises ConfigError if a path names nothing."""
     found = [path for given in source.paths for path in _named(given, root, source.name)]
-    same = [_identity(path) for path in found]
+    same = [identity(path) for path in found]
     if twice := sorted({str(p) for p, key in zip(found, same, strict=True) if same.count(key) > 1}):
         raise ConfigError(
             f"{source.name} names {some(twice)} twice", hint="use multiplier or weight to repeat a source"
@@ -64,10 +64,10 @@ def _named(given: str, root: Path, name: str) -> list[str]:
             f"{name}: {given} names no file", file=root, hint="paths are relative to the mixture's folder"
         )
     payloads = (str(p.with_suffix(".bin") if p.suffix == ".idx" else p) for p in found)
-    return list({_identity(p): p for p in reversed(list(payloads))}.values())[::-1]
+    return list({identity(p): p for p in reversed(list(payloads))}.values())[::-1]
 
 
-def _identity(path: str) -> object:
+def identity(path: str) -> object:
     """What two names of one file have in common: hard links and symbolic ones."""
     if is_url(path) or not os.path.exists(path):
         return path
@@ -92,7 +92,7 @@ def _masks(source: Source, root: Path, files: Sequence[str]) -> list[str | None]
     if len(masks) != len(files):
         what = f"{source.name}: label_mask names {len(masks)} files for {len(files)} of tokens"
         raise ConfigError(what, file=root, hint="each file of tokens needs one, in the order of their names")
-    if both := {_identity(m) for m in masks} & {_identity(f) for f in files}:
+    if both := {identity(m) for m in masks} & {identity(f) for f in files}:
         raise ConfigError(f"{source.name} names {len(both)} files both as tokens and as label masks")
     return [relative(m, root) for m in masks]
 
@@ -122,6 +122,12 @@ def stored_size(entry: Entry, root: Path) -> int:
     """Bytes of the ids, for a progress bar; a folder counts as one."""
     path = root / entry.path
     return path.stat().st_size if path.is_file() else 1
+
+
+def check_pad(mixture: Mixture, vocab_size: int | None) -> None:
+    """Raise ConfigError if instances are filled up with an id that is none."""
+    if mixture.packing != "concatenate" and vocab_size is not None and mixture.pad_id >= vocab_size:
+        raise ConfigError(f"pad_id {mixture.pad_id} is beyond the vocabulary of {vocab_size} ids", hint="give another")
 
 
 def check_bounds(source: TokenSource, mixture: Mixture) -> None:

@@ -115,13 +115,13 @@ def _megatron(path: Path, ways: Ways) -> list[TokenFile]:
 def _dolma(path: Path, ways: Ways) -> list[TokenFile]:
     rows = path.with_suffix(".csv.gz")
     limit = File(path).size // np.dtype(ways.dtype or "uint8").itemsize
-    told = _told(path, ways) or _told_by(rows, lambda: Held(read_ends(rows, limit)), path)
+    told = _told(path, ways, rows) or _told_by(rows, lambda: Held(read_ends(rows, limit)), path)
     return [_headless(path, "dolma", told, ways)]
 
 
 def _datatrove(path: Path, ways: Ways) -> list[TokenFile]:
     index, note = Path(f"{path}.index"), Path(f"{path}.metadata")
-    told = _told(path, ways) or _told_by(index, lambda: mapped(index, "i8"), path)
+    told = _told(path, ways, index) or _told_by(index, lambda: mapped(index, "i8"), path)
     if note.is_file():
         size = read_small(note, 1 << 16, "metadata").split(b"\n")[0].rpartition(b"|")[2]
         if size not in (b"2", b"4"):
@@ -160,10 +160,10 @@ class Told:
     files: tuple[Path, ...] = ()
 
 
-def _told(path: Path, ways: Ways) -> Told | None:
-    """By document ends that were found before, or by an `.idx`."""
+def _told(path: Path, ways: Ways, own: Path | None = None) -> Told | None:
+    """By document ends that were found before, in the file `own` perhaps; or by an `.idx`."""
     if ways.ends is not None:
-        return Told(EndBounds(ways.ends), _last(ways.ends))
+        return Told(EndBounds(ways.ends), _last(ways.ends), files=(own,) if own is not None and own.is_file() else ())
     if path.with_suffix(".idx").is_file():
         index = read_index(path.with_suffix(".idx"), payload=path)
         return Told(IndexBounds(index), index.tokens, index.dtype.name, (index.path,))
