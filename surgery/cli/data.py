@@ -41,6 +41,8 @@ def data_command() -> None:
     surgery data tokenize docs tokens --tokenizer SmolLM2-135M      text -> tokens.bin, tokens.idx
     surgery data inspect tokens --tokenizer SmolLM2-135M            what is in there?
     surgery data index dolma/part-*.npy                             an .idx for what other programs wrote
+    surgery data plan mix.yaml plan --seed 42                       a mixture by token budget, and the order of a run
+    surgery data show plan --step 500 --decode                      what a batch holds, of any trainer's run
     """
 
 

@@ -41,6 +41,9 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
     """
     from pathlib import Path
 
+    from surgery.data.extra import needs
+
+    needs("pydantic", "planning")
     from surgery.cli import show_data
     from surgery.data.plan import draft_plan, write_plan
     from surgery.writing.progress import progress_bars
@@ -82,6 +85,9 @@ def show_command(plan: str, step: int, rows: str | None, as_json: bool, **flags:
     surgery data show cache/HASH-GPTDataset-train-description.txt --step 0 --rows-per-step 1024     or from its cache
     surgery data show batches.npz --step 0       recorded batches
     """
+    from surgery.data.extra import needs
+
+    needs("pydantic", "reading plans")
     from surgery.cli import show_data
     from surgery.data.show import contents, open_rows
 
