@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
 def parse_count(text: str) -> int:
     """A whole number: 4096, 50e9, 1.5B.  Raises UsageError."""
     units = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-    match = re.fullmatch(r"(\d{1,18})(?:\.(\d{1,9}))?(?:e(\d{1,2})|([kMBT]?))", text.strip().replace("_", ""))
+    match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(?:e([0-9]{1,2})|([kMBT]?))", text.strip().replace("_", ""))
     number, rest = 0, 0
     if match:
         scale = 10 ** int(match[3]) if match[3] else units[match[4]]

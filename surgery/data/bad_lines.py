@@ -69,9 +69,9 @@ class Limit:
     @classmethod
     def parse(cls, text: str) -> Limit:
         """Raises UsageError if the text is neither a percentage nor a number."""
-        if match := re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)%", text.strip()):
+        if match := re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", text.strip()):
             return cls(float(match[1]) / 100)
-        if re.fullmatch(r"\d{1,15}", text.strip()):
+        if re.fullmatch(r"[0-9]{1,15}", text.strip()):
             return cls(None, int(text))
         raise UsageError(f"--max-bad {show(text)}: write a share as 0.1% or a number of lines")
 
@@ -83,7 +83,7 @@ class Limit:
         return bad <= (allowed if ended or not self.share else max(allowed, EARLY))
 
     def __str__(self) -> str:
-        return f"{self.count} lines" if self.share is None else f"{self.share:.9g} of all lines"
+        return f"{self.count} lines" if self.share is None else f"{self.share * 100:.9g}% of all lines"
 
 
 def summary(bad: int, lines: int, kinds: Counter[str]) -> str:

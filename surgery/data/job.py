@@ -18,11 +18,11 @@ from surgery.data.sources import Source
 from surgery.data.vocabulary import Vocabulary
 from surgery.errors import OutputError
 from surgery.writing.journal import Line, Sizes
+from surgery.writing.sink import boot_id
 
 VERSION = 1  # of the rules by which text becomes tokens
 BAD_LINES = "bad_lines.jsonl"
 RECORDS = ".records"  # of the documents in a token file, until its index is written
-PARTS = ("sources", "tokenizer", "settings")
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,16 @@ class State:
         return all((found := size(name)) is not None and found >= held for name, held in needed.items())
 
 
-def identity(sources: Sequence[Source], vocabulary: Vocabulary, settings: Settings) -> str:
-    """What must be equal for a killed run to be resumed, as JSON of three digests."""
-    parts = {
+def identity(sources: Sequence[Source], vocabulary: Vocabulary, settings: Settings, durable: bool) -> str:
+    """What must be equal for a killed run to be resumed, as JSON of digests.
+
+    Not `durable`: what an earlier boot of the machine wrote may be lost, so it is another job's.
+    """
+    parts: dict[str, Any] = {
         "sources": [asdict(source) for source in sources],
         "tokenizer": [vocabulary.sha256, metadata.version("tokenizers")],
         "settings": [VERSION, asdict(settings)],
+        "boot of the machine": None if durable else boot_id(),
     }
     texts = {name: json.dumps(part, sort_keys=True) for name, part in parts.items()}
     return json.dumps({name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()})
@@ -124,7 +128,7 @@ def refuse_other(mine: str, other: str, hidden: str) -> None:
     """Raise OutputError that says in which way the unfinished output is another job's."""
     try:
         theirs = json.loads(other)
-        differing = [name for name in PARTS if theirs[name] != json.loads(mine)[name]]
+        differing = [name for name, digest in json.loads(mine).items() if theirs[name] != digest]
     except (ValueError, KeyError, TypeError):
         differing = ["program"]
     what = f"holds the unfinished output of another job: its {' and '.join(differing)} differ"

@@ -25,6 +25,7 @@ from surgery.tensors.files import File
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".jsonl, .json, .ndjson or .txt, each with or without .gz or .zst, and .parquet"
+OURS = ("tokens.json", "bad_lines.jsonl")  # what `tokenize` writes beside the tokens
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "created")  # of fsspec's systems
 
 
@@ -79,6 +80,8 @@ def is_url(place: str) -> bool:
 
 def kind_of(name: str) -> tuple[str, str] | None:
     """The format and the packing that a file's name tells, or None."""
+    if os.path.basename(name) in OURS:
+        return None
     stem, last = os.path.splitext(name.lower())
     packing = PACKINGS.get(last, "")
     found = FORMATS.get(os.path.splitext(stem)[1] if packing else last)

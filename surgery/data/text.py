@@ -99,8 +99,8 @@ def check(source: Source, keys: Sequence[str]) -> Damage | None:
                     line = start + batch.num_rows + 1
         elif source.packing:
             with source.open() as raw, _told_apart(source):
-                stream = _unpacked(source, raw)
-                while chunk := stream.read(BLOCK):
+                stream: Any = _unpacked(source, raw)
+                while chunk := stream.read1(BLOCK):  # `read` would lose what comes before the damage
                     line += chunk.count(b"\n")
     except Broken as broken:
         return Damage(line, str(broken))

@@ -101,6 +101,7 @@ def tokenize(
 
     workers   processes that encode; None: one for each core, fewer for little text
     max_bad   how many bad lines are borne; None: 0.1 %
+    durable   False: do not wait for the disk.  Survives kills, not a power cut
     progress  is told the bytes read, documents and tokens that are new since it was called last
 
     Raises OutputError if `dst` exists or holds another job's unfinished output, and not `force`; FileError if there are
@@ -108,7 +109,7 @@ def tokenize(
     kept for the next run.
     """
     begun, limit = time.monotonic(), max_bad or Limit.parse("0.1%")
-    job = identity(sources, vocabulary, settings)
+    job = identity(sources, vocabulary, settings, durable)
     count = workers or workers_for(sum(source.size for source in sources))
     with os_errors(dst), Staging.open(dst, force, durable) as stage:
         other = (lambda theirs: None) if force else lambda theirs: refuse_other(job, theirs, str(stage.hidden))
