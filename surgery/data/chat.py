@@ -14,14 +14,15 @@ date of today: the same documents give the same text every day.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from surgery.data.extra import needs
 from surgery.errors import ConfigError, show
 
-# Noncharacters of Unicode, which no text interchanged holds: what `{% generation %}` puts around its content.
-BEGIN, END = "\ufdd0", "\ufdd1"
+KEY = secrets.token_hex(16)  # so that no document can hold the marks, which are taken out again
+BEGIN, END = f"\ufdd0{KEY}", f"\ufdd1{KEY}"  # what `{% generation %}` puts around its content
 ANSWERING = "assistant"
 NONE: Mapping[str, Any] = {}
 Message = Mapping[str, Any]
@@ -113,7 +114,7 @@ def _unmarked(text: str) -> tuple[str, list[Span]]:
     for i, part in enumerate(text.split(BEGIN)):
         inner, end, outer = part.partition(END)
         if (i > 0) != bool(end) or END in outer:
-            raise Refused("its generation marks do not pair: does the text hold U+FDD0 or U+FDD1?")
+            raise Refused("its generation marks lie inside each other")
         if i:
             spans.append((at, at + len(inner)))
         parts += [inner, outer]

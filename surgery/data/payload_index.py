@@ -50,7 +50,7 @@ def payloads(place: str | os.PathLike[str]) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix in (".npy", ".ds", ".bin") and p.is_file())
     bare = [p for p in files if not p.with_suffix(".idx").exists() and not (p.suffix == ".npy" and is_npy(p))]
     if not bare:
-        held = "all of its token files have one" if files else "holds no token files"
+        held = "its token files have an index, or a NumPy header" if files else "holds no token files"
         raise FileError(f"nothing to index: {held}", file=path, hint="token files end in .npy, .ds or .bin")
     return bare
 
