@@ -56,8 +56,9 @@ def reading(root: Path, megabytes: int, rows: int) -> None:
     import numpy as np
 
     from surgery.data.batches import Batches
+    from surgery.data.draft import draft_plan
     from surgery.data.idx import IndexedWriter
-    from surgery.data.plan import draft_plan, write_plan
+    from surgery.data.plan import write_plan
 
     for dtype in ("uint16", "int32"):
         rng, documents = np.random.default_rng(0), megabytes * 10**6 // np.dtype(dtype).itemsize // DOCUMENT

@@ -17,9 +17,10 @@ from click.testing import CliRunner
 
 from surgery.cli.data_plan import plan_command, show_command
 from surgery.data.batches import Batches
-from surgery.data.idx import IndexedWriter, read_index
+from surgery.data.draft import draft_plan
+from surgery.data.idx import IndexedWriter, read_index, write_index
 from surgery.data.order import split
-from surgery.data.plan import Plan, draft_plan, open_plan, write_plan
+from surgery.data.plan import Plan, open_plan, write_plan
 from surgery.data.rows import IGNORE
 from surgery.data.text_cache import default_cache
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
@@ -320,6 +321,39 @@ def test_a_file_in_two_sources_and_a_hard_link_are_told(data):
         draft_plan(mixture(data, sources=[twice]))
 
 
+def test_what_is_said_of_masks_padding_and_cut_documents(data):
+    notes = draft_plan(mixture(data, packing="document")).notes
+    assert "math: a label mask says what is learnt" in notes
+    assert "web: documents longer than 16 tokens are cut off; 48 tokens are lost" in notes
+    assert "math: 65% of its instances is padding, which counts towards the budget" in notes  # 115 of 11 * 16
+    web = {"name": "web", "paths": "web*.bin", "weight": 1}
+    for more, says in ((["messages_key", "m"], "messages_key is for text"), (["label_mask", "x"], "x names no file")):
+        with pytest.raises(ConfigError, match=says):
+            draft_plan(mixture(data, sources=[{**web, more[0]: more[1]}]))
+
+
+def test_an_index_that_is_made_later_changes_nothing(tmp_path):
+    for file in (TEXT / "datatrove").iterdir():
+        shutil.copy(file, tmp_path)
+    source = {"name": "d", "paths": "*.ds", "weight": 1}
+    plan = made(tmp_path, sources=[source], vocab_size=600)
+    [file] = plan.sources[0].files
+    assert file.bounds is not None
+    lengths = np.diff(file.bounds.starts(np.arange(len(file.bounds) + 1)))
+    write_index(tmp_path / "00000_unshuffled.idx", "uint16", lengths)
+    assert open_plan(plan.folder).digest == plan.digest
+
+
+def test_hundreds_of_files_with_few_open(tmp_path):
+    for number in range(400):
+        np.save(tmp_path / f"f{number:03d}.npy", np.full(5, number, np.uint16))
+    plan = made(tmp_path, sources=[{"name": "f", "paths": "f*.npy", "weight": 1}], isolate=False)
+    rows = Batches(plan, rows_per_step=40).rows(0)
+    for row, instance in enumerate(rows.instance):
+        assert rows.tokens[row].tolist() == [t // 5 for t in range(instance * S, (instance + 1) * S)]
+    assert len(os.listdir("/proc/self/fd")) < 600
+
+
 def test_every_format_in_one_mixture(tmp_path):
     """dolma (whose ends the plan keeps), datatrove and Megatron hold the same documents in different orders."""
     sources = [
@@ -409,6 +443,12 @@ def test_show_decodes_and_refuses_another_tokenizer(tmp_path):
     changed["added_tokens"][0]["normalized"] = not changed["added_tokens"][0]["normalized"]
     (tmp_path / "other.json").write_text(json.dumps(changed))
     (tmp_path / "other").mkdir()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match=r"tokenizer: [0-9a-f]{64} -> [0-9a-f]{64}"):
+        open_plan(tmp_path / "plan")
+    os.unlink(tmp_path / "tokenizer.json")
+    assert len(Batches(open_plan(tmp_path / "plan"))) > 0  # training needs no tokenizer
+    shutil.copy(TEXT / "tokenizer.json", tmp_path / "tokenizer.json")
     shutil.move(tmp_path / "other.json", tmp_path / "other" / "tokenizer.json")
     with pytest.raises(ConfigError, match="another tokenizer than the one of the plan"):
         run("show", tmp_path / "plan", "--step", 1, "--decode", "--tokenizer", tmp_path / "other")

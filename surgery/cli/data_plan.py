@@ -45,7 +45,8 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
 
     needs("pydantic", "planning")
     from surgery.cli import show_data
-    from surgery.data.plan import draft_plan, write_plan
+    from surgery.data.draft import draft_plan
+    from surgery.data.plan import write_plan
     from surgery.writing.progress import progress_bars
     from surgery.writing.staging import check_free
 
@@ -93,6 +94,6 @@ def show_command(plan: str, step: int, rows: str | None, as_json: bool, **flags:
 
     batches = open_rows(plan, flags["rows_per_step"], root=flags["root"], pad_id=flags["pad_id"])
     decode = show_data.decoder(batches, flags["tokenizer"]) if flags["decode"] else None
-    chosen = show_data.chosen_rows(rows, None if as_json or flags["source"] else ROWS_SHOWN)
-    found = contents(batches, step, chosen, flags["source"], decode)
+    most = None if as_json or rows else ROWS_SHOWN
+    found = contents(batches, step, show_data.chosen_rows(rows), flags["source"], decode, most)
     click.echo(json.dumps(found)) if as_json else show_data.step(found)

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.show import console
-from surgery.data.plan import Draft, Plan
+from surgery.data.draft import Draft
+from surgery.data.plan import Plan
 from surgery.data.rows import RowSource
 from surgery.data.show import Decode
 from surgery.errors import ConfigError, UsageError
@@ -139,15 +140,15 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def chosen_rows(text: str | None, default: int | None) -> range | None:
+def chosen_rows(text: str | None) -> range | None:
     """What --rows says: `A:B`, `A:`, `:B` or one number; None: all.  Raises UsageError."""
     if text is None:
-        return None if default is None else range(default)
-    match = re.fullmatch(r"(\d{0,9})(:?)(\d{0,9})", text)
-    if match is None or not (match[1] or match[3]):
+        return None
+    match = re.fullmatch(r"(\d{0,9}):(\d{0,9})|(\d{1,9})", text)
+    if match is None:
         raise UsageError(f"--rows {text}: write A:B, for example 0:8")
-    first = int(match[1] or 0)
-    return range(first, (int(match[3]) if match[3] else 10**9) if match[2] else first + 1)
+    first = int(match[3] or match[1] or 0)
+    return range(first, first + 1 if match[3] else int(match[2] or 10**9))
 
 
 def decoder(batches: RowSource, tokenizer: str | None) -> Decode:

@@ -48,6 +48,9 @@ class Budget(Strict):
         return self
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
 class Source(Strict):
     """Where tokens come from, and how many are wanted.
 
@@ -64,7 +67,7 @@ class Source(Strict):
     messages_key   that of conversations, of which only the assistant's tokens are learnt
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    name: Name
     paths: Annotated[Paths, Field(min_length=1)]
     weight: Annotated[Real, Field(gt=0)] | None = None
     tokens: Annotated[Count, Field(gt=0)] | None = None

@@ -101,6 +101,9 @@ class Npz(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
     def __getitem__(self, name: str) -> Array:
         info = self._members[name]
         if info.file_size > RATIO * info.compress_size + HEADER_LIMIT:

@@ -1,21 +1,18 @@
-"""Plan a run: which instances of which sources, in which order, before anything is trained.
+"""The plan of a run: which instances of which sources, in which order, on disk and checked when it is opened.
 
-    draft = draft_plan("mix.yaml")              # opens the sources and apportions: what `surgery data plan` shows
-    for row in draft.sources:
-        print(row.name, row.have, row.take)
-    write_plan(draft, "plan")                   # the order, on disk; the folder appears whole or not at all
-    plan = open_plan("plan")                    # refuses if the data are not what they were
-    plan.order                                  # uint64 [instances], a memory map
+    plan = write_plan(draft_plan("mix.yaml"), "plan")       # the folder appears whole or not at all
+    plan = open_plan("plan")                                # refuses if the data are not what they were
+    plan.order                                              # uint64 [instances], a memory map
+    plan.check(saved)                                       # `saved`: the fingerprint that a checkpoint kept
 
-Token counts come from the indexes.  `fingerprint` of a plan is what a checkpoint should keep: `plan.check(saved)` names
-what changed.
+Memory: 8 bytes for each instance, for the order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,27 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from surgery.data.amounts import Amount, amounts
+from surgery.data.draft import Draft
 from surgery.data.fingerprint import check_same, digest_of, sampled
 from surgery.data.mapped import Array, Mapped, mapped
-from surgery.data.mixture import Mixture, read_mixture
+from surgery.data.mixture import Mixture
 from surgery.data.order import Taken, make_order, split
 from surgery.data.packing import Instances
-from surgery.data.plan_file import NAME, ORDER, Entry, PlanFile, PlannedSource, little, plan_bytes, read_plan_file
-from surgery.data.plan_sources import (
-    check_bounds,
-    check_pad,
-    divide,
-    filled,
-    find_entries,
-    found_ends,
-    identity,
-    open_entries,
-    stored_instances,
-    stored_size,
-    tables,
-)
-from surgery.data.text_cache import load_tokenizer, tokenized
+from surgery.data.plan_file import NAME, ORDER, PlanFile, little, plan_bytes, read_plan_file
+from surgery.data.plan_sources import found_ends, open_entries, stored_instances, tables
+from surgery.data.text_cache import load_tokenizer
 from surgery.data.tokens import TokenSource
 from surgery.errors import FileError
 from surgery.writing.folder import write_folder
@@ -51,107 +36,6 @@ from surgery.writing.folder import write_folder
 HEADLESS = ("dolma", "datatrove")
 SETTINGS = ("sequence_length", "packing", "isolate", "pad_id", "seed", "sample_seed")
 CHUNK = 1 << 20
-Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A source that is open and divided."""
-
-    entries: tuple[Entry, ...]
-    tokens: TokenSource
-    instances: Instances
-
-
-@dataclass(frozen=True, eq=False)
-class Draft:
-    """A plan that is not written yet: all but the order."""
-
-    root: Path
-    mixture: Mixture
-    vocab_size: int | None
-    tokenizer: str | None  # its SHA-256
-    opened: tuple[Opened, ...]
-    sources: tuple[PlannedSource, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def instances(self) -> int:
-        return sum(s.take for s in self.sources)
-
-
-def draft_plan(
-    path: str | os.PathLike[str],
-    *,
-    seed: int | None = None,
-    rows_per_step: int | None = None,
-    strict: bool = False,
-    cache: Path | None = None,
-    begin: Begin = lambda what, total: lambda n: None,
-) -> Draft:
-    """Open the sources of a mixture and apportion.
-
-    seed, rows_per_step, strict  in place of what the file says
-    cache                        where text is tokenized to
-    begin                        makes a progress bar
-    Raises ConfigError if the mixture cannot be, FileError if a file is broken.
-    """
-    given = {"seed": seed, "rows_per_step": rows_per_step, "strict": strict or None}
-    mixture = read_mixture(path).model_copy(update={k: v for k, v in given.items() if v is not None})
-    root = Path(os.path.abspath(path)).parent
-    vocabulary = load_tokenizer(mixture, root)
-    size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
-    check_pad(mixture, size)
-    opened = []
-    for source in mixture.sources:
-        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin)
-        advance = begin(f"open {source.name}", sum(stored_size(e, root) for e in entries))
-        tokens = open_entries(source.name, entries, root, size, progress=advance)
-        check_bounds(tokens, mixture)
-        opened.append(Opened(tuple(entries), tokens, divide(tokens, mixture)))
-    given_amounts, notes = amounts(mixture, {o.tokens.name: len(o.instances) for o in opened})
-    sources = tuple(_planned(o, a, mixture) for o, a in zip(opened, given_amounts, strict=True))
-    notes += [*_shared_files(opened), *(note for o in opened for note in _packing_notes(o, mixture))]
-    sha = vocabulary.sha256 if vocabulary else None
-    return Draft(root, mixture, size, sha, tuple(opened), sources, tuple(notes))
-
-
-def _planned(opened: Opened, amount: Amount, mixture: Mixture) -> PlannedSource:
-    return PlannedSource(
-        name=amount.name,
-        entries=opened.entries,
-        tokens=opened.tokens.tokens,
-        documents=opened.tokens.documents,
-        masked=opened.tokens.masked,
-        heldout=amount.heldout,
-        have=amount.have,
-        take=amount.take,
-        asked=amount.asked,
-        filled=filled(opened.instances, mixture.sequence_length),
-    )
-
-
-def _shared_files(opened: Sequence[Opened]) -> list[str]:
-    owners: dict[object, dict[str, str]] = {}
-    for o in opened:
-        for file in o.tokens.files:
-            owners.setdefault(identity(str(file.path)), {})[o.tokens.name] = file.path.name
-    shared = [names for names in owners.values() if len(names) > 1]
-    return [
-        f"{next(iter(names.values()))} is in {', '.join(names)}: what one holds out the others may train on"
-        for names in shared
-    ]
-
-
-def _packing_notes(opened: Opened, mixture: Mixture) -> list[str]:
-    name, length = opened.tokens.name, mixture.sequence_length
-    notes = []
-    share = filled(opened.instances, length)
-    if mixture.packing == "document" and (cut := opened.tokens.tokens - round(share * length * len(opened.instances))):
-        notes.append(f"{name}: documents longer than {length:,} tokens are cut off; {cut:,} tokens are lost")
-    if share < 0.9:
-        notes.append(f"{name}: {1 - share:.0%} of its instances is padding, which counts towards the budget")
-    return notes
 
 
 def write_plan(draft: Draft, dst: str | os.PathLike[str], *, force: bool = False) -> Plan:
@@ -257,23 +141,36 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     file = read_plan_file(folder)
     base = Path(os.path.abspath(root)) if root is not None else Path(file.root)
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)
-    check_same(_files_before(file, folder), {s.name: facts_of(s) for s in sources}, str(folder))
+    now = {"tokenizer": _tokenizer_now(file, base), **{s.name: facts_of(s) for s in sources}}
+    check_same(_facts_before(file, folder), now, str(folder))
     instances = tuple(stored_instances(s, file.mixture, folder) for s in sources)
     plan = Plan(folder, base, file, sources, instances, mapped(folder / ORDER, "u8"))
     _check_order(plan)
     return plan
 
 
-def _files_before(file: PlanFile, folder: Path) -> dict[str, Any]:
+def _facts_before(file: PlanFile, folder: Path) -> dict[str, Any]:
     try:
-        return {s.name: file.fingerprint["sources"][s.name]["files"] for s in file.sources}
+        sources = {s.name: file.fingerprint["sources"][s.name]["files"] for s in file.sources}
+        return {"tokenizer": file.fingerprint["tokenizer"], **sources}
     except (KeyError, TypeError):
         raise FileError("its fingerprint does not name its sources", file=folder / NAME) from None
 
 
+def _tokenizer_now(file: PlanFile, root: Path) -> str | None:
+    """The SHA-256 of the tokenizer; what it was, if it is not on this machine: training needs none."""
+    try:
+        vocabulary = load_tokenizer(file.mixture, root)
+    except FileError:
+        return file.fingerprint.get("tokenizer")
+    return vocabulary.sha256 if vocabulary else None
+
+
 def _check_order(plan: Plan) -> None:
-    """Raise FileError unless every entry is an instance of a source."""
+    """Raise FileError unless every entry is an instance of a source, and the sources have what the plan says."""
     sizes = np.array([len(i) for i in plan.instances], np.int64)
+    if sizes.tolist() != [s.have + s.heldout for s in plan.file.sources]:
+        raise FileError("says other numbers of instances than there are", file=plan.folder / NAME)
     for first in range(0, len(plan.entries), CHUNK):
         source, instance = split(plan.order[first : first + CHUNK])
         if (source >= len(sizes)).any() or (instance >= sizes[np.minimum(source, len(sizes) - 1)]).any():

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from surgery.data.mapped import Array
-from surgery.data.mixture import Mixture
+from surgery.data.mixture import Mixture, Name
 from surgery.data.sources import is_url
 from surgery.data.strict import Strict
 from surgery.errors import FileError, show
@@ -51,7 +51,7 @@ class PlannedSource(Strict):
     filled   tokens that are no padding, in a mean instance, as a share of its length
     """
 
-    name: str
+    name: Name
     entries: tuple[Entry, ...]
     tokens: Whole
     documents: Whole | None
@@ -86,6 +86,9 @@ def read_plan_file(folder: Path) -> PlanFile:
         first = error.errors(include_url=False)[0]
         what = f"is no plan: {'.'.join(map(str, first['loc']))}: {show(first['msg'])}"
         raise FileError(what, file=path, hint="make it again: surgery data plan") from None
+    kept = {e.ends for s in plan.sources for e in s.entries if e.ends is not None} | {ORDER}
+    if missing := kept - plan.files.keys():
+        raise FileError(f"does not list its file {show(min(missing))}", file=path, hint="make the plan again")
     for name, digest in plan.files.items():
         if sha256(folder / plain_name(name, "plan.json", path)) != digest:
             raise FileError(

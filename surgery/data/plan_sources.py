@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,8 @@ TABLES = ("firsts", "starts", "lengths")
 def find_entries(source: Source, root: Path) -> list[Entry]:
     """The files of a source, each once, in the order of their names.  Raises ConfigError if a path names nothing."""
     found = [path for given in source.paths for path in _named(given, root, source.name)]
-    same = [identity(path) for path in found]
-    if twice := sorted({str(p) for p, key in zip(found, same, strict=True) if same.count(key) > 1}):
+    same = Counter(map(identity, found))
+    if twice := sorted({path for path in found if same[identity(path)] > 1}):
         raise ConfigError(
             f"{source.name} names {some(twice)} twice", hint="use multiplier or weight to repeat a source"
         )
@@ -67,7 +68,7 @@ def _named(given: str, root: Path, name: str) -> list[str]:
     return list({identity(p): p for p in reversed(list(payloads))}.values())[::-1]
 
 
-def identity(path: str) -> object:
+def identity(path: str) -> Hashable:
     """What two names of one file have in common: hard links and symbolic ones."""
     if is_url(path) or not os.path.exists(path):
         return path
@@ -186,11 +187,9 @@ def stored_instances(source: TokenSource, mixture: Mixture, own: Path) -> Instan
     return Packed(firsts, starts, lengths)
 
 
-def filled(instances: Instances, length: int) -> float:
-    """How much of a mean instance is tokens and not padding."""
-    if not isinstance(instances, Packed) or not len(instances):
-        return 1.0
-    return float(instances.lengths.array.sum()) / (len(instances) * length)
+def held(instances: Instances, length: int) -> int:
+    """How many tokens all instances hold, without padding."""
+    return int(instances.lengths.array.sum()) if isinstance(instances, Packed) else len(instances) * length
 
 
 def found_ends(source: TokenSource, entries: Sequence[Entry], root: Path) -> Mapping[int, Array]:

@@ -115,13 +115,12 @@ def _megatron(path: Path, ways: Ways) -> list[TokenFile]:
 def _dolma(path: Path, ways: Ways) -> list[TokenFile]:
     rows = path.with_suffix(".csv.gz")
     limit = File(path).size // np.dtype(ways.dtype or "uint8").itemsize
-    told = _told(path, ways, rows) or _told_by(rows, lambda: Held(read_ends(rows, limit)), path)
-    return [_headless(path, "dolma", told, ways)]
+    return [_headless(path, "dolma", _told(path, ways, rows, lambda: Held(read_ends(rows, limit))), ways)]
 
 
 def _datatrove(path: Path, ways: Ways) -> list[TokenFile]:
     index, note = Path(f"{path}.index"), Path(f"{path}.metadata")
-    told = _told(path, ways, index) or _told_by(index, lambda: mapped(index, "i8"), path)
+    told = _told(path, ways, index, lambda: mapped(index, "i8"))
     if note.is_file():
         size = read_small(note, 1 << 16, "metadata").split(b"\n")[0].rpartition(b"|")[2]
         if size not in (b"2", b"4"):
@@ -134,7 +133,7 @@ def _npy(path: Path, ways: Ways) -> list[TokenFile]:
     ids, shape = open_npy(path)
     if len(shape) != 1 or ids.dtype == bool:
         raise FileError(f"holds {show(str(shape))} {ids.dtype.name}, not one row of ids", file=path)
-    return [_file(path, "npy", ids, _told(path, ways) or Told(), ways)]
+    return [_file(path, "npy", ids, _told(path, ways), ways)]
 
 
 def _datasets(path: Path, ways: Ways) -> list[TokenFile]:
@@ -160,21 +159,21 @@ class Told:
     files: tuple[Path, ...] = ()
 
 
-def _told(path: Path, ways: Ways, own: Path | None = None) -> Told | None:
-    """By document ends that were found before, in the file `own` perhaps; or by an `.idx`."""
+def _told(path: Path, ways: Ways, own: Path | None = None, read: Callable[[], Column] | None = None) -> Told:
+    """By document ends that were found before, by the format's `own` index, which `read` reads, or by an `.idx`."""
+    files = (own,) if own is not None and own.is_file() else ()
     if ways.ends is not None:
-        return Told(EndBounds(ways.ends), _last(ways.ends), files=(own,) if own is not None and own.is_file() else ())
+        return Told(EndBounds(ways.ends), _last(ways.ends), files=files)
+    if files and read is not None:
+        return _told_by(files[0], read(), path)
     if path.with_suffix(".idx").is_file():
         index = read_index(path.with_suffix(".idx"), payload=path)
         return Told(IndexBounds(index), index.tokens, index.dtype.name, (index.path,))
-    return None
+    return Told()
 
 
-def _told_by(file: Path, read: Callable[[], Column], payload: Path) -> Told:
+def _told_by(file: Path, ends: Column, payload: Path) -> Told:
     """By a list of document ends, which proves the dtype as well: the one in which the payload has so many tokens."""
-    if not file.is_file():
-        return Told()
-    ends = read()
     last = 0
     for first in range(0, len(ends), CHUNK):
         chunk = ends.array[first : first + CHUNK]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,22 @@ def _from_yaml(path: Path, rows_per_step: int | None, pad_id: int | None) -> Row
 def contents(
     batches: RowSource,
     step: int,
-    rows: Iterable[int] | None = None,
+    rows: Container[int] | None = None,
     source: str | None = None,
     decode: Decode | None = None,
+    most: int | None = None,
 ) -> dict[str, Any]:
     """A step as plain data: how many rows each source gives, and of each row its tokens, labels and where they lie.
 
-    rows: which of the step's, from 0; None: all.  source: only rows of this one.  decode: ids -> text, per passage.
+    rows    which of the step's, from 0; None: all      source  only rows of this one
+    most    no more rows than this                      decode  ids -> text, of each passage
     """
     if source is not None and source not in batches.sources:
         raise UsageError(f"there is no source {source!r}", hint=f"sources: {', '.join(batches.sources)}")
     held = batches.rows(step)
     names = [batches.sources[s] for s in held.source]
-    wanted = range(len(held)) if rows is None else [r for r in rows if r < len(held)]
+    chosen = [row for row in range(len(held)) if rows is None or row in rows]
+    wanted = [row for row in chosen if source in (None, names[row])][:most]
     return {
         "step": step,
         "steps": len(batches),
@@ -102,7 +105,6 @@ def contents(
                 "positions": None if held.positions is None else held.positions[row].tolist(),
             }
             for row in wanted
-            if source in (None, names[row])
         ],
     }
 

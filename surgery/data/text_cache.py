@@ -52,7 +52,11 @@ def tokenized(
     """
     places = [e.path if is_url(e.path) else str(root / e.path) for e in entries if e.format == TEXT]
     if not places:
+        if source.messages_key is not None:
+            raise ConfigError(f"{source.name}: messages_key is for text, and its files are tokens already")
         return list(entries)
+    if source.label_mask is not None:
+        raise ConfigError(f"{source.name}: label_mask is for token files; text has its own", hint="use messages_key")
     if vocabulary is None:
         what = f"{source.name}: {some(os.path.basename(p) for p in places)} is text, and the mixture names no tokenizer"
         raise ConfigError(what, hint="add tokenizer: PATH, or tokenize it first: surgery data tokenize")
@@ -73,7 +77,7 @@ def _choices(source: Source, vocabulary: Vocabulary) -> Choices:
         what = f"{source.name}: the tokenizer does not say which id ends a document"
         raise ConfigError(what, hint="add eos: ID to the source")
     eos = None if source.eos is None else str(source.eos)
-    return Choices(text=None if messages else source.text_key, messages=messages, eos=eos)
+    return Choices(text=None if messages else source.text_key, messages=messages, eos=eos, dtype=source.dtype)
 
 
 def default_cache() -> Path:

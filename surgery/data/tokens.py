@@ -23,6 +23,7 @@ from surgery.data.documents import Bounds, document_at, starts_within
 from surgery.data.mapped import Array, Column
 from surgery.errors import FileError
 
+LARGEST = 1 << 63  # ids become int64
 MASK_SUFFIX = ".mask"  # corpus.bin -> corpus.mask: a byte for each token, 1 where it is to be learnt
 
 
@@ -63,20 +64,20 @@ class _Column:
     """What of a file is read, and below which number all of it must be."""
 
     read: Callable[[TokenFile], Column | None]
-    limit: int | None
+    limit: int
+    known: str = ""
 
     def check(self, values: Array, starts: Array, file: TokenFile) -> None:
         """Raise FileError if a value [n, length], read from these places, cannot be."""
         low, high = int(values.min()), int(values.max())
-        if low >= 0 and (self.limit is None or high < self.limit):
+        if low >= 0 and high < self.limit:
             return
-        row, column = np.argwhere((values < 0) | (values >= (high + 1 if self.limit is None else self.limit)))[0]
+        row, column = np.argwhere((values < 0) | (values >= self.limit))[0]
         what = f"token {starts[row] + column} is {values[row, column]}"
         if self.read(file) is file.mask:
             raise FileError(f"the mask of {what}, neither 0 nor 1", file=getattr(file.mask, "path", file.path))
         hint = "the dtype is wrong, or the file was made with another tokenizer"
-        known = "" if self.limit is None else f", but the vocabulary has {self.limit} ids"
-        raise FileError(what + known, file=file.path, hint=hint)
+        raise FileError(what + self.known, file=file.path, hint=hint)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +113,8 @@ class TokenSource:
         Raises FileError on an id beyond the vocabulary.
         """
         out = np.empty((len(starts), length), np.int64) if out is None else out
-        self._gather(_Column(lambda file: file.ids, self.vocab_size), starts, out, rows)
+        known = "" if self.vocab_size is None else f", but the vocabulary has {self.vocab_size} ids"
+        self._gather(_Column(lambda file: file.ids, self.vocab_size or LARGEST, known), starts, out, rows)
         return out
 
     def label_mask(self, starts: Array, length: int) -> Array | None:
