@@ -293,3 +293,18 @@ def test_recorded_batches(tmp_path):
         RecordedBatches(tmp_path / "x.npz")
     with pytest.raises(UsageError, match="no step 5"):
         batches.rows(5)
+
+
+def test_a_blend_with_a_tie(tmp_path):
+    """Which of two equal weights comes first hangs on the last bit: Megatron's builder normalizes twice."""
+    want = load(MEGATRON / "tie.json")
+    data = [str(MEGATRON / x) if isinstance(x, str) else x for x in want["data"]]
+    run = {key: want[key] for key in ("samples", "sequence_length", "seed", "split")} | {"data": data}
+    (tmp_path / "run.yaml").write_text(json.dumps({"megatron": {**run, "rows_per_step": 1}}))
+    batches = open_megatron(tmp_path / "run.yaml")
+    rows = [batches.rows(i) for i in range(len(batches))]
+    assert [int(r.source[0]) for r in rows] == want["dataset"]
+    assert [int(r.instance[0]) for r in rows] == want["sample"]
+    weights = [0.5, 0.2, 0.2]
+    once, twice = (blend(w, len(rows))[0].tolist() for w in (weights, megatron_order.normalized(weights)))
+    assert twice == want["dataset"] != once

@@ -37,6 +37,7 @@ from surgery.data.megatron_order import (
     SampleOrder,
     blend,
     exhaustive_blend,
+    normalized,
     sample_order,
     split_documents,
     surplus_samples,
@@ -173,7 +174,7 @@ def _computed(run: Settings, root: Path) -> MegatronBatches:
         return MegatronBatches(datasets, None, run.rows_per_step, run.pad_id)
     sizes = [len(d.order.shuffle) for d in datasets]
     if weights and run.samples is not None:
-        order = blend(weights, sum(surplus_samples(weights, run.samples, 0)))
+        order = blend(normalized(weights), sum(surplus_samples(weights, run.samples, 0)))  # normalized twice, as there
     elif run.samples is None:
         order = exhaustive_blend(sizes)
     else:

@@ -119,13 +119,19 @@ def _samples(lengths: Array, length: int, tokens: int, extra: int, drop_last: bo
     return found.astype(np.int32 if max(len(ends), int(found.max())) <= np.iinfo(np.int32).max else np.int64)
 
 
+def normalized(weights: Sequence[float]) -> list[float]:
+    """Weights that add up to 1, to the last bit as Megatron rounds them: a tie in a blend hangs on it."""
+    given = np.array(weights, np.float64)
+    shares: list[float] = (given / np.sum(given)).tolist()
+    return shares
+
+
 def blend(weights: Sequence[float], size: int) -> tuple[Array, Array]:
     """int16 and int64 [size]: the dataset of each sample, and its number there.
 
     Whoever is furthest behind its share of the samples so far comes next.
     """
-    shares = (np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))).tolist()
-    return _blend(shares, [None] * len(shares), size)
+    return _blend(normalized(weights), [None] * len(weights), size)
 
 
 def exhaustive_blend(sizes: Sequence[int]) -> tuple[Array, Array]:
@@ -149,5 +155,4 @@ def _blend(shares: Sequence[float], limits: Sequence[int | None], size: int) -> 
 
 def surplus_samples(weights: Sequence[float], size: int, surplus: float = 0.005) -> list[int]:
     """How many samples Megatron asks of each dataset of a blend, so that none runs out."""
-    shares = np.array(weights, np.float64) / np.sum(np.array(weights, np.float64))
-    return [math.ceil(math.ceil(size * float(share)) * (1 + surplus)) for share in shares]
+    return [math.ceil(math.ceil(size * share) * (1 + surplus)) for share in normalized(weights)]
