@@ -368,7 +368,7 @@ def test_tokenizers_in_other_files(tmp_path):
         path = next(p for p in sorted((meta / name).rglob("tokenizer.model")))
         vocabulary = load_vocabulary(str(path))
         assert vocabulary.special["eos"] < vocabulary.size
-        assert vocabulary.open().encode("Hello", add_special_tokens=False).ids
+        assert vocabulary.tokenizer.encode("Hello", add_special_tokens=False).ids
     for name, data in (("tokenizer.json", b"{}"), ("vocab.txt", b"a\nb\n")):
         (tmp_path / name).write_bytes(data)
         with pytest.raises((ConfigError, FileError)):

@@ -168,5 +168,5 @@ def decoder(batches: RowSource, tokenizer: str | None) -> Decode:
     made_with = None if plan is None else plan.fingerprint.get("tokenizer")
     if made_with not in (None, vocabulary.sha256):
         raise ConfigError(f"{vocabulary.name} is another tokenizer than the one of the plan")
-    opened = vocabulary.open()
+    opened = vocabulary.tokenizer
     return lambda ids: opened.decode(ids, skip_special_tokens=False)

@@ -25,7 +25,7 @@ from surgery.data.mapped import Array
 from surgery.data.parsing import Document, parse
 from surgery.data.settings import Settings
 from surgery.data.text import Block
-from surgery.data.vocabulary import open_document
+from surgery.data.tokenizer_json import NAME, open_document
 from surgery.errors import show
 
 TOGETHER = 1 << 18  # characters encoded at once: their encodings take some hundred times as much memory
@@ -60,7 +60,7 @@ class Encoder:
 
     def __init__(self, document: bytes, settings: Settings) -> None:
         self.settings = settings
-        self.tokenizer = open_document(document, "tokenizer.json")
+        self.tokenizer = open_document(document, NAME)
         self.template = None
         if settings.masked:
             self.tokenizer.post_processor = None  # it may cut white space off the offsets

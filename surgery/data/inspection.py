@@ -114,7 +114,7 @@ def _inspect(file: TokenFile, size: int | None, vocabulary: Vocabulary | None, p
         largest_id=high,
         mask=None if file.mask is None else str(getattr(file.mask, "path", file.path)),
         learnt=None if file.mask is None else _learnt(file),
-        begins=vocabulary.open().decode(list(first), skip_special_tokens=False) if vocabulary else None,
+        begins=vocabulary.tokenizer.decode(list(first), skip_special_tokens=False) if vocabulary else None,
         first_ids=first,
         notes=tuple(_notes(file, zeros, vocabulary)),
     )

@@ -121,7 +121,7 @@ def _shuffle(choices: Choices, dolma: bool) -> Shuffle | None:
 
 def _template(choices: Choices, vocabulary: Vocabulary) -> tuple[str | None, dict[str, str], tuple[str, ...]]:
     """The chat template, texts of special tokens by the names it has for them, and those that may end an answer."""
-    added = vocabulary.open().get_added_tokens_decoder().values()
+    added = vocabulary.tokenizer.get_added_tokens_decoder().values()
     texts = {f"{role}_token": text for role in ROLES if (text := vocabulary.text(role)) is not None}
     stops = tuple(token.content for token in added if token.special)
     return read_template(choices.template) if choices.template else vocabulary.chat_template, texts, stops

@@ -4,7 +4,7 @@ batches = open_rows("plan")                  # a plan of ours
 batches = open_rows("olmo-run")              # config.yaml and global_indices.npy of OLMo
 batches = open_rows("megatron.yaml")         # or the ...-description.txt of Megatron's cache
 batches = open_rows("batches.npz")           # a record
-held = contents(batches, step=500, rows=range(4), decode=vocabulary.open().decode)
+held = contents(batches, step=500, rows=range(4), decode=vocabulary.tokenizer.decode)
 held["rows"][0]["passages"][0]["document"]   # 1729
 """
 

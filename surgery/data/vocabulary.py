@@ -2,7 +2,7 @@
 
     vocabulary = load_vocabulary("SmolLM2-135M")
     vocabulary.size, vocabulary.special["eos"]          # 49152 (the largest id + 1), 0
-    vocabulary.open().encode("Hello").ids               # a `tokenizers.Tokenizer` that neither cuts nor pads
+    vocabulary.tokenizer.encode("Hello").ids            # a `tokenizers.Tokenizer` that neither cuts nor pads
 
 A SentencePiece model or a tiktoken rank file becomes a `tokenizer.json` as in a conversion.  No code in a tokenizer is
 executed; the chat template is only kept as text.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.containers import hub
-from surgery.data.extra import needs
+from surgery.data.tokenizer_json import NAME, open_document
 from surgery.errors import ConfigError, FileError, UsageError, show, some
 from surgery.tensors.files import read_small
 from surgery.tokenizer import find, for_hf
@@ -29,7 +29,6 @@ from surgery.tokenizer.files import read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-NAME = "tokenizer.json"
 LARGEST = 256 << 20  # bytes of a tokenizer.json; Gemma's has 33 MB
 TEMPLATE_LIMIT = 1 << 20
 
@@ -54,13 +53,14 @@ class Vocabulary:
         return hashlib.sha256(self.document).hexdigest()
 
     @cached_property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return 1 + max(self.open().get_vocab(with_added_tokens=True).values(), default=-1)
-
-    def open(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Raises ConfigError if the tokenizers library does not take it."""
         return open_document(self.document, self.name)
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def token(self, role: str, given: str | None) -> int | None:
         """The id of a special token: `given` as an id or a text, else what the tokenizer says of its role.
@@ -70,7 +70,7 @@ class Vocabulary:
         if given is None:
             return self.special.get(role)
         number = int(given) if given.isascii() and given.isdigit() and len(given) < 12 else None
-        found = self.open().token_to_id(given) if number is None else number
+        found = self.tokenizer.token_to_id(given) if number is None else number
         if found is None or found >= self.size:
             what = f"--{role} {show(given)} is no token of {self.name}"
             raise UsageError(what, hint=f"give an id below {self.size}, or the text of a token")
@@ -78,24 +78,7 @@ class Vocabulary:
 
     def text(self, role: str) -> str | None:
         """The text of a special token."""
-        return self.open().id_to_token(self.special[role]) if role in self.special else None
-
-
-def open_document(document: bytes, name: str) -> Tokenizer:
-    """A tokenizer from the bytes of a tokenizer.json, with cutting and padding off, which files may switch on.
-
-    Raises ConfigError if the tokenizers library does not take it.
-    """
-    needs("tokenizers", "encoding text")
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_buffer(document)
-    except Exception as error:  # the library raises nothing more special
-        raise ConfigError(f"is no usable {NAME}: {show(str(error), 200)}", file=name) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return self.tokenizer.id_to_token(self.special[role]) if role in self.special else None
 
 
 def load_vocabulary(place: str) -> Vocabulary:
@@ -109,7 +92,7 @@ def load_vocabulary(place: str) -> Vocabulary:
         raise FileError("holds no tokenizer", file=place, hint=hint)
     document, notes = _document(found, place)
     vocabulary = Vocabulary(place, document, found.special, _chat_template(found), notes)
-    vocabulary.open()
+    assert vocabulary.tokenizer is not None  # or it has raised
     return vocabulary
 
 
