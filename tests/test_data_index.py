@@ -249,4 +249,4 @@ def test_lines_of_progress_where_there_is_no_terminal(tmp_path, monkeypatch):
     words = [GOLDEN / "documents", tmp_path / "out", "--tokenizer", GOLDEN / "tokenizer.json", "--eos", 0]
     done = cli("tokenize", *words)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("tokenize: 115 documents, 12.38k tokens, 100.0%, ") and "B/s" in last
+    assert last.startswith("tokenize 115 documents, 12.38k tokens, 100.0%, ") and "B/s" in last

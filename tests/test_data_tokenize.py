@@ -143,7 +143,9 @@ def packed(folder):
     (folder / "a.jsonl").write_bytes(lines)
     (folder / "b.ndjson").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n").removesuffix(b"\r\n"))
     (folder / "c.json.gz").write_bytes(b"".join(map(gzip.compress, (lines[:5000], lines[5000:]))))
-    (folder / "d.jsonl.zst").write_bytes(b"".join(map(zstd.compress, (lines[:7000], lines[7000:]))))
+    packer = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: 28})  # more than is unpacked by default
+    frames = zstd.compress(lines[:7000]), packer.compress(lines[7000:]), packer.flush()
+    (folder / "d.jsonl.zst").write_bytes(b"".join(frames))
     pq.write_table(table, folder / "e.parquet", row_group_size=50, compression="snappy")
     return sorted(folder.iterdir())
 

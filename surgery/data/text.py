@@ -29,6 +29,7 @@ from surgery.errors import FileError, show, some
 BLOCK = 1 << 20  # bytes of text
 LONGEST = 256 << 20  # bytes of a line, or of a file that is one document
 ROWS = 4096  # of a block, at most
+WINDOW = 31  # 2^31 bytes of memory may a zstd file ask for: some are packed with --long=31
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,9 @@ def _unpacked(source: Source, raw: BinaryIO) -> BinaryIO:
     if source.packing == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if source.packing == "zstd":
-        return cast(BinaryIO, zstd().ZstdFile(raw))
+        library = zstd()
+        longest = {library.DecompressionParameter.window_log_max: WINDOW}
+        return cast(BinaryIO, library.ZstdFile(raw, options=longest))
     return raw
 
 

@@ -272,6 +272,7 @@ class _Run:
         for name in records & set(os.listdir(self.stage.data)):
             os.unlink(name, dir_fd=self.stage.data)
         self.stage.publish(set(state.sizes) - records)
+        notes += () if state.total.documents else ("there is no document in any of the sources",)
         return Report(
             dst, self.settings.format, self.settings.dtype, state.total, self._files(), kinds, tuple(first), notes,
             resumed, time.monotonic() - begun, sum(source.size for source in self.sources),

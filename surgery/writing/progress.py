@@ -54,9 +54,10 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
 
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    numbers = (kind(table_column=Column(no_wrap=True)) for kind in (DownloadColumn, TransferSpeedColumn))
+    columns = (TextColumn("{task.description}"), BarColumn(), *numbers, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         shown: list[TaskID] = []
 
@@ -89,7 +90,7 @@ def counting_bar(what: str, total: int, counted: Sequence[str], quiet: bool) -> 
         def advance(size: int, *more: int) -> None:
             counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
             named = ", ".join(f"{units.count(n)} {name}" for n, name in zip(counts, counted, strict=True))
-            bar(size, f"{what}: {named}")
+            bar(size, f"{what} {named}")
 
         yield advance
 
