@@ -1,1 +1,1 @@
-"""Token files, mixtures and their order: from text to the exact batches of a run.  numpy alone, no torch."""
+"""Token files, mixtures and their order: from text to the exact batches of a run.  No torch."""

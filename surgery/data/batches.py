@@ -6,8 +6,8 @@
     rows = batches.rows(step=500, rank=3, world=8)           # 128 rows; steps count from 0, and resuming is a number
     batches.heldout("math")                                  # every row that is kept out of training, always the same
 
-A training loop needs no more than `len`, `sequence_length`, `rows_per_step`, `sources`, `rows` and `heldout`; other
-sources of rows (`recorded.py`, `olmo_batches.py`, `megatron_batches.py`) offer the same.
+A training loop needs no more than `len`, `sequence_length`, `rows_per_step`, `sources`, `rows` and `heldout`; the runs
+of other trainers (`recorded.py`, `olmo_batches.py`, `megatron_batches.py`) offer all of these but the last.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Batches:
 
     def _read(self, source: Array, instance: Array) -> Rows:
         shape = (len(source), self.sequence_length)
-        tokens, cuts = np.empty(shape, np.int64), []
+        tokens, cuts = np.empty(shape, np.int64), [(source[:0], source[:0])]
         mask: Array | None = None
         for number in np.unique(source):
             at = np.flatnonzero(source == number)
@@ -95,7 +95,7 @@ class Batches:
                 mask = np.ones(shape, bool) if mask is None else mask
                 mask[at] = kept
         labels = shifted(tokens, mask)
-        if not self.plan.mixture.isolate or not cuts:
+        if not self.plan.mixture.isolate:
             return Rows(tokens, labels, None, source, instance)
         rows, offsets = (np.concatenate([cut[i] for cut in cuts]) for i in (0, 1))
         return Rows(tokens, isolated(labels, rows, offsets), restarting(shape, rows, offsets), source, instance)

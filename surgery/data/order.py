@@ -1,7 +1,7 @@
 """The order of a run: which instance of which source comes when, fixed by two seeds and kept in a file.
 
     order = make_order([Taken("web", have=1000, heldout=1, take=2500)], seed=42, sample_seed=0)
-    SOURCE, INSTANCE = split(order)                 # uint64 [2500] -> int64 [2500] each
+    source, instance = split(order)                 # uint64 [2500] -> int64 [2500] each
 
 A source that is taken 2.5 times gives every instance twice and half of them, drawn without replacement, once more.
 Held-out instances lie evenly over the source and depend on no seed, so that runs of different seeds share them.  An
