@@ -38,6 +38,7 @@ pytest: $(VENV)/.ready-dev
 test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.data)
+	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.tokens)
 
 test-real: $(VENV)/.ready-dev  ## upcycle a real small model in every exact way, through files (half an hour on one core)
 	-$(BIN)/python recipes/small_model.py
