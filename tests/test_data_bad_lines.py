@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from surgery.data import text
+from surgery.data import text, tokenize
 from surgery.data.bad_lines import Limit
+from surgery.data.prepare import Choices, settings_for
+from surgery.data.sources import find_sources
+from surgery.data.vocabulary import Vocabulary
 from surgery.errors import FileError, UsageError
 from tests.test_data_tokenize import ANY, DOCUMENTS, DOLMA, MEGATRON, TEXTS, documents, ids, run
 
@@ -133,6 +136,21 @@ def test_a_text_of_no_tokens_is_blank(tmp_path):
     assert run(tmp_path / "a.jsonl", tmp_path / "b", DOLMA).total.blank == 2
 
 
+def test_what_the_tokenizer_refuses(tmp_path):
+    """A vocabulary of words without an unknown one: the library raises on any other word, here on two of four texts."""
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<eos>": 2}, "unk_token": "?"}
+    held = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    vocabulary = Vocabulary("words", json.dumps(held).encode())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a b", "x", "b", "a y")))
+    sources, _ = find_sources([str(tmp_path / "a.jsonl")])
+    settings = settings_for(Choices(eos="2"), vocabulary)
+    tokenize.tokenize(sources, tmp_path / "out", vocabulary, settings, workers=1, max_bad=ANY)
+    assert documents(tmp_path / "out") == [[0, 1, 2], [1, 2]]
+    assert [(b["line"], b["kind"]) for b in reported(tmp_path / "out")] == [
+        (n, "refused by the tokenizer") for n in (2, 4)
+    ]
+
+
 def broken(data, chance):
     """Damage of many kinds."""
     data = bytearray(data)
@@ -175,7 +193,7 @@ def parsed(lines):
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_damage_gives_what_is_really_there_or_nothing(suffix, tmp_path, monkeypatch):
     """300 damaged files of each packing: the documents are those that the libraries see, or none of the file."""
-    monkeypatch.setattr(text, "BLOCK", 900)
+    monkeypatch.setattr(text, "BLOCK", 9000)
     lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in TEXTS[:40])
     checked = {zstd.CompressionParameter.checksum_flag: 1}
     packed = {"jsonl": lines, "jsonl.gz": gzip.compress(lines), "jsonl.zst": zstd.compress(lines, options=checked)}

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import random
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -378,3 +379,19 @@ def test_tokenizers_in_other_files(tmp_path):
         (tmp_path / name).unlink()
     with pytest.raises(FileError, match="hf download some/one"):
         load_vocabulary("some/one")
+
+
+def test_a_damaged_tokenizer_is_an_error_or_works(tmp_path):
+    whole, chance, refused = (GOLDEN / "tokenizer.json").read_bytes(), random.Random(2), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for _ in range(3):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randrange(3)] = chance.choice([b"", b"9", b'"', b"{", b"null", chance.randbytes(2)])
+        (tmp_path / "tokenizer.json").write_bytes(data)
+        try:
+            vocabulary = load_vocabulary(str(tmp_path / "tokenizer.json"))
+            assert vocabulary.size > 0
+        except SurgeryError:
+            refused += 1
+    assert 50 < refused < 200

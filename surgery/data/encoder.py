@@ -110,17 +110,19 @@ class Encoder:
 
     def _encoded(self, group: Sequence[Rendered], bad: list[Bad]) -> Iterator[tuple[Rendered, Any]]:
         """Each text with its encoding; what the tokenizer refuses is told apart one by one."""
-        texts = [one.text for one in group]
         encode = self.tokenizer.encode_batch if self.settings.masked else self.tokenizer.encode_batch_fast
         try:
-            yield from zip(group, encode(texts, add_special_tokens=False), strict=True)
-            return
-        except Exception as error:  # the library raises nothing more special
+            encodings = encode([one.text for one in group], add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises plain Exceptions, and panics, which are none
             if len(group) == 1:
                 bad.append(Bad(group[0].document.line, bad_lines.TOKENIZER, show(str(error), 200)))
-                return
-        for one in group:
-            yield from self._encoded([one], bad)
+            else:
+                for one in group:
+                    yield from self._encoded([one], bad)
+            return
+        yield from zip(group, encodings, strict=True)
 
     def _framed(self, tokens: list[int], one: Rendered, encoding: Any) -> Array | None:
         """Put bos and eos around the tokens; their label mask, if there is one."""

@@ -26,7 +26,9 @@ def open_document(document: bytes, name: str) -> Tokenizer:
 
     try:
         tokenizer = Tokenizer.from_buffer(document)
-    except Exception as error:  # the library raises nothing more special
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exceptions, and panics, which are none
         raise ConfigError(f"is no usable {NAME}: {show(str(error), 200)}", file=name) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
