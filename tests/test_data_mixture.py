@@ -123,7 +123,7 @@ def test_multipliers_tokens_and_epochs():
         ),
         ({"sources": [{"name": "a", "paths": "a", "tokens": 9000}], "budget": {"tokens": 50_000}}, "none has a weight"),
         ({"sources": [*SOURCES, {"name": "c", "paths": "c", "tokens": 1}], "budget": {"epochs": 1}}, "weights alone"),
-        ({"sources": SOURCES, "budget": {"tokens": 99}}, "the budget is no instance"),
+        ({"sources": SOURCES, "budget": {"tokens": 99}}, "no instance of 100 tokens is left"),
         ({"sources": SOURCES, "budget": {"tokens": 1000}, "holdout": 60}, "60 are to be held out"),
     ],
 )

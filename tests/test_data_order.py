@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -131,3 +132,13 @@ def test_one_document_to_an_instance():
     packed = pack(starts, ends, 10, "document")
     assert isinstance(packed, Packed)
     assert [packed.pieces(i).tolist() for i in range(len(packed))] == [[[0, 5]], [[5, 15]], [[30, 33]]]
+
+
+def test_memory_is_that_of_the_order_and_some_blocks():
+    taken = [Taken("web", 20_000_000, 1000, 1_500_000), Taken("math", 400_000, 0, 1_500_000)]
+    tracemalloc.start()
+    found = make_order(taken, 0, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 3_000_000
+    assert peak < found.nbytes + 6 * 8 * order.BLOCK

@@ -40,8 +40,8 @@ def amounts(mixture: Mixture, instances: Mapping[str, int]) -> tuple[list[Amount
     shares = apportion(total, wants)
     taken = sum(share.rows for share in shares)
     if not taken:
-        what = f"the budget is no instance of {mixture.sequence_length} tokens, or the sources have none"
-        raise ConfigError(what, hint="raise the budget, or lower sequence_length")
+        what = f"no instance of {mixture.sequence_length} tokens is left by the budget, the sources and their caps"
+        raise ConfigError(what, hint="raise the budget or the caps, or lower sequence_length")
     bound = [
         f"{s.name} gives {share.rows:,} instances of {float(share.asked):,.0f} asked for: {_cap(s, have[s.name], size)}"
         for s, want, share in zip(mixture.sources, wants, shares, strict=True)
