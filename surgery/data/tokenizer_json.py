@@ -1,6 +1,6 @@
 """A tokenizer.json, opened by the tokenizers library.
 
-    open_document(data, "SmolLM2").encode("Hello").ids
+open_document(data, "SmolLM2").encode("Hello").ids
 """
 
 from __future__ import annotations
