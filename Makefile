@@ -43,6 +43,8 @@ coverage: $(VENV)/.ready-dev  ## every test, and which lines of surgery/ they ru
 
 test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is for (minutes; PROGRAM=name for one of them)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
+	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.data)
+	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.tokens)
 
 test-kernels: $(VENV)/.ready-dev  ## Triton's kernels for experts, on the CPU by its interpreter (installs Triton, 1 GB)
 	$(BIN)/pip install -qq --no-deps --no-build-isolation --upgrade --target .cache/kernels \

@@ -2,6 +2,7 @@
 
 parse_size("512MiB") == 512 << 20
 human(2_000_000_000) == "2.0 GB"
+parse_count("50B") == 50_000_000_000        # of tokens
 """
 
 from __future__ import annotations
@@ -21,6 +22,19 @@ def parse_size(text: str) -> int:
     if nbytes < 1:
         raise UsageError(f"{text[:40]!r} is no size", hint="write for example 5GB or 512MiB")
     return nbytes
+
+
+def parse_count(text: str) -> int:
+    """A whole number: 4096, 50e9, 1.5B.  Raises UsageError."""
+    units = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    match = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?(?:e([0-9]{1,2})|([kMBT]?))", text.strip().replace("_", ""))
+    number, rest = 0, 0
+    if match:
+        scale = 10 ** int(match[3]) if match[3] else units[match[4]]
+        number, rest = divmod(int(match[1] + (match[2] or "")) * scale, 10 ** len(match[2] or ""))
+    if number < 1 or rest:
+        raise UsageError(f"{text[:40]!r} is no whole number", hint="write for example 4096, 500M or 50e9")
+    return number
 
 
 def human(nbytes: float) -> str:

@@ -28,8 +28,7 @@ from surgery.tensors.files import File
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import Concat, Slice, bytes_of
 from surgery.writing import stream
-
-CHANGING = ["pwrite", "write", "rename", "mkdir", "rmdir", "unlink", "ftruncate", "fsync", "fdatasync", "open"]
+from tests.killing import dies_at, forked, tree
 
 
 def source(folder, rows):
@@ -72,23 +71,6 @@ def run(folder, rows, memory, dst="out", force=False):
     )
 
 
-def tree(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def forked(job):
-    """The process id of a child that does `job` and ends with status 0, or 1 after an error."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            job()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
 def random_kills(folder, kills, rows=300, memory=32 << 17):
     """Kill at random times; whenever the output appears, compare it and start again."""
     started = time.monotonic()
@@ -110,29 +92,6 @@ def random_kills(folder, kills, rows=300, memory=32 << 17):
     assert tree(folder / "out") == whole
     assert not (folder / ".out.surgery-partial").exists()
     return {"kills": done, "completed": resumed + 1, "last_resumed": result.resumed_bytes}
-
-
-def dies_at(n, after):
-    """Make the n-th changing system call the last, before or after it is done; returns the count of calls."""
-    count = [0]
-
-    def wrap(name):
-        real = getattr(os, name)
-
-        def call(*args, **kw):
-            count[0] += 1
-            if count[0] == n and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **kw)
-            if count[0] == n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(os, name, call)
-
-    for name in CHANGING:
-        wrap(name)
-    return count
 
 
 def kill_at_every_call(folder, rows=4, memory=32 << 12):

@@ -24,6 +24,7 @@ ROOMS = {
     "yaml": ("containers", "formats/olmo/config.py", "merging"),
     "click": ("cli",),
     "rich": ("cli", "writing/progress.py"),
+    "pydantic": ("data",),
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -105,6 +106,10 @@ def loaded(code: str) -> set[str]:
 )  # fmt: skip
 def test_no_heavy_import(code):
     assert not loaded(code) & {"torch", "transformers", "numpy", "tokenizers", "mergekit"}
+
+
+def test_data_needs_no_torch():
+    assert not loaded("import surgery.data.show, surgery.data.tokenize") & {"torch", "transformers"}
 
 
 def test_inspect_needs_no_torch(tiny_hf):

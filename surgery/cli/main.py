@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from surgery.cli.data import data_command
 from surgery.cli.flags import (
     DTYPE,
     FORCE,
@@ -292,3 +293,4 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
 
 main.add_command(upcycle_command)
 main.add_command(experts_command)
+main.add_command(data_command)

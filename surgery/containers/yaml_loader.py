@@ -1,6 +1,7 @@
 """PyYAML's SafeLoader without what makes YAML dangerous or ambiguous in a config.
 
 parse_yaml(b"lr: 1e-05", "train.yaml", "config")       # {"lr": 1e-05}
+yaml_lines(b"a:\n  b: 1")                               # {(): 1, ("a",): 1, ("a", "b"): 2}
 """
 
 from __future__ import annotations
@@ -95,6 +96,24 @@ def parse_yaml(data: bytes, file: str, what: str) -> Any:
         raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError):
         raise FileError(f"{what} holds a scalar that cannot be read", file=file) from None
+
+
+def yaml_lines(data: bytes) -> dict[tuple[str | int, ...], int]:
+    """The line, from 1, on which each key or entry of a list stands; of text that `parse_yaml` accepts."""
+    found: dict[tuple[str | int, ...], int] = {(): 1}
+
+    def walk(node: Any, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[*path, key.value] = key.start_mark.line + 1
+                walk(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                found[*path, i] = value.start_mark.line + 1
+                walk(value, (*path, i))
+
+    walk(yaml.compose(data.decode(), Loader=_Base), ())
+    return found
 
 
 def _check_events(text: str) -> None:

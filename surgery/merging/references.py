@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.errors import ConfigError, FileError
+from surgery.containers import hub
+from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, recognise
 from surgery.merging.reader import Place, Reference
@@ -21,27 +22,11 @@ from surgery.merging.reader import Place, Reference
 def locate(place: Place) -> Path:
     """The folder of a model or adapter.  Raises FileError if it is neither a folder nor in the hub's cache."""
     folder = Path(os.path.expanduser(place.path))
-    if folder.exists() or place.path.count("/") != 1 or place.path.startswith((".", "/", "~")):
+    if not hub.is_name(place.path):
         if place.revision and folder.exists():
             raise ConfigError(f"{place} names a revision, but {folder} is a folder")
         return folder
-    cached = cache() / ("models--" + place.path.replace("/", "--"))
-    name = place.revision or "main"
-    ref = cached / "refs" / name
-    if ref.is_file():
-        name = ref.read_text(errors="replace").strip()
-    snapshot = cached / "snapshots" / name
-    if "/" in name or not snapshot.is_dir():
-        raise FileError("is neither a folder nor in the local cache of the hub", file=place.path,
-                        hint=f"download it first: hf download {place.path}")  # fmt: skip
-    return snapshot
-
-
-def cache() -> Path:
-    """Where huggingface_hub keeps downloaded models."""
-    if found := os.environ.get("HF_HUB_CACHE"):
-        return Path(found)
-    return Path(os.environ.get("HF_HOME", os.path.expanduser("~/.cache/huggingface"))) / "hub"
+    return hub.cached(place.path, place.revision)
 
 
 def open_reference(reference: Reference, options: Options | None = None) -> Checkpoint:

@@ -2,5 +2,6 @@
 
 stream.py    blocks made by threads, written in order       sink.py       where each byte goes, with checksums
 staging.py   the hidden folder, published by a rename       journal.py    what a killed run need not do again
-progress.py  a bar, or nothing
+progress.py  a bar, or nothing                    interrupt.py  SIGINT and SIGTERM, noted
+atomic.py    a single file, whole or not at all
 """

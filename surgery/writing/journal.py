@@ -1,9 +1,11 @@
 """What a killed run had finished: lines of JSON, each with its own checksum, appended after the data are on disk.
 
-    journal, state = Journal.open(folder_fd, job="a sha256")     # state is None: nothing to go on from
+    journal, state = Journal.resume(folder_fd, True, State)       # None: nothing to go on from
     journal.append([{"file": "a.bin", "done": 4096}])
 
 The first line names the job.  A line that is torn or damaged ends what is believed; it and all after it are cut off.
+What the other lines mean is up to a state, made for the job and told of each line: `State` here, of a run that writes
+planned files, is one.
 """
 
 from __future__ import annotations
@@ -11,12 +13,29 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 NAME = "journal.jsonl"
 FORMAT = 1
 Line = dict[str, Any]
+Sizes = Callable[[str], int | None]  # the size of a file of the output, None if there is none of ours
+
+
+class Told(Protocol):
+    """What lines of a journal add up to."""
+
+    job: str
+
+    def apply(self, line: Line) -> None:
+        """Take in one line.  Raises KeyError, TypeError, ValueError or AttributeError if it is none of ours."""
+
+    def fits(self, size: Sizes) -> bool:
+        """Are the files there that the lines speak of?"""
+
+
+S = TypeVar("S", bound=Told)
 
 
 @dataclass
@@ -51,6 +70,10 @@ class State:
             self.crcs = known | crcs
         self.counts |= counts
 
+    def fits(self, size: Sizes) -> bool:
+        right = all(size(name) == expected for name, expected in self.done.items())
+        return right and (self.file is None or size(self.file) is not None)
+
 
 class Journal:
     """An open journal; `append` returns when the lines are on disk (if `durable`)."""
@@ -69,14 +92,17 @@ class Journal:
         return journal
 
     @classmethod
-    def resume(cls, folder: int, durable: bool) -> tuple[Journal, State] | None:
-        """The journal in a folder and what it says; None if there is none, or none of ours."""
+    def resume(cls, folder: int, durable: bool, make: Callable[[str], S]) -> tuple[Journal, S] | None:
+        """The journal in a folder and what it says, as a state that `make` makes of the job's name.
+
+        None if there is none, or none of ours.
+        """
         try:
             fd = os.open(NAME, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return None
         with os.fdopen(os.dup(fd), "rb") as stream:
-            state, size = _replay(stream.read())
+            state, size = _replay(stream.read(), make)
         if state is None:
             os.close(fd)
             return None
@@ -100,9 +126,10 @@ def _encode(line: Line) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _replay(data: bytes) -> tuple[State | None, int]:
+def _replay(data: bytes, make: Callable[[str], S]) -> tuple[S | None, int]:
     """What the whole lines at the front of a journal say, and how many bytes they are."""
-    state, size = None, 0
+    state: S | None = None
+    size = 0
     for raw in data.splitlines(keepends=True):
         try:
             check, text = raw.removesuffix(b"\n").split(b" ", 1)
@@ -112,7 +139,7 @@ def _replay(data: bytes) -> tuple[State | None, int]:
             if state is not None:
                 state.apply(line)
             elif line["surgery-journal"] == FORMAT:
-                state = State(str(line["job"]))
+                state = make(str(line["job"]))
             else:
                 break
         except (AttributeError, KeyError, TypeError, ValueError):

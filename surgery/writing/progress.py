@@ -6,15 +6,29 @@ with progress_bar("convert", total, quiet=False) as advance:
 with progress_bars(quiet=False) as begin:
     write, prove = begin("write", total), begin("prove", None)      # a bar shows itself when it advances first
     write(4096)
+
+with counting_bar("tokenize", total, ("documents", "tokens"), quiet=False) as advance:
+    advance(4096, 3, 997)           # bytes, documents, tokens; without a terminal, a line every half minute
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
-Advance = Callable[[int], None]
+from surgery import units
+
+EVERY = 30.0  # seconds between two lines where there is no terminal
+Counting = Callable[..., None]
+
+
+class Advance(Protocol):
+    """`n` more bytes are done; `text` replaces what the bar says."""
+
+    def __call__(self, n: int, text: str | None = None, /) -> None: ...
 
 
 @contextmanager
@@ -28,7 +42,7 @@ def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Advance]:
 def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]:
     """Bars for pieces of work that follow one another; one is seen at a time.  A total of None is not known."""
     if quiet or not sys.stderr.isatty():
-        yield lambda what, total: lambda n: None
+        yield lambda what, total: lambda n, text=None: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -40,23 +54,61 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
+    from rich.table import Column
 
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    numbers = (kind(table_column=Column(no_wrap=True)) for kind in (DownloadColumn, TransferSpeedColumn))
+    columns = (TextColumn("{task.description}"), BarColumn(), *numbers, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         shown: list[TaskID] = []
 
         def begin(what: str, total: int | None) -> Advance:
             task = bars.add_task(what, start=False, total=total, visible=False)
 
-            def advance(n: int) -> None:
+            def advance(n: int, text: str | None = None, /) -> None:
                 if shown[-1:] != [task]:
                     for other in bars.task_ids:
                         bars.update(other, visible=other == task)
                     bars.start_task(task)
                     shown.append(task)
-                bars.advance(task, n)
+                bars.update(task, advance=n, description=what if text is None else text)
 
             return advance
 
         yield begin
+
+
+@contextmanager
+def counting_bar(what: str, total: int, counted: Sequence[str], quiet: bool) -> Iterator[Counting]:
+    """A bar of bytes that also counts other things: `advance(bytes, n, ...)`, an n for each of `counted`.
+
+    Without a terminal it is a line on stderr every `EVERY` seconds.  What the first call says was done before.
+    """
+    counts = [0] * len(counted)
+    with progress_bars(quiet) as begin:
+        bar = begin(what, total) if quiet or sys.stderr.isatty() else _Lines(what, total)
+
+        def advance(size: int, *more: int) -> None:
+            counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
+            named = ", ".join(f"{units.count(n)} {name}" for n, name in zip(counts, counted, strict=True))
+            bar(size, f"{what} {named}")
+
+        yield advance
+
+
+class _Lines:
+    """Plain lines in the place of a bar."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.before: int | None = None
+        self.begun = self.said = time.monotonic()
+
+    def __call__(self, n: int, text: str | None = None, /) -> None:
+        self.done += n
+        self.before = self.done if self.before is None else self.before
+        now = time.monotonic()
+        if now - self.said >= EVERY:
+            self.said, rate = now, (self.done - self.before) / (now - self.begun)
+            left = f", {(self.total - self.done) / rate / 60:.0f} min left" if rate else ""
+            share = self.done / max(1, self.total)
+            print(f"{text or self.what}, {share:.1%}, {units.human(rate)}/s{left}", file=sys.stderr, flush=True)

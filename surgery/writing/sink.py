@@ -258,13 +258,13 @@ def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 @contextmanager
-def os_errors(dst: Path, missing: Callable[[], int]) -> Iterator[None]:
+def os_errors(dst: Path, missing: Callable[[], int] | None = None) -> Iterator[None]:
     """Turn what the system says while writing `dst` into OutputErrors; `missing` tells how much room is lacking."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            what = f"the disk is full: {missing()} more bytes are needed"
+            what = "the disk is full" + (f": {missing()} more bytes are needed" if missing else "")
             raise OutputError(what, file=dst, hint=f"make room; {RESUME}") from None
         what = f"cannot be written: {error.strerror or type(error).__name__}"
         raise OutputError(what, file=dst, hint=RESUME) from None

@@ -16,6 +16,7 @@ import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,20 +75,27 @@ class Staging:
         os.close(self.fd)
         self.fd = self.data = -1
 
-    def begin(self, job: str) -> tuple[journal.Journal, journal.State, list[str]]:
-        """The journal to go on with, what is done already, and what there is to say about it."""
+    def begin(
+        self, job: str, make: Callable[[str], journal.S], other: Callable[[str], None] = lambda job: None
+    ) -> tuple[journal.Journal, journal.S, list[str]]:
+        """The journal to go on with, what is done already, and what there is to say about it.
+
+        `make` makes an empty state of the job's name.  `other` is told the name of another job, before its unfinished
+        output is discarded; it may raise.
+        """
         notes = []
-        found = journal.Journal.resume(self.fd, self.durable)
+        found = journal.Journal.resume(self.fd, self.durable, make)
         if not found and not self._data_is_empty():
             what = "has no journal: not provably the unfinished output of an earlier run"
             raise OutputError(what, file=self.hidden, hint="move it away")
         if found and found[1].job != job:
             found[0].close()
+            other(found[1].job)
             found = None
             notes.append("discarded the unfinished output of another job")
         if found and self._has("data"):
             self.data = os.open("data", DIRECTORY, dir_fd=self.fd)
-            if self._fits(found[1]):
+            if found[1].fits(self.size):
                 return *found, notes
             found[0].close()
             os.close(self.data)
@@ -96,7 +104,7 @@ class Staging:
         self.discard()
         os.mkdir("data", 0o777, dir_fd=self.fd)
         self.data = os.open("data", DIRECTORY, dir_fd=self.fd)
-        return journal.Journal.create(self.fd, job, self.durable), journal.State(job), notes
+        return journal.Journal.create(self.fd, job, self.durable), make(job), notes
 
     def discard(self) -> None:
         """Remove an unfinished output."""
@@ -179,10 +187,6 @@ class Staging:
                 file=self.hidden,
                 hint="move it away, or back",
             )
-
-    def _fits(self, state: journal.State) -> bool:
-        right = all(self.size(name) == size for name, size in state.done.items())
-        return right and (state.file is None or self.size(state.file) is not None)
 
     def _data_is_empty(self) -> bool:
         if not self._has("data"):

@@ -17,8 +17,6 @@ import itertools
 import json
 import math
 import os
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,16 +25,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 from surgery.containers.output import OutputFile, Region
-from surgery.errors import LayoutError, OutputError, SurgeryError, some
+from surgery.errors import LayoutError, OutputError, some
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import IO
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
 from surgery.tensors.memory import Peak, keep_blocks, settled
+from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import State
 from surgery.writing.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.writing.staging import Staging
@@ -49,16 +47,6 @@ CHECKPOINT = 64  # blocks between two lines of the journal
 READERS = 4  # threads that make blocks, on a machine of that many cores
 SPARE = 2  # blocks that are made besides one per thread, so that none waits for the writing
 Progress = Callable[[int], None]
-
-
-class Interrupted(SurgeryError):
-    """SIGINT or SIGTERM came; what is written so far is kept.  `signum` is the signal."""
-
-    def __init__(self, signum: int, dst: Path) -> None:
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name}", file=dst, hint="run the same command again to go on from here"
-        )
-        self.signum = signum
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def write(
         return Written(dst, sum(f.size for f in files), resumed, read, seconds, peak.bytes(), tuple(notes))
 
     with os_errors(dst, lambda: max(1, total - done - free_space(dst))), Staging.open(dst, force, durable) as stage:
-        journal, state, notes = stage.begin(_identity(files, job, ledger, durable))
+        journal, state, notes = stage.begin(_identity(files, job, ledger, durable), State)
         sink = Sink(stage, journal, state, ledger, count, CHECKPOINT * block)
         with sink:
             resumed = sink.resumed(files)
@@ -142,7 +130,7 @@ def write(
 
 def _take(makers: Iterable[Callable[[], Step]], threads: int | None, sink: Sink, dst: Path) -> None:
     """Do all steps, or up to a signal."""
-    with _signals() as stop, ahead(makers, threads) as steps:
+    with signals() as stop, ahead(makers, threads) as steps:
         for step in steps:
             sink.take(step)
             if stop:
@@ -287,32 +275,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into.  A second signal does what it did before."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    before = {s: handler for s, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-
-    def restore() -> None:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        came.append(signum)
-        restore()
-
-    for s in before:
-        signal.signal(s, note)
-    try:
-        yield came
-    finally:
-        restore()
 
 
 def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledger | None, durable: bool) -> str:

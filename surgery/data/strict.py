@@ -1,0 +1,93 @@
+"""YAML files as pydantic models: whatever is unknown, misspelt or impossible is named with its line, all at once.
+
+class Settings(Strict):
+    steps: int
+
+read_model("run.yaml", Settings, "settings")
+# ConfigError: run.yaml: line 3: key 'stpes' is not known; did you mean 'steps'?
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from contextlib import suppress
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from surgery import units
+from surgery.containers.text import YAML_LIMIT
+from surgery.containers.yaml_loader import parse_yaml, yaml_lines
+from surgery.errors import ConfigError, UsageError, show
+from surgery.tensors.files import read_small
+
+Model = TypeVar("Model", bound="Strict")
+Place = tuple[str | int, ...]
+
+
+class Strict(BaseModel):
+    """No unknown keys, no text where a number belongs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def parse_count(value: Any) -> Any:
+    """5_000, 50e9, "50B": a whole number."""
+    if isinstance(value, str):
+        with suppress(UsageError):
+            return units.parse_count(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+Real = Annotated[float, BeforeValidator(lambda value: float(value) if type(value) is int else value)]
+
+
+def read_model(path: str | os.PathLike[str], model: type[Model], what: str) -> Model:
+    """The content of a YAML file.  Raises FileError if it is no YAML, ConfigError with every key that is wrong."""
+    data = read_small(path, YAML_LIMIT, what)
+    value = parse_yaml(data, os.fspath(path), what)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} holds {show(value)}, not keys and values", file=path)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        lines = yaml_lines(data)
+        problems = [_problem(e, model, value, lines) for e in error.errors(include_url=False, include_context=False)]
+        raise ConfigError("\n  ".join(dict.fromkeys(problems)), file=path) from None
+
+
+def _problem(error: Any, model: type[BaseModel], value: Any, lines: dict[Place, int]) -> str:
+    path: Place = tuple(error["loc"])
+    while path not in lines:
+        path = path[:-1]
+    where = ".".join(map(str, error["loc"])) or "the file"
+    if error["type"] == "extra_forbidden":
+        key = error["loc"][-1]
+        near = difflib.get_close_matches(str(key), _keys(model, error["loc"][:-1]), 1)
+        says = f"key {show(key)} is not known" + (f"; did you mean {near[0]!r}?" if near else "")
+    elif error["type"] == "missing":
+        says = f"{where} is missing"
+    elif error["type"] == "value_error":
+        says = f"{where}: {error['msg'].removeprefix('Value error, ')}"
+    else:
+        says = f"{where} is {show(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"line {lines[path]}: {says}"
+
+
+def _keys(model: type[BaseModel], path: Place) -> list[str]:
+    """The keys that the model at a path knows."""
+    for step in path:
+        if isinstance(step, str) and step in model.model_fields:
+            inner = [t for t in _types(model.model_fields[step].annotation) if isinstance(t, type)]
+            models = [t for t in inner if issubclass(t, BaseModel)]
+            if not models:
+                return []
+            model = models[0]
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    args = getattr(annotation, "__args__", ())
+    return [annotation] if not args else [t for a in args for t in _types(a)]

@@ -1,0 +1,50 @@
+"""Processes that kill themselves at a given system call, and what they leave: for tests of runs that are resumed.
+
+pid = forked(lambda: (dies_at(7, after=True), job()))       # the seventh call that changes something is the last
+"""
+
+import os
+import signal
+
+CHANGING = "pwrite write rename replace mkdir rmdir unlink ftruncate fsync fdatasync open".split()
+
+
+def tree(folder):
+    """The bytes of every file, by its path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def forked(job):
+    """The process id of a child that does `job` and ends with status 0, or 1 after an error."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            job()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def dies_at(n, after):
+    """Make the n-th changing system call the last, before or after it is done; returns the count of calls."""
+    count = [0]
+
+    def wrap(name):
+        real = getattr(os, name)
+
+        def call(*args, **kw):
+            count[0] += 1
+            if count[0] == n and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **kw)
+            if count[0] == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(os, name, call)
+
+    for name in CHANGING:
+        wrap(name)
+    return count
