@@ -194,7 +194,7 @@ def test_gaps_and_surplus_are_all_named():
 
 def test_a_part_without_a_row_is_an_error():
     short = Dialect("short", tuple(r for r in TABLE.rows if r.name != "layers.{l}.router"))
-    with pytest.raises(LayoutError, match=r"short has no place for layers.1.router, layers.2.router"):
+    with pytest.raises(LayoutError, match=r"short has no place for layers.N.router \(3\)"):
         spread(short, PARTS, SPEC, Topology())
 
 

@@ -12,8 +12,10 @@ import torch
 from surgery.containers import open_tensors
 from surgery.errors import ConfigError, LayoutError, SurgeryError
 from surgery.formats.base import Checkpoint
+from surgery.formats.hf import rows as hf_rows
 from surgery.formats.hf import table as hf
 from surgery.formats.hf.config import FAMILIES, choose_family, misfits, read_config, write_config
+from surgery.formats.names import collapsed
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Dialect, Rank, Row, Topology, gather
 from tests import oracle, reference, tiny
@@ -74,7 +76,7 @@ def test_a_mistake_in_any_row_shows(family, tiny_hf, truth):
             tried += 1
             rows = tuple(mutant if r is row else r for r in tables.rows)
             try:
-                parts = gather(Dialect("hf", rows, hf.IGNORED), {Rank(): tensors}, spec, Topology()).parts
+                parts = gather(Dialect("hf", rows, hf_rows.IGNORED), {Rank(): tensors}, spec, Topology()).parts
             except SurgeryError:
                 continue
             wrong = Checkpoint("hf", checkpoint.path, spec, parts)
@@ -173,6 +175,35 @@ def frequencies(config: dict, inside: int | None = None) -> torch.Tensor:
     more = {} if inside is None else {"original_max_position_embeddings": inside}
     values = {**config, "rope_parameters": {**config["rope_parameters"], **more}}
     return LlamaRotaryEmbedding(AutoConfig.for_model(**values)).inv_freq
+
+
+def test_missing_tensors_of_all_layers_are_one_line(tiny_hf):
+    """Phi-3's fused names in a llama: what is missing and what is left over, once each."""
+    spec = open_checkpoint(tiny_hf("llama")).spec
+    tensors = dict(open_tensors(tiny_hf("llama")))
+    for layer in range(spec.layers):
+        at = f"model.layers.{layer}.self_attn."
+        tensors[at + "qkv_proj.weight"], *_ = [tensors.pop(f"{at}{x}_proj.weight") for x in "qkv"]
+    with pytest.raises(LayoutError) as error:
+        gather(hf.table("llama"), {Rank(): tensors}, spec, Topology())
+    assert str(error.value) == (
+        "model.layers.N.self_attn.{k,q,v}_proj.weight (6 of each) are missing\n"
+        "  6 tensors have no place in a hf llama: model.layers.N.self_attn.qkv_proj.weight (6)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a.0.b", "lm_head.weight"], ["a.0.b", "lm_head.weight"]),
+        (["a.0.b", "a.1.b", "a.2.b"], ["a.N.b (3)"]),
+        (["x.gate.w", "x.up.w", "x.down.b"], ["x.{gate,up}.w", "x.down.b"]),
+        (["x.gate", "x.gateway"], ["x.gate{,way}"]),
+        ([f"{i}.{i}x" for i in range(300)], ["0.0x", "1.1x"]),
+    ],
+)
+def test_names_in_few_words(names, said):
+    assert collapsed(names)[: len(said)] == said
 
 
 def test_fused_experts_are_read(tiny_hf, tmp_path):

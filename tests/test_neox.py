@@ -655,7 +655,7 @@ def test_yaml_is_read_alike_by_everyone():
         ("layer_03-model_01-model_states.pt", "layer_03-model_01-model_states.pt missing"),
         ("layer_05-model_0*-model_states.pt", "num_layers is 4, but the files hold 3 layers"),
         ("layer_*-model_01-model_states.pt", "holds files of 1 tensor-parallel ranks, the run had 2"),
-        ("layer_07-model_0*-model_states.pt", "7.norm.weight is missing"),
+        ("layer_07-model_0*-model_states.pt", r"7.norm.{bias,weight} are missing \(on 2 of 2 ranks\)"),
         ("mp_rank_00_model_states.pt", "mp_rank_00_model_states.pt missing"),
     ],
 )

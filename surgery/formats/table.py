@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from surgery.errors import LayoutError, some
+from surgery.formats.names import collapsed
 from surgery.formats.replicas import mean, share, total
 from surgery.formats.rows import Bind, Dialect, Row, placeholders, row
 from surgery.formats.topology import ONE_RANK, Rank, Topology
@@ -225,7 +226,7 @@ def spread(dialect: Dialect, parts: Parts, spec: Spec, topology: Topology) -> di
             written.update(_part_names(r, bind, spec))
     homeless = [name for name in spec.part_names() if name not in written]
     if homeless:
-        errors.append(f"{dialect.name} has no place for {some(homeless)}")
+        errors.append(f"{dialect.name} has no place for {some(collapsed(homeless))}")
     _raise(errors)
     return out
 
@@ -235,6 +236,7 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
     parts: dict[str, Lazy] = {}
     claimed: dict[Rank, set[str]] = {rank: set() for rank in shards}
     errors: list[str] = []
+    missing: dict[str, list[str]] = {}
     for r, bind in dialect.live(spec, topology):
         if r.optional and not _present(r, bind, shards, spec, topology):
             continue
@@ -242,6 +244,8 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
             whole = _collect(r, bind, shards, spec, topology, claimed)
             for name, data in unweave(r, bind, whole, spec):
                 parts[name] = Same((parts[name], data), name) if name in parts else data
+        except _Missing as error:
+            missing.setdefault(error.where, []).append(error.what)
         except LayoutError as error:
             errors.append(error.what)
     ignored, left = {}, []
@@ -252,12 +256,13 @@ def gather(dialect: Dialect, shards: Shards, spec: Spec, topology: Topology) -> 
                 left.append(name)
             else:
                 ignored[name] = reason
+    for where, names in missing.items():
+        errors.append(f"{some(collapsed(names))} {'is' if len(names) == 1 else 'are'} missing{where}")
     if left:
-        errors.append(f"{len(left)} tensors have no place in a {dialect.name} {spec.family}: {some(sorted(set(left)))}")
-    if not errors:
-        missing = [name for name in spec.part_names() if name not in parts]
-        if missing:
-            errors.append(f"no tensor holds {some(missing)}")
+        odd = some(collapsed(sorted(set(left))))
+        errors.append(f"{len(left)} tensors have no place in a {dialect.name} {spec.family}: {odd}")
+    if not errors and (gaps := [name for name in spec.part_names() if name not in parts]):
+        errors.append(f"no tensor holds {some(collapsed(gaps))}")
     _raise(errors)
     return Gathered({name: _hinted(parts[name], dialect.unequal) for name in spec.part_names()}, ignored)
 
@@ -287,7 +292,7 @@ def _collect(
     name = r.named(bind)
     if missing or not all(found.values()):
         where = "" if len(shards) == 1 else f" (on {len(missing)} of {len(shards)} ranks)"
-        raise LayoutError(f"{name} is missing{where}")
+        raise _Missing(name, where)
     sizes = dict(r.measures(spec.sizes))
     sizes[STAR] = sum(math.prod(sizes[a] for a in star) for star in r.stars)
     groups = sorted({home.group for home in homes})
@@ -298,6 +303,14 @@ def _collect(
         pieces = [found[group, i] for i in range(homes[0].pieces)]
         whole.append(unshard(r, [ts[0] if len(ts) == 1 else Same(ts, name) for ts in pieces], sizes, name))
     return Named.cat(whole, "e") if len(whole) > 1 else whole[0]
+
+
+class _Missing(LayoutError):
+    """A tensor is not there, on some ranks or on all."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(name)
+        self.where = where
 
 
 class _Home(NamedTuple):

@@ -28,18 +28,14 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "torch.Tensor"]
 
 
-_STORED = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}  # names in memory -> names in files
-
-
 class Weights:
     """The parts of a model in memory; `tried` changes some of them for a while, `keep` for good."""
 
     def __init__(self, model: Any, spec: Spec) -> None:
         """Raises LayoutError if the model's parameters are not those of `spec`."""
-        renamed = _STORED.get(spec.family, {})
         stored = model.state_dict().keys()  # statistics of routers are buffers, tables of angles are not stored
         held = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in stored}}
-        self.parameters: dict[str, torch.Tensor] = {renamed.get(n, n): p for n, p in held.items()}
+        self.parameters: dict[str, torch.Tensor] = held
         self.spec = spec
         dialect = table(spec.family, self.parameters)
         stored = {name: in_memory(tensor.detach()) for name, tensor in self.parameters.items()}

@@ -11,12 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from surgery.formats.hf import rows
+from surgery.formats.table import Row
+
 
 @dataclass(frozen=True)
 class Family:
     """One `model_type`.  `keys`: config key -> field of Spec; `absent`: what transformers takes for a missing key;
     `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base;
-    `sparse`, `shared`, `fixed`, `switches`: see `hf_moe`; `aliases`: keys that are written under a second name too."""
+    `sparse`, `shared`, `fixed`, `switches`: see `moe`; `aliases`: keys that are written under a second name too;
+    `rows` and `spellings`: the tensors."""
 
     model_type: str
     architecture: str
@@ -36,13 +40,9 @@ class Family:
     fixed: Mapping[str, tuple[object, object]] = field(default_factory=lambda: MappingProxyType({}))
     switches: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    experts: str = "gate_proj"  # how the tensors of experts are named: a key of `hf.EXPERTS`
-    interleaved: bool = False  # rotary pairs lie side by side
-
-    @property
-    def all_heads(self) -> bool:
-        """Whether every head has a key and a value of its own, so that the config does not count them."""
-        return self.model_type in ("gpt_neox", "gpt2")
+    all_heads: bool = False  # every head has a key and a value of its own, and the config does not count them
+    spellings: tuple[rows.Spellings, ...] = ()  # of tensors that are stored in several ways
+    rows: tuple[Row, ...] = rows.LLAMA_LIKE
 
 
 _SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "vocab_size": "vocab",
@@ -86,20 +86,22 @@ FAMILIES: Mapping[str, Family] = {
         Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "experts"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=2,
                        num_local_experts=8),
-               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True, experts="w1"),
+               {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True,
+               spellings=(rows.MIXTRAL,)),
         Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, "num_local_experts": "experts"},
                _absent(**_GRANITE_ABSENT),
-               {"top_k_renormalised": True}, fixed=_GRANITE, experts="granite"),
+               {"top_k_renormalised": True}, fixed=_GRANITE, spellings=(rows.GRANITE_EXPERTS,)),
         Family("granitemoeshared", "GraniteMoeSharedForCausalLM", {**_MOE, "num_local_experts": "experts"},
                _absent(**_GRANITE_ABSENT), {"top_k_renormalised": True}, shared=("shared_intermediate_size", 0),
-               fixed=_GRANITE, experts="granite"),
+               fixed=_GRANITE, rows=rows.LLAMA_LIKE + rows.GRANITE_SHARED, spellings=(rows.GRANITE_EXPERTS,)),
         Family("qwen2_moe", "Qwen2MoeForCausalLM",
                {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16, num_experts=60,
                        num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False, qkv_bias=True,
                        intermediate_size=5632),
                {"shared_gate": True}, bias=(), window="qwen", sparse="steps",
-               shared=("shared_expert_intermediate_size", 5632), aliases=_NUM_EXPERTS),
+               shared=("shared_expert_intermediate_size", 5632), aliases=_NUM_EXPERTS,
+               rows=rows.LLAMA_LIKE + rows.QWEN2_MOE, spellings=(rows.EXPERTS,)),
         Family("glm4_moe", "Glm4MoeForCausalLM",
                {**_FINE_MOE, "n_routed_experts": "experts", "norm_topk_prob": "top_k_renormalised",
                 "routed_scaling_factor": "router_scale"},
@@ -108,20 +110,24 @@ FAMILIES: Mapping[str, Family] = {
                        routed_scaling_factor=1.0, attention_bias=False, intermediate_size=10944),
                {"router_score": "sigmoid", "router_bias": True}, bias=("qkv_bias",), head_dim=True, fraction=0.5,
                sparse="first", shared=("n_shared_experts", 1), switches=("use_qk_norm",),
-               fixed={"n_group": (1, 1), "topk_group": (1, 1)}),
+               fixed={"n_group": (1, 1), "topk_group": (1, 1)},
+               rows=rows.LLAMA_LIKE + rows.GLM4_MOE, spellings=(rows.EXPERTS,)),
         Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM",
                {**_DENSE, "moe_intermediate_size": "expert_ffn", "moe_num_experts": "experts", "moe_k": "top_k"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=4, moe_num_experts=64,
                        moe_k=6, moe_intermediate_size=1536, intermediate_size=12288, tie_word_embeddings=True),
                {"router_bias": True, "top_k_renormalised": True}, bias=(), theta=5e5, sparse="range",
                shared=("moe_num_shared_experts", 2), fixed={"use_bias": (False, False), "moe_norm_min": (1e-12, 1e-12)},
-               aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"}, interleaved=True),
+               aliases={"moe_num_experts": "num_experts", "moe_k": "num_experts_per_tok"},
+               rows=rows.side_by_side(rows.LLAMA_LIKE) + rows.shared_experts("shared_experts"),
+               spellings=(rows.EXPERTS, rows.ERNIE_BIAS)),
         Family("qwen3_moe", "Qwen3MoeForCausalLM",
                {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
                        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
                        intermediate_size=6144),
-               {"qk_norm": "head"}, window="qwen", head_dim=True, sparse="steps", aliases=_NUM_EXPERTS),
+               {"qk_norm": "head"}, window="qwen", head_dim=True, sparse="steps", aliases=_NUM_EXPERTS,
+               spellings=(rows.EXPERTS,)),
         Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "ffn", "clip_qkv": "clip_qkv"},
                _absent(max_position_embeddings=2048, attention_bias=False, clip_qkv=None),
                {"norm": "none", "norm_eps": 1e-5}),
@@ -133,24 +139,25 @@ FAMILIES: Mapping[str, Family] = {
         Family("olmoe", "OlmoeForCausalLM", {**_OLMO_MOE, "clip_qkv": "clip_qkv"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=4096, attention_bias=False, num_experts=64,
                        num_experts_per_tok=8, norm_topk_prob=False, clip_qkv=None),
-               {"qk_norm": "full"}, aliases=_NUM_EXPERTS),
+               {"qk_norm": "full"}, aliases=_NUM_EXPERTS, spellings=(rows.EXPERTS,)),
         Family("flex_olmo", "FlexOlmoForCausalLM", _OLMO_MOE,
                _absent(rms_norm_eps=1e-6, max_position_embeddings=4096, attention_bias=False, num_experts=7,
                        num_experts_per_tok=5, norm_topk_prob=False),
-               _POST, theta=5e5, aliases=_NUM_EXPERTS),
+               _POST, theta=5e5, aliases=_NUM_EXPERTS, spellings=(rows.EXPERTS,)),
         Family("gpt_neox", "GPTNeoXForCausalLM",
                {**_SIZES, "intermediate_size": "ffn", "layer_norm_eps": "norm_eps",
                "use_parallel_residual": "parallel"},
                _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
                        use_parallel_residual=True),
                {"norm": "layer", "glu": False, "mlp_bias": True},
-               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25),
+               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25, all_heads=True,
+               rows=rows.GPT_NEOX, spellings=(rows.GPT_NEOX_HEAD,)),
         Family("gpt2", "GPT2LMHeadModel",
                {**_SIZES, "intermediate_size": "ffn", "rms_norm_eps": "norm_eps"},
                _absent(rms_norm_eps=1e-5, max_position_embeddings=1024, vocab_size=50257, hidden_size=768,
                        num_hidden_layers=12, hidden_act="gelu_new", tie_word_embeddings=True),
                {"norm": "layer", "glu": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
-               bias=(), learned=True,
+               bias=(), learned=True, all_heads=True, rows=(), spellings=(rows.GPT2_SPELLINGS,),
                renamed={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                         "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
                         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"}),

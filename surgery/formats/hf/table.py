@@ -1,186 +1,27 @@
-"""The tensors of Hugging Face's families: one table for all that are like Llama, one each for GPT-NeoX and GPT-2.
+"""A Hugging Face family's table.
 
-    table("qwen3_moe", names)          # `names` of stored tensors decide how experts are spelled
-
-Names and layouts: transformers `models/<family>/modeling_<family>.py`; the layouts of the anatomy are these, so most
-rows need no pattern.  Rows that a model has no parts for are silent, so one table serves all Llama-like families; the
-position of the norms (`post_attention_layernorm` is the mlp's input norm in Llama and the attention's output norm in
-OLMo2) is decided by the parts.  Experts are stored one by one under two spellings, or fused as transformers 5 has them.
+table("qwen3_moe", names)          # `names` of stored tensors decide how they are spelled
+table("qwen3_moe")                 # as its published checkpoints are
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import cache
+from collections.abc import Collection
 
 from surgery.formats.hf.families import FAMILIES
-from surgery.formats.table import Dialect, Row, row
-
-_L = "model.layers.{l}."
-
-LLAMA_LIKE: tuple[Row, ...] = (
-    row("model.embed_tokens.weight", "embed", pad="v"),
-    row(_L + "input_layernorm.weight", "attn_norm"),
-    row(_L + "self_attn.q_proj.weight", "attn.q"),
-    row(_L + "self_attn.q_proj.bias", "attn.q.bias"),
-    row(_L + "self_attn.k_proj.weight", "attn.k"),
-    row(_L + "self_attn.k_proj.bias", "attn.k.bias"),
-    row(_L + "self_attn.v_proj.weight", "attn.v"),
-    row(_L + "self_attn.v_proj.bias", "attn.v.bias"),
-    row(_L + "self_attn.q_norm.weight", "attn.q_norm"),
-    row(_L + "self_attn.k_norm.weight", "attn.k_norm"),
-    row(_L + "self_attn.q_norm.weight", "attn.q_head_norm"),
-    row(_L + "self_attn.k_norm.weight", "attn.k_head_norm"),
-    row(_L + "self_attn.o_proj.weight", "attn.o"),
-    row(_L + "self_attn.o_proj.bias", "attn.o.bias"),
-    row(_L + "post_attention_layernorm.weight", "attn_post_norm"),
-    row(_L + "post_attention_layernorm.weight", "mlp_norm"),
-    row(_L + "mlp.gate_proj.weight", "mlp.gate"),
-    row(_L + "mlp.gate_proj.bias", "mlp.gate.bias"),
-    row(_L + "mlp.up_proj.weight", "mlp.up"),
-    row(_L + "mlp.up_proj.bias", "mlp.up.bias"),
-    row(_L + "mlp.down_proj.weight", "mlp.down"),
-    row(_L + "mlp.down_proj.bias", "mlp.down.bias"),
-    row(_L + "post_feedforward_layernorm.weight", "mlp_post_norm"),
-    row("model.norm.weight", "final_norm"),
-    row("lm_head.weight", "lm_head", pad="v"),
-    row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-_GRANITE = _L + "block_sparse_moe."
-
-EXPERTS: Mapping[str, tuple[Row, ...]] = {
-    "w1": (
-        row(_L + "block_sparse_moe.gate.weight", "router"),
-        row(_L + "block_sparse_moe.experts.{e}.w1.weight", "experts.{e}.gate"),
-        row(_L + "block_sparse_moe.experts.{e}.w3.weight", "experts.{e}.up"),
-        row(_L + "block_sparse_moe.experts.{e}.w2.weight", "experts.{e}.down"),
-    ),
-    "gate_proj": (
-        row(_L + "mlp.gate.weight", "router"),
-        row(_L + "mlp.experts.{e}.gate_proj.weight", "experts.{e}.gate"),
-        row(_L + "mlp.experts.{e}.up_proj.weight", "experts.{e}.up"),
-        row(_L + "mlp.experts.{e}.down_proj.weight", "experts.{e}.down"),
-    ),
-    "fused": (
-        row(_L + "mlp.gate.weight", "router"),
-        row(_L + "mlp.experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_L + "mlp.experts.down_proj", "experts.{e}.down", layout="e h m"),
-    ),
-    "granite": (
-        row(_GRANITE + "router.layer.weight", "router"),
-        row(_GRANITE + "input_linear.weight", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_GRANITE + "output_linear.weight", "experts.{e}.down", layout="e h m"),
-        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
-        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
-    ),
-    "granite_fused": (  # as transformers 5 has them in memory
-        row(_GRANITE + "router.weight", "router"),
-        row(_GRANITE + "experts.gate_up_proj", "experts.{e}.gate", "experts.{e}.up", layout="e (* m) h"),
-        row(_GRANITE + "experts.down_proj", "experts.{e}.down", layout="e h m"),
-        row(_L + "shared_mlp.input_linear.weight", "shared.gate", "shared.up", layout="(* s) h"),
-        row(_L + "shared_mlp.output_linear.weight", "shared.down"),
-    ),
-}
+from surgery.formats.hf.rows import IGNORED, Spellings
+from surgery.formats.table import Dialect, Row
 
 
-def _shared(module: str) -> tuple[Row, ...]:
-    return tuple(row(f"{_L}mlp.{module}.{x}_proj.weight", f"shared.{x}") for x in ("gate", "up", "down"))
+def table(model_type: str, names: Collection[str] = ()) -> Dialect:
+    """The rows of a family."""
+    family = FAMILIES[model_type]
+    rows = [row for spellings in family.spellings for row in _spelled(spellings, names)]
+    return Dialect("hf", (*family.rows, *rows), IGNORED)
 
 
-# What single families have besides.  transformers 5 holds Ernie's statistics inside the router.
-EXTRA_ROWS: Mapping[str, tuple[Row, ...]] = {
-    "qwen2_moe": (*_shared("shared_expert"), row(_L + "mlp.shared_expert_gate.weight", "shared_gate")),
-    "glm4_moe": (*_shared("shared_experts"), row(_L + "mlp.gate.e_score_correction_bias", "router.bias")),
-    "ernie4_5_moe": (
-        *_shared("shared_experts"),
-        row(_L + "mlp.moe_statics.e_score_correction_bias", "router.bias", layout="u e"),
-    ),
-}
-PAIRS = {"attn.q": "(g n half two) h", "attn.k": "(g half two) h"}
-
-_N = "gpt_neox.layers.{l}."
-
-GPT_NEOX: tuple[Row, ...] = (
-    row("gpt_neox.embed_in.weight", "embed", pad="v"),
-    row(_N + "input_layernorm.weight", "attn_norm"),
-    row(_N + "input_layernorm.bias", "attn_norm.bias"),
-    row(_N + "attention.query_key_value.weight", "attn.q", "attn.k", "attn.v", layout="(g * d) h"),
-    row(_N + "attention.query_key_value.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout="(g * d)"),
-    row(_N + "attention.dense.weight", "attn.o"),
-    row(_N + "attention.dense.bias", "attn.o.bias"),
-    row(_N + "post_attention_layernorm.weight", "mlp_norm"),
-    row(_N + "post_attention_layernorm.bias", "mlp_norm.bias"),
-    row(_N + "mlp.dense_h_to_4h.weight", "mlp.up"),
-    row(_N + "mlp.dense_h_to_4h.bias", "mlp.up.bias"),
-    row(_N + "mlp.dense_4h_to_h.weight", "mlp.down"),
-    row(_N + "mlp.dense_4h_to_h.bias", "mlp.down.bias"),
-    row("gpt_neox.final_layer_norm.weight", "final_norm"),
-    row("gpt_neox.final_layer_norm.bias", "final_norm.bias"),
-    row("embed_out.weight", "lm_head", pad="v"),
-    row("embed_out.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-_G = "transformer.h.{l}."
-
-# Conv1D weights are [in, out]
-GPT2: tuple[Row, ...] = (
-    row("transformer.wte.weight", "embed", pad="v"),
-    row("transformer.wpe.weight", "positions"),
-    row(_G + "ln_1.weight", "attn_norm"),
-    row(_G + "ln_1.bias", "attn_norm.bias"),
-    row(_G + "attn.c_attn.weight", "attn.q", "attn.k", "attn.v", layout="h (* g d)"),
-    row(_G + "attn.c_attn.bias", "attn.q.bias", "attn.k.bias", "attn.v.bias", layout="(* g d)"),
-    row(_G + "attn.c_proj.weight", "attn.o", layout="(g n d) h"),
-    row(_G + "attn.c_proj.bias", "attn.o.bias"),
-    row(_G + "ln_2.weight", "mlp_norm"),
-    row(_G + "ln_2.bias", "mlp_norm.bias"),
-    row(_G + "mlp.c_fc.weight", "mlp.up", layout="h f"),
-    row(_G + "mlp.c_fc.bias", "mlp.up.bias"),
-    row(_G + "mlp.c_proj.weight", "mlp.down", layout="f h"),
-    row(_G + "mlp.c_proj.bias", "mlp.down.bias"),
-    row("transformer.ln_f.weight", "final_norm"),
-    row("transformer.ln_f.bias", "final_norm.bias"),
-    row("lm_head.weight", "lm_head", pad="v"),
-    row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
-)
-
-IGNORED = (
-    (r"^(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
-    (r"rotary_emb\.inv_freq$", "a buffer that is computed from the rope base"),
-    (r"^gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
-)
-
-
-def table(model_type: str, names: Iterable[str] = ()) -> Dialect:
-    """The table of a family; `names` of stored tensors decide how experts are spelled, else its published names."""
-    if model_type == "gpt_neox":  # transformers 5 calls the head lm_head in memory, not in files
-        new = "lm_head.weight" in names
-        rows = [replace(r, name=r.name.replace("embed_out", "lm_head")) for r in GPT_NEOX] if new else GPT_NEOX
-        return Dialect("hf", tuple(rows), IGNORED)
-    if model_type == "gpt2":  # the first checkpoints were saved without the head, and without its prefix
-        bare = any(name.startswith("wte.") for name in names)
-        rows = [replace(r, name=r.name.removeprefix("transformer.")) for r in GPT2] if bare else GPT2
-        return Dialect("hf", tuple(rows), IGNORED)
-    family = FAMILIES.get(model_type)
-    spelling = family.experts if family else "gate_proj"
-    first = next((n for n in names if ".experts." in n), "")
-    if re.search(r"\.experts\.(gate_up_proj|down_proj)$", first):
-        spelling = "granite_fused" if spelling == "granite" else "fused"
-    elif first and spelling != "granite":
-        spelling = "w1" if ".w1." in first or ".w2." in first or ".w3." in first else "gate_proj"
-    rows = LLAMA_LIKE + EXPERTS[spelling] + EXTRA_ROWS.get(model_type, ())
-    if any(".mlp.gate.moe_statics." in n for n in names):
-        rows = tuple(replace(r, name=r.name.replace("mlp.moe_statics", "mlp.gate.moe_statics")) for r in rows)
-    if family and family.interleaved:
-        rows = tuple(_paired(r) for r in rows)
-    return Dialect("hf", rows, IGNORED)
-
-
-@cache
-def _paired(r: Row) -> Row:
-    """The row of a family whose rotary pairs lie side by side."""
-    part = r.parts[0].removeprefix("layers.{l}.")
-    return row(r.name, part, layout=PAIRS[part]) if part in PAIRS else r
+def _spelled(spellings: Spellings, names: Collection[str]) -> tuple[Row, ...]:
+    """The spelling that some name shows; the first if none does."""
+    shown = (rows for pattern, rows in spellings if any(re.search(pattern, name) for name in names))
+    return next(shown, spellings[0][1])
