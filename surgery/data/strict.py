@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
@@ -50,17 +51,28 @@ def read_model(path: str | os.PathLike[str], model: type[Model], what: str) -> M
     value = parse_yaml(data, os.fspath(path), what)
     if not isinstance(value, dict):
         raise ConfigError(f"{what} holds {show(value)}, not keys and values", file=path)
+    return validated(value, model, file=path, lines=yaml_lines(data))
+
+
+def validated(
+    value: dict[str, Any],
+    model: type[Model],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    lines: Mapping[Place, int] | None = None,
+) -> Model:
+    """The model that keys and values say; `lines` are where they stand.  Raises ConfigError with all that is wrong."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = yaml_lines(data)
-        problems = [_problem(e, model, value, lines) for e in error.errors(include_url=False, include_context=False)]
-        raise ConfigError("\n  ".join(dict.fromkeys(problems)), file=path) from None
+        found = error.errors(include_url=False, include_context=False)
+        problems = dict.fromkeys(_problem(e, model, lines or {}) for e in found)
+        raise ConfigError("\n  ".join(problems), file=file) from None
 
 
-def _problem(error: Any, model: type[BaseModel], value: Any, lines: dict[Place, int]) -> str:
+def _problem(error: Any, model: type[BaseModel], lines: Mapping[Place, int]) -> str:
     path: Place = tuple(error["loc"])
-    while path not in lines:
+    while path and path not in lines:
         path = path[:-1]
     where = ".".join(map(str, error["loc"])) or "the file"
     if error["type"] == "extra_forbidden":
@@ -73,7 +85,7 @@ def _problem(error: Any, model: type[BaseModel], value: Any, lines: dict[Place, 
         says = f"{where}: {error['msg'].removeprefix('Value error, ')}"
     else:
         says = f"{where} is {show(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
-    return f"line {lines[path]}: {says}"
+    return f"line {lines[path]}: {says}" if path in lines else says
 
 
 def _keys(model: type[BaseModel], path: Place) -> list[str]:

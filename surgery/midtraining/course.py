@@ -1,0 +1,96 @@
+"""What a run's settings mean for its data and its number of processes: steps, micro-batches, learning rates.
+
+    course = Course.of(run.train, batches, world=8, peak=3e-4)
+    course.layout.steps, course.schedule(1), course.micro_rows(step=0), course.accumulation(step=0)
+
+Raises ConfigError for a batch that does not divide, and for a schedule that does not fit the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery.data.rows import RowSource
+from surgery.errors import ConfigError
+from surgery.midtraining.amounts import Amount
+from surgery.midtraining.batching import Layout, lay_out, unit_rows
+from surgery.midtraining.schedule import INVERSE_SQRT, Schedule
+from surgery.midtraining.settings import Schedule as Wanted
+from surgery.midtraining.settings import Train
+
+MICRO_TOKENS = 1 << 14  # of a micro-batch, where the settings leave it open
+
+
+@dataclass(frozen=True)
+class Course:
+    """The steps of a run; a device computes `micro` rows of full length at once."""
+
+    layout: Layout
+    schedule: Schedule
+    micro: int
+    world: int
+
+    @classmethod
+    def of(cls, train: Train, batches: RowSource, world: int, peak: float) -> Course:
+        length = batches.sequence_length
+        layout = lay_out(len(batches), batches.rows_per_step, length, train.batch_tokens or {},
+                         train.sequence_length or {}, train.length)  # fmt: skip
+        schedule = schedule_of(train.schedule, layout, peak)
+        return cls(layout, schedule, _micro(train, layout, world), world)
+
+    def micro_rows(self, step: int) -> int:
+        """Rows of a micro-batch of a step, counted from 0: more where they are shorter."""
+        return self.micro * (self.layout.length // self.layout.stage(step).length)
+
+    def accumulation(self, step: int) -> int:
+        """Micro-batches that a device computes in a step."""
+        return self.layout.stage(step).units * self.layout.rows // (self.world * self.micro)
+
+
+def rows_per_unit(train: Train, length: int) -> int | None:
+    """With how many rows a step a source of rows is to be opened; None: as it says itself."""
+    return unit_rows(train.batch_tokens, length) if train.batch_tokens else None
+
+
+def _micro(train: Train, layout: Layout, world: int) -> int:
+    for stage in layout.stages:
+        rows = stage.units * layout.rows
+        if layout.rows % world:
+            raise ConfigError(f"a batch of {rows} rows cannot be divided among {world} processes",
+                              hint="choose another train.batch_tokens, or other processes")  # fmt: skip
+        if train.micro_batch and (rows // world) % train.micro_batch:
+            fitting = [n for n in range(1, rows // world + 1) if (rows // world) % n == 0]
+            what = f"a device's {rows // world} rows of a batch are no whole number of micro-batches of "
+            raise ConfigError(f"{what}{train.micro_batch}", hint=f"train.micro_batch: {', '.join(map(str, fitting))}")
+    if train.micro_batch:
+        return train.micro_batch
+    mine = layout.rows // world
+    return max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * layout.length <= MICRO_TOKENS))
+
+
+def schedule_of(wanted: Wanted, layout: Layout, peak: float) -> Schedule:
+    """The learning rates of a run."""
+    steps = layout.steps
+
+    def whole(amount: Amount) -> int:
+        return amount.steps(layout.steps_of, steps)
+
+    warmup, total = whole(wanted.warmup), steps
+    decays = {"wsd": whole(wanted.decay), "constant": 0, INVERSE_SQRT: 0}
+    shapes = {"wsd": wanted.decay_shape, INVERSE_SQRT: INVERSE_SQRT, "cosine": "cosine"}
+    decay = decays.get(wanted.name, total - warmup)
+    if warmup + decay > total:
+        hint = "warm-up and decay lie within the run"
+        raise ConfigError(f"train.schedule: warm-up of {warmup} and decay of {decay} steps in {total}", hint=hint)
+    return Schedule(
+        peak=peak,
+        steps=total,
+        warmup=warmup,
+        start=wanted.warmup_from.of(peak),
+        decay=decay,
+        shape=shapes.get(wanted.name, "linear"),
+        final=wanted.final_lr.of(peak),
+        count_warmup_from=wanted.count_warmup_from,
+        count_decay_from=wanted.count_decay_from,
+        offset=wanted.offset,
+    )
