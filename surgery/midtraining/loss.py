@@ -69,10 +69,12 @@ class _ChunkedLoss(torch.autograd.Function):
                 rows = hidden[start : start + chunk].to(work)
                 wanted = labels[start : start + chunk, None]
                 logits = (rows @ head.t()).to(wide)
-                lse = torch.logsumexp(logits, -1, keepdim=True)
-                sums += torch.stack([(lse - logits.gather(1, wanted)).sum(), lse.square().sum()])
-                grad = logits.sub_(lse).exp_()  # the softmax, in place
-                grad *= scale * (1 + 2 * z_coef * lse)
+                log_chances = torch.log_softmax(logits, -1)
+                said = log_chances.gather(1, wanted)
+                lse = logits.gather(1, wanted) - said
+                sums += torch.stack([-said.sum(), lse.square().sum()])
+                grad = log_chances.exp_()  # the softmax, in place
+                grad *= scale * (1 + 2 * z_coef * lse) if z_coef else scale
                 grad.scatter_add_(1, wanted, torch.full_like(lse, -scale))
                 grad = grad.to(work)
                 if d_hidden is not None:

@@ -1,0 +1,241 @@
+"""Continued pretraining, from a run's settings to trained weights; read it from top to bottom.
+
+    run, _ = read_run("run.yaml")
+    job = prepare(run)                       # the model, its optimizer, the data and the course, ready to go
+    state = fresh_state(job)                 # all that resuming needs, in one mapping
+    train(job, state, log)                   # steps, each told to the log
+
+Everything that enters a step is a small function or a mapping with a name; what depends on how many processes there are
+lies in `parallel.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from surgery.data.rows import RowSource
+from surgery.formats.base import Checkpoint
+from surgery.formats.registry import open_checkpoint
+from surgery.midtraining import parallel
+from surgery.midtraining.balance import RULES, nudge_biases, translate
+from surgery.midtraining.batching import micro_batches, rows_of
+from surgery.midtraining.clock import Clock
+from surgery.midtraining.course import Course
+from surgery.midtraining.experts import fastest_experts, keep_compiled_gemms, use_experts
+from surgery.midtraining.model import load, weights_now
+from surgery.midtraining.objections import check
+from surgery.midtraining.optimizer import DECAYS, adamw, freeze, grouped, named, set_rate
+from surgery.midtraining.parallel import World
+from surgery.midtraining.precision import Masters, Precision, choose
+from surgery.midtraining.recorded_rate import peak_rate
+from surgery.midtraining.router_telemetry import RouterTelemetry, summary
+from surgery.midtraining.routers import Fp32Routers, RouterLog, find_mixtures
+from surgery.midtraining.settings import Run
+from surgery.midtraining.skip_step import Spikes
+from surgery.midtraining.sources import open_batches
+from surgery.midtraining.start import Start, find_start, put_moments
+from surgery.midtraining.step import Objective, gradients
+from surgery.running.layerwise import with_family
+
+
+class Log(Protocol):
+    """Who is told of steps and events; see log.py."""
+
+    def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None: ...
+    def event(self, step: int, level: str, text: str) -> None: ...
+    def routing(self, step: int, reading: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0
+    labels: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        vars(self).update(state)
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All that a run needs and that no step changes, but for the model and its optimizer, which are also state."""
+
+    run: Run
+    world: World
+    source: Checkpoint
+    digest: str
+    batches: RowSource
+    course: Course
+    objective: Objective
+    model: Any
+    optimizer: torch.optim.Optimizer
+    start: Start
+    masters: Masters | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What is trained, and holds gradients."""
+        return [tensor for _, tensor in named(self.optimizer)]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's weights as they are, by the names that they have in it."""
+        masters = {id(held): master for held, master in self.masters.pairs} if self.masters else {}
+        return weights_now(self.model, masters)
+
+
+State = dict[str, Any]  # every value has state_dict and load_state_dict
+Act = Callable[[Job, State], None]
+
+
+# ----------------------------------------------------------------------------------------------------------- preparing
+
+
+def prepare(run: Run, progress: Callable[[int], None] | None = None) -> Job:
+    """Open the source and the data, build the model and its optimizer.
+
+    `progress` is told bytes of weights.  Raises SurgeryError if anything does not fit.
+    """
+    world = parallel.start(run.device)
+    train = run.train
+    source = with_family(open_checkpoint(run.model.path, format=run.model.format, options=run.model.options))
+    if source.spec.experts:
+        keep_compiled_gemms()
+    batches = open_batches(run)
+    peak, rate_note = peak_rate(train.schedule, source)
+    course = Course.of(train, batches, world.size, peak)
+    check(course, batches, source)
+    start = find_start(run.init, source)
+    precision = choose(train.precision, world.device)
+
+    torch.manual_seed(train.seed + world.rank)
+    model, digest = load(source, precision.weights, world.device, attention=run.model.attention, dropout=train.dropout,
+                         progress=progress)  # fmt: skip
+    if train.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False}, int(train.activation_checkpointing))
+    objective, moe_notes = objective_of(run, model, precision, batches.sources)
+    if objective.routers:
+        tokens = course.micro * batches.sequence_length
+        moe_notes.append(choose_experts(run.model.experts, model, objective, tokens))
+    if train.freeze:
+        freeze(model, train.freeze)
+    settings = train.optimizer
+    groups = grouped(model, DECAYS[settings.decay], settings.weight_decay, settings.no_decay, settings.lr_scale)
+    masters = Masters(groups) if precision.name == "bf16" else None
+    optimizer = adamw(groups, settings.betas, settings.eps)
+    if start.moments:
+        put_moments(start.moments, optimizer, model, source)
+    notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *moe_notes)
+    return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes)
+
+
+def objective_of(run: Run, model: Any, precision: Precision, sources: Sequence[str]) -> tuple[Objective, list[str]]:
+    """What is minimised; for a mixture of experts also who listens to its routers, and what coefficients were made."""
+    train, moe = run.train, run.moe
+    plain = Objective(precision, train.z_loss, train.loss_divisor, train.loss_chunk, run.data.attend_across_documents)
+    mixtures = find_mixtures(model)
+    if not mixtures:
+        return plain, []
+    if moe.fp32_router:
+        Fp32Routers(mixtures)
+    coefficients, notes = [moe.balance, moe.router_z], []
+    if moe.coefficients_of not in ("ours", moe.rule):
+        balance, said = translate(moe.balance, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures))
+        router_z, also = translate(moe.router_z, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures),
+                                   z_loss=True)  # fmt: skip
+        coefficients, notes = [balance, router_z], [f"moe.balance: {said}", f"moe.router_z: {also}"]
+    telemetry = RouterTelemetry([m.layer for m in mixtures], sources)
+    return replace(plain, balance=coefficients[0], router_z=coefficients[1], rule=RULES[moe.rule],
+                   routers=RouterLog(mixtures), telemetry=telemetry), notes  # fmt: skip
+
+
+def choose_experts(wanted: str, model: Any, objective: Objective, tokens: int) -> str:
+    """Run the experts by a backend; says which, and why."""
+    assert objective.routers
+    mixtures = objective.routers.mixtures
+    if wanted != "auto":
+        use_experts(model, mixtures, wanted)
+        return f"experts by {wanted}, as the settings say"
+    with objective.precision.computing(str(mixtures[0].weight.device)):
+        choice = fastest_experts(mixtures[0], tokens)
+    use_experts(model, mixtures, choice.name)
+    return f"experts by {choice}"
+
+
+def fresh_state(job: Job) -> State:
+    """All that resuming needs; every value has `state_dict` and `load_state_dict`."""
+    skip = job.run.train.skip_step
+    spikes = Spikes(skip.sigma, skip.window, skip.abort_after) if skip else Spikes(None, abort_after=1)
+    return {"model": job.model, "optimizer": job.optimizer, "progress": Progress(), "spikes": spikes}
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train(job: Job, state: State, log: Log, after: Sequence[Act] = ()) -> None:
+    """Take all steps that are left.
+
+    `after` are called after every step: to evaluate, to save, to export.
+    """
+    progress, spikes, layout = state["progress"], state["spikes"], job.course.layout
+    while progress.step < layout.steps:
+        clock = Clock()
+        step = progress.step + 1
+        rows = rows_of(job.batches, layout, step - 1, job.world.rank, job.world.size)
+        parts = list(micro_batches(rows, job.course.micro_rows(step - 1), job.world.device))
+        clock.lap("data")
+
+        losses = gradients(job.model, parts, job.objective, job.world)
+        norm = parallel.gradient_norm(job.parameters)
+        clock.lap("compute")
+
+        rate = job.course.schedule(step)
+        reason = spikes.judge(losses["loss"], float(norm))
+        if reason is None:
+            update(job, rate, norm)
+        else:
+            log.event(step, "note", f"step {step} is left out: {reason}")
+        job.optimizer.zero_grad()
+        clock.lap("optimizer")
+
+        progress.step, progress.tokens = step, progress.tokens + losses.pop("tokens")
+        progress.labels += losses.pop("labels")
+        metrics = {"step": step, "tokens": progress.tokens, **losses, "lr": rate, "grad_norm": float(norm),
+                   "skipped": reason is not None}  # fmt: skip
+        if reading := routing(job):
+            metrics["router"] = {name.removeprefix("router/"): value for name, value in summary(reading).items()}
+            log.routing(step, reading)
+        log.step(metrics, clock.times())
+        for act in after:
+            act(job, state)
+
+
+def routing(job: Job) -> dict[str, Any]:
+    """What the routers did in this step, {} of a dense model; biases that choose experts are moved."""
+    telemetry, moe = job.objective.telemetry, job.run.moe
+    if job.objective.routers is None or telemetry is None:
+        return {}
+    total = parallel.summing(job.world)
+    if moe.bias_rate:
+        nudge_biases(job.objective.routers.mixtures, total(telemetry.counts()), moe.bias_rate)
+    return telemetry.read(total)
+
+
+def update(job: Job, rate: float, norm: torch.Tensor) -> None:
+    """Clip, set the rate, take the step."""
+    limit = job.run.train.clip_norm
+    if limit is not None:
+        parallel.clip(job.parameters, limit, norm)
+    set_rate(job.optimizer, rate)
+    job.optimizer.step()
+    if job.masters:
+        job.masters.copy_back()

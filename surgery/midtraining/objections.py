@@ -1,0 +1,61 @@
+"""What stands against a run before any weight is read: rates of 0, ids beyond the vocabulary, counters at their end.
+
+check(job.course, wanted.train.schedule, batches, source)     # raises ConfigError with all of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from surgery.data.rows import RowSource
+from surgery.errors import ConfigError
+from surgery.formats.base import Checkpoint
+from surgery.midtraining.course import Course
+
+
+def check(course: Course, batches: RowSource, source: Checkpoint) -> None:
+    """Raises ConfigError if the run would be in vain, naming every reason."""
+    found = [*_rates(course), *_vocabulary(batches, source)]
+    if found:
+        raise ConfigError("\n  ".join(found))
+
+
+def wasted(course: Course) -> list[int]:
+    """The first or the last step, where they change nothing because of how steps are counted: no surprise."""
+    schedule = course.schedule
+    first = schedule.count_warmup_from == 0 and schedule.warmup > 0 and not schedule.offset
+    last = schedule.count_decay_from == 1 and schedule.decay > 0
+    expected = ({1} if first else set()) | ({schedule.steps} if last else set())
+    return sorted(expected & set(schedule.idle()))
+
+
+def _rates(course: Course) -> Iterator[str]:
+    schedule = course.schedule
+    if schedule.ended:
+        yield (f"the schedule has {schedule.steps:,} steps and its counter (train.schedule.offset) stands at "
+               f"{schedule.offset:,}: it is over, and every rate would be {schedule(1):g}")  # fmt: skip
+        return
+    idle = sorted(set(schedule.idle()) - set(wasted(course)))
+    if idle:
+        yield (f"the learning rate is 0 in {spans(idle)} of {schedule.steps:,}, which would change nothing: "
+               "train.schedule reaches 0 too early")  # fmt: skip
+
+
+def _vocabulary(batches: RowSource, source: Checkpoint) -> Iterator[str]:
+    plan = getattr(batches, "plan", None)
+    wanted = plan.file.vocab_size if plan else None
+    if wanted and wanted > source.spec.vocab:
+        yield (f"the data have a vocabulary of {wanted:,}, the model one of {source.spec.vocab:,}: they were made with "
+               "another tokenizer")  # fmt: skip
+
+
+def spans(steps: Sequence[int]) -> str:
+    """[1, 2, 3, 7] -> "steps 1 to 3, 7"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][1] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    said = [f"{a:,}" if a == b else f"{a:,} to {b:,}" for a, b in runs[:4]]
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(said)}" + (" and others" if len(runs) > 4 else "")

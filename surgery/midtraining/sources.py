@@ -1,0 +1,43 @@
+"""Where the rows of a run come from: a plan, a mixture that is planned now, or another trainer's record.
+
+batches = open_batches(run, world=8)          # offers what data/rows.py calls a RowSource
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery.data.batches import Batches
+from surgery.data.draft import draft_plan
+from surgery.data.plan import Plan, open_plan, write_plan
+from surgery.data.recorded import RecordedBatches
+from surgery.data.rows import RowSource
+from surgery.errors import ConfigError
+from surgery.midtraining.course import rows_per_unit
+from surgery.midtraining.settings import Run
+
+PLAN = "plan"  # in the run's folder
+
+
+def open_batches(run: Run) -> RowSource:
+    """Raises SurgeryError if the data are not what the settings say."""
+    if run.data.recorded:
+        return _recorded(run)
+    plan = open_plan(run.data.plan) if run.data.plan else _planned(run)
+    return Batches(plan, rows_per_unit(run.train, plan.mixture.sequence_length))
+
+
+def _planned(run: Run) -> Plan:
+    """The plan of the mixture, made the first time and found again by a run that goes on."""
+    assert run.data.mixture
+    place = Path(run.output) / PLAN
+    return open_plan(place) if place.is_dir() else write_plan(draft_plan(run.data.mixture, seed=run.data.seed), place)
+
+
+def _recorded(run: Run) -> RowSource:
+    assert run.data.recorded
+    batches = RecordedBatches(run.data.recorded)
+    unit = batches.rows_per_step * batches.sequence_length
+    if odd := [n for n in (run.train.batch_tokens or {}).values() if n % unit]:
+        raise ConfigError(f"train.batch_tokens: {odd[0]:,}, but a recorded batch has {unit:,} tokens")
+    return batches

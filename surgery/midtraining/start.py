@@ -1,0 +1,89 @@
+"""What a run begins with besides the weights: Adam's moments, and the learning rate that the source had come to.
+
+    start = find_start(run.init, source)                   # Start(moments=Moments | None, note="...")
+    put_moments(start.moments, optimizer, model, source)
+
+Moments lie in a .safetensors file as exp_avg.NAME and exp_avg_sq.NAME, NAME as Hugging Face's files or transformers'
+modules spell it, with a scalar `step` (or `init.optimizer_step`).  They are rearranged by the table of the family, as
+weights are.  Weights, moments and schedule are independent: none of them brings another along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.containers import open_tensors
+from surgery.errors import ConfigError, FileError, some
+from surgery.formats.base import Checkpoint
+from surgery.formats.hf.table import table
+from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.midtraining.optimizer import named
+from surgery.midtraining.settings import Init
+from surgery.running.layerwise import weights_of
+from surgery.tensors.lazy import Lazy
+
+FILE = "optimizer.safetensors"
+KINDS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's moments of the parts of a model, and how many steps they have seen."""
+
+    parts: Mapping[str, Mapping[str, Lazy]]  # by kind
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Start:
+    """`note` says where the moments come from."""
+
+    moments: Moments | None
+    note: str
+
+
+def find_start(init: Init, source: Checkpoint) -> Start:
+    """Raises FileError if a file of moments is named that is none, or fits another model."""
+    beside = source.path / FILE
+    if init.optimizer == "fresh" or (init.optimizer == "auto" and not beside.is_file()):
+        why = "" if init.optimizer == "fresh" else f": {source.path.name} holds no {FILE}"
+        return Start(None, f"Adam's moments start at zero{why}")
+    path = beside if init.optimizer == "auto" else Path(init.optimizer)
+    moments = open_moments(path, source, init.optimizer_step)
+    return Start(moments, f"Adam's moments are those of {path.name}, after {moments.step:,} steps")
+
+
+def open_moments(path: Path, source: Checkpoint, step: int | None = None) -> Moments:
+    """Raises FileError or LayoutError if the file does not hold the moments of this model, ConfigError if it does not
+    tell the step."""
+    tensors = open_tensors(path)
+    stray = [n for n in tensors if n != "step" and n.partition(".")[0] not in KINDS]
+    if stray:
+        raise FileError(
+            f"holds {some(stray)}, which are no moments", file=path, hint=f"{KINDS[0]}.NAME, {KINDS[1]}.NAME"
+        )
+    if step is None and "step" not in tensors:
+        raise ConfigError("does not say how many steps its moments have seen", file=path, hint="init.optimizer_step")
+    parts = {}
+    for kind in KINDS:
+        found = {n.removeprefix(f"{kind}."): t for n, t in tensors.items() if n.startswith(f"{kind}.")}
+        parts[kind] = gather(table(source.spec.family, found), {Rank(): found}, source.spec, ONE_RANK).parts
+    return Moments(parts, int(tensors["step"].full()) if step is None else step, path)
+
+
+def put_moments(moments: Moments, optimizer: torch.optim.Optimizer, model: Any, source: Checkpoint) -> None:
+    """Make them the state of an AdamW that has taken no step."""
+    woven = {kind: weights_of(model, replace(source, parts=parts)) for kind, parts in moments.parts.items()}
+    for name, parameter in named(optimizer):
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(moments.step), device=parameter.device)
+        for kind, lazies in woven.items():
+            state[kind] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+            with torch.no_grad():
+                state[kind].copy_(lazies[name].full())

@@ -1,0 +1,118 @@
+"""Repeat a run of another trainer, `python -m tests.replay CASE OUT`: the case becomes a run's settings, and no more.
+
+CASE holds case.json (what the trainer was told), init/ (a Hugging Face folder), batches.npz, and perhaps
+init_optimizer.safetensors; OUT gets curve.jsonl (step, lr, ce, z, grad_norm, aux, loss, tokens) and model.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.midtraining.export import export
+from surgery.midtraining.loop import fresh_state, prepare, train
+from surgery.midtraining.run_file import make_run
+
+CONVENTIONS = {"transformers": "hf", "olmo_core": "olmo_core", "olmo": "olmo"}  # by the program's first word
+NAMES = {"LinearWithWarmup": "linear", "CosWithWarmup": "cosine", "WSD": "wsd", "linear": "linear", "cosine": "cosine",
+         "constant": "constant", "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}  # fmt: skip
+
+
+def settings(case: Path, out: Path) -> dict[str, Any]:
+    """The run that a case describes, as its YAML would say it."""
+    told = json.loads((case / "case.json").read_text())
+    optimizer, loss = told["optimizer"], told["loss"]
+    moments = case / "init_optimizer.safetensors"
+    return {
+        "model": {"path": str(case / "init"), "experts": "loop"},
+        "data": {"recorded": str(batches(case, told, out)), "attend_across_documents": not told["isolate_documents"]},
+        "output": str(out),
+        "init": {"optimizer": str(moments), "optimizer_step": optimizer["initial_step"]}
+        if optimizer.get("initial_step")
+        else {"optimizer": "fresh"},
+        "train": {
+            "convention": CONVENTIONS[told["program"].replace(".", " ").split()[0]],
+            "micro_batch": told["micro_batch"],
+            "schedule": schedule(told["schedule"]),
+            "optimizer": {
+                "betas": optimizer["betas"],
+                "eps": optimizer["eps"],
+                "weight_decay": optimizer["weight_decay"],
+                "decay": "all",
+                "no_decay": optimizer["no_decay"],
+            },
+            "clip_norm": told["clip"] or None,
+            "z_loss": told["z_loss"],
+            "precision": "fp32",
+        },
+        "moe": {"balance": loss.get("aux_coef") or 0.0, "router_z": loss.get("router_z_coef") or 0.0},
+        "device": "cpu",
+    }
+
+
+def batches(case: Path, told: Mapping[str, Any], out: Path) -> Path:
+    """The case's batches; with positions that begin anew behind every EOS, where it isolates documents without them."""
+    path = case / "batches.npz"
+    with np.load(path) as arrays:
+        if not told["isolate_documents"] or "position_ids" in arrays:
+            return path
+        ids = arrays["input_ids"]
+        begun = np.zeros(ids.shape, np.int64)
+        begun[..., 1:] = np.where(ids[..., :-1] == told["eos"], np.arange(1, ids.shape[-1]), 0)
+        positions = np.arange(ids.shape[-1]) - np.maximum.accumulate(begun, axis=-1)
+        np.savez(out / "batches.npz", **arrays, position_ids=positions)
+    return out / "batches.npz"
+
+
+def schedule(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning rates; floors are shares of the peak in OLMo, and so in a cosine of transformers' WSD."""
+    peak, extra = told["peak"], told.get("kwargs", {})
+    found = {"name": NAMES[told["name"]], "start_lr": peak, "warmup": told.get("warmup", 0)}
+    if "warmup_min_lr" in told:
+        found["warmup_from"] = told["warmup_min_lr"]
+    if found["name"] == "wsd":
+        found["decay"] = told.get("decay", extra.get("num_decay_steps"))
+        found["final_lr"] = told.get("decay_min_lr", peak * extra.get("min_lr_ratio", 0.0))
+    elif told["name"].endswith("WithWarmup"):
+        found["final_lr"] = peak * told.get("alpha_f", 0.1)
+    return found
+
+
+class Curve:
+    """A log that writes the lines of curve.jsonl."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file.open("w")
+
+    def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
+        kept = {key: metrics[key] for key in ("step", "lr", "ce", "z", "grad_norm", "loss", "tokens")}
+        self.file.write(json.dumps({**kept, "aux": metrics.get("balance", 0.0)}) + "\n")
+
+    def routing(self, step: int, reading: Mapping[str, Any]) -> None:
+        """Not in the curve."""
+
+    def event(self, step: int, level: str, text: str) -> None:
+        print(f"{level}: {text}")
+
+
+def replay(case: Path, out: Path) -> None:
+    """Run the loop on a case."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    job = prepare(make_run(settings(case, out)))
+    curve = Curve(out / "curve.jsonl")
+    train(job, fresh_state(job), curve)
+    curve.file.close()
+    export(job, job.run.export[0], out / "export")
+    shutil.move(out / "export" / "model.safetensors", out / "model.safetensors")
+
+
+if __name__ == "__main__":
+    replay(Path(sys.argv[1]), Path(sys.argv[2]))
