@@ -23,7 +23,10 @@ ROOMS = {
     "numba": ("merging/engine",),
     "yaml": ("containers", "formats/olmo/config.py", "merging"),
     "click": ("cli",),
-    "rich": ("cli", "writing/progress.py"),
+    "rich": ("cli", "writing/progress.py", "midtraining/panel.py"),
+    "plotly": ("midtraining/report/page.py",),
+    "lm_eval": ("midtraining/evaluation/harness.py",),
+    "wandb": ("midtraining/trackers.py",),
     "pydantic": ("data", "midtraining"),
 }  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
