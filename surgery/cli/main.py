@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from surgery.cli.data import data_command
+from surgery.cli.eval import eval_command
 from surgery.cli.flags import (
     DTYPE,
     FORCE,
@@ -30,6 +31,7 @@ from surgery.cli.flags import (
     topology,
     with_flags,
 )
+from surgery.cli.report import report_command
 from surgery.cli.soup_flags import SOUP
 from surgery.cli.upcycle import experts_command, upcycle_command
 from surgery.writing.progress import progress_bar
@@ -294,3 +296,5 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
 main.add_command(upcycle_command)
 main.add_command(experts_command)
 main.add_command(data_command)
+main.add_command(eval_command)
+main.add_command(report_command)

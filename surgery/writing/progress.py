@@ -112,3 +112,38 @@ class _Lines:
             left = f", {(self.total - self.done) / rate / 60:.0f} min left" if rate else ""
             share = self.done / max(1, self.total)
             print(f"{text or self.what}, {share:.1%}, {units.human(rate)}/s{left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def item_bars(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Bars that count other things than bytes, one below the other: `begin("answers", 960)(16)`.
+
+    Without a terminal they are lines on stderr every `EVERY` seconds.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda what, total: (lambda n: None) if quiet else _counted(what, total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def begin(what: str, total: int) -> Callable[[int], None]:
+            task = bars.add_task(what, total=total)
+            return lambda n: bars.advance(task, n)
+
+        yield begin
+
+
+def _counted(what: str, total: int) -> Callable[[int], None]:
+    done, said = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        if time.monotonic() - said >= EVERY:
+            said = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return advance
