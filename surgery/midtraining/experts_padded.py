@@ -5,13 +5,12 @@
 Two things make it faster than the same products one by one.  oneDNN, which multiplies bf16 matrices, compiles a program
 for every shape that it meets, and the number of tokens of an expert is another one at every step: rounded up to 32 few
 shapes remain, and they are met again.  And where gather, experts and sum are one function, its gradient needs no
-scattered additions, keeps no weighted outputs, and writes each weight's gradient once.
+scattered additions, and writes each weight's gradient once.  The activation is computed again, not kept.
 
 Under autocast large experts are cast one by one, when they are multiplied: no copy of all of them in bf16 is made, or
 kept for the backward pass, and their gradients are written in fp32.  Small ones are cast together, in fewer calls.
 
-A token's weight is applied to the F numbers between the two products, not to the H that come out: the same sum, fewer
-numbers.  Padding rows repeat token 0 with weight 0, so they add exactly nothing to sums and gradients.
+Padding rows repeat token 0 with weight 0: they are in no sum, and their gradients are zeros.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def padded(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
 
 
 def no_padded(module: Any) -> str:
-    return "a norm follows every expert, behind which weights cannot be moved" if module.has_post_expert_norm else ""
+    return "a norm follows every expert, whose weight would get no gradient" if module.has_post_expert_norm else ""
 
 
 @dataclass(frozen=True)
@@ -84,43 +83,38 @@ class _Padded(torch.autograd.Function):
         up_bias: Tensor | None,
         down_bias: Tensor | None,
     ) -> Tensor:
-        scale = x.new_zeros(len(blocks.token), 1)
-        scale[blocks.slot, 0] = weights.reshape(-1).to(x.dtype)
         rows = x.index_select(0, blocks.token)
         inner = _products(rows, up, blocks, up_bias)
-        outer = _products(activated(module, inner) * scale, down, blocks)
-        if down_bias is not None:
-            for e, a, n in blocks.spans:
-                outer[a : a + n] += scale[a : a + n] * down_bias[e]
-        ctx.save_for_backward(rows, inner, scale, weights, up, down, up_bias, down_bias)
+        outer = _products(activated(module, inner), down, blocks, down_bias)
+        scale = x.new_zeros(len(rows), 1)
+        scale[blocks.slot, 0] = weights.reshape(-1).to(x.dtype)
+        ctx.save_for_backward(rows, inner, outer, scale, weights, up, down, up_bias, down_bias)
         ctx.module, ctx.blocks = module, blocks
-        return outer.index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1, dtype=dtype)
+        return (outer * scale).index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1, dtype=dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, inner, scale, weights, up, down, up_bias, down_bias = ctx.saved_tensors
-        module, blocks = ctx.module, ctx.blocks
+        rows, inner, outer, scale, weights, up, down, up_bias, down_bias = ctx.saved_tensors
+        module, blocks, trains = ctx.module, ctx.blocks, ctx.needs_input_grad[5:]
         with torch.enable_grad():
             inner = inner.detach().requires_grad_()
             act = activated(module, inner)
-        d_outer = grad.to(rows.dtype).index_select(0, blocks.token)  # of unweighted rows: the weight goes to the inside
+        d_outer = grad.to(rows.dtype).index_select(0, blocks.token)
+        d_scale = (outer * d_outer).sum(1, dtype=torch.float32)
+        d_outer.mul_(scale)
         d_act = _products(d_outer, down.transpose(1, 2), blocks)
-        d_scale = (d_act * act.detach()).sum(1, dtype=torch.float32)
-        trains_up, trains_down = ctx.needs_input_grad[5:7]
-        d_down = _outer_products(act.detach() * scale, d_outer, down, blocks) if trains_down else None
-        d_down_bias = None
-        if down_bias is not None:
-            d_down_bias = _sums(d_outer * scale, down_bias, blocks)
-            for e, a, n in blocks.spans:
-                d_scale[a : a + n] += d_outer[a : a + n].float() @ down_bias[e].float()
-        (d_inner,) = torch.autograd.grad(act, inner, d_act.mul_(scale))
-        d_up = _outer_products(rows, d_inner, up, blocks) if trains_up else None
-        d_up_bias = None if up_bias is None else _sums(d_inner, up_bias, blocks)
+        (d_inner,) = torch.autograd.grad(act, inner, d_act)
         d_rows = _products(d_inner, up.transpose(1, 2), blocks)
-        d_x = d_rows.index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1)
-        d_weights = d_scale.index_select(0, blocks.slot).view(blocks.shape).to(weights.dtype)
-        return None, None, None, d_x, d_weights, d_up, d_down, d_up_bias, d_down_bias
+        return (
+            *(None, None, None),
+            d_rows.index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1),
+            d_scale.index_select(0, blocks.slot).view(blocks.shape).to(weights.dtype),
+            _outer_products(rows, d_inner, up, blocks) if trains[0] else None,
+            _outer_products(act.detach(), d_outer, down, blocks) if trains[1] else None,
+            _sums(d_inner, up_bias, blocks) if trains[2] else None,
+            _sums(d_outer, down_bias, blocks) if trains[3] else None,
+        )
 
 
 def _products(rows: Tensor, weight: Tensor, blocks: Blocks, bias: Tensor | None = None) -> Tensor:
