@@ -13,7 +13,7 @@ from surgery.errors import ConfigError, LayoutError, UsageError
 from surgery.midtraining.balance import RULES, balance_loss, nudge_biases, router_z_loss, translate
 from surgery.midtraining.experts import use_experts
 from surgery.midtraining.router_telemetry import RouterTelemetry, alarms, drift, snapshot, summary
-from surgery.midtraining.routers import Fp32Routers, Mixture, Routed, RouterLog, find_mixtures, router_parameters
+from surgery.midtraining.routers import Fp32Routers, Mixture, Routed, RouterLog, find_mixtures
 from tests import tiny
 
 IDS = torch.randint(0, 264, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -49,8 +49,7 @@ def test_routers_are_found_in_every_family(family):
     mixtures = find_mixtures(model)
     assert [m.layer for m in mixtures] == layers
     assert {(m.num_experts, m.top_k, m.scores, m.bias_path) for m in mixtures} == {(8, 3, scores, bias)}
-    names = [f"model.layers.{l}.{path}.weight" for l in layers]
-    assert [n for n in router_parameters(mixtures, model) if n.endswith(".weight")] == names
+    assert [m.router for m in mixtures] == [model.get_submodule(f"model.layers.{l}.{path}") for l in layers]
     with RouterLog(mixtures) as log:
         model(IDS, use_cache=False)
     for mixture, routed in zip(mixtures, log.take(), strict=True):

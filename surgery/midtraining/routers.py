@@ -285,9 +285,3 @@ class Fp32Routers:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-def router_parameters(mixtures: Sequence[Mixture], model: Any) -> dict[str, torch.nn.Parameter]:
-    """The routers' own parameters by their names in the model: to freeze, or to train at a rate of their own."""
-    ours = {id(p) for m in mixtures for p in m.router.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in ours}
