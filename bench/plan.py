@@ -38,8 +38,9 @@ CHILD = """
 import cProfile, json, pstats, resource, sys, time
 from surgery.cli import main
 from surgery.formats.registry import open_checkpoint
-from surgery.conversion import plan_for
-from surgery.topology import Topology
+from surgery.conversion.convert import plan_for
+from surgery.conversion.request import Write
+from surgery.formats.topology import Topology
 src, to, sizes, options, profile = json.loads(sys.argv[1])
 watch = cProfile.Profile()
 if profile:
@@ -47,7 +48,7 @@ if profile:
 began, cpu = time.monotonic(), time.process_time()
 checkpoint = open_checkpoint(src)
 opened = time.monotonic()
-plan = plan_for(checkpoint, to=to, topology=Topology(**sizes), options=options, max_memory=1 << 30)
+plan = plan_for(checkpoint, Write(to=to, topology=Topology(**sizes), options=options, max_memory=1 << 30))
 done, cpu = time.monotonic(), time.process_time() - cpu
 watch.disable()
 if profile:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import surgery
+from surgery.conversion.report import Report
 from surgery.errors import ConfigError
 from surgery.formats.registry import FORMATS, open_checkpoint
 from surgery.formats.table import Topology
@@ -53,7 +54,7 @@ def made(tiny_hf, tmp_path_factory):
     return get
 
 
-def convert(src: Path, dst: Path, to: str, setting: int, family: str) -> surgery.conversion.convert.Report:
+def convert(src: Path, dst: Path, to: str, setting: int, family: str) -> Report:
     topology = SETTINGS[to][setting]
     if setting == 0 and to in ("megatron", "megatron-dist") and tiny.FAMILIES[family][2].get("num_experts_per_tok"):
         topology = Topology(tp=2, pp=1, ep=2)

@@ -19,6 +19,7 @@ from surgery.upcycling import run
 from surgery.upcycling.attention import plan as attention_run
 from surgery.upcycling.attention.experts import Attention, modeling, open_attention
 from surgery.upcycling.dense_to_moe.settings import Settings
+from surgery.upcycling.request import Proven
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(3, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -179,8 +180,10 @@ def test_the_weights_are_the_sources_bits(dense, tmp_path):
 def test_seeds(dense, tmp_path):
     digests = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        ready = attention_run.prepare(dense["llama"], Attention(4, 2, seed=seed), force_lossy=True)
-        digests.append(run.carry_out(ready, tmp_path / name, verify_tokens=0).report.content_digest)
+        ready = attention_run.prepare(
+            dense["llama"], Attention(4, 2, seed=seed), Proven(verify_tokens=0), force_lossy=True
+        )
+        digests.append(run.carry_out(ready, tmp_path / name).report.content_digest)
     assert digests[0] == digests[1] != digests[2]
 
 
@@ -198,7 +201,7 @@ def test_seeds(dense, tmp_path):
 )
 def test_refusals(family, wanted, settings, words, tiny_hf):
     with pytest.raises((UsageError, ConfigError), match=words):
-        attention_run.prepare(tiny_hf(family), wanted, settings)
+        attention_run.prepare(tiny_hf(family), wanted, Proven(), settings)
 
 
 def test_bad_configs(dense, tmp_path):

@@ -65,6 +65,16 @@ def test_inspect():
     assert found["scan"]["largest"] > 0
 
 
+@pytest.mark.parametrize(("family", "to"), [("llama", "hf"), ("olmo2", "olmo-core")])
+def test_shard_size_of_every_format_that_has_it(family, to, tiny_hf, tmp_path):
+    """It is asked of the format, not of a name."""
+    sizes = []
+    for size in ("1GB", "50kB"):
+        good("convert", str(tiny_hf(family)), str(tmp_path / size), "--to", to, "--shard-size", size)
+        sizes.append(max(p.stat().st_size for p in (tmp_path / size).rglob("*") if p.is_file()))
+    assert sizes[1] < sizes[0]
+
+
 def _size(shape):
     n = 1
     for x in shape:
@@ -129,6 +139,7 @@ def test_convert_and_verify(tmp_path):
         (["convert", META, "x", "--to", "hf", "-O", "family=bert"], 2, "takes auto"),
         (["convert", META, "x", "--to", "hf", "--tp", "2"], 2, "no --tp 2"),
         (["convert", META, "x", "--to", "meta", "--shard-size", "1GB"], 2, "does not apply to meta"),
+        (["convert", META, "x", "--to", "hf", "--shard-size", "1GB", "-O", "shard_size=2GB"], 2, "are the same"),
         (["convert", META, "x", "--to", "hf", "--max-memory", "lots"], 2, "is no size"),
         (["convert", META, "x", "--to", "hf", "--max-memory", "0"], 2, "is no size"),
         (["convert", META, "x", "--to", "meta", "--tp", "3"], 1, "cannot divide 4 key/value heads"),

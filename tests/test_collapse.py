@@ -15,14 +15,15 @@ from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
 from surgery.upcycling import run as running
 from surgery.upcycling.collapse import collapsed, router_shares
+from surgery.upcycling.request import Collapse
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
 
 
 def collapse(src, dst, by="exact", force_lossy=False, verify_tokens=32):
-    ready = running.prepare_change(src, lambda c: collapsed(c, by, force_lossy))
-    return running.carry_out(ready, dst, verify_tokens=verify_tokens)
+    request = Collapse(by=by, force_lossy=force_lossy, verify_tokens=verify_tokens)
+    return running.carry_out(running.prepare_collapse(src, request), dst)
 
 
 def weights(folder):
@@ -70,15 +71,9 @@ def test_the_way_back_gives_the_sources_bits(case, which, dense, tmp_path):
 
 def test_through_another_format_and_with_the_groups_torn_apart(dense, tmp_path):
     """The experts of a group need not stand side by side."""
-    from surgery.upcycling.edit_experts.choose import chosen
-    from surgery.upcycling.edit_experts.selection import from_flags
-
     surgery.upcycle(dense["llama"], tmp_path / "moe", experts=8, top_k=4, granularity=2, verify_tokens=0)
-    wanted = from_flags({"permute": ("0,2,4,6,1,3,5,7",)})
-    ready = running.prepare_change(
-        tmp_path / "moe", lambda c: chosen(c, wanted), to="megatron-dist", topology=Topology(ep=2)
-    )
-    running.carry_out(ready, tmp_path / "torn", verify_tokens=0)
+    surgery.experts(tmp_path / "moe", tmp_path / "torn", permute="0,2,4,6,1,3,5,7", to="megatron-dist",
+                    topology=Topology(ep=2), verify_tokens=0)  # fmt: skip
     collapse(tmp_path / "torn", tmp_path / "back", verify_tokens=32)
     for name, tensor in weights(dense["llama"]).items():  # Megatron pads the vocabulary
         assert oracle.same_bits(weights(tmp_path / "back")[name][: len(tensor)], tensor), name

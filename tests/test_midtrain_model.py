@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from surgery.conversion.convert import convert, execute, plan_for
+from surgery.conversion.request import Write
 from surgery.errors import LayoutError
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.model import checkpoint_of, load, weights_now
@@ -58,7 +59,7 @@ def test_from_one_format_into_another_without_a_copy_between(family, to, tiny_hf
         wanted = model(input_ids=IDS).logits
     now = checkpoint_of(weights_now(model, {}), source, step=7)
     assert now.details["iteration"] == now.details["step"] == 7
-    execute(plan_for(now, to="hf", settings={"derived": "test"}), tmp_path / "hf", sync=False)
+    execute(plan_for(now, Write(to="hf", sync=False)), tmp_path / "hf")
     torch.testing.assert_close(reference(tmp_path / "hf"), wanted, rtol=0, atol=2e-5)
 
 

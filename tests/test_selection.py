@@ -16,7 +16,8 @@ from surgery.formats.table import Topology
 from surgery.upcycling import run as running
 from surgery.upcycling.edit_experts.choose import chosen
 from surgery.upcycling.edit_experts.experts import router_classes
-from surgery.upcycling.edit_experts.selection import HOWS, Choice, from_flags, from_recipe
+from surgery.upcycling.edit_experts.selection import HOWS, Choice, from_flags, from_recipe, unfolded
+from surgery.upcycling.request import Edit
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -33,10 +34,9 @@ def weights(folder):
 
 def experts(src, dst, to="hf", topology=None, verify_tokens=32, **flags):
     """Change the experts of a folder, whatever that costs."""
-    wanted = from_flags({k: (v,) if k in HOWS and isinstance(v, str) else v for k, v in flags.items()}
-                        | {"force_lossy": True})  # fmt: skip
-    ready = running.prepare_change(src, lambda c: chosen(c, wanted), to=to, topology=topology or Topology())
-    return running.carry_out(ready, dst, verify_tokens=verify_tokens)
+    values = unfolded({k: (v,) if k in HOWS and isinstance(v, str) else v for k, v in flags.items()})
+    request = Edit(**values, force_lossy=True, to=to, topology=topology or Topology(), verify_tokens=verify_tokens)
+    return running.carry_out(running.prepare_edit(src, request), dst)
 
 
 def naive(parts, groups_of_layer):
@@ -214,8 +214,8 @@ def test_recipes_say_the_same_as_flags(tmp_path):
         ({"keep": [0], "layers": [1]}, "layers maps"),
         ({"layers": {1: {"keep": [0], "prune": [1]}}}, "one choice"),
         ({"keep": ["x"]}, "no list of numbers"),
-        ({"top_k": "2"}, "no sensible number"),
-        ({"duplicate": True}, "no sensible number"),
+        ({"top_k": "2"}, "--top-k '2' is not a whole number"),
+        ({"duplicate": True}, "--duplicate True is not a whole number"),
         ([1], "no recipe"),
     ):
         with pytest.raises(ConfigError, match=words) as error:

@@ -17,6 +17,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
 from surgery.merging import run
 from surgery.merging.recipe import parse_recipe
+from surgery.merging.request import Soup
 from tests import merges, tiny
 from tests.test_conversion import weights
 
@@ -426,5 +427,5 @@ def test_record(mixed, tmp_path):
     assert list(record["models"]) == hf
     assert record["method"] == "linear"
     assert json.loads((tmp_path / "out" / "surgery.json").read_text())["source_digest"] is None
-    with run.prepared(run.read(path), run.Settings()) as plan:
+    with run.prepared(run.read(path), Soup()) as plan:
         assert plan.bytes > 0

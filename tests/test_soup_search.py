@@ -18,7 +18,8 @@ from surgery.errors import ConfigError, FileError, LayoutError
 from surgery.formats.registry import open_checkpoint
 from surgery.merging import search
 from surgery.merging.align_experts import similarity
-from surgery.merging.run import Settings, read
+from surgery.merging.request import Choosing, Soup
+from surgery.merging.run import read
 from surgery.running.loss import loss_of
 from tests import merges, oracle, tiny
 from tests.test_conversion import weights
@@ -120,7 +121,9 @@ def test_what_cannot_be_chosen_is_told(runs, tmp_path):
     names, text = runs
 
     def tried(config, prose=text):
-        return search.Tried(read(config), Settings(), prose, 100, "cpu", tmp_path / "log", print)
+        return search.Tried(
+            read(config), Soup(), Choosing(greedy=True, text=prose, tokens=100, device="cpu"), tmp_path / "log", print
+        )
 
     slices = [{"sources": [{"model": names[0], "layer_range": [0, 2], "parameters": {"weight": 1}}]}]
     with pytest.raises(ConfigError, match="slices"):

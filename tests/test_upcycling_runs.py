@@ -25,7 +25,7 @@ from surgery.running.expertwise import expert_modules
 from surgery.running.layerwise import empty_model, forward
 from surgery.tensors.lazy import Lazy
 from surgery.upcycling import api, run
-from surgery.upcycling.dense_to_moe.settings import Settings
+from surgery.upcycling.request import Collapse, Upcycle
 from tests import oracle, tiny
 from tests.test_conversion import weights
 
@@ -159,26 +159,26 @@ def test_the_gpu_says_the_same(router, tiny_hf, tmp_path):
 ])  # fmt: skip
 def test_all_bytes_are_told_as_they_go(family, dtype, settings, tmp_path):
     source = tiny.save(family, tmp_path / "source", dtype, l=2)
-    ready = run.prepare(source, Settings(**settings))
+    ready = run.prepare(source, Upcycle(**settings, verify_tokens=64))
     wrote, proved = [], []
-    run.carry_out(ready, tmp_path / "out", verify_tokens=64, progress=wrote.append, proving=proved.append)
-    assert sum(wrote) == pytest.approx(ready.bytes_to_write(), rel=0.02)  # without surgery.json
-    assert sum(proved) == ready.bytes_to_prove(64)
+    run.carry_out(ready, tmp_path / "out", progress=wrote.append, proving=proved.append)
+    assert sum(wrote) == pytest.approx(ready.plan.bytes_to_write, rel=0.02)  # without surgery.json
+    assert sum(proved) == ready.bytes_to_prove
     assert len(proved) > 4 * settings["experts"]
-    with_none = []
-    run.carry_out(ready, tmp_path / "bare", verify=False, proving=with_none.append)
-    assert sum(with_none) == ready.bytes_to_prove(0)
+    with_none, bare = [], run.prepare(source, Upcycle(**settings, verify=False))
+    run.carry_out(bare, tmp_path / "bare", proving=with_none.append)
+    assert sum(with_none) == bare.bytes_to_prove < ready.bytes_to_prove
 
 
 def test_what_is_measured_is_told(tiny_hf, tmp_path):
     """Before anything is written: activations, and experts that are compared."""
     source, told = tiny_hf("llama"), []
-    run.prepare(source, Settings(8, 4, router="kmeans"), on=Device(advance=told.append))
+    run.prepare(source, Upcycle(experts=8, top_k=4, router="kmeans"), on=Device(advance=told.append))
     parts = open_checkpoint(source).parts
     assert sum(told) == sum(part.nbytes for name, part in parts.items() if name != "lm_head")
     surgery.upcycle(source, tmp_path / "moe", experts=4, top_k=2, strategy="copy", verify_tokens=0)
     told.clear()
-    api.prepare_collapse(tmp_path / "moe", on=Device(advance=told.append))
+    run.prepare_collapse(tmp_path / "moe", Collapse(), on=Device(advance=told.append))
     assert sum(told) == 4 * sum(part.nbytes for name, part in parts.items() if ".mlp." in name)
 
 
@@ -251,7 +251,7 @@ def test_experts_and_collapse_are_functions(tiny_hf, tmp_path):
     assert weights(tmp_path / "dense").keys() == weights(tiny_hf("llama")).keys()
 
 
-@pytest.mark.parametrize("choice", [{"keeps": [0]}, {}, {"keep": [0], "prune": [1]}, {"keep": [9]}, {"noise": 0.1},
+@pytest.mark.parametrize("choice", [{}, {"keep": [0], "prune": [1]}, {"keep": [9]}, {"noise": 0.1},
                                     {"duplicate": 2, "noise": -1}, {"duplicate": 2, "seed": "x"}])  # fmt: skip
 def test_mistakes_in_keywords_are_told(choice, tiny_hf, tmp_path):
     with pytest.raises(UsageError):
@@ -304,12 +304,12 @@ def test_noise_goes_to_the_copies_of_experts(tiny_hf, tmp_path):
 def test_half_chosen_pairs_are_counted(tmp_path):
     """Copies tie in the router: where only one of two is chosen, the proof says so."""
     from surgery.upcycling.edit_experts.choose import chosen
-    from surgery.upcycling.edit_experts.selection import from_values
+    from surgery.upcycling.edit_experts.selection import Choices, selected
 
     source = open_checkpoint(tiny.save("mixtral", tmp_path / "source", l=2))
-    assert chosen(source, from_values({"duplicate": 2})).claim().group == 2
-    assert chosen(source, from_values({"top_k": 2, "force_lossy": True})).claim().group == 1
+    assert chosen(source, selected(Choices(duplicate=2))).claim().group == 2
+    assert chosen(source, selected(Choices(top_k=2, force_lossy=True))).claim().group == 1
     surgery.upcycle(tiny.save("llama", tmp_path / "dense", l=2), tmp_path / "moe", experts=8, top_k=4, verify_tokens=0)
     groups = open_checkpoint(tmp_path / "moe")
-    assert chosen(groups, from_values({"duplicate": 2})).claim().group == 8
-    assert chosen(groups, from_values({"permute": [0, 4, 1, 5, 2, 6, 3, 7]})).claim().group == 1
+    assert chosen(groups, selected(Choices(duplicate=2))).claim().group == 8
+    assert chosen(groups, selected(Choices(permute=[0, 4, 1, 5, 2, 6, 3, 7]))).claim().group == 1

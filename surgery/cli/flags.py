@@ -1,22 +1,23 @@
-"""Flags that several commands have, and what they mean.
+"""Flags of the command line, made of the settings that requests say of themselves.
 
-    @click.command("soup")
-    @with_flags(PARALLEL, (OPTIONS, SHARD_SIZE, JSON))
-    def soup_command(**flags):
-        topology(flags), options_of(flags)
+    @click.command("convert")
+    @with_flags(flags_of(Convert), (SHARD_SIZE, JSON))
+    def convert_command(src, dst, **flags):
+        convert(src, dst, **values_of(Convert, flags))
 
-Only click is imported, as for everything that `surgery --help` shows.
+Only click and requests are imported, as for everything that `surgery --help` shows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, get_origin
 
 import click
 
-if TYPE_CHECKING:
-    from surgery.formats.table import Topology
+from surgery import settings
+from surgery.conversion.request import Write
 
 Flag = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -26,19 +27,12 @@ PARALLEL: tuple[Flag, ...] = (
     click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
     click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
 )
-TO = click.option("--to", default="hf", show_default=True, metavar="FORMAT", help="The format to write.")
-DTYPE = click.option("--dtype", type=click.Choice(["keep", "bf16", "fp16", "fp32"]), default="keep", show_default=True,
-                     help="Cast the weights before anything else; by default every bit is kept.")  # fmt: skip
-MAX_MEMORY = click.option("--max-memory", metavar="SIZE", help="Memory for weights, e.g. 512MiB; the result is the "
-                          "same. [default: a quarter of what is free, at most 2GiB]")  # fmt: skip
-SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file (hf, olmo-core). "
-                          "[default: 5GB]")  # fmt: skip
-FORCE = click.option("--force", is_flag=True, help="Replace an existing output (once the new one is complete).")
-NO_VERIFY = click.option("--no-verify", is_flag=True, help="Do not read the output back.")
-NO_SYNC = click.option("--no-sync", is_flag=True, help="Do not wait until the disk has the output: sooner done; after "
-                       "a power cut it may be spoilt.")  # fmt: skip
+SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of the output, where its format "
+                          "has that option. [default: 5GB]")  # fmt: skip
 OPTIONS = click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of a format; see `surgery "
                        "formats`. Repeatable.")  # fmt: skip
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or "
+                       "guessed; write nothing.")  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
@@ -53,17 +47,83 @@ def with_flags(*groups: Sequence[Flag]) -> Flag:
     return decorate
 
 
-def topology(flags: Mapping[str, Any]) -> Topology:
+def flags_of(cls: type, only: Collection[str] = (), but: Collection[str] = ()) -> tuple[Flag, ...]:
+    """A flag for every setting of a request, its own before those that it inherits."""
+    owned = [f for c in cls.__mro__ for f in fields(cls) if f.name in vars(c).get("__annotations__", {})]
+    chosen = [f for f in dict.fromkeys(owned) if settings.about(f) and f.name not in but]
+    flags = [_flag(cls, f) for f in chosen if not only or f.name in only]
+    return (*flags, *(PARALLEL if issubclass(cls, Write) and not only else ()))
+
+
+def _flag(cls: type, f: Field[Any]) -> Flag:
+    """One flag.  What is not given is None (or empty), so that a default stands in one place only."""
+    found = settings.about(f)
+    assert found
+    name, kind = settings.flag(f), settings.types_of(cls)[f.name][0]
+    more: dict[str, Any] = {"default": None, "metavar": found.metavar or None, "help": found.help + _otherwise(f)}
+    if kind is bool:
+        return click.option(f"{name}/--no-{name[2:]}" if f.default is True else name, f.name, **more, is_flag=True)
+    if found.many:
+        more |= {"default": (), "multiple": True}
+    elif found.choices and not found.metavar:
+        more["type"] = click.Choice(found.choices)
+    elif kind is int and found.metavar != "SIZE":
+        low, high = (None if n is None else int(n) for n in (found.low, found.high))
+        more["type"] = click.IntRange(low, high)
+    elif kind is float:
+        more["type"] = float
+    return click.option(name, f.name, **more)
+
+
+def _otherwise(f: Field[Any]) -> str:
+    """The default as help shows it."""
+    found, value = settings.about(f), f.default
+    assert found
+    if found.otherwise or not (value is MISSING or value in (None, (), "") or isinstance(value, bool)):
+        return f" [default: {found.otherwise or value}]"
+    return ""
+
+
+def values_of(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a request that flags give; of others its defaults hold.  Raises UsageError."""
+    from surgery.units import parse_size
+
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        value, found = flags.get(f.name), settings.about(f)
+        if value in (None, ()) or not found:
+            continue
+        kind = settings.types_of(cls)[f.name][0]
+        if found.metavar == "SIZE":
+            value = parse_size(value)
+        elif get_origin(kind) is tuple and isinstance(value, str):
+            value = _numbers(settings.flag(f), value)
+        out[f.name] = value
+    if issubclass(cls, Write):
+        out |= {"topology": topology(flags), "options": options_of(flags, out.get("to", Write.to))}
+    return out
+
+
+def _numbers(flag: str, text: str) -> tuple[int, ...]:
+    from surgery.errors import UsageError
+
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag} {text!r}: write numbers, as 0,-1") from None
+
+
+def topology(flags: Mapping[str, Any]) -> Any:
     """What --tp, --pp, --vpp and --ep say."""
-    from surgery.formats.table import Topology
+    from surgery.formats.topology import Topology
 
     return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"], vpp=flags["vpp"])
 
 
-def options_of(flags: Mapping[str, Any]) -> dict[str, str]:
-    """What -O and --shard-size say.  Raises UsageError."""
+def options_of(flags: Mapping[str, Any], to: str | None = None) -> dict[str, str]:
+    """What -O and, where a format is written, --shard-size say.  Raises UsageError."""
     from surgery.errors import UsageError
-    from surgery.formats.registry import FORMATS
+    from surgery.formats.registry import named
 
     out: dict[str, str] = {}
     for pair in flags["options"]:
@@ -73,18 +133,10 @@ def options_of(flags: Mapping[str, Any]) -> dict[str, str]:
         if name in out:
             raise UsageError(f"-O {name} is given twice")
         out[name] = value
-    if flags.get("shard_size"):
-        target = FORMATS.get(flags["to"])
-        if target and "shard_size" not in target.option_names("write"):
-            raise UsageError(f"--shard-size does not apply to {flags['to']}", hint="its files are given by the ranks")
+    if to and flags.get("shard_size"):
+        if "shard_size" not in named(to).option_names("write"):
+            raise UsageError(f"--shard-size does not apply to {to}", hint="its files are given by the ranks")
+        if "shard_size" in out:
+            raise UsageError("--shard-size and -O shard_size are the same: give one of them")
         out["shard_size"] = flags["shard_size"]
     return out
-
-
-def size(text: str | None) -> int | None:
-    """The bytes that a size like 512MiB means.  Raises UsageError."""
-    if text is None:
-        return None
-    from surgery.units import parse_size
-
-    return parse_size(text)

@@ -14,28 +14,17 @@ from typing import Any, NoReturn
 
 import click
 
+from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
-from surgery.cli.flags import (
-    DTYPE,
-    FORCE,
-    JSON,
-    MAX_MEMORY,
-    NO_SYNC,
-    NO_VERIFY,
-    OPTIONS,
-    PARALLEL,
-    SHARD_SIZE,
-    options_of,
-    size,
-    topology,
-    with_flags,
-)
+from surgery.cli.flags import JSON, OPTIONS, flags_of, options_of, with_flags
 from surgery.cli.report import report_command
-from surgery.cli.soup_flags import SOUP
+from surgery.cli.soup import soup_command
 from surgery.cli.upcycle import experts_command, upcycle_command
+from surgery.conversion.request import Write
 from surgery.writing.progress import progress_bar
 
+MAX_MEMORY = flags_of(Write, only=("max_memory",))
 atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -102,7 +91,7 @@ def inspect_command(
 ) -> None:
     """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
     from surgery.conversion import inspection as inspect
-    from surgery.conversion.convert import default_memory
+    from surgery.conversion.request import default_memory
     from surgery.errors import UsageError
     from surgery.formats.registry import open_checkpoint
 
@@ -129,126 +118,24 @@ def inspect_command(
         show.inspection(found)
 
 
-@main.command("convert")
-@click.argument("src", type=click.Path())
-@click.argument("dst", type=click.Path())
-@click.option("--to", required=True, metavar="FORMAT", help="The format to write; see `surgery formats`.")
-@click.option("--from", "from_", metavar="FORMAT", help="The source's format; by default it is recognised.")
-@with_flags(PARALLEL, (DTYPE,))
-@click.option("--vocab-size", type=click.IntRange(1), help="Cut padding rows of the vocabulary, or add rows of zeros.")
-@with_flags((MAX_MEMORY, SHARD_SIZE))
-@click.option("--tokenizer", type=click.Path(), help="Take the tokenizer from this file or folder instead.")
-@click.option("--allow", multiple=True, metavar="NAME", help="Leave this out if the target cannot hold it; refused "
-              "where the logits depend on it. NAME: qkv_bias, o_bias, mlp_bias, router_bias, norm_bias (only zeros), "
-              "norm_weight (only ones), windows (none shorter than the context). "
-              "Repeatable.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or guessed.")
-@with_flags((FORCE, NO_VERIFY, NO_SYNC, OPTIONS, JSON))
-def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
-    """Convert a checkpoint into another format, at any parallel sizes.
-
-    Each byte is read once and written once, in bounded memory. The output is read back and compared before it
-    appears under its name; it appears whole or not at all. A run that was killed goes on when it is repeated.
-    """  # fmt: skip
-    from surgery.cli import show
-    from surgery.conversion import convert as conversion
-    from surgery.writing.staging import check_free
-
-    plan = conversion.prepare(
-        src,
-        to=flags["to"],
-        from_=flags["from_"],
-        topology=topology(flags),
-        dtype=flags["dtype"],
-        vocab_size=flags["vocab_size"],
-        tokenizer=flags["tokenizer"],
-        options=options_of(flags),
-        max_memory=size(flags["max_memory"]),
-        allow=flags["allow"],
-    )
-    if flags["dry_run"]:
-        planned = show.plan_data(plan)
-        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
-        return
-    from pathlib import Path
-
-    check_free(Path(dst), flags["force"])
-    verify = not flags["no_verify"]
-    weights = sum(p.nbytes for p in plan.source.parts.values())
-    with progress_bar("convert", plan.bytes + (weights if verify else 0), as_json) as advance:
-        report = conversion.execute(
-            plan,
-            dst,
-            force=flags["force"],
-            verify=verify,
-            sync=not flags["no_sync"],
-            command=["surgery", *sys.argv[1:]],
-            progress=advance,
-        )
-    if as_json:
-        from dataclasses import asdict
-
-        click.echo(json.dumps(asdict(report), indent=2))
-    else:
-        show.report(report)
-
-
-@main.command("soup")
-@with_flags(SOUP)
-def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
-    """Merge models of any formats as a YAML of mergekit says, into any format.
-
-    \b
-    merge_method: linear                      every method and key of mergekit 0.1.5; a wrong key is an error
-    models:                                   folders in any format and of any parallel sizes, hub ids, path+lora
-      - {model: run-1, parameters: {weight: 1}}
-      - {model: run-2, parameters: {weight: 1}}
-
-    The config and the tokenizer are those of base_model, else of the first model named. Sums are fp32, rounded once;
-    random methods follow `seed:`. The same YAML gives the same bits, whatever the memory and the threads. Ready-made
-    files: merge_configs/.
-    """
-    from dataclasses import asdict
-    from pathlib import Path
-
-    from surgery.cli import show
-    from surgery.cli import soup as command
-    from surgery.merging import run
-    from surgery.writing.staging import check_free
-
-    settings = run.Settings(flags["to"], topology(flags), options_of(flags), size(flags["max_memory"]),
-                            flags["threads"], flags["arithmetic"])  # fmt: skip
-    recipe = run.read(config)
-    if flags["dry_run"]:
-        planned = command.dry_run(recipe, settings, show.plan_data)
-        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
-        return
-    check_free(Path(dst), flags["force"])
-    recipe, tried = command.chosen(recipe, settings, Path(dst), flags, lambda line: click.echo(line, err=True))
-    report = command.execute(recipe, settings, Path(dst), flags, lambda n: progress_bar("merge", n, as_json))
-    if as_json:
-        click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
-    else:
-        show.report(report)
-
-
 @main.command("verify")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
-@with_flags((MAX_MEMORY, OPTIONS, JSON))
+@with_flags(MAX_MEMORY, (OPTIONS, JSON))
 def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
     """Are two checkpoints, in any two formats and parallel sizes, the same model?
 
     Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
     """
-    from surgery.conversion.convert import default_memory
+    from surgery.conversion.request import default_memory
+    from surgery.units import parse_size
     from surgery.verification import compare
     from surgery.verification.folders import open_both
 
     given = options_of(flags)
     left, right = open_both(a, b, given)
-    memory = size(flags["max_memory"]) or default_memory()
+    memory = parse_size(flags["max_memory"]) if flags["max_memory"] else default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with progress_bar("verify", total, as_json) as advance:
         result = compare(left, right, max_memory=memory, progress=advance)
@@ -272,12 +159,9 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
 def formats_command(name: str | None, as_json: bool) -> None:
     """List the formats, or the options of one, with their meaning and defaults."""
     from surgery.cli import show
-    from surgery.errors import UsageError
-    from surgery.formats.registry import FORMATS
+    from surgery.formats.registry import FORMATS, named
 
-    if name is not None and name not in FORMATS:
-        raise UsageError(f"there is no format {name!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    chosen = [FORMATS[name]] if name else list(FORMATS.values())
+    chosen = [named(name)] if name else list(FORMATS.values())
     data = show.formats_data(chosen)
     click.echo(json.dumps(data, indent=2)) if as_json else show.formats(data)
 
@@ -293,8 +177,6 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
     click.echo(answer(path, question, max_new_tokens))
 
 
-main.add_command(upcycle_command)
-main.add_command(experts_command)
-main.add_command(data_command)
-main.add_command(eval_command)
-main.add_command(report_command)
+for command in (convert_command, soup_command, upcycle_command, experts_command, data_command, eval_command,
+                report_command):
+    main.add_command(command)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from surgery.conversion.convert import Plan, Report
+from surgery.conversion.report import Plan, Report
 from surgery.formats.base import Format
 from surgery.units import count, human
 
@@ -97,12 +97,12 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     return {
         "source": {"path": str(plan.source.path), "format": plan.source.format, "family": plan.source.spec.family},
         "to": plan.to.name,
-        "parallel": {name: getattr(plan.topology, name) for name in plan.to.flags},
+        "parallel": plan.parallel,
         "files": {f.name: f.size for f in plan.output.files},
         "tensors": sum(len(f.regions) for f in plan.output.files),
         "bytes": plan.bytes,
         "max_memory": plan.max_memory,
-        "dropped": dict(plan.dropped),
+        "dropped": dict(plan.source.ignored),
         "notes": list(plan.notes),
     }
 

@@ -1,66 +1,104 @@
-"""What `surgery soup` does between its flags and what it shows.
+"""`surgery soup`: merge models, perhaps after a search for the best ones or the best weights.
 
-recipe, tried = chosen(recipe, settings, dst, flags, print)      # --greedy and --search
-report = execute(recipe, settings, dst, flags, progress)
+surgery soup merge_configs/three-seeds.yaml merged --greedy --eval held-out.txt
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.conversion.convert import Plan, Report
-from surgery.errors import UsageError
-from surgery.merging import run
-from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
-from surgery.merging.recipe import Recipe
-from surgery.writing import stream
+import click
 
-Bar = Callable[[int], AbstractContextManager[stream.Progress]]
+from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
+from surgery.merging.request import Choosing, Soup
+from surgery.writing.progress import progress_bar
+
+if TYPE_CHECKING:
+    from surgery.conversion.report import Report
+    from surgery.merging.recipe import Recipe
 
 
-def dry_run(recipe: Recipe, settings: run.Settings, data: Callable[[Plan], dict[str, Any]]) -> dict[str, Any]:
-    """The plan as data, by `data`; with the method and the models."""
-    if why := reason_for_mergekit(recipe, settings.to):
+@click.command("soup")
+@click.argument("config", type=click.Path())
+@click.argument("dst", type=click.Path())
+@with_flags(flags_of(Soup), flags_of(Choosing), (SHARD_SIZE, OPTIONS, DRY_RUN, JSON))
+def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
+    """Merge models of any formats as a YAML of mergekit says, into any format.
+
+    \b
+    merge_method: linear                      every method and key of mergekit 0.1.5; a wrong key is an error
+    models:                                   folders in any format and of any parallel sizes, hub ids, path+lora
+      - {model: run-1, parameters: {weight: 1}}
+      - {model: run-2, parameters: {weight: 1}}
+
+    The config and the tokenizer are those of base_model, else of the first model named. Sums are fp32, rounded once;
+    random methods follow `seed:`. The same YAML gives the same bits, whatever the memory and the threads. Ready-made
+    files: merge_configs/.
+    """
+    from dataclasses import asdict
+
+    from surgery.cli import show
+    from surgery.merging import run
+    from surgery.writing.staging import check_free
+
+    request = Soup(**values_of(Soup, flags), command=["surgery", *sys.argv[1:]])
+    choosing = Choosing(**values_of(Choosing, flags))
+    recipe = run.read(config)
+    if flags["dry_run"]:
+        planned = _planned(recipe, request)
+        click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
+        return
+    check_free(Path(dst), request.force)
+    recipe, tried = _chosen(recipe, request, choosing, dst)
+    report = _merged(recipe, request, dst, as_json)
+    if as_json:
+        click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
+    else:
+        show.report(report)
+
+
+def _planned(recipe: Recipe, request: Soup) -> dict[str, Any]:
+    """The plan as data, with the method and the models."""
+    from surgery.cli.show import plan_data
+    from surgery.errors import UsageError
+    from surgery.merging import run
+    from surgery.merging.mergekit import reason_for_mergekit
+
+    if why := reason_for_mergekit(recipe, request.to):
         raise UsageError(f"mergekit would do this merge, and it makes no plan: {why}", hint="leave out --dry-run")
-    with run.prepared(recipe, settings) as plan:
-        merge = f"merge, by {run.summary(recipe)}"
-        return {**data(plan), "merge": merge, "method": recipe.method, "models": [str(m) for m in recipe.models()]}
+    with run.prepared(recipe, request) as plan:
+        more = {"merge": f"merge, by {run.summary(recipe)}", "models": [str(m) for m in recipe.models()]}
+        return {**plan_data(plan), **more, "method": recipe.method}
 
 
-def chosen(
-    recipe: Recipe, settings: run.Settings, dst: Path, flags: Mapping[str, Any], say: Callable[[str], None]
-) -> tuple[Recipe, dict[str, Any] | None]:
+def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tuple[Recipe, dict[str, Any] | None]:
     """The recipe that --greedy or --search finds, and what was tried; the recipe itself without these flags."""
-    wanted = [flag for flag in ("greedy", "search") if flags[flag]]
-    if not wanted:
-        if flags["text"] or flags["log"]:
-            raise UsageError("--eval and --log go with --greedy or --search")
+    if not choosing.method:
         return recipe, None
-    if len(wanted) > 1:
-        raise UsageError("--greedy and --search exclude each other", hint="search the weights of the greedy soup later")
-    if not flags["text"]:
-        raise UsageError(f"--{wanted[0]} needs a text to measure the loss on", hint="--eval TEXT")
-    if why := reason_for_mergekit(recipe, settings.to):
-        raise UsageError(f"--{wanted[0]} cannot choose among these models: {why}")
+    from surgery.errors import UsageError
     from surgery.merging import search
+    from surgery.merging.mergekit import reason_for_mergekit
 
-    log = Path(flags["log"] or f"{dst}.tried.jsonl")
-    tried = search.Tried(recipe, settings, Path(flags["text"]), flags["eval_tokens"], flags["device"], log, say)
-    best = search.greedy(tried) if flags["greedy"] else search.search(tried, flags["search"])
+    if why := reason_for_mergekit(recipe, request.to):
+        raise UsageError(f"--{choosing.method} cannot choose among these models: {why}")
+    log = Path(choosing.log or f"{dst}.tried.jsonl")
+    tried = search.Tried(recipe, request, choosing, log, lambda line: click.echo(line, err=True))
+    best = search.search(tried, choosing.search) if choosing.search else search.greedy(tried)
     return best, tried.to_json()
 
 
-def execute(recipe: Recipe, settings: run.Settings, dst: Path, flags: Mapping[str, Any], bar: Bar) -> Report:
+def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report:
     """Merge, by surgery or by mergekit."""
-    more: dict[str, Any] = {"force": flags["force"], "command": ["surgery", *sys.argv[1:]]}
-    if why := reason_for_mergekit(recipe, settings.to):
-        return by_mergekit(recipe, dst, why, **more)
-    verify = not flags["no_verify"]
-    with run.prepared(recipe, settings) as plan:
-        weights = sum(p.nbytes for p in plan.source.parts.values())
-        with bar(plan.bytes + (weights if verify else 0)) as advance:
-            return run.carry_out(recipe, plan, dst, verify=verify, sync=not flags["no_sync"], progress=advance, **more)
+    from surgery.merging import run
+    from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
+
+    if why := reason_for_mergekit(recipe, request.to):
+        return by_mergekit(recipe, Path(dst), why, request)
+    with (
+        run.prepared(recipe, request) as plan,
+        progress_bar("merge", plan.bytes_to_write, quiet) as advance,
+    ):
+        return run.carry_out(recipe, plan, dst, advance)

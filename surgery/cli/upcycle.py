@@ -1,4 +1,4 @@
-"""`surgery upcycle` and `surgery experts`: flags and recipes become settings; everything else is `run`.
+"""`surgery upcycle` and `surgery experts`: flags and recipes become requests; everything else is `upcycling.run`.
 
 surgery upcycle SmolLM2-135M moe --experts 64 --top-k 8
 """
@@ -9,19 +9,33 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from surgery.cli.flags import DTYPE, options_of, size, topology, with_flags
-from surgery.cli.upcycle_flags import CHOICE, OUTPUT, SETTINGS
+from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, topology, values_of, with_flags
+from surgery.upcycling.dense_to_moe.settings import Settings
+from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
 from surgery.writing.progress import progress_bars
+
+R = TypeVar("R", bound=Proven)
+RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
+MORE = (RECIPE, SHARD_SIZE, OPTIONS, DRY_RUN, JSON)
+OTHER = (
+    click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
+                 "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
+                 "(weighted by use on a text)."),
+    click.option("--attention-experts", type=click.IntRange(1), metavar="N", help="Make the attention a mixture too: N "
+                 "groups of heads, written as a Hugging Face model with code of its own. With or without --experts."),
+    click.option("--attention-top-k", type=click.IntRange(1), metavar="K", help="How many of the groups a token uses. "
+                 "[default: all, which is exact]"),
+)  # fmt: skip
 
 
 @click.command("upcycle")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@with_flags(SETTINGS, OUTPUT)
+@with_flags(flags_of(Upcycle), OTHER, MORE)
 def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove whether it still computes the same.
 
@@ -38,25 +52,24 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
     from surgery.errors import UsageError
-    from surgery.upcycling import api, run
+    from surgery.upcycling import run
 
-    def prepared(on: Any) -> Any:
-        if flags["attention_experts"]:
-            return _attention(src, flags, on)
-        if flags["attention_top_k"]:
-            raise UsageError("--attention-top-k goes with --attention-experts")
-        if flags["collapse"]:
-            _refuse_settings(flags, "--collapse")
-            return api.prepare_collapse(src, flags["collapse"], bool(flags["force_lossy"]), on=on, **_shape(flags))
-        return run.prepare(src, _settings(flags), dtype=flags["dtype"], on=on, **_shape(flags))
-
-    _finish(prepared, dst, flags)
+    if flags["attention_experts"]:
+        return _with_attention(src, dst, flags)
+    if flags["attention_top_k"]:
+        raise UsageError("--attention-top-k goes with --attention-experts")
+    if flags["collapse"]:
+        _refuse_settings(flags, "--collapse")
+        collapse = _made(Collapse, {**values_of(Collapse, flags), "by": flags["collapse"]})
+        return _finish(lambda on: run.prepare_collapse(src, collapse, on), dst, collapse, flags)
+    request = _upcycle(flags)
+    return _finish(lambda on: run.prepare(src, request, on), dst, request, flags)
 
 
 @click.command("experts")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@with_flags(CHOICE, tuple(option for option in OUTPUT if option is not DTYPE))
+@with_flags(flags_of(Edit, but=("layers",)), MORE)
 def experts_command(src: str, dst: str, **flags: Any) -> None:
     """Prune, keep, duplicate, merge or permute the experts of a mixture, or change how many are chosen.
 
@@ -72,52 +85,61 @@ def experts_command(src: str, dst: str, **flags: Any) -> None:
     Experts of a virtual group belong together: what would tear them apart is refused. The proof says how far the result
     is from the source; what changes the function needs --force-lossy.
     """
-    from surgery.upcycling import api
-    from surgery.upcycling.edit_experts.selection import selection
+    from surgery.upcycling import run
+    from surgery.upcycling.edit_experts.selection import asked_for
 
-    wanted = selection(flags, flags["recipe"])
-    _finish(lambda on: api.prepare_experts(src, wanted, on=on, **_shape(flags)), dst, flags)
-
-
-def _attention(src: str, flags: dict[str, Any], on: Any) -> Any:
-    from surgery.errors import UsageError
-    from surgery.upcycling.attention import plan as attention_run
-    from surgery.upcycling.attention.experts import Attention
-
-    if flags["to"] != "hf" or flags["collapse"] or any(flags[n] != 1 for n in ("tp", "pp", "vpp", "ep")):
-        raise UsageError("--attention-experts goes with --to hf on one rank, and not with --collapse")
-    wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
-                       seed=flags["seed"] or 0)  # fmt: skip
-    if flags["attention"]:
-        raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
-    settings = _settings(flags) if flags["recipe"] or _given(flags, but=("seed",)) else None
-    return attention_run.prepare(
-        src, wanted, settings, dtype=flags["dtype"], options=options_of(flags), max_memory=size(flags["max_memory"]),
-        force_lossy=bool(flags["force_lossy"]), on=on,
-    )  # fmt: skip
+    path = flags["recipe"]
+    values = asked_for(values_of(Edit, flags), _yaml(path), path)
+    request = _made(Edit, values, path)
+    return _finish(lambda on: run.prepare_edit(src, request, on), dst, request, flags)
 
 
-def _finish(prepared: Callable[[Any], Any], dst: str, flags: dict[str, Any]) -> None:
+def _made(cls: type[R], values: dict[str, Any], file: str | None = None) -> R:
+    """A request.  What is wrong with it is wrong with `file`, if no flag was given besides."""
+    from surgery.settings import make
+
+    return make(cls, {**values, "command": ["surgery", *sys.argv[1:]]})
+
+
+def _upcycle(flags: dict[str, Any]) -> Upcycle:
+    """Raises UsageError, or ConfigError for a recipe that makes no sense by itself."""
+    from contextlib import nullcontext
+
+    from surgery.settings import in_file, keywords
+
+    path = flags["recipe"]
+    recipe = keywords(Settings, _yaml(path), path) if path else {}
+    alone = path and not _given(flags)
+    with in_file(path) if alone else nullcontext():
+        return _made(Upcycle, {**recipe, **values_of(Upcycle, flags)})
+
+
+def _yaml(path: str | None) -> Any:
+    from surgery.containers.text import read_yaml
+
+    return read_yaml(path, "recipe") if path else None
+
+
+def _finish(prepared: Callable[[Any], Any], dst: str, request: Proven, flags: dict[str, Any]) -> None:
     """Show the plan, or carry it out and show the outcome; `prepared` is told where models run."""
     from surgery.cli import show_upcycling as render
     from surgery.running.device import device
     from surgery.upcycling import run
     from surgery.writing.staging import check_free
 
-    dry, verify, tokens = flags["dry_run"], not flags["no_verify"], flags["verify_tokens"]
+    dry, as_json = flags["dry_run"], flags["as_json"]
     if not dry:
-        check_free(Path(dst), flags["force"])
-    with progress_bars(flags["as_json"]) as begin:
-        ready = prepared(device(flags["device"], begin("measure", None)))
+        check_free(Path(dst), request.force)
+    with progress_bars(as_json) as begin:
+        ready = prepared(device(request.device, begin("measure", None)))
         done = None if dry else run.carry_out(
-            ready, dst, verify_tokens=tokens, force=flags["force"], verify=verify, sync=not flags["no_sync"],
-            command=["surgery", *sys.argv[1:]], progress=begin("write", ready.bytes_to_write(verify)),
-            proving=begin("prove", ready.bytes_to_prove(tokens if verify else 0)),
+            ready, dst, progress=begin("write", ready.plan.bytes_to_write),
+            proving=begin("prove", ready.bytes_to_prove),
         )  # fmt: skip
     if done is None:
         data = render.plan_data(ready)
-        click.echo(json.dumps(data, indent=2)) if flags["as_json"] else render.plan(data)
-    elif flags["as_json"]:
+        click.echo(json.dumps(data, indent=2)) if as_json else render.plan(data)
+    elif as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:
         render.outcome(done)
@@ -125,45 +147,37 @@ def _finish(prepared: Callable[[Any], Any], dst: str, flags: dict[str, Any]) -> 
 
 def _given(flags: dict[str, Any], but: tuple[str, ...] = ()) -> list[str]:
     """The flags of an upcycling that were given."""
-    from surgery.upcycling.dense_to_moe.settings import Settings, flag
+    from dataclasses import fields
 
-    names = (n for n in Settings.__dataclass_fields__ if n != "force_lossy" and n not in but)
-    return [flag(name) for name in names if flags.get(name) not in (None, ())]
+    from surgery.settings import flag
+
+    return [flag(f) for f in fields(Settings) if f.name not in but and flags.get(f.name) not in (None, ())]
 
 
 def _refuse_settings(flags: dict[str, Any], where: str) -> None:
     from surgery.errors import UsageError, some
 
-    odd = _given(flags) + (["--recipe"] if flags["recipe"] else [])
+    odd = _given(flags, ("force_lossy",)) + (["--recipe"] if flags["recipe"] else [])
     if odd:
         raise UsageError(f"{where} does not go with {some(odd)}")
-    if flags["dtype"] != "keep":
+    if flags["dtype"] not in (None, "keep"):
         raise UsageError(f"{where} does not go with --dtype", hint="surgery convert casts, before or after it")
 
 
-def _settings(flags: dict[str, Any]) -> Any:
-    from surgery.containers.text import read_yaml
-    from surgery.upcycling.dense_to_moe.settings import Settings, from_recipe, settled
-
-    path, values = flags["recipe"], {}
-    if path:
-        values = from_recipe(read_yaml(path, "recipe"), path)
-    given = {name: flags[name] for name in Settings.__dataclass_fields__ if flags.get(name) not in (None, ())}
-    if "dense_layers" in given:
-        given["dense_layers"] = _layers(given["dense_layers"])
-    return settled(values | given, None if given else path)
-
-
-def _layers(text: str) -> tuple[int, ...]:
+def _with_attention(src: str, dst: str, flags: dict[str, Any]) -> None:
     from surgery.errors import UsageError
+    from surgery.formats.topology import ONE_RANK
+    from surgery.upcycling.attention import plan as attention
+    from surgery.upcycling.attention.experts import Attention
 
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UsageError(f"--dense-layers {text!r}: write numbers of layers, as 0,-1") from None
-
-
-def _shape(flags: dict[str, Any]) -> dict[str, Any]:
-    """What the output is written as."""
-    return {"to": flags["to"], "topology": topology(flags), "options": options_of(flags),
-            "max_memory": size(flags["max_memory"])}  # fmt: skip
+    if flags["collapse"] or flags["to"] not in (None, "hf") or topology(flags) != ONE_RANK:
+        raise UsageError("--attention-experts goes with --to hf on one rank, and not with --collapse")
+    if flags["attention"]:
+        raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
+    wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
+                       seed=flags["seed"] or 0)  # fmt: skip
+    settings = _upcycle(flags) if flags["recipe"] or _given(flags, ("seed", "force_lossy")) else None
+    request = _made(Proven, values_of(Proven, flags))
+    dtype, lossy = flags["dtype"] or "keep", bool(flags["force_lossy"])
+    _finish(lambda on: attention.prepare(src, wanted, request, settings, dtype=dtype, force_lossy=lossy, on=on), dst,
+            request, flags)  # fmt: skip

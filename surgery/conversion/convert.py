@@ -11,158 +11,100 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import OutputFile, text_file
-from surgery.conversion import allowances
-from surgery.conversion.provenance import provenance, version
+from surgery.conversion import allow
+from surgery.conversion.report import Plan, Report, provenance, version
+from surgery.conversion.request import Convert, Write
 from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
-from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, Output
+from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
-from surgery.formats.registry import FORMATS, open_checkpoint, recognise
-from surgery.formats.table import ONE_RANK, Topology
+from surgery.formats.registry import by_side, format_of, named, open_checkpoint
+from surgery.formats.topology import Topology
 from surgery.model.wording import in_words
+from surgery.settings import taking
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.writing import stream
 from surgery.writing.staging import check_free, data_of
 
-MEMORY = 2 << 30
 Prove = Callable[[Checkpoint], Mapping[str, Any]]
+Path_ = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion would do.  Sizes in bytes; `dropped` maps tensors of the source to why they are left out."""
+@taking(Convert)
+def convert(src: Path_, dst: Path_, request: Convert) -> Report:
+    """Write the checkpoint `src` as `dst` in another format; every keyword is a flag of `surgery convert`.
 
-    source: Checkpoint
-    output: Output
-    to: Format
-    topology: Topology
-    ledger: Ledger
-    max_memory: int
-    dropped: Mapping[str, str]
-    notes: tuple[str, ...]
-    options: Options = field(default_factory=dict)  # of the target
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what was asked for: an equal job may be resumed
-    threads: int | None = None  # that make what is written; None: as many as there are cores, at most 4
+    surgery.convert("Llama-2-7b", "Llama-2-7b-hf", to="hf", dtype="bf16")
 
-    @property
-    def bytes(self) -> int:
-        return sum(f.size for f in self.output.files)
+    `dst` appears whole or not at all, and a run that was killed goes on when it is repeated.  Raises SurgeryError;
+    nothing half-written is left under `dst`.
+    """
+    check_free(Path(dst), request.force)
+    return execute(prepare(src, request), dst)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.  Digests are of the model's parts: equal for the same weights in any format."""
-
-    source: str
-    source_format: str
-    output: str
-    output_format: str
-    topology: Mapping[str, int]
-    files: int
-    bytes: int
-    read_bytes: int
-    resumed_bytes: int
-    seconds: float
-    verify_seconds: float
-    peak_memory: int
-    max_memory: int
-    source_digest: str | None
-    content_digest: str
-    verified: bool
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def prepare(
-    src: str | os.PathLike[str],
-    *,
-    to: str,
-    from_: str | None = None,
-    topology: Topology = ONE_RANK,
-    dtype: str = "keep",
-    vocab_size: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    options: Options | None = None,
-    max_memory: int | None = None,
-    allow: Collection[str] = (),
-) -> Plan:
+def prepare(src: Path_, request: Convert) -> Plan:
     """Open the source and plan the output; nothing is written.  Raises SurgeryError if it cannot be done."""
-    if to not in FORMATS:
-        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    target = FORMATS[to]
-    check_flags(target, topology)
-    reading, writing = _split(src, from_, target, options or {})
-    source = open_checkpoint(src, format=from_, options=reading)
-    if tokenizer is not None:
-        source = with_tokenizer(source, tokenizer)
-    settings = {"read": reading, "tokenizer": None if tokenizer is None else str(tokenizer)}
-    return plan_for(
-        source, to=to, topology=topology, dtype=dtype, vocab_size=vocab_size, options=writing, max_memory=max_memory,
-        settings=settings, allow=allow,
-    )  # fmt: skip
+    target, origin = named(request.to), format_of(src, request.from_)
+    check_flags(target, request.topology)
+    reading, writing = by_side(request.options or {}, [origin], target)
+    source = open_checkpoint(src, format=origin.name, options=reading)
+    if request.tokenizer is not None:
+        source = with_tokenizer(source, request.tokenizer)
+    allow.check_names(request.allow, source)
+    plan = partial(_plan, request=request, reading=reading, writing=writing)
+    try:
+        return plan(source)
+    except ConfigError as error:
+        slim = allow.without(source, request.allow, error, plan)
+    return plan(slim, cut=slim.parts.keys() != source.parts.keys())
+
+
+def _plan(source: Checkpoint, request: Convert, reading: Options, writing: Options, cut: bool = False) -> Plan:
+    """The plan of a conversion, cast and with another vocabulary as was asked."""
+    ledger = Ledger()
+    if request.vocab_size is not None:
+        source = to_vocab(source, request.vocab_size)
+    if request.dtype != "keep":
+        if request.vocab_size is None:  # rows that are cut are never read, so the source as a whole has no digest then
+            parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
+            source = replace(source, parts=parts)
+        source = to_dtype(source, DTYPES[request.dtype])
+    asked = {"read": reading, "tokenizer": request.tokenizer and str(request.tokenizer), "dtype": request.dtype,
+             "allow": sorted(request.allow), "vocab_size": request.vocab_size, "cut": cut}  # fmt: skip
+    derived = cut or request.vocab_size is not None
+    return plan_for(source, request, options=writing, job=asked, derived=derived, ledger=ledger)
 
 
 def plan_for(
     source: Checkpoint,
+    write: Write,
     *,
-    to: str,
-    topology: Topology = ONE_RANK,
-    dtype: str = "keep",
-    vocab_size: int | None = None,
     options: Options | None = None,
-    max_memory: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    allow: Collection[str] = (),
+    job: Mapping[str, Any] | None = None,
+    derived: bool = True,
+    ledger: Ledger | None = None,
 ) -> Plan:
-    """Plan the output of a checkpoint that is open, or was made from others (upcycled, merged).
+    """Plan the output of a checkpoint that is open, or was made from others (upcycled, merged, trained).
 
-    `options` are the target's; `settings` is whatever else tells this job from another one.  `allow` names what is
-    left out if the target cannot hold it and the logits do not depend on it (`allowances.RULES`).
+    options   of the target; by default those of `write`    job      whatever else tells this job from another one
+    derived   whether the weights are others than those of the files that `source` names
     """
-    more = {**(settings or {}), "allow": sorted(allow)}
-
-    def plan(checkpoint: Checkpoint) -> Plan:
-        return _plan(checkpoint, to, topology, dtype, vocab_size, options, max_memory, more)
-
-    allowances.check_names(allow, source)
-    try:
-        return plan(source)
-    except ConfigError as error:
-        slim = allowances.without(source, allow, error, plan)
-    cut = slim.parts.keys() != source.parts.keys()
-    return _plan(slim, to, topology, dtype, vocab_size, options, max_memory, {**more, "cut": cut})
-
-
-def _plan(
-    source: Checkpoint, to: str, topology: Topology, dtype: str, vocab_size: int | None, options: Options | None,
-    max_memory: int | None, settings: Mapping[str, Any],
-) -> Plan:  # fmt: skip
-    if to not in FORMATS:
-        raise UsageError(f"there is no format {to!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    target, writing = FORMATS[to], dict(options or {})
-    check_flags(target, topology)
-    if unknown := writing.keys() - target.option_names("write"):
-        raise UsageError(f"writing {to} has no option {some(sorted(unknown))}", hint=f"surgery formats {to}")
-    ledger = Ledger()
-    if vocab_size is not None:
-        source = to_vocab(source, vocab_size)
-    if dtype != "keep":
-        if vocab_size is None:  # rows that are cut are never read, so the source as a whole has no digest then
-            parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
-            source = replace(source, parts=parts)
-        source = to_dtype(source, DTYPES[dtype])
+    target, ledger = named(write.to), ledger or Ledger()
+    check_flags(target, write.topology)
+    given = dict((write.options or {}) if options is None else options)
+    by_side(given, [], target)
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
-    output = target.plan(tapped, topology, target.with_defaults(writing, "write"))
-    lost = _lost_facts(source, target)
-    notes = tuple(dict.fromkeys([*source.notes, *lost, *output.notes]))
-    asked = {"to": to, "topology": asdict(topology), "dtype": dtype, "vocab_size": vocab_size, "write": writing}
-    memory = max_memory or default_memory()
-    return Plan(source, output, target, topology, ledger, memory, source.ignored, notes, writing, {**settings, **asked})
+    output = target.plan(tapped, write.topology, target.with_defaults(given, "write"))
+    notes = tuple(dict.fromkeys([*source.notes, *_lost_facts(source, target), *output.notes]))
+    everything = {**(job or {}), "to": write.to, "topology": asdict(write.topology), "write": given}
+    return Plan(source, output, target, write, given, ledger, write.memory, notes, everything, derived)
 
 
 def check_flags(target: Format, topology: Topology) -> None:
@@ -175,19 +117,6 @@ def check_flags(target: Format, topology: Topology) -> None:
     if odd:
         has = ", ".join(f"--{name}" for name in target.flags) or "no parallel sizes"
         raise UsageError(f"{target.name} checkpoints have no {some(odd)}", hint=f"{target.name} has {has}")
-
-
-def _split(
-    src: str | os.PathLike[str], from_: str | None, target: Format, options: Options
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Options for the source's format and for the target's; one that neither has is an error."""
-    source = FORMATS[from_] if from_ is not None and from_ in FORMATS else recognise(src)
-    reads, writes = source.option_names("read"), target.option_names("write")
-    unknown = [name for name in options if name not in reads | writes]
-    if unknown:
-        raise UsageError(f"neither reading {source.name} nor writing {target.name} has an option {some(unknown)}",
-                         hint="`surgery formats` lists the options of every format")  # fmt: skip
-    return ({k: v for k, v in options.items() if k in reads}, {k: v for k, v in options.items() if k in writes})
 
 
 def _lost_facts(source: Checkpoint, target: Format) -> list[str]:
@@ -206,85 +135,32 @@ def _lost_facts(source: Checkpoint, target: Format) -> list[str]:
     )
 
 
-def default_memory() -> int:
-    """A quarter of the machine's free memory, at most 2 GiB."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return max(64 << 20, min(MEMORY, int(line.split()[1]) * 1024 // 4))
-    except OSError:
-        pass
-    return MEMORY // 4
-
-
-def convert(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
-    *,
-    to: str,
-    from_: str | None = None,
-    topology: Topology = ONE_RANK,
-    dtype: str = "keep",
-    vocab_size: int | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    options: Options | None = None,
-    max_memory: int | None = None,
-    force: bool = False,
-    verify: bool = True,
-    sync: bool = True,
-    allow: Collection[str] = (),
-    command: Sequence[str] = (),
-    progress: stream.Progress | None = None,
-) -> Report:
-    """Write `src` as `dst` in the format `to`; every keyword is a flag of `surgery convert`.
-
-    dtype is keep, bf16, fp16 or fp32; max_memory is in bytes.  `dst` appears whole or not at all, and a run that
-    was killed goes on when it is repeated.  Raises SurgeryError; nothing half-written is left under `dst`.
-    """
-    check_free(Path(dst), force)
-    plan = prepare(
-        src, to=to, from_=from_, topology=topology, dtype=dtype, vocab_size=vocab_size, tokenizer=tokenizer,
-        options=options, max_memory=max_memory, allow=allow,
-    )  # fmt: skip
-    return execute(plan, dst, force=force, verify=verify, sync=sync, command=command, progress=progress)
-
-
-def execute(
-    plan: Plan,
-    dst: str | os.PathLike[str],
-    *,
-    force: bool = False,
-    verify: bool = True,
-    sync: bool = True,
-    command: Sequence[str] = (),
-    progress: stream.Progress | None = None,
-    prove: Prove | None = None,
-) -> Report:
+def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, prove: Prove | None = None) -> Report:
     """Carry out a plan.
 
-    sync=False leaves it to the system when the output is on disk: sooner done, but a power cut may spoil it.
-    `prove` is shown the complete output, opened, before it is published: what it answers joins surgery.json, and if it
-    raises, the output does not appear.
+    `progress` takes the place of the request's.  `prove` is shown the complete output, opened, before it is published:
+    what it answers joins surgery.json, and if it raises, the output does not appear.
     """
     import torch  # noqa: F401  imported before the peak is measured, which is above the imports
 
-    dst = Path(dst)
+    dst, write, progress = Path(dst), plan.write, progress or plan.write.progress
     refuse_overlap(plan.source.path, dst)
     report: list[Report] = []
 
     def close(written: stream.Written) -> list[OutputFile]:
         digest, began = _digests(plan), time.monotonic()
-        again = _again(plan, dst) if verify or prove else None
-        if verify and again:
+        again = _again(plan, dst) if write.verify or prove else None
+        if write.verify and again:
             _read_back(plan, again, dst, progress)
-        seconds = time.monotonic() - began if verify else 0.0
+        seconds = time.monotonic() - began if write.verify else 0.0
         proof = prove(again) if prove and again else {}
-        report.append(_report(plan, dst, written, digest, verify, seconds))
-        return [text_file(PROVENANCE, provenance(plan, report[0], command, proof))]
+        report.append(_report(plan, dst, written, digest, seconds))
+        return [text_file(PROVENANCE, provenance(plan, report[0], proof))]
 
-    job = {"surgery": version(), "source": identity(plan.source), **plan.settings}
+    job = {"surgery": version(), "source": identity(plan.source), **plan.job}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
-                        progress=progress, force=force, durable=sync, threads=plan.threads, closing=close)  # fmt: skip
+                        progress=progress, force=write.force, durable=write.sync, threads=plan.threads,
+                        closing=close)  # fmt: skip
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,
@@ -332,34 +208,32 @@ def identity(source: Checkpoint) -> list[Any]:
 def _digests(plan: Plan) -> tuple[str | None, str]:
     """Of the source and of the output: the same one if no weight was changed, none if the source is another model."""
     output = plan.ledger.content_digest()
-    if plan.settings.get("cut") or plan.settings.get("derived"):
+    if plan.derived:
         return None, output
-    if any(name.startswith(SOURCE) for name in plan.ledger.parts):
-        return plan.ledger.content_digest(SOURCE), output
-    other = plan.settings.get("vocab_size") or plan.settings.get("derived")  # cut, or made from several
-    return (None if other else output), output
+    cast = any(name.startswith(SOURCE) for name in plan.ledger.parts)
+    return (plan.ledger.content_digest(SOURCE) if cast else output), output
 
 
 def _report(
-    plan: Plan, dst: Path, written: stream.Written, digests: tuple[str | None, str], verified: bool, seconds: float
+    plan: Plan, dst: Path, written: stream.Written, digests: tuple[str | None, str], verify_seconds: float
 ) -> Report:
     return Report(
         source=str(plan.source.path),
         source_format=plan.source.format,
         output=str(dst),
         output_format=plan.to.name,
-        topology={name: getattr(plan.topology, name) for name in plan.to.flags},
+        topology=plan.parallel,
         files=len(plan.output.files) + 1,
         bytes=written.bytes,
         read_bytes=written.read_bytes,
         resumed_bytes=written.resumed_bytes,
         seconds=written.seconds,
-        verify_seconds=seconds,
+        verify_seconds=verify_seconds,
         peak_memory=written.peak,
         max_memory=plan.max_memory,
         source_digest=digests[0],
         content_digest=digests[1],
-        verified=verified,
-        dropped=dict(plan.dropped),
+        verified=plan.write.verify,
+        dropped=dict(plan.source.ignored),
         notes=plan.notes,
     )

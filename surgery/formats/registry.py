@@ -9,12 +9,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.containers.text import read_json
-from surgery.errors import FileError, UsageError, some
+from surgery.errors import FileError, UsageError, some, suggest
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.formats.hf import format as hf
 from surgery.formats.megatron import dist as megatron_dist
@@ -54,6 +54,49 @@ def recognise(path: str | os.PathLike[str]) -> Format:
     )
 
 
+def named(name: str) -> Format:
+    """A format by its name.  Raises UsageError if there is none of that name."""
+    if name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}", hint=suggest(name, FORMATS, "known formats"))
+    return FORMATS[name]
+
+
+def format_of(path: str | os.PathLike[str], name: str | None = None) -> Format:
+    """The format of a folder: the one that is named, else the one that is recognised.
+
+    Raises FileError if there is no such folder, or if it holds no format that we know, or several.
+    """
+    if name is None:
+        return recognise(path)
+    found = named(name)
+    if not Path(path).is_dir():
+        raise FileError("is no folder", file=path)
+    return found
+
+
+def by_side(
+    options: Options, reading: Iterable[Format], writing: Format | None = None
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The options for reading any of some formats and those for writing one.  Raises UsageError for all others."""
+    reading = list(reading)
+    reads = {name for f in reading for name in f.option_names("read")}
+    writes = writing.option_names("write") if writing else set()
+    if unknown := [name for name in options if name not in reads | writes]:
+        sides = [
+            *dict.fromkeys(f"reading {f.name}" for f in reading),
+            *([f"writing {writing.name}"] if writing else []),
+        ]
+        what = sides[0] + " has no" if len(sides) == 1 else f"neither {' nor '.join(sides)} has an"
+        raise UsageError(f"{what} option {some(unknown)}", hint="`surgery formats` lists the options of every format")
+    return {k: v for k, v in options.items() if k in reads}, {k: v for k, v in options.items() if k in writes}
+
+
+def own_options(path: str | os.PathLike[str], options: Options | None) -> dict[str, str]:
+    """Those of some options that are for reading a folder, for options that are given to several."""
+    known = recognise(path).option_names("read") if options else ()
+    return {k: v for k, v in (options or {}).items() if k in known}
+
+
 def open_checkpoint(
     path: str | os.PathLike[str], *, format: str | None = None, options: Options | None = None
 ) -> Checkpoint:
@@ -61,17 +104,8 @@ def open_checkpoint(
 
     Raises SurgeryError if anything about it is broken, unknown, missing or left over.
     """
-    if format is not None and format not in FORMATS:
-        raise UsageError(f"there is no format {format!r}", hint=f"known formats: {', '.join(FORMATS)}")
-    found = FORMATS[format] if format else recognise(path)
-    if format and not Path(path).is_dir():
-        raise FileError("is no folder", file=path)
-    given = options or {}
-    unknown = given.keys() - found.option_names("read")
-    if unknown:
-        raise UsageError(
-            f"reading {found.name} has no option {some(sorted(unknown))}", hint=f"surgery formats {found.name}"
-        )
+    found = format_of(path, format)
+    given, _ = by_side(options or {}, [found])
     checkpoint = found.open(Path(path), found.with_defaults(given, "read"))
     details = {**_carried(Path(path)), **checkpoint.details}
     return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details)

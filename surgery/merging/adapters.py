@@ -21,7 +21,7 @@ from surgery.errors import ConfigError, FileError, show, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Rank, gather
-from surgery.merging.layers import hf_family, view
+from surgery.merging.view import hf_family, view
 from surgery.tensors.lazy import Box, Lazy
 
 if TYPE_CHECKING:

@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import ConfigError, LayoutError, UsageError
 from surgery.formats.base import Checkpoint
-from surgery.merging.reader import Reference
 from surgery.merging.recipe import Recipe
+from surgery.merging.references import Opened
 from surgery.merging.vocabulary import Rows
 from surgery.tensors.lazy import Lazy, boxes
 
 if TYPE_CHECKING:
     import torch
 
-Opened = Mapping[Reference, Checkpoint]
 PIECE = 1 << 16  # elements of every expert that are compared at a time
 
 

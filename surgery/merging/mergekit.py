@@ -1,7 +1,7 @@
 """What only mergekit can do is done by mergekit, as a library, and said so.
 
     if why := reason_for_mergekit(recipe, "hf"):
-        report = by_mergekit(recipe, Path("merged"), why)
+        report = by_mergekit(recipe, Path("merged"), why, Soup())
 
 Architectures that surgery does not know and models of several modules: mergekit merges the whole job, from Hugging
 Face folders to a Hugging Face folder.  The order of the models is that of the file, so that the donor is the same as
@@ -14,19 +14,18 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import copied_file, text_file
 from surgery.containers.text import read_json
-from surgery.conversion.convert import MEMORY, Report
-from surgery.conversion.provenance import version
+from surgery.conversion.report import Report, version
 from surgery.errors import ConfigError, UsageError, show
 from surgery.formats.base import PROVENANCE
 from surgery.formats.hf.families import FAMILIES
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
+from surgery.merging.request import Soup
 
 
 def reason_for_mergekit(recipe: Recipe, to: str) -> str:
@@ -51,7 +50,7 @@ def reason_for_mergekit(recipe: Recipe, to: str) -> str:
     return why
 
 
-def by_mergekit(recipe: Recipe, dst: Path, why: str, *, force: bool = False, command: Sequence[str] = ()) -> Report:
+def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
     """Let mergekit do the whole merge.  Raises ConfigError with what mergekit says if it refuses."""
     import tempfile
 
@@ -82,12 +81,14 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, *, force: bool = False, com
         names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
         files = [copied_file(name, out / name) for name in names]
         notes = [f"merged by mergekit, not by surgery: {why}"]
-        record = {"surgery": version(), "command": list(command), "output": {"format": "hf"}, "notes": notes}
+        record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": notes}
         files.append(text_file(PROVENANCE, (json.dumps(record, indent=2) + "\n").encode()))
-        done = stream.write(files, dst, max_memory=MEMORY, job={"mergekit": os.urandom(8).hex()}, force=force)
+        done = stream.write(
+            files, dst, max_memory=request.memory, job={"mergekit": os.urandom(8).hex()}, force=request.force
+        )
     return Report(
         source=str(recipe.donor), source_format="hf", output=str(dst), output_format="hf", topology={},
         files=len(files), bytes=done.bytes, read_bytes=done.read_bytes, resumed_bytes=0,
-        seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=MEMORY,
+        seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=request.memory,
         source_digest=None, content_digest="", verified=False, notes=tuple(notes),
     )  # fmt: skip

@@ -8,15 +8,18 @@ Nothing is downloaded: `hf download NAME` puts a model into the cache.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.containers import hub
 from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import open_checkpoint, recognise
+from surgery.formats.registry import open_checkpoint, own_options
+from surgery.merging.adapters import with_adapter
 from surgery.merging.reader import Place, Reference
+
+Opened = Mapping[Reference, Checkpoint]
 
 
 def locate(place: Place) -> Path:
@@ -32,14 +35,11 @@ def locate(place: Place) -> Path:
 def open_reference(reference: Reference, options: Options | None = None) -> Checkpoint:
     """A model as the merge names it, its adapter applied.  Raises SurgeryError."""
     folder = locate(reference.model)
-    given = {k: v for k, v in (options or {}).items() if k in recognise(folder).option_names("read")}
-    checkpoint = open_checkpoint(folder, options=given)
+    checkpoint = open_checkpoint(folder, options=own_options(folder, options))
     if reference.architecture is not None:
         note = f"override_architecture of {reference} has no effect: the tensors say what it is"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     if reference.lora is not None:
-        from surgery.merging.adapters import with_adapter
-
         checkpoint = with_adapter(checkpoint, locate(reference.lora))
     return checkpoint
 

@@ -1,6 +1,6 @@
 """Which models, or which weights, make the best soup on a held-out text: greedily, or by trying.
 
-    tried = Tried(recipe, Settings(), Path("held-out.txt"), 8192, None, Path("merged.tried.jsonl"), print)
+    tried = Tried(recipe, Soup(), Choosing(greedy=True, text="held-out.txt"), Path("merged.tried.jsonl"), print)
     best = greedy(tried)                    # a Recipe: keep only models that lower the loss (arXiv 2203.05482)
     best = search(tried, trials=20)         # a Recipe: the weights of the best of 20 trials
 
@@ -28,6 +28,7 @@ from surgery.merging.methods.registry import METHODS
 from surgery.merging.reader import Reference
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
+from surgery.merging.request import Choosing, Soup
 from surgery.running.loss import loss_of
 
 Weights = Mapping[Reference, float]
@@ -39,10 +40,8 @@ class Tried:
     """All candidates of one search and their losses, in the order in which they were tried."""
 
     recipe: Recipe
-    settings: run.Settings
-    text: Path
-    tokens: int
-    device: str | None
+    request: Soup
+    choosing: Choosing
     log: Path
     say: Callable[[str], None]
     losses: dict[str, float] = field(default_factory=dict)
@@ -55,6 +54,11 @@ class Tried:
         if "weight" not in METHODS[self.recipe.method].input_names():
             raise ConfigError(f"{self.recipe.method} has no weights to choose")
         self._resume()
+
+    @property
+    def text(self) -> Path:
+        assert self.choosing.text
+        return Path(self.choosing.text)
 
     @property
     def models(self) -> list[Reference]:
@@ -94,10 +98,10 @@ class Tried:
             beside = self.log.absolute().parent
             with tempfile.TemporaryDirectory(prefix=".surgery-soup-", dir=beside) as scratch:
                 folder = Path(scratch) / "candidate"
-                hf = replace(self.settings, to="hf", topology=ONE_RANK, options=None)
+                hf = replace(self.request, to="hf", topology=ONE_RANK, options=None, verify=False, sync=False)
                 with run.prepared(recipe, hf) as plan:
-                    run.carry_out(recipe, plan, folder, verify=False, sync=False)
-                value = loss_of(folder, self.text, self.tokens, self.device)
+                    run.carry_out(recipe, plan, folder)
+                value = loss_of(folder, self.text, self.choosing.tokens, self.choosing.device)
             self.losses[key] = value
             self.merged += 1
             self._append({"weights": json.loads(key), "loss": value})
@@ -110,7 +114,9 @@ class Tried:
 
     def _identity(self) -> dict[str, str]:
         """What must be equal for logged losses to count."""
-        digest = hashlib.sha256(repr((replace(self.recipe, text=""), self.settings.arithmetic, self.tokens)).encode())
+        digest = hashlib.sha256(
+            repr((replace(self.recipe, text=""), self.request.arithmetic, self.choosing.tokens)).encode()
+        )
         if not self.text.is_file():
             raise FileError("is no file", file=self.text, hint="--eval wants plain text that no model was trained on")
         digest.update(self.text.read_bytes())

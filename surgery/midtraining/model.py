@@ -2,7 +2,7 @@
 
     source = with_family(open_checkpoint("Llama-2-7b"))             # Meta's files, say
     model, digest = load(source, torch.float32, "cuda")             # weights go from the files into the module
-    now = checkpoint_of(weights_now(model, {}), source, step=500)   # parts in memory: plan_for(now, to="olmo")
+    now = checkpoint_of(weights_now(model, {}), source, step=500)   # parts in memory: plan_for(now, Write(to="olmo"))
 
 Nothing is written between, and no weight is in memory twice: the module is built without memory, and each parameter is
 filled block by block from the parts it is woven of.  Every element of every part must be read exactly once.

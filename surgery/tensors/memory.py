@@ -1,4 +1,4 @@
-"""Memory: how much a piece of work needed, measured by the kernel, and how to use the same again.
+"""Peak memory (VmHWM), free memory, and a pool that reuses large buffers.
 
 keep_blocks()
 data = buffer(2 << 20)
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 BLOCK, FREE = 8 << 20, 256 << 20  # bytes
 
@@ -34,12 +34,21 @@ def keep_blocks() -> None:
 
     Blocks up to 8 MiB then come from memory that is there, and up to 256 MiB of it stay.  By default every block is
     mapped anew, or trimmed away when it is freed, and the page faults of its first use take several times as long as
-    what is done with it.  It holds for the process.  Where there is no glibc, nothing changes.
+    what is done with it.  Process-wide; cannot be undone.  Where there is no glibc, nothing changes.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_THRESHOLD, BLOCK)
         libc.mallopt(M_TRIM_THRESHOLD, FREE)
+
+
+def free_memory() -> int | None:
+    """Bytes that the machine can give; None where the system does not tell."""
+    try:
+        lines = MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 @contextmanager

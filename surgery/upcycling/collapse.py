@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
 ORDER = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "olmo", "olmo3")
-BY = ("exact", "average", "by-router")
 Shares = Mapping[int, tuple[Sequence[float], float]]  # by layer: share of each expert (sum 1), mean sum of weights
 
 
@@ -69,8 +68,6 @@ def collapsed(
     Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
     """
     spec = source.spec
-    if by not in BY:
-        raise UsageError(f"--collapse {by} is unknown", hint=f"choose from {', '.join(BY)}")
     if not spec.experts:
         raise ConfigError("the model has no experts: it is dense already")
     moe = [i for i in range(spec.layers) if spec.is_moe(i)]

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.errors import MismatchError, SurgeryError, UsageError
 from surgery.formats.base import Checkpoint
@@ -25,7 +25,6 @@ from surgery.running.layerwise import Route, bytes_of_a_pass, forward
 from surgery.running.tokens import prose_tokens
 from surgery.running.whole import farthest, free_memory
 from surgery.units import human
-from surgery.upcycling.claim import Claim
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +32,38 @@ if TYPE_CHECKING:
 LIMIT = 1e-3  # of max |difference| of logits in fp32
 NARROW = ("bfloat16", "float16")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What an operation promises; `prove` checks it.
+
+    spec     of the result                         exact    it computes the same function
+    rounds   but for rounding its weights          group    runs of so many experts are chosen together
+    intact   measures the share of neurons that are the source's own
+    """
+
+    name: str
+    spec: Spec
+    exact: bool
+    rounds: bool = False
+    group: int = 1
+    intact: Callable[[Checkpoint], float] | None = None
+
+
+class Made(Protocol):
+    """A checkpoint that was made of others (`models`), before it is written."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def models(self) -> Sequence[Checkpoint]: ...
+    @property
+    def family(self) -> str:
+        """As which family of Hugging Face's it has to be written; "": any that holds it."""
+
+    def claim(self) -> Claim: ...
+    def to_json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 
-from surgery.conversion.convert import default_memory
-from surgery.errors import UsageError
+from surgery.conversion.request import default_memory
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import open_checkpoint, recognise
+from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
 from surgery.verification.compare import Comparison, Progress, compare
 
 Path = str | os.PathLike[str]
@@ -30,7 +29,5 @@ def verify(
 
 def open_both(a: Path, b: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints, each given the options that its format knows.  Raises UsageError if neither knows one."""
-    left, right = ({k: v for k, v in options.items() if k in recognise(p).option_names("read")} for p in (a, b))
-    if unused := options.keys() - left.keys() - right.keys():
-        raise UsageError(f"reading neither has an option {', '.join(sorted(unused))}", hint="see `surgery formats`")
-    return open_checkpoint(a, options=left), open_checkpoint(b, options=right)
+    by_side(options, map(recognise, (a, b)))
+    return open_checkpoint(a, options=own_options(a, options)), open_checkpoint(b, options=own_options(b, options))

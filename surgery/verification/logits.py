@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import open_checkpoint, recognise
+from surgery.formats.registry import open_checkpoint, own_options
 from surgery.running import whole as running
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ def compare_logits(
         sides = []
         for name, path in (("a", path_a), ("b", path_b)):
             say(f"reading {path}")
-            checkpoint = _open(path, options or {})
+            checkpoint = open_checkpoint(path, options=own_options(path, options))
             running.check_memory(checkpoint.spec.parameters(), checkpoint.path)
-            folder = _runnable(checkpoint, options or {}, Path(scratch) / name, max_memory)
+            folder = _runnable(checkpoint, options, Path(scratch) / name, max_memory)
             sides.append((checkpoint, folder))
         (a, folder_a), (b, folder_b) = sides
         known = min(c.spec.true_vocab or c.spec.vocab for c in (a, b))
@@ -148,16 +148,11 @@ def compare_logits(
         return Search(a, b, folder_b, model, tokens, trace, tolerance, say).explain(report)
 
 
-def _open(path: str | Path, options: Options) -> Checkpoint:
-    mine = {k: v for k, v in options.items() if k in recognise(path).option_names("read")}
-    return open_checkpoint(path, options=mine)
-
-
-def _runnable(checkpoint: Checkpoint, options: Options, scratch: Path, max_memory: int | None) -> Path:
+def _runnable(checkpoint: Checkpoint, options: Options | None, scratch: Path, max_memory: int | None) -> Path:
     """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
     if checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files):
         return running.link(checkpoint.path, checkpoint.files, scratch)
-    mine = {k: v for k, v in options.items() if k in recognise(checkpoint.path).option_names("read")}
+    mine = own_options(checkpoint.path, options)
     convert(
         checkpoint.path, scratch, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False
     )

@@ -1,6 +1,6 @@
 """`surgery upcycle --attention-experts`: plan a folder whose attention is a mixture; writing and proof are `run`'s.
 
-ready = prepare("SmolLM2-135M", Attention(3, 3))
+ready = prepare("SmolLM2-135M", Attention(3, 3), Proven())
 run.carry_out(ready, "out").proof.verdict        # "exact"
 """
 
@@ -10,9 +10,9 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from surgery.conversion import convert as conversion
+from surgery.conversion.report import Plan
 from surgery.errors import UsageError, some
-from surgery.formats.base import Checkpoint, Options
+from surgery.formats.base import Checkpoint
 from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import ONE_RANK
@@ -22,6 +22,7 @@ from surgery.upcycling.attention.experts import FORMAT, Attention, check, with_a
 from surgery.upcycling.dense_to_moe.build import upcycled
 from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.edit_experts.experts import Changed
+from surgery.upcycling.request import Proven
 from surgery.upcycling.run import Prepared
 
 TARGET = "mixtral"  # what the modeling file can hold beside its attention
@@ -30,24 +31,24 @@ TARGET = "mixtral"  # what the modeling file can hold beside its attention
 def prepare(
     src: str | os.PathLike[str],
     attention: Attention,
+    request: Proven,
     settings: Settings | None = None,
     *,
     dtype: str = "keep",
-    options: Options | None = None,
-    max_memory: int | None = None,
     force_lossy: bool = False,
     on: Device = CPU,
 ) -> Prepared:
     """Open the source and plan the output; `settings` make the mlp a mixture as well.  Raises SurgeryError."""
-    if unknown := [name for name in options or {} if name not in FORMAT.option_names("write")]:
+    options = request.options or {}
+    if unknown := [name for name in options if name not in FORMAT.option_names("write")]:
         raise UsageError(f"with --attention-experts there is no option {some(unknown)}")
     source = open_checkpoint(src)
     if dtype != "keep":
         source = to_dtype(source, DTYPES[dtype])
     check(source.spec, attention)
     changed = _changed(source, attention, settings, force_lossy, on)
-    job = {"derived": changed.name, "asked": changed.to_json()}
-    return Prepared(source, changed, _plan(changed.checkpoint, options or {}, max_memory, job), on)
+    job = {"change": changed.name, "asked": changed.to_json()}
+    return Prepared(source, changed, _plan(changed.checkpoint, request, job), request, on)
 
 
 def _changed(
@@ -78,13 +79,12 @@ def _changed(
     return Changed(with_attention(base, attention), (source,), "attention experts", tuple(losses), details, rounds)
 
 
-def _plan(made: Checkpoint, options: Options, max_memory: int | None, job: dict[str, Any]) -> conversion.Plan:
+def _plan(made: Checkpoint, request: Proven, job: dict[str, Any]) -> Plan:
     """As `conversion.plan_for`, for a format that is none of those that can be converted."""
-    ledger = Ledger()
+    ledger, options = Ledger(), dict(request.options or {})
     tapped = replace(made, parts={name: ledger.tap(name, part) for name, part in made.parts.items()})
     output = FORMAT.plan(tapped, ONE_RANK, FORMAT.with_defaults(options, "write"))
     notes = (*made.notes, *output.notes, "the folder runs code of its own: load it with trust_remote_code=True")
-    return conversion.Plan(
-        made, output, FORMAT, ONE_RANK, ledger, max_memory or conversion.default_memory(), made.ignored,
-        tuple(dict.fromkeys(notes)), dict(options), job,
-    )  # fmt: skip
+    return Plan(
+        made, output, FORMAT, request, options, ledger, request.memory, tuple(dict.fromkeys(notes)), job, derived=True
+    )

@@ -19,7 +19,6 @@ from surgery.running.device import CPU, Device
 from surgery.tensors.axes import shape_of
 from surgery.tensors.gather import scaled, taken
 from surgery.tensors.lazy import Fill, Lazy, Map, same_bits
-from surgery.upcycling.claim import Claim
 from surgery.upcycling.dense_to_moe.measures import Measured, measured
 from surgery.upcycling.dense_to_moe.noise import Noisy, Redrawn
 from surgery.upcycling.dense_to_moe.resolve import Layout, resolve
@@ -28,6 +27,7 @@ from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.dense_to_moe.strategies import Piece, pieces, redrawn_places
 from surgery.upcycling.dense_to_moe.targets import Target, fitted
 from surgery.upcycling.edit_experts.experts import mean
+from surgery.upcycling.proof import Claim
 
 _PLACE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.|shared\.)?(\w+)$")
 NEURONS = {"gate": 0, "up": 0, "down": 1}  # the dimension of each matrix that its neurons lie along
@@ -47,6 +47,10 @@ class Upcycled:
     @property
     def exact(self) -> bool:
         return not self.layout.losses
+
+    @property
+    def family(self) -> str:
+        return self.target.family
 
     def claim(self) -> Claim:
         group = self.layout.granularity if self.layout.grouped else 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from surgery.errors import ConfigError, UsageError
 from surgery.model.spec import Spec
-from surgery.upcycling.dense_to_moe.settings import Settings, flag
+from surgery.upcycling.dense_to_moe.settings import Settings
 
 OF_ONE = {"reinit": "drop", "reinit_indices": "drop", "attention": "mix"}  # settings that one strategy has
 
@@ -71,7 +71,7 @@ def resolve(wanted: Settings, spec: Spec) -> Layout:
     strategy, g = _strategy(wanted, rest)
     for name, of in OF_ONE.items():
         if strategy != of and getattr(wanted, name) != getattr(Settings, name):
-            raise UsageError(f"{flag(name)} belongs to --strategy {of}, not to {strategy}")
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --strategy {of}, not to {strategy}")
     if wanted.sharing and (wanted.order != "gradient" or strategy != "partition"):
         raise UsageError("--sharing belongs to --strategy partition --order gradient")
     pieces = {"virtual-group": g, "partition": n}.get(strategy, 1)

@@ -23,7 +23,7 @@ def chosen(source: Checkpoint, wanted: Selection) -> Changed:
     moe = [i for i in range(spec.layers) if spec.is_moe(i)]
     if odd := [i for i in wanted.layers if i not in moe]:
         raise UsageError(f"layer {odd[0]} has no experts", hint=f"layers with experts: {some(moe, 12)}")
-    if spec.experts * wanted.duplicate >= LARGEST:
+    if spec.experts * wanted.duplicate > LARGEST:
         raise UsageError(
             f"--duplicate {wanted.duplicate} would make {spec.experts * wanted.duplicate} experts of {spec.experts}"
         )

@@ -21,8 +21,8 @@ from surgery.errors import ConfigError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.tensors.gather import Gather, scaled
 from surgery.tensors.lazy import Concat, Lazy, Map, Slice
-from surgery.upcycling.claim import Claim
 from surgery.upcycling.dense_to_moe.noise import Noisy
+from surgery.upcycling.proof import Claim
 
 Groups = Sequence[tuple[int, ...]]
 
@@ -38,6 +38,7 @@ class Changed:
     details: dict[str, Any]
     rounds: bool = False
     group: int = 1  # runs of so many experts of the result share a row of the router
+    family: str = ""  # as which it has to be written
 
     def claim(self) -> Claim:
         return Claim(self.name, self.checkpoint.spec, not self.losses, self.rounds, self.group)

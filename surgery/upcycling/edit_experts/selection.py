@@ -1,27 +1,25 @@
 """Which experts of a mixture stay, in which order and which together: from flags or a YAML recipe.
 
     wanted = from_flags({"keep": ("0-3", "5:4-7"), "top_k": 2})     # layer 5 keeps others than the rest
-    wanted = from_values({"merge": [[0, 1], [2, 3]], "layers": {"3-5": {"prune": [4, 5, 6, 7]}}})
-    wanted.for_layer(5)                                             # Choice("keep", ((4,), (5,), (6,), (7,)))
+    wanted = from_recipe({"merge": [[0, 1], [2, 3]], "layers": {"3-5": {"prune": [4, 5, 6, 7]}}}, "experts.yaml")
+    wanted.for_layer(5)                                             # Choice("prune", ((4,), (5,), (6,), (7,)))
 
 A list of experts is written `0-3,6`; experts that are averaged are joined by `+`, as in `0+1,2+3`.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from surgery.containers.text import read_yaml
-from surgery.errors import ConfigError, SurgeryError, UsageError, show
+from surgery.errors import UsageError, show, suggest
+from surgery.settings import Checked, in_file, keywords, read, setting
 
 HOWS = ("keep", "prune", "permute", "merge", "best")
-MORE = ("duplicate", "noise", "seed", "top_k", "by", "force_lossy")
-BY = ("router-norm", "weight-norm")
-LARGEST = 1 << 16
+LARGEST = (1 << 16) - 1
+WHICH = "[LAYERS:]E,E"
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -39,41 +37,60 @@ class Choice:
     count: int = 0
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What is asked of the experts of a model.
+@dataclass(frozen=True, kw_only=True)
+class ForAll(Checked):
+    """What is asked of all layers alike."""
 
-    default     for all layers that `layers` does not name; None: all experts stay
-    duplicate   copies of every expert in the end, side by side
-    noise       standard deviation of noise on all copies but the first, in that of the weights; `seed` decides it
-    top_k       experts that a token uses from now on; None: as before, times `duplicate`
-    by          what `best` goes by: router-norm | weight-norm, the largest stay
-    """
+    duplicate: int = setting(
+        1, "Every expert so many times in the end, and as many times more of them chosen: exact, a larger model to "
+        "train on.", metavar="TIMES", low=1, high=LARGEST,
+    )  # fmt: skip
+    top_k: int | None = setting(
+        None, "How many experts a token uses.", low=1, high=LARGEST, otherwise="as before, times --duplicate"
+    )
+    by: str = setting(
+        "router-norm", "What --best goes by: rows of the router, or the experts' own weights.",
+        choices=("router-norm", "weight-norm"),
+    )  # fmt: skip
+    noise: float = setting(
+        0.0, "duplicate: noise on all copies but the first, in standard deviations of their own weights (lossy).",
+        metavar="STD", low=0, high=1e3, otherwise="0",
+    )  # fmt: skip
+    seed: int = setting(0, "Of the noise.", low=0)
+    force_lossy: bool = setting(False, "Allow what does not preserve the function.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise and self.duplicate == 1:
+            raise UsageError("--noise is for the copies that --duplicate makes", hint="--duplicate 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices(ForAll):
+    """What is asked, as recipes and calls say it: lists of experts, or texts like `0-3,6`; `layers` have their own."""
+
+    keep: Any = setting(
+        None, "Only these experts, in this order: 0,3-5; with layers in front (3-5:0,1) in these layers. Repeatable.",
+        metavar=WHICH, many=True,
+    )  # fmt: skip
+    prune: Any = setting(None, "All but these. Repeatable.", metavar=WHICH, many=True)
+    best: Any = setting(None, "The N experts of largest norm (--by). Repeatable.", metavar="[LAYERS:]N", many=True)
+    merge: Any = setting(
+        None, "Means of experts: 0+1,2+3 makes two of four. Repeatable.", metavar="[LAYERS:]E+E,E", many=True
+    )
+    permute: Any = setting(None, "All experts in another order: exact. Repeatable.", metavar=WHICH, many=True)
+    layers: Any = setting(None, "By layers, as 3-5: a choice of their own.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection(ForAll):
+    """The same layer by layer.  `default` is for all that `layers` does not name; None: all experts stay."""
 
     default: Choice | None = None
     layers: Mapping[int, Choice] = field(default_factory=dict)
-    duplicate: int = 1
-    top_k: int | None = None
-    by: str = "router-norm"
-    force_lossy: bool = False
-    noise: float = 0.0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.by not in BY:
-            raise UsageError(f"--by {show(self.by)} is unknown", hint=f"choose from {', '.join(BY)}")
-        for name in ("duplicate", "top_k"):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and 0 < value < LARGEST):
-                raise UsageError(f"--{name.replace('_', '-')} {show(value)} is no sensible number")
-        if type(self.force_lossy) is not bool:
-            raise UsageError("force_lossy is true or false")
-        if type(self.noise) not in (int, float) or not 0 <= self.noise <= 1e3:
-            raise UsageError(f"--noise {show(self.noise)} is no share of a standard deviation", hint="--noise 0.01")
-        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"--seed {show(self.seed)} is no sensible number")
-        if self.noise and self.duplicate == 1:
-            raise UsageError("--noise is for the copies that --duplicate makes", hint="--duplicate 2")
+        super().__post_init__()
         if self.default is None and not self.layers and self.duplicate == 1 and self.top_k is None:
             raise UsageError(
                 "nothing is asked of the experts",
@@ -90,98 +107,89 @@ class Selection:
         return {
             **(said(self.default) if self.default else {}),
             **({"layers": {str(i): said(c) for i, c in sorted(self.layers.items())}} if self.layers else {}),
-            "duplicate": self.duplicate,
-            "noise": self.noise,
-            "seed": self.seed,
-            "top_k": self.top_k,
-            "by": self.by,
-            "force_lossy": self.force_lossy,
+            **{f.name: getattr(self, f.name) for f in fields(ForAll)},
         }
 
 
-def from_flags(flags: Mapping[str, Any]) -> Selection:
-    """A Selection from the flags of `surgery experts`: texts, each perhaps with the layers it is for in front.
-
-    Raises UsageError if a text cannot be read, or a layer is given two choices.
-    """
-    default: list[Choice] = []
-    layers: dict[int, Choice] = {}
-    for how in HOWS:
-        for text in flags.get(how) or ():
-            where, colon, rest = str(text).rpartition(":")
-            choice = _choice(how, rest, f"--{how}")
-            if not colon:
-                default.append(choice)
-                continue
-            for layer in _numbers(where, f"--{how}"):
-                if layer in layers:
-                    raise UsageError(f"--{how} {show(text)}: layer {layer} is told two things")
-                layers[layer] = choice
+def selected(asked: Choices) -> Selection:
+    """The choice of every layer.  Raises UsageError for what cannot be read, or says two things of a layer."""
+    default = [_choice(how, value, how) for how in HOWS if (value := getattr(asked, how)) is not None]
     if len(default) > 1:
         raise UsageError(
-            f"--{default[0].how} and --{default[1].how} are both for all layers",
+            f"{default[0].how} and {default[1].how} are both for all layers",
             hint="write LAYERS:EXPERTS for one of them, as in 3-5:0,1, or do one after the other",
         )
-    more = {k: flags[k] for k in MORE if flags.get(k) is not None}
-    return Selection(default[0] if default else None, layers, **more)
+    layers = {}
+    for layer, choices in by_layer(asked.layers).items():
+        if not isinstance(choices, Mapping) or len(choices) != 1:
+            raise UsageError(f"layer {layer} needs one choice", hint=f"one of {', '.join(HOWS)}")
+        (how, value), *_ = choices.items()
+        if how not in HOWS:
+            raise UsageError(f"there is no field {show(how)}", hint=suggest(how, HOWS, "fields"))
+        layers[layer] = _choice(how, value, how)
+    more = {f.name: getattr(asked, f.name) for f in fields(ForAll)}
+    return Selection(default=default[0] if default else None, layers=layers, **more)
 
 
-def selection(flags: Mapping[str, Any], recipe: str | None = None) -> Selection:
-    """What is asked for; flags win over a recipe.  Raises UsageError or ConfigError."""
-    if recipe is None:
-        return from_flags(flags)
-    base = from_recipe(read_yaml(recipe, "recipe"), recipe)
-    given = {name: flags[name] for name in (*HOWS, *MORE) if flags.get(name) not in (None, (), False)}
-    if not given:
-        return base
-    over = from_flags({"top_k": base.top_k or 1, "duplicate": base.duplicate, **given})
-    values = {name: getattr(over, name) for name in MORE if name in given}
-    return replace(base, default=over.default or base.default, layers={**base.layers, **over.layers}, **values)
+def by_layer(layers: Any) -> dict[int, Any]:
+    """{"3-4": x} -> {3: x, 4: x}."""
+    if not isinstance(layers or {}, Mapping):
+        raise UsageError("layers maps numbers of layers to choices")
+    out: dict[int, Any] = {}
+    for where, value in (layers or {}).items():
+        for layer in _numbers(str(where), "layers"):
+            if layer in out:
+                raise UsageError(f"layer {layer} is told two things")
+            out[layer] = value
+    return out
+
+
+def from_flags(flags: Mapping[str, Any]) -> Selection:
+    """A Selection from the flags of `surgery experts`: texts, each perhaps with the layers it is for in front."""
+    return selected(Choices(**unfolded(flags)))
 
 
 def from_recipe(values: object, file: str) -> Selection:
     """A Selection from a YAML recipe.  Raises ConfigError for what is no field, with the one that may be meant."""
-    if not isinstance(values, dict):
-        raise ConfigError("is no recipe: it should map fields to values", file=file)
-    try:
-        return from_values(values)
-    except SurgeryError as error:
-        raise ConfigError(error.what, file=file, hint=error.hint) from None
+    asked = read(Choices, values, file)
+    with in_file(file):
+        return selected(asked)
 
 
-def from_values(values: Mapping[Any, object]) -> Selection:
-    """A Selection from numbers and lists: the flags' names, and `layers` with choices of their own.
+def unfolded(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags as a recipe says the same: {"keep": ("0-3", "5:4-7")} -> {"keep": "0-3", "layers": {5: {"keep": "4-7"}}}.
 
-    Raises UsageError for what is no field, with the field that may have been meant.
+    Raises UsageError if they say two things of a layer.
     """
-    named = {str(k).replace("-", "_"): v for k, v in values.items()}
-    _known(named, (*HOWS, "layers", *MORE))
-    layers: dict[int, Choice] = {}
-    given = named.get("layers") or {}
-    if not isinstance(given, dict):
-        raise UsageError("layers maps numbers of layers to choices")
-    for where, choices in given.items():
-        if not isinstance(choices, dict) or len(choices) != 1:
-            raise UsageError(f"layers {show(where)} need one choice", hint=f"one of {', '.join(HOWS)}")
-        _known(choices, HOWS)
-        (how, value), *_ = choices.items()
-        for layer in _numbers(str(where), "layers"):
-            if layer in layers:
-                raise UsageError(f"layer {layer} is told two things")
-            layers[layer] = _choice(str(how), value, str(how))
-    default = [_choice(how, named[how], how) for how in HOWS if how in named]
-    if len(default) > 1:
-        raise UsageError(f"{default[0].how} and {default[1].how} are both for all layers")
-    more: dict[str, Any] = {k: named[k] for k in MORE if k in named}
-    return Selection(default[0] if default else None, layers, **more)
+    out: dict[str, Any] = {name: value for name, value in flags.items() if name not in HOWS}
+    layers: dict[int, Any] = {}
+    for how in HOWS:
+        for text in flags.get(how) or ():
+            where, colon, rest = str(text).rpartition(":")
+            if not colon:
+                if how in out:
+                    raise UsageError(f"--{how} and --{how} are both for all layers")
+                out[how] = rest
+            for layer in _numbers(where, f"--{how}") if colon else ():
+                if layer in layers:
+                    raise UsageError(f"--{how} {show(text)}: layer {layer} is told two things")
+                layers[layer] = {how: rest}
+    return {**out, "layers": layers} if layers else out
 
 
-def _known(values: Iterable[object], known: Sequence[str]) -> None:
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"fields: {', '.join(known)}"
-            raise UsageError(f"there is no field {show(name)}", hint=hint)
+def asked_for(flags: Mapping[str, Any], recipe: object = None, file: str | None = None) -> dict[str, Any]:
+    """The fields of `Choices` that flags and a recipe give; flags win, layer by layer.
+
+    Raises UsageError or, for the recipe, ConfigError.
+    """
+    own = unfolded(flags)
+    if file is None:
+        return own
+    base = keywords(Choices, recipe, file)
+    if any(how in own for how in HOWS):
+        base = {name: value for name, value in base.items() if name not in HOWS}
+    layers = {**by_layer(base.get("layers")), **own.get("layers", {})}
+    return {**base, **own, **({"layers": layers} if layers else {})}
 
 
 def _choice(how: str, value: object, where: str) -> Choice:

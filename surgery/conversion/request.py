@@ -1,0 +1,82 @@
+"""Requests: what is asked of every command that writes a checkpoint, and of a conversion.
+
+    request = Convert(to="meta", topology=Topology(tp=2), dtype="bf16")
+    request.memory                      # bytes: what was asked for, else a quarter of what is free
+
+Fields with a `setting` are flags of the command line as well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.formats.topology import ONE_RANK, Topology
+from surgery.settings import Checked, said, setting
+
+MEMORY = 2 << 30
+DTYPES = ("keep", "bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Write(Checked):
+    """How an output is written.
+
+    topology    the parallel sizes of the output (--tp, --pp, --vpp, --ep)
+    options     choices of the formats, of the source's and of the output's (-O)
+    command     what was called, for the record in surgery.json
+    progress    is told every number of bytes that was written, or read back
+    """
+
+    to: str = setting("hf", "The format to write; see `surgery formats`.", metavar="FORMAT")
+    topology: Topology = ONE_RANK
+    options: Mapping[str, str] | None = None
+    max_memory: int | None = setting(
+        None, "Memory for weights, e.g. 512MiB; the result is the same.", metavar="SIZE", low=1,
+        otherwise="a quarter of what is free, at most 2GiB",
+    )  # fmt: skip
+    force: bool = setting(False, "Replace an existing output (once the new one is complete).")
+    verify: bool = setting(True, "Read the output back and compare it before it appears.")
+    sync: bool = setting(True, "Wait until the disk has the output: without it sooner done, and spoilt by a power cut.")
+    command: Sequence[str] = ()
+    progress: Callable[[int], None] | None = None
+
+    @property
+    def memory(self) -> int:
+        """Bytes that weights may take."""
+        return self.max_memory or default_memory()
+
+
+def dtype_setting() -> Any:
+    """The field `dtype`, of those requests that cast."""
+    return setting("keep", "Cast the weights before anything else; by default every bit is kept.", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Write):
+    """A conversion."""
+
+    to: str = field(metadata=said("The format to write; see `surgery formats`.", metavar="FORMAT"))
+    from_: str | None = setting(
+        None, "The source's format.", metavar="FORMAT", flag="from", otherwise="it is recognised"
+    )
+    dtype: str = dtype_setting()
+    vocab_size: int | None = setting(None, "Cut padding rows of the vocabulary, or add rows of zeros.", low=1)
+    tokenizer: str | os.PathLike[str] | None = setting(
+        None, "Take the tokenizer from this file or folder instead.", metavar="PATH"
+    )
+    allow: Collection[str] = setting(
+        (), "Leave this out if the target cannot hold it; refused where the logits depend on it. NAME: qkv_bias, "
+        "o_bias, mlp_bias, router_bias, norm_bias (only zeros), norm_weight (only ones), windows (none shorter than "
+        "the context). Repeatable.", metavar="NAME", many=True,
+    )  # fmt: skip
+
+
+def default_memory() -> int:
+    """A quarter of the machine's free memory, at most 2 GiB."""
+    from surgery.tensors.memory import free_memory
+
+    free = free_memory()
+    return MEMORY // 4 if free is None else max(64 << 20, min(MEMORY, free // 4))
