@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from surgery.conversion.convert import execute, plan_for
+from surgery.conversion.request import Write
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import FORMATS, open_checkpoint
@@ -88,12 +89,12 @@ def test_what_a_format_does_not_know_is_refused_when_it_plans(family, to, tmp_pa
     written, refused = [], []
     for name, spec in variants(BASES[family]):
         try:
-            plan = plan_for(checkpoint(spec, family), to=to)
+            plan = plan_for(checkpoint(spec, family), Write(to=to, verify=False, sync=False))
         except SurgeryError:
             refused.append(name)
             continue
         out = tmp_path / str(len(written))
-        execute(plan, out, verify=False, sync=False)
+        execute(plan, out)
         again = open_checkpoint(out, options={"release": "2024-11"} if to == "neox" else None)
         back = again.spec
         if back.vocab > spec.vocab:  # padded
