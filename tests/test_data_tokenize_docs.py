@@ -51,5 +51,5 @@ def test_the_page(reader):
 def test_every_flag_is_on_the_page():
     said = set(re.findall(r"--[a-z-]+", PAGE))
     flags = {flag for p in data_command.commands["tokenize"].params for flag in p.opts if flag.startswith("--")}
-    missing = flags - said - {"--dtype", "--id-key", "--no-sync", "--json", "--format"}
+    missing = flags - said - {"--dtype", "--id-key", "--sync", "--json", "--format"}
     assert missing == set()

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.flags import FORCE, JSON, NO_SYNC, with_flags
+from surgery.cli.flags import FORCE, JSON, SYNC, with_flags
 from surgery.cli.tokenize_flags import TOKENIZE
 from surgery.writing.progress import counting_bar, progress_bar
 
@@ -49,7 +49,7 @@ def data_command() -> None:
 @data_command.command("tokenize")
 @click.argument("src", nargs=-1, required=True)
 @click.argument("dst", type=click.Path())
-@with_flags(TOKENIZE, (FORCE, NO_SYNC, JSON))
+@with_flags(TOKENIZE, (FORCE, SYNC, JSON))
 def tokenize_command(src: tuple[str, ...], dst: str, as_json: bool, **flags: Any) -> None:
     """Encode text into token files: the folder DST, which appears when all of it is complete.
 
@@ -78,7 +78,7 @@ def tokenize_command(src: tuple[str, ...], dst: str, as_json: bool, **flags: Any
     from surgery.writing.staging import check_free
 
     limit, choices = Limit.parse(flags["max_bad"]), _choices(flags)
-    check_free(Path(dst), flags["force"])
+    check_free(Path(dst), bool(flags["force"]))
     vocabulary = load_vocabulary(flags["tokenizer"])
     settings = settings_for(choices, vocabulary)
     sources, notes = find_sources(src)
@@ -92,8 +92,8 @@ def tokenize_command(src: tuple[str, ...], dst: str, as_json: bool, **flags: Any
             settings,
             workers=flags["workers"],
             max_bad=limit,
-            force=flags["force"],
-            durable=not flags["no_sync"],
+            force=bool(flags["force"]),
+            durable=flags["sync"] is not False,
             progress=advance,
         )
     if as_json:

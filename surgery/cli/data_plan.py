@@ -51,12 +51,12 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
     from surgery.writing.staging import check_free
 
     if dst is not None:
-        check_free(Path(dst), flags["force"])
+        check_free(Path(dst), bool(flags["force"]))
     cache = Path(flags["cache"]) if flags["cache"] else None
     with progress_bars(as_json) as begin:
         chosen = {name: flags[name] for name in ("seed", "rows_per_step", "strict")}
         draft = draft_plan(mixture, **chosen, cache=cache, begin=begin)
-    plan = None if dst is None else write_plan(draft, dst, force=flags["force"])
+    plan = None if dst is None else write_plan(draft, dst, force=bool(flags["force"]))
     found = show_data.plan_data(draft, plan)
     click.echo(json.dumps(found, indent=2)) if as_json else show_data.plan(found)
 

@@ -47,16 +47,16 @@ def with_flags(*groups: Sequence[Flag]) -> Flag:
     return decorate
 
 
-def flags_of(cls: type, only: Collection[str] = (), but: Collection[str] = ()) -> tuple[Flag, ...]:
+def flags_of(cls: type, but: Collection[str] = ()) -> tuple[Flag, ...]:
     """A flag for every setting of a request, its own before those that it inherits."""
     owned = [f for c in cls.__mro__ for f in fields(cls) if f.name in vars(c).get("__annotations__", {})]
     chosen = [f for f in dict.fromkeys(owned) if settings.about(f) and f.name not in but]
-    flags = [_flag(cls, f) for f in chosen if not only or f.name in only]
-    return (*flags, *(PARALLEL if issubclass(cls, Write) and not only else ()))
+    return (*(flag_of(cls, f.name) for f in chosen), *(PARALLEL if issubclass(cls, Write) else ()))
 
 
-def _flag(cls: type, f: Field[Any]) -> Flag:
-    """One flag.  What is not given is None (or empty), so that a default stands in one place only."""
+def flag_of(cls: type, name: str) -> Flag:
+    """The flag of one setting.  What is not given is None (or empty), so that a default stands in one place only."""
+    f = next(f for f in fields(cls) if f.name == name)
     found = settings.about(f)
     assert found
     name, kind = settings.flag(f), settings.types_of(cls)[f.name][0]
@@ -140,3 +140,6 @@ def options_of(flags: Mapping[str, Any], to: str | None = None) -> dict[str, str
             raise UsageError("--shard-size and -O shard_size are the same: give one of them")
         out["shard_size"] = flags["shard_size"]
     return out
+
+
+FORCE, SYNC, MAX_MEMORY = (flag_of(Write, name) for name in ("force", "sync", "max_memory"))

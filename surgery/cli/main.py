@@ -17,14 +17,12 @@ import click
 from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
-from surgery.cli.flags import JSON, OPTIONS, flags_of, options_of, with_flags
+from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
 from surgery.cli.report import report_command
 from surgery.cli.soup import soup_command
 from surgery.cli.upcycle import experts_command, upcycle_command
-from surgery.conversion.request import Write
 from surgery.writing.progress import progress_bar
 
-MAX_MEMORY = flags_of(Write, only=("max_memory",))
 atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -122,7 +120,7 @@ def inspect_command(
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
-@with_flags(MAX_MEMORY, (OPTIONS, JSON))
+@with_flags((MAX_MEMORY, OPTIONS, JSON))
 def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
     """Are two checkpoints, in any two formats and parallel sizes, the same model?
 
