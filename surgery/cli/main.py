@@ -175,6 +175,13 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
     click.echo(answer(path, question, max_new_tokens))
 
 
-for command in (convert_command, soup_command, upcycle_command, experts_command, data_command, eval_command,
-                report_command):
+for command in (
+    convert_command,
+    soup_command,
+    upcycle_command,
+    experts_command,
+    data_command,
+    eval_command,
+    report_command,
+):
     main.add_command(command)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.conversion.convert import Report, execute, plan_for
+from surgery.conversion.convert import execute, plan_for
+from surgery.conversion.report import Report
+from surgery.conversion.request import Write
 from surgery.formats.operations import DTYPES
 from surgery.formats.table import Topology
 from surgery.midtraining.model import checkpoint_of
@@ -21,8 +23,6 @@ def export(
 ) -> Report:
     """The model as it is after `step` steps.  `dst` appears whole or not at all.  Raises SurgeryError."""
     now = checkpoint_of(job.weights(), job.source, DTYPES.get(wanted.dtype, wanted.dtype), step)
-    plan = plan_for(
-        now, to=wanted.to, topology=Topology(tp=wanted.tp, pp=wanted.pp, ep=wanted.ep), options=wanted.options,
-        settings={"derived": "midtraining", "step": step},
-    )  # fmt: skip
-    return execute(plan, dst, command=command, force=force)
+    sizes = Topology(tp=wanted.tp, pp=wanted.pp, ep=wanted.ep)
+    write = Write(to=wanted.to, topology=sizes, options=wanted.options, command=command, force=force)
+    return execute(plan_for(now, write, job={"midtraining": step}), dst)
