@@ -389,3 +389,19 @@ def test_what_is_no_run_is_refused(tmp_path, make, error, said):
     with pytest.raises(error, match=said):
         write_report([str(make(tmp_path))], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_of_very_many_events_some_are_shown(tmp_path):
+    events = tuple({"step": i, "level": "alarm", "text": "again"} for i in range(5000))
+    (table,) = [t for t in tables([RunFolder(tmp_path, events=events)], {}) if t.section == "Events"]
+    assert len(table.rows) == 200
+    assert "200 of 5,000" in table.note
+
+
+def test_the_best_score_of_each_task_is_marked(seeds):
+    runs = opened(seeds)
+    (table,) = [t for t in tables(runs, {}) if t.section == "Tasks"]
+    for row in table.rows:
+        values = [run.evals[-1]["tasks"][row[0].text][row[1].text] for run in runs]
+        best = min(values) if row[1].text == "bpb" else max(values)
+        assert [cell.kind == "best" for cell in row[3:]] == [v == best for v in values]

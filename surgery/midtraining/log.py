@@ -29,6 +29,9 @@ from surgery.midtraining.throughput import Meter
 from surgery.writing.atomic import atomic_file
 
 Record = Mapping[str, Any]
+SHOWN = ("step", "tokens", "loss", "balance", "lr", "grad_norm", "skipped", "router/max_load", "router/dead",
+         "tokens_per_second", "mfu", "seconds", "eta")  # fmt: skip
+EVALUATED = ("loss", "bpb", "acc", "acc_norm", "exact")
 
 
 class View(Protocol):
@@ -178,7 +181,10 @@ class RunLog:
 
 
 class Lines:
-    """A line of `key=value` for every `every`-th step, each evaluation and each event: for pipes and log files."""
+    """A line of `key=value` for every `every`-th step, each evaluation and each event: for pipes and log files.
+
+    A step's line has the keys of `SHOWN` that it has values for; an evaluation's, losses, accuracies and bits per byte.
+    """
 
     def __init__(self, out: TextIO, every: int = 1, steps: int | None = None) -> None:
         self.out, self.every, self.steps = out, every, steps
@@ -186,11 +192,12 @@ class Lines:
     def step(self, metrics: Record, times: Record) -> None:
         if metrics["step"] % self.every == 0 or metrics["step"] == self.steps:
             left = remaining(metrics["step"], self.steps, times)
-            found = {**flat(metrics), **flat(times), **({} if left is None else {"eta": left})}
-            self._say("step", found)
+            found = {**flat(metrics), **flat(times), "eta": left}
+            self._say("step", {key: found.get(key) for key in SHOWN})
 
     def evaluation(self, record: Record) -> None:
-        self._say("eval", flat(record))
+        found = {key: value for key, value in flat(record).items() if key.rpartition("/")[2] in EVALUATED}
+        self._say("eval", {"step": record["step"], **found})
 
     def event(self, record: Record) -> None:
         self._say(record["level"], {"step": record["step"], "text": json.dumps(record["text"], ensure_ascii=False)})

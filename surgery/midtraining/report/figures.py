@@ -22,11 +22,11 @@ def figures(runs: Sequence[RunFolder]) -> list[Figure]:
 
 def _training(runs: Sequence[RunFolder]) -> Iterator[Figure]:
     wanted: tuple[tuple[str, str, tuple[str, ...], str, dict[str, Any]], ...] = (
-        ("Training loss", "nats per token", ("ce",), ".4f", {}),
-        ("Learning rate", "what each step used", ("lr",), ".3e", {"rangemode": "tozero", "exponentformat": "power"}),
-        ("Gradient norm", "before clipping", ("grad_norm",), ".3f", {"rangemode": "tozero"}),
-        ("Balance loss", "mean over layers; 1 is balanced", ("balance",), ".4f", {}),
-        ("Router z-loss", "mean over layers, without its coefficient", ("router_z",), ".3f", {}),
+        ("Training loss", "Nats per token", ("ce",), ".4f", {}),
+        ("Learning rate", "What each step used", ("lr",), ".3e", {"rangemode": "tozero", "exponentformat": "power"}),
+        ("Gradient norm", "Before clipping", ("grad_norm",), ".3f", {"rangemode": "tozero"}),
+        ("Balance loss", "Mean over layers; 1 is balanced", ("balance",), ".4f", {}),
+        ("Router z-loss", "Mean over layers, without its coefficient", ("router_z",), ".3f", {}),
     )
     for title, note, path, form, axis in wanted:
         data = [series(run.metrics, *path) for run in runs]
@@ -50,7 +50,7 @@ def _heldout(runs: Sequence[RunFolder]) -> Iterator[Figure]:
     names = domains(runs)
     every = [(name, [series(run.evals, "heldout", name, "loss") for run in runs]) for name in names]
     if len(names) > 1:
-        every.insert(0, ("mean of the domains", [_mean_series(run, names) for run in runs]))
+        every.insert(0, ("Mean of the domains", [_mean_series(run, names) for run in runs]))
     for name, data in every:
         figure = curve_figure("Held-out loss", name, _change(runs, data), runs, data, ".4f")
         if figure:
@@ -81,8 +81,8 @@ def _change(runs: Sequence[RunFolder], data: Sequence[Curve]) -> str:
 def _tasks(runs: Sequence[RunFolder]) -> Iterator[Figure]:
     names = dict.fromkeys(name for run in runs for r in run.evals for name in named(r, "tasks"))
     for name in names:
-        for metric, what, form in (("acc_norm", "accuracy, per character", ".1%"), ("acc", "accuracy", ".1%"),
-                                   ("bpb", "bits per byte of the right answer", ".3f")):  # fmt: skip
+        for metric, what, form in (("acc_norm", "Accuracy, per character", ".1%"), ("acc", "Accuracy", ".1%"),
+                                   ("bpb", "Bits per byte of the right answer", ".3f")):  # fmt: skip
             data = [series(run.evals, "tasks", name, metric) for run in runs]
             if max(len(xs) for xs, _ in data) > 1:
                 more = {"tickformat": ".0%"} if metric != "bpb" else {}

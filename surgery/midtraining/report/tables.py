@@ -15,6 +15,7 @@ from surgery.midtraining.run_folder import RunFolder
 
 BASE, MERGED = "before the run", "soup"
 NONE = "-"
+EVENTS = 200  # that are shown
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def _tasks(runs: Sequence[RunFolder]) -> Table | None:
             values = [number(within(found, (name, metric))) for found in last.values()]
             if any(v is not None for v in values):
                 count = next((n for found in last.values() if (n := within(found, (name, "documents")))), NONE)
-                rows.append((Cell(name), Cell(metric), Cell(str(count), "number"), *(_figure(v, form) for v in values)))
+                held = [v for v in values if v is not None]
+                best = (min if metric == "bpb" else max)(held) if len(held) > 1 else None
+                scores = (_figure(v, form, v is not None and v == best) for v in values)
+                rows.append((Cell(name), Cell(metric), Cell(str(count), "number"), *scores))
     head = (("task", False), ("metric", False), ("documents", True), *((title, True) for title in last))
     return Table("Tasks", "Scores at the end", "", head, tuple(rows))
 
@@ -181,8 +185,9 @@ def _passed(value: object) -> Cell:
 
 def _events(runs: Sequence[RunFolder]) -> Table:
     rows = tuple(_event(run.title, event) for run in runs for event in run.events)
+    note = f"The first {EVENTS:,} of {len(rows):,}; events.jsonl has all." if len(rows) > EVENTS else ""
     head = (("run", False), ("step", True), ("kind", False), ("what happened", False))
-    return Table("Events", "Alarms and notes", "", head, rows)
+    return Table("Events", "Alarms and notes", note, head, rows[:EVENTS])
 
 
 def _event(title: str, event: Mapping[str, Any]) -> tuple[Cell, ...]:
