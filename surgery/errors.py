@@ -9,14 +9,19 @@
     |-- OutputError         the destination exists, is full, or cannot be written
     `-- MismatchError       a verification found a difference
 
-Nothing else is raised on bad input.  `assert` is for our own mistakes only.
+Nothing else is raised on bad input.  `assert` is for our own mistakes only.  What the system refuses (a file, memory,
+a thread) becomes one of them by `reported`; what came from a file is printed through `show`, `some` or `printable`.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST = 4000  # characters of one message
 
 
 class SurgeryError(Exception):
@@ -44,8 +49,8 @@ class SurgeryError(Exception):
             place += f"!{ascii(self.member[:80])[1:-1]}"  # names inside a file are the file's
         if self.byte is not None:
             place += f" @ byte {self.byte}"
-        text = f"{place}: {self.what}" if place else self.what
-        return f"{text}\n  hint: {self.hint}" if self.hint else text
+        text = printable(f"{place}: {self.what}" if place else self.what, LONGEST)
+        return f"{text}\n  hint: {printable(self.hint, LONGEST)}" if self.hint else text
 
 
 class FileError(SurgeryError):
@@ -99,9 +104,9 @@ def show(value: object, limit: int = 80) -> str:
 
 
 def some(names: Iterable[object], limit: int = 5) -> str:
-    """The first few of many names, and how many more there are."""
+    """The first few of many names, each cut and in ASCII without control characters, and how many more there are."""
     names = list(names)
-    text = ", ".join(str(name) for name in names[:limit])
+    text = ", ".join(_ascii(str(name)) for name in names[:limit])
     return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -110,3 +115,57 @@ def suggest(wrong: object, names: Iterable[str], label: str = "known") -> str:
     names = list(names)
     near = difflib.get_close_matches(str(wrong), names, 1)
     return f"did you mean {near[0]}?" if near else f"{label}: {', '.join(names)}"
+
+
+def _ascii(name: str, limit: int = 120) -> str:
+    cut = name[:limit] + ("..." if len(name) > limit else "")
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in cut)
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text that a terminal may be given: controls, escape sequences and marks that turn the direction as \\x1b etc."""
+    cut = text if limit is None or len(text) <= limit else text[:limit] + "..."
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in cut)
+
+
+ADVICE = {
+    errno.EACCES: "look at the rights of the file and of every folder above it",
+    errno.EPERM: "look at the rights of the file and of every folder above it",
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room on the disk",
+    errno.EMFILE: "allow the process more open files: ulimit -n 4096",
+    errno.ENFILE: "allow the process more open files: ulimit -n 4096",
+    errno.EIO: "the disk or the network failed; see the system's log, then try again",
+    errno.ESTALE: "the disk or the network failed; see the system's log, then try again",
+}
+SHORT = "close other programs, allow the process more memory and threads (ulimit -a), or give a smaller --max-memory"
+
+
+def shortage(error: BaseException) -> str | None:
+    """What the system had no more of, if that is the error: memory or threads."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "the system allows no more threads, or has no memory for one"
+    return None
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """What the system refuses while this runs, as a SurgeryError; also a decorator, `@reported()`.
+
+    A file or folder that cannot be used is a FileError.  A pipe that nobody reads is left to whoever prints.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, (str, bytes, os.PathLike)) else None
+        what = f"the system refuses: {error.strerror or type(error).__name__}"
+        raise FileError(what, file=None if named is None else os.fsdecode(named),
+                        hint=ADVICE.get(error.errno or 0)) from error  # fmt: skip
+    except (MemoryError, RuntimeError) as error:
+        if (lacking := shortage(error)) is None:
+            raise
+        raise SurgeryError(lacking, hint=SHORT) from error

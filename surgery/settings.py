@@ -20,7 +20,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Concatenate, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from surgery.errors import ConfigError, SurgeryError, UsageError, show, some, suggest
+from surgery.arguments import check
+from surgery.errors import ConfigError, SurgeryError, UsageError, reported, show, some, suggest
 
 KEY = "setting"  # of a field's metadata
 WHOLE = 1 << 63  # above the largest whole number
@@ -204,8 +205,10 @@ def taking(
                 bound = signature.bind(*args, **given).arguments
             except TypeError as error:
                 raise TypeError(f"{function.__name__}() {error}") from None
+            check(bound)
             first, second = (bound.pop(p.name) for p in own)
-            return function(first, second, request(**bound))  # type: ignore[call-arg]
+            with reported():
+                return function(first, second, request(**bound))  # type: ignore[call-arg]
 
         called.__signature__ = signature  # type: ignore[attr-defined]
         called.__doc__ = f"{inspect.getdoc(function)}\n\n{_explained(request)}"

@@ -2,6 +2,7 @@
 
     python killable.py random FOLDER 60        # SIGKILL at random times, resumed until it ends, 60 kills in all
     python killable.py calls FOLDER            # SIGKILL before and after every system call that changes something
+    python killable.py plain FOLDER            # the same where the system cannot exchange two folders
     python killable.py stops FOLDER            # SIGINT, SIGTERM and a limit on file sizes, each resumed
 
 Children are forked from a process that has imported torch but runs no thread: a run takes a fraction of a second.
@@ -27,7 +28,7 @@ from surgery.tensors.extent import Extent
 from surgery.tensors.files import File
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import Concat, Slice, bytes_of
-from surgery.writing import stream
+from surgery.writing import renaming, stream
 from tests.killing import dies_at, forked, tree
 
 
@@ -62,9 +63,11 @@ def run(folder, rows, memory, dst="out", force=False):
     ]
 
     def closing(done):
-        return [
-            text_file("surgery.json", json.dumps([ledger.content_digest(), sorted(ledger.counts.items())]).encode())
-        ]
+        record = {
+            "output": {"files": [f.name for f in files]},
+            "content": [ledger.content_digest(), sorted(ledger.counts.items())],
+        }
+        return [text_file("surgery.json", json.dumps(record).encode())]
 
     return stream.write(
         files, folder / dst, max_memory=memory, job={"rows": rows}, ledger=ledger, closing=closing, force=force
@@ -94,18 +97,20 @@ def random_kills(folder, kills, rows=300, memory=32 << 17):
     return {"kills": done, "completed": resumed + 1, "last_resumed": result.resumed_bytes}
 
 
-def kill_at_every_call(folder, rows=4, memory=32 << 12):
+def kill_at_every_call(folder, rows=4, memory=32 << 12, exchange=True, first=1):
     """With --force over an older output: until the new one is in place, the old one must not be lost."""
     run(folder, rows, memory, "whole")
-    whole, old = tree(folder / "whole"), {"mine": b"old"}
+    whole, old = tree(folder / "whole"), {"model.safetensors": b"old"}
     out, hidden = folder / "out", folder / ".out.surgery-partial"
     kills = resumed = 0
     for after in (False, True):
-        for n in range(1, 10_000):
+        for n in range(first, 10_000):
             (out).mkdir()
-            (out / "mine").write_bytes(b"old")
+            (out / "model.safetensors").write_bytes(b"old")
 
             def job(n=n, after=after):
+                if not exchange:
+                    renaming._renameat2 = lambda *args: False
                 dies_at(n, after)
                 run(folder, rows, memory, force=True)
 
@@ -125,6 +130,11 @@ def kill_at_every_call(folder, rows=4, memory=32 << 12):
             raise AssertionError("it never ends")
         shutil.rmtree(out)
     return {"kills": kills, "resumed": resumed}
+
+
+def kill_without_exchange(folder):
+    """As `kill_at_every_call` where the system cannot exchange two folders: from the last writes on."""
+    return kill_at_every_call(folder, exchange=False, first=120)
 
 
 def stops(folder, rows=500, memory=32 << 17):
@@ -179,5 +189,5 @@ if __name__ == "__main__":
     if mode == "random":
         outcome = random_kills(folder, int(sys.argv[3]))
     else:
-        outcome = {"calls": kill_at_every_call, "stops": stops}[mode](folder)
+        outcome = {"calls": kill_at_every_call, "plain": kill_without_exchange, "stops": stops}[mode](folder)
     print(json.dumps(outcome), flush=True)

@@ -6,6 +6,8 @@ pid = forked(lambda: (dies_at(7, after=True), job()))       # the seventh call t
 import os
 import signal
 
+from surgery.writing import renaming
+
 CHANGING = "pwrite write rename replace mkdir rmdir unlink ftruncate fsync fdatasync open".split()
 
 
@@ -31,8 +33,8 @@ def dies_at(n, after):
     """Make the n-th changing system call the last, before or after it is done; returns the count of calls."""
     count = [0]
 
-    def wrap(name):
-        real = getattr(os, name)
+    def wrap(place, name):
+        real = getattr(place, name)
 
         def call(*args, **kw):
             count[0] += 1
@@ -43,8 +45,9 @@ def dies_at(n, after):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        setattr(os, name, call)
+        setattr(place, name, call)
 
     for name in CHANGING:
-        wrap(name)
+        wrap(os, name)
+    wrap(renaming, "_renameat2")
     return count

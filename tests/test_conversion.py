@@ -126,7 +126,10 @@ def test_nothing_is_overwritten_unasked(tmp_path, tiny_hf):
     marker.write_text("keep me")
     with pytest.raises(OutputError, match="exists already"):
         surgery.convert(tiny_hf("llama"), tmp_path / "out", to="hf")
-    assert marker.exists()
+    with pytest.raises(OutputError, match=r"part of no checkpoint.*mine\.txt"):
+        surgery.convert(tiny_hf("llama"), tmp_path / "out", to="hf", force=True)
+    assert marker.read_text() == "keep me"
+    marker.rename(tmp_path / "mine.txt")
     surgery.convert(tiny_hf("llama"), tmp_path / "out", to="hf", force=True)
     assert not marker.exists()
 

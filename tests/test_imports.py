@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each package imports only what stands before it; single modules are packages of one.
-LADDER = ("errors", "units", "settings", "tensors", "containers", "writing", "tokenizer", "model", "formats",
-          "conversion", "running", "verification", "merging", "upcycling", "data", "midtraining", "jobs",
+LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "writing", "tokenizer", "model",
+          "formats", "conversion", "running", "verification", "merging", "upcycling", "data", "midtraining", "jobs",
           "cli")  # fmt: skip
 CLIMBS = {("running/layerwise.py", "upcycling")}
 # library -> the packages (or files) that may import it

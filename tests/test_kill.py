@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).with_name("killable.py")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parents[1])}
 
@@ -24,9 +26,10 @@ def test_sigkill_at_random_times(tmp_path):
     assert outcome["completed"] >= 5
 
 
-def test_sigkill_before_and_after_every_call_that_changes_something(tmp_path):
-    outcome = run("calls", tmp_path)
-    assert outcome["kills"] > 100
+@pytest.mark.parametrize(("renames", "least"), [("calls", 100), ("plain", 40)])
+def test_sigkill_before_and_after_every_call_that_changes_something(renames, least, tmp_path):
+    outcome = run(renames, tmp_path)
+    assert outcome["kills"] > least
     assert outcome["resumed"] > 20
 
 

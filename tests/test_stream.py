@@ -26,9 +26,10 @@ from surgery.tensors.files import IO, File
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
 from surgery.writing import journal, sink, stream
+from surgery.writing.ahead import SPARE, ahead
 from surgery.writing.interrupt import Interrupted
 from surgery.writing.staging import Staging
-from surgery.writing.stream import ahead, boxes_from, read_through, write
+from surgery.writing.stream import boxes_from, read_through, write
 
 KB = 1 << 10
 
@@ -123,7 +124,7 @@ def test_what_is_ahead_is_bounded(threads):
     with ahead(map(maker, range(12)), threads) as items:
         for i, item in enumerate(items):
             time.sleep(0.02)
-            assert item == i and len(made) <= i + 1 + threads + stream.SPARE
+            assert item == i and len(made) <= i + 1 + threads + SPARE
         assert sorted(made) == list(range(12))
 
 
@@ -278,10 +279,10 @@ print(done.peak, done.read_bytes)
 def test_an_existing_output_is_refused_unless_forced(source, tmp_path):
     dst = tmp_path / "out"
     dst.mkdir()
-    (dst / "mine").write_text("precious")
+    (dst / "model.safetensors").write_text("precious")
     with pytest.raises(OutputError, match="exists already"):
         write(plan(source), dst, max_memory=1 << 20, job={})
-    assert tree(dst) == {"mine": b"precious"} and not hidden(dst).exists()
+    assert tree(dst) == {"model.safetensors": b"precious"} and not hidden(dst).exists()
     write(plan(source), dst, max_memory=1 << 20, job={}, force=True)
     assert sorted(tree(dst)) == ["a/one.safetensors", "config.json", "three.safetensors", "two.pt"]
     assert not hidden(dst).exists()

@@ -9,6 +9,7 @@ import atexit
 import gc
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from surgery.cli.eval import eval_command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
 from surgery.cli.report import report_command
 from surgery.cli.soup import soup_command
+from surgery.cli.terminal import Stopped, lenient_streams, say, stoppable
 from surgery.cli.upcycle import experts_command, upcycle_command
 from surgery.writing.progress import progress_bar
 
@@ -31,12 +33,17 @@ class Group(click.Group):
     """Turns every SurgeryError into one message and an exit status: 2 for flags, 1 for everything else."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from surgery.errors import SurgeryError
+        from surgery.errors import SurgeryError, reported
 
+        lenient_streams()
         try:
-            return super().invoke(ctx)
+            with stoppable(), reported():
+                return super().invoke(ctx)
         except SurgeryError as error:
             _fail(error)
+        except Stopped as stopped:
+            say(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
+            raise
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
@@ -45,8 +52,8 @@ class Group(click.Group):
 def _fail(error: Exception) -> NoReturn:
     from surgery.errors import UsageError
 
-    text = click.style("error: ", fg="red", bold=True) + str(error)
-    click.echo(text, err=True)
+    say("error: ", err=True, fg="red", bold=True, nl=False)
+    say(str(error), err=True)
     signum = getattr(error, "signum", None)
     sys.exit(128 + signum if signum else 2 if isinstance(error, UsageError) else 1)
 
@@ -172,7 +179,7 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
     """Let a Hugging Face checkpoint answer a question (greedily, on the CPU): the quickest sign of life."""
     from surgery.running.chat import answer
 
-    click.echo(answer(path, question, max_new_tokens))
+    say(answer(path, question, max_new_tokens))
 
 
 for command in (

@@ -9,15 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from surgery.cli.console import console
 from surgery.conversion.report import Plan, Report
+from surgery.errors import LONGEST, printable, some
 from surgery.formats.base import Format
 from surgery.units import count, human
 
 Json = Mapping[str, Any]
-
-
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
 
 
 def _rows(pairs: Iterable[tuple[str, object]]) -> Table:
@@ -26,13 +24,13 @@ def _rows(pairs: Iterable[tuple[str, object]]) -> Table:
     table.add_column(overflow="fold")
     for key, value in pairs:
         if value not in (None, "", [], {}):
-            table.add_row(key, Text(str(value)))
+            table.add_row(key, Text(printable(str(value), LONGEST)))
     return table
 
 
 def _notes(out: Console, notes: Iterable[str]) -> None:
     for note in notes:
-        out.print(Text(f"  note: {note}", style="yellow"))
+        out.print(Text(f"  note: {printable(note, LONGEST)}", style="yellow"))
 
 
 def inspection(found: Json) -> None:
@@ -61,7 +59,7 @@ def inspection(found: Json) -> None:
                 ("files", f"{len(found['files'])}, {human(found['bytes'])}: {_few(found['files'])}"),
                 *found["details"].items(),
                 ("left out", _ignored(found["ignored"])),
-                ("pickles name", ", ".join(found["globals"]) or "nothing" if "globals" in found else None),
+                ("pickles name", some(found["globals"], 1000) or "nothing" if "globals" in found else None),
                 ("scan", _scan(found.get("scan"))),
             ]
         )
@@ -73,14 +71,14 @@ def inspection(found: Json) -> None:
 
 def _few(names: Iterable[str]) -> str:
     names = list(names)
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]}"
+    return some(names) if len(names) <= 4 else f"{some(names[:1])} ... {some(names[-1:])}"
 
 
 def _ignored(ignored: Mapping[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for name, why in ignored.items():
         reasons.setdefault(why, []).append(name)
-    return "; ".join(f"{len(names)} x {names[0]} ({why})" for why, names in reasons.items())
+    return "; ".join(f"{len(names)} x {some(names[:1])} ({why})" for why, names in reasons.items())
 
 
 def _scan(scan: Json | None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.show import console
+from surgery.cli.console import console
 from surgery.data.draft import Draft
 from surgery.data.plan import Plan
 from surgery.data.rows import RowSource

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.show import console
+from surgery.cli.console import console
 from surgery.units import human
 
 Json = Mapping[str, Any]

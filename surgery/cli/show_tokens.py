@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import click
-
+from surgery.cli.terminal import say
 from surgery.data.bad_lines import summary
 from surgery.data.inspection import Inspection
 from surgery.data.settings import Settings
@@ -17,7 +16,7 @@ from surgery.units import human
 def tokenized(report: Report, settings: Settings, vocabulary: Vocabulary, notes: Iterable[str]) -> None:
     """`surgery data tokenize`."""
     total, seconds = report.total, max(report.seconds, 1e-9)
-    click.secho(f"{report.dst}: {total.tokens:,} tokens in {total.documents:,} documents", bold=True)
+    say(f"{report.dst}: {total.tokens:,} tokens in {total.documents:,} documents", bold=True)
     eos = "none" if settings.eos is None else f"{settings.eos}"
     rows = [
         ("dtype", f"{report.dtype}, for a vocabulary of {vocabulary.size:,}"),
@@ -35,7 +34,7 @@ def tokenized(report: Report, settings: Settings, vocabulary: Vocabulary, notes:
 def inspected(found: Sequence[Inspection]) -> None:
     """`surgery data inspect`."""
     for one in found:
-        click.secho(one.path, bold=True)
+        say(one.path, bold=True)
         lengths = f", {one.shortest:,} to {one.longest:,} tokens" if one.longest is not None else ""
         empty = f", {one.empty:,} of them empty" if one.empty else ""
         rows = [
@@ -56,6 +55,6 @@ def _few(names: Sequence[str]) -> str:
 def _print(rows: Iterable[tuple[str, str]], notes: Iterable[str]) -> None:
     for name, value in rows:
         if value:
-            click.echo(f"  {name:13} {value}")
+            say(f"  {name:13} {value}")
     for note in notes:
-        click.secho(f"  note: {note}", fg="yellow")
+        say(f"  note: {note}", fg="yellow")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from surgery.cli.console import console
 from surgery.units import count, human
 from surgery.upcycling.proof import Distance, Proof
 from surgery.upcycling.run import Outcome, Prepared
@@ -33,7 +34,7 @@ def plan_data(ready: Prepared) -> dict[str, Any]:
 
 def plan(data: Json) -> None:
     """`--dry-run`."""
-    out, source = Console(highlight=False, soft_wrap=True), data["source"]
+    out, source = console(), data["source"]
     out.print(Text(f"would change {source['path']} ({source['format']} {source['family']},"
                    f" {count(source['parameters'])} parameters)", style="bold"))  # fmt: skip
     promise = "exact" if data["upcycling"]["exact"] else f"not preserving: {'; '.join(data['upcycling']['losses'])}"
@@ -45,7 +46,7 @@ def plan(data: Json) -> None:
 
 def outcome(done: Outcome) -> None:
     """What was written, and the proof."""
-    out, report = Console(highlight=False, soft_wrap=True), done.report
+    out, report = console(), done.report
     out.print(
         Text(f"{report.source} ({report.source_format}) -> {report.output} ({report.output_format})", style="bold")
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from surgery.cli.console import console as terminal
 from surgery.errors import some
 from surgery.model.spec import template_of
 from surgery.units import count, human
@@ -26,7 +27,7 @@ PLACES = 8
 
 def show(result: Comparison, logits: LogitReport | None = None, console: Console | None = None) -> None:
     """The verdict and every difference; long lists of the same kind are shortened."""
-    out = console or Console(highlight=False, soft_wrap=True)
+    out = console or terminal()
     for label, side in (("A", result.a), ("B", result.b)):
         out.print(Text.assemble((f"{label}  ", "dim"), side.path, (f"  {_about(side)}", "dim")))
         out.print(Text(f"   content {side.digest}", style="dim"))
@@ -96,7 +97,7 @@ def _alone(logits: LogitReport) -> str:
 
 def readings(found: Readings, console: Console | None = None) -> None:
     """`surgery inspect --try-text`: a line per reading, then which one it is."""
-    out = console or Console(highlight=False, soft_wrap=True)
+    out = console or terminal()
     out.print(Text(f"{found.path} on {found.tokens} tokens of {found.text}", style="bold"))
     table = Table.grid(padding=(0, 2))
     table.add_row(*(Text(t, style="dim") for t in ("reading", "loss", "best token right", "")))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
+from surgery.cli.terminal import say
 from surgery.merging.request import Choosing, Soup
 from surgery.writing.progress import progress_bar
 
@@ -85,7 +86,7 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
     if why := reason_for_mergekit(recipe, request.to):
         raise UsageError(f"--{choosing.method} cannot choose among these models: {why}")
     log = Path(choosing.log or f"{dst}.tried.jsonl")
-    tried = search.Tried(recipe, request, choosing, log, lambda line: click.echo(line, err=True))
+    tried = search.Tried(recipe, request, choosing, log, lambda line: say(line, err=True))
     best = search.search(tried, choosing.search) if choosing.search else search.greedy(tried)
     return best, tried.to_json()
 

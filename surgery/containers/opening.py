@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from surgery.arguments import checked
 from surgery.containers.dcp import Dcp
 from surgery.containers.pickles.records import Obj, Storage, TensorRecord
 from surgery.containers.safetensors import Safetensors
@@ -105,6 +106,7 @@ def open_file(path: str | os.PathLike[str]) -> CheckpointFile:
     raise FileError(f"is no checkpoint that surgery knows; it begins with {show(head[:8])}", file=file.path, hint=hint)
 
 
+@checked
 def open_tensors(path: str | os.PathLike[str]) -> TensorTable:
     """All tensors of a file, an index (`*.index.json`), a folder of either, or a DCP folder.  Raises FileError."""
     path = Path(path)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from surgery.errors import LayoutError, show
 from surgery.tensors.extent import Extent
-from surgery.tensors.files import File
+from surgery.tensors.files import File, check_inside
 from surgery.tensors.lazy import Lazy
 
+SMALL = 32 << 20  # bytes: copied files up to here are known content
 Literal = tuple[int, bytes]  # an offset in a file, and the bytes that begin there
 
 
@@ -67,8 +69,17 @@ def text_file(name: str, data: bytes) -> OutputFile:
 
 
 def copied_file(name: str, path: str | os.PathLike[str]) -> OutputFile:
-    """A byte-for-byte copy of a file, whatever is in it.  Raises FileError if `path` is no readable file."""
+    """A byte-for-byte copy of a file, whatever is in it.
+
+    If `path` ends with `name`, it lies in the folder before that, else in its own.  A small file is read now.  Raises
+    FileError if it is no readable file, or a link that leads out of that folder: an output may be shown to others.
+    """
+    parts = Path(name).parts
+    nested = len(parts) if Path(path).parts[-len(parts) :] == parts else 1
+    check_inside(path, Path(os.path.abspath(path)).parents[nested - 1])
     file = File(path)
+    if file.size <= SMALL:
+        return text_file(name, file.read(0, file.size))
     return OutputFile(relative(name), file.size, regions=(Region(name, Extent(file, 0, (file.size,), "uint8"), 0),))
 
 

@@ -21,15 +21,17 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.conversion import allow
 from surgery.conversion.report import Plan, Report, provenance, version
 from surgery.conversion.request import Convert, Write
-from surgery.errors import ConfigError, MismatchError, OutputError, UsageError, some
+from surgery.errors import ConfigError, OutputError, UsageError, show, some
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
 from surgery.formats.registry import by_side, format_of, named, open_checkpoint
 from surgery.formats.topology import Topology
 from surgery.model.wording import in_words
 from surgery.settings import taking
+from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.writing import stream
+from surgery.writing.readback import Spoilt
 from surgery.writing.staging import check_free, data_of
 
 Prove = Callable[[Checkpoint], Mapping[str, Any]]
@@ -109,6 +111,8 @@ def plan_for(
 
 def check_flags(target: Format, topology: Topology) -> None:
     """Raise UsageError for a parallel size that the format does not have."""
+    if not isinstance(topology, Topology):
+        raise UsageError(f"topology must be a surgery.Topology, not {show(topology)}")
     odd = [
         f"--{name} {n}"
         for name, n in asdict(topology).items()
@@ -154,13 +158,14 @@ def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, 
             _read_back(plan, again, dst, progress)
         seconds = time.monotonic() - began if write.verify else 0.0
         proof = prove(again) if prove and again else {}
+        check_unchanged(plan.source.stamps)
         report.append(_report(plan, dst, written, digest, seconds))
         return [text_file(PROVENANCE, provenance(plan, report[0], proof))]
 
     job = {"surgery": version(), "source": identity(plan.source), **plan.job}
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=write.force, durable=write.sync, threads=plan.threads,
-                        closing=close)  # fmt: skip
+                        closing=close, compare=write.verify)  # fmt: skip
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,
@@ -190,7 +195,7 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
     wrong = [n for n in mine if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]
     wrong += [n for n in theirs.parts if n not in ours.parts]
     if wrong:
-        raise MismatchError(
+        raise Spoilt(
             f"{len(wrong)} parts read back differently from what was written: {some(wrong)}",
             file=dst,
             hint="the disk or the memory is faulty, or this is a mistake in surgery; the output was not published",
@@ -201,8 +206,7 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
 
 def identity(source: Checkpoint) -> list[Any]:
     """What tells whether the source is still the same when a killed run is repeated."""
-    stats = [(p, p.stat()) for p in (*source.files, *source.configs)]
-    return [[str(p.resolve()), s.st_size, s.st_mtime_ns] for p, s in stats]
+    return [[os.path.realpath(path), *stamp] for path, stamp in sorted(source.stamps.items())]
 
 
 def _digests(plan: Plan) -> tuple[str | None, str]:

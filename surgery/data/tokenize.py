@@ -33,11 +33,11 @@ from surgery.data.sources import Source
 from surgery.data.vocabulary import Vocabulary
 from surgery.data.workers import Workers
 from surgery.errors import FileError, some
+from surgery.writing.ahead import cores
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import Journal
 from surgery.writing.sink import os_errors
 from surgery.writing.staging import Staging
-from surgery.writing.stream import cores
 
 NOTE = "tokens.json"
 CHECKPOINT = 5.0  # seconds between two lines of the journal

@@ -97,19 +97,17 @@ def beside(root: Path, read: Collection[Path], rules: Iterable[Rule]) -> Beside:
             hint = "merge it into the weights (`surgery soup` takes MODEL+ADAPTER), or take it away"
             raise ConfigError(f"{show(name)} lies beside the weights: {rule.reason}", file=root, hint=hint)
         if rule.verdict == CARRIED:
-            found.carried.update(_carried(path, name, root))
+            found.carried.update(_carried(path, name))
         elif rule.verdict == NAMED:
             left.append((show(name)[1:-1], rule.reason))
     found.left.update(summed_up(left))
     return found
 
 
-def _carried(path: Path, name: str, root: Path) -> Iterator[tuple[str, Path]]:
-    """A small file, or those of a folder; links that lead elsewhere than into a hub's cache are not followed."""
+def _carried(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """A small file, or those of a folder.  `copied_file` refuses links that lead elsewhere than into a hub's cache."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        real = file.resolve()
-        at_home = root.resolve() in real.parents or (root.parent.name == "snapshots" and real.parent.name == "blobs")
-        if at_home and real.is_file() and real.stat().st_size <= _CARRIED_BYTES:
+        if file.is_file() and file.stat().st_size <= _CARRIED_BYTES:
             yield name + file.name if path.is_dir() else name, file
 
 

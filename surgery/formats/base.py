@@ -27,8 +27,10 @@ from surgery.formats.table import Shards, Stored, gather, spread
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.spec import Spec
 from surgery.model.wording import check_held
+from surgery.tensors.files import Stamp
 from surgery.tensors.lazy import Lazy
 from surgery.tokenizer import Carried, Tokenizer
+from surgery.writing.replaceable import PROVENANCE as PROVENANCE
 
 if TYPE_CHECKING:
     from surgery.containers import Container
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 Options = Mapping[str, str]
 Config = Mapping[str, Any]
 Ranks = Mapping[Rank, Mapping[str, Stored]]
-PROVENANCE = "surgery.json"  # what surgery wrote beside a checkpoint: where it comes from
 RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
 
@@ -59,6 +60,7 @@ class Checkpoint:
     `files` hold the weights, `configs` were read too, `beside` are small files that are carried along.  `facts` are
     what a config says besides the anatomy (token ids, training settings), under Hugging Face's names; `ignored` maps
     what is left out to the reason; `notes` name everything that was guessed; `details` are for people (iteration ...).
+    `stamps` are all files that were opened, as they were then.
     """
 
     format: str
@@ -76,6 +78,7 @@ class Checkpoint:
     details: Mapping[str, object] = field(default_factory=dict)
     tokenizer: Tokenizer | None = None
     beside: Mapping[str, Path] = field(default_factory=dict)
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:

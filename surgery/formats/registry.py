@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.arguments import checked
 from surgery.containers.text import read_json
-from surgery.errors import FileError, UsageError, some, suggest
+from surgery.errors import FileError, UsageError, reported, some, suggest
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.formats.hf import format as hf
 from surgery.formats.megatron import dist as megatron_dist
@@ -23,6 +24,7 @@ from surgery.formats.meta import format as meta
 from surgery.formats.neox import format as neox
 from surgery.formats.olmo import format as olmo
 from surgery.formats.olmo_core import format as olmo_core
+from surgery.tensors.files import watched
 
 FORMATS: Mapping[str, Format] = {
     f.name: f
@@ -30,6 +32,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+@reported()
 def recognise(path: str | os.PathLike[str]) -> Format:
     """The format of a folder.  Raises FileError if it is none that we know, or several."""
     folder = Path(path)
@@ -97,6 +100,7 @@ def own_options(path: str | os.PathLike[str], options: Options | None) -> dict[s
     return {k: v for k, v in (options or {}).items() if k in known}
 
 
+@checked
 def open_checkpoint(
     path: str | os.PathLike[str], *, format: str | None = None, options: Options | None = None
 ) -> Checkpoint:
@@ -106,9 +110,10 @@ def open_checkpoint(
     """
     found = format_of(path, format)
     given, _ = by_side(options or {}, [found])
-    checkpoint = found.open(Path(path), found.with_defaults(given, "read"))
-    details = {**_carried(Path(path)), **checkpoint.details}
-    return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details)
+    with watched() as stamps:
+        checkpoint = found.open(Path(path), found.with_defaults(given, "read"))
+        details = {**_carried(Path(path)), **checkpoint.details}
+    return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details, stamps=stamps)
 
 
 def _carried(folder: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from surgery.errors import LayoutError
+from surgery.errors import LayoutError, UsageError, show
 
 
 class Rank(NamedTuple):
@@ -41,6 +41,9 @@ class Topology:
     etp: int | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("stages", "etp") and type(value) is not int:
+                raise UsageError(f"{name} must be a whole number, not {show(value)}")
         if self.etp is not None and self.tp % self.etp:
             raise LayoutError(f"{self.etp} expert-tensor-parallel ranks do not divide {self.tp} tensor-parallel ranks")
 

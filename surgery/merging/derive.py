@@ -22,6 +22,9 @@ from surgery.merging.vocabulary import Alignment
 
 def derive(recipe: Recipe, opened: Opened, arithmetic: str, engine: Engine, scratch: Path) -> Checkpoint:
     """`scratch` is a folder for a tokenizer that is made.  Raises SurgeryError."""
+    for checkpoint in opened.values():
+        if checkpoint.tokenizer:
+            checkpoint.tokenizer.check_inside()
     opened, notes = _comparable(recipe, opened)
     alignment = Alignment.build(recipe, opened, scratch) if recipe.vocabulary else None
     what = "config" if alignment else "config and tokenizer"
@@ -46,6 +49,7 @@ def derive(recipe: Recipe, opened: Opened, arithmetic: str, engine: Engine, scra
         files=tuple(dict.fromkeys(f for c in opened.values() for f in c.files)),
         ignored={k: v for c in opened.values() for k, v in c.ignored.items()},
         notes=tuple(dict.fromkeys(notes)),
+        stamps={path: stamp for c in opened.values() for path, stamp in c.stamps.items()},
     )
 
 

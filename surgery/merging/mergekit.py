@@ -26,6 +26,7 @@ from surgery.formats.hf.families import FAMILIES
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
 from surgery.merging.request import Soup
+from surgery.writing.scratch import scratch
 
 
 def reason_for_mergekit(recipe: Recipe, to: str) -> str:
@@ -52,8 +53,6 @@ def reason_for_mergekit(recipe: Recipe, to: str) -> str:
 
 def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
     """Let mergekit do the whole merge.  Raises ConfigError with what mergekit says if it refuses."""
-    import tempfile
-
     import yaml
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
@@ -69,9 +68,9 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
 
     began, text = time.monotonic(), recipe.text
     beside = dst.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=".surgery-mergekit-", dir=beside) as scratch:
-        out = Path(scratch) / "out"
-        options = MergeOptions(random_seed=recipe.seed, quiet=True, lora_merge_cache=str(Path(scratch) / "lora"))
+    with scratch("mergekit", beside) as temporary:
+        out = temporary / "out"
+        options = MergeOptions(random_seed=recipe.seed, quiet=True, lora_merge_cache=str(temporary / "lora"))
         LoaderCache.loaders.clear()  # what earlier merges of this process opened, by name
         try:
             run_merge(Ordered.model_validate(yaml.safe_load(text)), str(out), options, config_source=text)

@@ -18,6 +18,7 @@ from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, own_options
 from surgery.merging.adapters import with_adapter
 from surgery.merging.reader import Place, Reference
+from surgery.tensors.files import watched
 
 Opened = Mapping[Reference, Checkpoint]
 
@@ -35,13 +36,14 @@ def locate(place: Place) -> Path:
 def open_reference(reference: Reference, options: Options | None = None) -> Checkpoint:
     """A model as the merge names it, its adapter applied.  Raises SurgeryError."""
     folder = locate(reference.model)
-    checkpoint = open_checkpoint(folder, options=own_options(folder, options))
+    with watched() as stamps:
+        checkpoint = open_checkpoint(folder, options=own_options(folder, options))
+        if reference.lora is not None:
+            checkpoint = with_adapter(checkpoint, locate(reference.lora))
     if reference.architecture is not None:
         note = f"override_architecture of {reference} has no effect: the tensors say what it is"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
-    if reference.lora is not None:
-        checkpoint = with_adapter(checkpoint, locate(reference.lora))
-    return checkpoint
+    return replace(checkpoint, stamps=stamps)
 
 
 def open_all(references: Iterable[Reference], options: Options | None = None) -> dict[Reference, Checkpoint]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +30,8 @@ from surgery.merging.references import Opened, locate, open_all
 from surgery.merging.request import Soup
 from surgery.settings import taking
 from surgery.writing import stream
+from surgery.writing.ahead import cores
+from surgery.writing.scratch import scratch
 from surgery.writing.staging import check_free
 
 RECORD = "soup.json"
@@ -67,10 +68,10 @@ def prepared(recipe: Recipe, request: Soup) -> Iterator[Plan]:
     target, formats = named(request.to), [recognise(locate(model.model)) for model in recipe.models()]
     reading, writing = by_side(request.options or {}, formats, target)
     opened = open_all(recipe.models(), reading)
-    engine = Engine(request.threads or stream.cores(), request.memory, compiled_loops())
-    with tempfile.TemporaryDirectory(prefix="surgery-soup-") as scratch:
+    engine = Engine(request.threads or cores(), request.memory, compiled_loops())
+    with scratch("soup") as temporary:
         try:
-            merged = derive(recipe, opened, request.arithmetic, engine, Path(scratch))
+            merged = derive(recipe, opened, request.arithmetic, engine, temporary)
             job = {"soup": repr(recipe), "arithmetic": request.arithmetic, "compiled": bool(engine.loops)}
             plan = plan_for(merged, request, options=writing, job=job)
             if engine.loops:

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import random
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
 from surgery.merging.request import Choosing, Soup
 from surgery.running.loss import loss_of
+from surgery.writing.scratch import scratch
 
 Weights = Mapping[Reference, float]
 SEED = 2203_05482
@@ -96,8 +96,8 @@ class Tried:
         if key not in self.losses:
             recipe = self.with_weights(weights)
             beside = self.log.absolute().parent
-            with tempfile.TemporaryDirectory(prefix=".surgery-soup-", dir=beside) as scratch:
-                folder = Path(scratch) / "candidate"
+            with scratch("soup", beside) as temporary:
+                folder = temporary / "candidate"
                 hf = replace(self.request, to="hf", topology=ONE_RANK, options=None, verify=False, sync=False)
                 with run.prepared(recipe, hf) as plan:
                     run.carry_out(recipe, plan, folder)

@@ -27,7 +27,8 @@ from surgery.running.whole import explained, quiet
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.held import Held
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast
-from surgery.writing.stream import ahead, block_limit
+from surgery.writing.ahead import ahead
+from surgery.writing.stream import block_limit
 
 BLOCK = 32 << 20  # bytes of the file that are read at once
 

@@ -1,64 +1,134 @@
 """Regular files, read at given offsets with `pread` and nothing else.
 
-    File("model.safetensors").read(offset=8, size=100)
+    file = File("model.safetensors")
+    file.read(offset=8, size=100)
+    check_unchanged({file.path: file.stamp})       # FileError if it was written or replaced meanwhile
 
 No mmap: a file that is truncated while we read it ends in a FileError, not in a signal, and the memory that a
-process occupies stays what it asked for.  Descriptors are opened when needed and at most `MAX_OPEN` are kept, so a
-checkpoint may have any number of shards.
+process occupies stays what it asked for.  Descriptors are opened when needed and few are kept, so a checkpoint may
+have any number of shards; one that is opened again must still be the same file.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import stat
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import NamedTuple
 
-from surgery.errors import FileError, show
+from surgery.errors import ADVICE, FileError, UsageError, show, some
 
 MAX_OPEN = 128
 IO: Counter[str] = Counter()  # bytes and calls of all reads in this process, so that claims can be measured
+AGAIN = "wait until whatever writes it is done, then run the same command again"
 
-_open: OrderedDict[str, _Handle] = OrderedDict()
+_open: OrderedDict[tuple[str, Stamp], _Handle] = OrderedDict()
 _lock = threading.Lock()
+_seen: ContextVar[tuple[dict[str, Stamp], ...]] = ContextVar("seen", default=())
+
+
+class Stamp(NamedTuple):
+    """What tells a file from another, and one save from the next; the times are in nanoseconds.
+
+    `modified` is when the content was written last and can be set by anyone; `changed` is when anything about the
+    file was (content, name, rights), and the system sets it.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, info: os.stat_result) -> Stamp:
+        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, Stamp]]:
+    """The stamps, by path, of all files that are opened within; filled while it runs."""
+    stamps: dict[str, Stamp] = {}
+    token = _seen.set((*_seen.get(), stamps))
+    try:
+        yield stamps
+    finally:
+        _seen.reset(token)
+
+
+def check_unchanged(stamps: Mapping[str, Stamp]) -> None:
+    """Raise FileError unless every file is what it was when it was opened: neither written nor replaced nor removed."""
+    changed = [path for path, stamp in stamps.items() if _stamp(path) != stamp]
+    if changed:
+        more = f" (and so were {some(changed[1:])})" if changed[1:] else ""
+        raise FileError(f"was changed while it was read{more}", file=changed[0], hint=AGAIN)
+
+
+def _stamp(path: str) -> Stamp | None:
+    try:
+        return Stamp.of(os.stat(path))
+    except OSError:
+        return None
 
 
 class _Handle:
     """An open descriptor, closed when the last reader lets go: never while another thread reads from it."""
 
-    __slots__ = ("fd",)
+    __slots__ = ("fd", "info")
 
     def __init__(self, path: str) -> None:
-        # O_NONBLOCK: opening a pipe must not wait for a writer
         self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self.fd = _descriptor(path)
+        self.info = os.fstat(self.fd)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
 
-class File:
-    """A regular file of a known size.  Pipes, devices and directories are refused before anything is read."""
+def _descriptor(path: str) -> int:
+    """An open descriptor; where no more may be open, what is kept here is let go."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a pipe must not wait for a writer
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+    with _lock:
+        _open.clear()
+    return os.open(path, flags)
 
-    __slots__ = ("path", "size")
+
+class File:
+    """A regular file as it was when it was opened.  Pipes, devices and directories are refused before any reading."""
+
+    __slots__ = ("path", "size", "stamp")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         try:
             handle = _Handle(self.path)
         except OSError as error:
-            raise FileError(f"cannot be opened: {error.strerror}", file=self.path) from None
+            hint = ADVICE.get(error.errno or 0)
+            raise FileError(f"cannot be opened: {error.strerror}", file=self.path, hint=hint) from None
         except ValueError:
             raise FileError(f"{show(self.path)} is not a usable file name") from None
-        info = os.fstat(handle.fd)
-        if not stat.S_ISREG(info.st_mode):
-            kind = "a directory" if stat.S_ISDIR(info.st_mode) else "no regular file (a pipe, device or socket)"
+        mode = handle.info.st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file (a pipe, device or socket)"
             raise FileError(f"is {kind}", file=self.path)
-        self.size = info.st_size
-        _keep(self.path, handle)
+        self.stamp, self.size = Stamp.of(handle.info), handle.info.st_size
+        for stamps in _seen.get():
+            if stamps.setdefault(self.path, self.stamp) != self.stamp:
+                raise FileError("was changed while it was read", file=self.path, hint=AGAIN)
+        _keep(self, handle)
 
     def __repr__(self) -> str:
         return f"File({self.path!r}, size={self.size})"
@@ -81,7 +151,7 @@ class File:
 
     def read_into(self, offset: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer of bytes from `offset` on.  Raises FileError if the file ends before."""
-        got, calls, size, handle = 0, 0, len(out), _handle(self.path)
+        got, calls, size, handle = 0, 0, len(out), _handle(self)
         while got < size:
             try:
                 n = os.preadv(handle.fd, [out[got:]], offset + got)
@@ -102,7 +172,7 @@ class File:
 
     def read_runs(self, offsets: Iterable[int], size: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer with runs of `size` bytes, one at each offset.  Raises FileError as `read_into`."""
-        handle, at, preadv = _handle(self.path), 0, os.preadv
+        handle, at, preadv = _handle(self), 0, os.preadv
         try:
             for offset in offsets:
                 if preadv(handle.fd, (out[at : at + size],), offset) != size:
@@ -120,25 +190,35 @@ def _count(size: int, calls: int) -> None:
         IO["calls"] += calls
 
 
-def _handle(path: str) -> _Handle:
+def _handle(file: File) -> _Handle:
+    key = file.path, file.stamp
     with _lock:
-        handle = _open.get(path)
+        handle = _open.get(key)
         if handle is not None:
-            _open.move_to_end(path)
+            _open.move_to_end(key)
             return handle
     try:
-        return _keep(path, _Handle(path))
+        handle = _Handle(file.path)
     except OSError as error:
-        raise FileError(f"cannot be opened again: {error.strerror}", file=path) from None
+        raise FileError(f"cannot be opened again: {error.strerror}", file=file.path) from None
+    if Stamp.of(handle.info) != file.stamp:
+        raise FileError("was changed while it was read", file=file.path, hint=AGAIN)
+    return _keep(file, handle)
 
 
-def _keep(path: str, handle: _Handle) -> _Handle:
+def _keep(file: File, handle: _Handle) -> _Handle:
     with _lock:
-        _open[path] = handle
-        _open.move_to_end(path)
-        while len(_open) > MAX_OPEN:
+        _open[file.path, file.stamp] = handle
+        _open.move_to_end((file.path, file.stamp))
+        while len(_open) > kept_open():
             _open.popitem(last=False)
     return handle
+
+
+def kept_open() -> int:
+    """How many descriptors may be kept: a quarter of what the process is allowed, at most MAX_OPEN."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, allowed // 4))
 
 
 def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
@@ -147,6 +227,31 @@ def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
     if file.size > limit:
         raise FileError(f"{what} of {file.size} bytes is over the limit of {limit}", file=file.path)
     return file.read(0, file.size, what)
+
+
+def usable_path(path: object) -> Path:
+    """A path that the caller gave, made absolute.  Raises UsageError if it is none, or the working folder is gone."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
+        raise UsageError(f"a path is needed, not {show(path)}")
+    if "\0" in text or not text:
+        raise UsageError(f"{show(text)} is not a usable file name")
+    try:
+        return Path(os.path.abspath(text))
+    except FileNotFoundError:
+        what = "is a relative path, but the working folder has been removed"
+        raise UsageError(what, file=text, hint="give an absolute path, or `cd` to a folder that exists") from None
+
+
+def check_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Raise FileError if a link leads from `path` out of `folder`; a snapshot of a hub cache may link to its blobs."""
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    blobs = home.parent.parent / "blobs"  # .../models--owner--name/{blobs/,snapshots/REVISION/}
+    if home not in real.parents and not (home.parent.name == "snapshots" and real.parent == blobs):
+        raise FileError(
+            f"is a link out of its folder, to {show(str(real), 200)}",
+            file=path,
+            hint="what lies elsewhere is not copied: if it belongs to the model, replace the link by the file",
+        )
 
 
 def plain_name(name: object, what: str, file: str | os.PathLike[str]) -> str:

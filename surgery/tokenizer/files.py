@@ -17,7 +17,7 @@ from typing import Any
 
 from surgery.containers import text
 from surgery.errors import FileError, show, some
-from surgery.tensors.files import File
+from surgery.tensors.files import File, check_inside
 from surgery.tokenizer import sentencepiece, tiktoken
 
 NATIVE = "tokenizer.model"
@@ -69,6 +69,11 @@ class Tokenizer:
         size = "unknown size" if self.vocab_size is None else f"{self.vocab_size} tokens"
         return f"{self.kind}, {size}{ids} ({some(self.files, 8)})"
 
+    def check_inside(self) -> None:
+        """Raise FileError if a file is a link out of its folder: such files are not carried into an output."""
+        for path in self.files.values():
+            check_inside(path, path.parent)
+
     def ids(self) -> dict[str, int]:
         """`bos_token_id` and so on for a config.json: those that are known."""
         return {f"{role}_token_id": index for role, index in self.special.items() if role != "unk"}
@@ -82,7 +87,7 @@ def find(folder: Path, *also: Path) -> Tokenizer | None:
     """
     folder = Path(folder)
     for place in (folder, *map(Path, also)):
-        files = {_name_of(place): place} if os.path.isfile(place) else listed(place)
+        files = {_name_of(place): Path(os.path.realpath(place))} if os.path.isfile(place) else listed(place)
         if found := describe(files):
             return found
     above = folder.resolve().parent / NATIVE

@@ -10,7 +10,6 @@ the logits, so that two independent mistakes can be found one after the other.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from surgery.verification.configs import SIZES
 from surgery.verification.logits import Cause, Gap, LogitReport, Tell
 from surgery.verification.trials import Score, Trial, config_trials, weight_trials
 from surgery.verification.weights import Weights
+from surgery.writing.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
@@ -171,9 +171,9 @@ class Search:
             return []
         wide, names = (self.a, "B's weights are A's") if a_is_wider else (self.b, "A's weights are B's")
         self.tell(f"trying: {names} rounded to {kind}")
-        with tempfile.TemporaryDirectory(prefix="surgery-rounded-") as scratch:
-            convert(wide.path, Path(scratch) / "r", to="hf", from_=wide.format, dtype=narrow[kind], verify=False)
-            logits = running.run(running.load(Path(scratch) / "r"), self.tokens).logits
+        with scratch("rounded") as folder:
+            convert(wide.path, folder / "r", to="hf", from_=wide.format, dtype=narrow[kind], verify=False)
+            logits = running.run(running.load(folder / "r"), self.tokens).logits
         self.tried += 1
         other = running.run(self.model, self.tokens).logits if a_is_wider else self.trace.logits
         relative = running.gap(other, logits)
@@ -196,12 +196,12 @@ class Search:
         return model
 
     def _reconfigured(self, spec: Spec) -> Any:
-        with tempfile.TemporaryDirectory(prefix="surgery-variant-") as scratch:
-            running.link(self.folder, self.folder.glob("*.safetensors"), Path(scratch))
-            (Path(scratch) / "config.json").unlink()
+        with scratch("variant") as folder:
+            running.link(self.folder, self.folder.glob("*.safetensors"), folder)
+            (folder / "config.json").unlink()
             config = write_config(spec, self.b.facts, self.b.dtype, choose_family(spec))
-            (Path(scratch) / "config.json").write_text(json.dumps(config))
-            return running.load(Path(scratch))
+            (folder / "config.json").write_text(json.dumps(config))
+            return running.load(folder)
 
     def _a_head(self) -> torch.Tensor:
         return self.a.parts["lm_head"].full().float()

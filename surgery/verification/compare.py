@@ -22,7 +22,8 @@ from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
 from surgery.verification.configs import Field, differences
 from surgery.verification.values import Tally, Values
-from surgery.writing.stream import ahead, block_size
+from surgery.writing.ahead import ahead
+from surgery.writing.stream import block_size
 
 if TYPE_CHECKING:
     import torch

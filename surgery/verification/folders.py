@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from surgery.arguments import checked
 from surgery.conversion.request import default_memory
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
@@ -15,6 +16,7 @@ from surgery.verification.compare import Comparison, Progress, compare
 Path = str | os.PathLike[str]
 
 
+@checked
 def verify(
     a: Path, b: Path, *, options: Options | None = None, max_memory: int | None = None, progress: Progress | None = None
 ) -> Comparison:

@@ -11,7 +11,6 @@ from A, one layout undone, one part from A) and run again, and the change counts
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, own_options
 from surgery.running import whole as running
+from surgery.writing.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
@@ -127,13 +127,13 @@ def compare_logits(
     from surgery.verification.causes import Search
 
     say = tell or (lambda line: None)
-    with tempfile.TemporaryDirectory(prefix="surgery-logits-") as scratch:
+    with scratch("logits") as temporary:
         sides = []
         for name, path in (("a", path_a), ("b", path_b)):
             say(f"reading {path}")
             checkpoint = open_checkpoint(path, options=own_options(path, options))
             running.check_memory(checkpoint.spec.parameters(), checkpoint.path)
-            folder = _runnable(checkpoint, options, Path(scratch) / name, max_memory)
+            folder = _runnable(checkpoint, options, temporary / name, max_memory)
             sides.append((checkpoint, folder))
         (a, folder_a), (b, folder_b) = sides
         known = min(c.spec.true_vocab or c.spec.vocab for c in (a, b))
@@ -148,15 +148,13 @@ def compare_logits(
         return Search(a, b, folder_b, model, tokens, trace, tolerance, say).explain(report)
 
 
-def _runnable(checkpoint: Checkpoint, options: Options | None, scratch: Path, max_memory: int | None) -> Path:
+def _runnable(checkpoint: Checkpoint, options: Options | None, into: Path, max_memory: int | None) -> Path:
     """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
     if checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files):
-        return running.link(checkpoint.path, checkpoint.files, scratch)
+        return running.link(checkpoint.path, checkpoint.files, into)
     mine = own_options(checkpoint.path, options)
-    convert(
-        checkpoint.path, scratch, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False
-    )
-    return scratch
+    convert(checkpoint.path, into, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False)
+    return into
 
 
 def _report(a: running.Trace, b: running.Trace, tokens: torch.Tensor, tolerance: float) -> LogitReport:

@@ -12,7 +12,6 @@ if it beats every other by far more than the tokens' own scatter.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.model.spec import Spec
 from surgery.running import whole as running
 from surgery.tensors.files import File
+from surgery.writing.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +88,8 @@ def try_readings(
     tokens, width = 0, 0
     for i, choice in enumerate(_choices(path, format, dict(options or {}))):
         try:
-            with tempfile.TemporaryDirectory(prefix="surgery-reading-") as scratch:
-                folder = Path(scratch) / "hf"
+            with scratch("reading") as temporary:
+                folder = temporary / "hf"
                 spec = _convert(path, folder, format, choice, tokenizer, max_memory)
                 width, window = spec.vocab, min(WINDOW, spec.context or WINDOW)
                 loss, right = _run(folder, _tokens(folder, prose, width, max_tokens), window)

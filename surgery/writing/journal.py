@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 NAME = "journal.jsonl"
-FORMAT = 1
+FORMAT = 2
 Line = dict[str, Any]
 Sizes = Callable[[str], int | None]  # the size of a file of the output, None if there is none of ours
 
@@ -42,18 +42,22 @@ S = TypeVar("S", bound=Told)
 class State:
     """What the lines of a journal add up to.
 
+    sizes    of all files as planned, in bytes: one that was begun is that long already
     done     finished files -> their sizes
     file, region, offset   where in which unfinished file to go on: `offset` bytes into region number `region`
     crcs     CRC-32 of that file's regions up to there
+    checks   finished files -> CRC-32 of their regions, as far as they were kept
     counts   of the ledger: part -> [fingerprint, elements]
     """
 
     job: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
     file: str | None = None
     region: int = 0
     offset: int = 0
     crcs: dict[int, int] = field(default_factory=dict)
+    checks: dict[str, dict[int, int]] = field(default_factory=dict)
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def apply(self, line: Line) -> None:
@@ -61,18 +65,19 @@ class State:
         counts = {str(name): (int(a), int(b)) for name, (a, b) in line["counts"].items()}
         crcs = {int(i): int(crc) for i, crc in line["crcs"]}
         name = str(line["file"])
+        crcs = (self.crcs if self.file == name else {}) | crcs
         if "done" in line:
-            self.done[name] = int(line["done"])
+            self.done[name], self.checks[name] = int(line["done"]), crcs
             self.file, self.region, self.offset, self.crcs = None, 0, 0, {}
         else:
-            known = self.crcs if self.file == name else {}
             self.file, self.region, self.offset = name, int(line["region"]), int(line["offset"])
-            self.crcs = known | crcs
+            self.crcs = crcs
         self.counts |= counts
 
     def fits(self, size: Sizes) -> bool:
-        right = all(size(name) == expected for name, expected in self.done.items())
-        return right and (self.file is None or size(self.file) is not None)
+        begun = [*self.done, *([] if self.file is None else [self.file])]
+        right = all(self.sizes.get(name) == told for name, told in self.done.items())
+        return right and all(size(name) == self.sizes.get(name, 0) for name in begun)
 
 
 class Journal:
@@ -138,10 +143,8 @@ def _replay(data: bytes, make: Callable[[str], S]) -> tuple[S | None, int]:
             line = json.loads(text)
             if state is not None:
                 state.apply(line)
-            elif line["surgery-journal"] == FORMAT:
-                state = make(str(line["job"]))
-            else:
-                break
+            else:  # of another version it is nobody's job, so what it tells of is discarded
+                state = make(str(line["job"]) if line["surgery-journal"] == FORMAT else "")
         except (AttributeError, KeyError, TypeError, ValueError):
             break
         size += len(raw)

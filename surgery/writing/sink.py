@@ -1,6 +1,6 @@
 """Takes the steps of a job in order: bytes go to files at once, durability and journal to a thread behind.
 
-    with Sink(stage, journal, state, ledger, progress, every=256 << 20) as sink:
+    with Sink(stage, journal, state, ledger, progress, every=256 << 20, kept={}) as sink:
         for step in steps:
             sink.take(step)          # Begin, Block, Block, ..., None, Begin, ...
 
@@ -15,7 +15,7 @@ import queue
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import OutputFile, Region
-from surgery.errors import OutputError
+from surgery.errors import SHORT, OutputError, shortage
+from surgery.tensors.files import kept_open
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.writing.journal import Journal, Line, State
 from surgery.writing.staging import Staging
@@ -58,7 +59,11 @@ Step = Begin | Block | None  # None: the file is complete
 
 
 class Sink:
-    """Writes to the files of a stage.  `every`: bytes between two checkpoints inside a file."""
+    """Writes to the files of a stage.
+
+    every    bytes between two checkpoints inside a file
+    kept     file -> regions whose CRC-32 is to be known in the end, in `checks`, besides all those of archives
+    """
 
     def __init__(
         self,
@@ -68,21 +73,27 @@ class Sink:
         ledger: Ledger | None,
         progress: Callable[[int], None] | None,
         every: int,
+        kept: Mapping[str, Collection[int]],
     ) -> None:
-        self.stage, self.journal, self.state, self.every = stage, journal, state, every
+        self.stage, self.journal, self.state, self.every, self.kept = stage, journal, state, every, kept
         self.ledger = Ledger() if ledger is None else ledger
         self.ledger.counts = dict(state.counts)
         self.progress = progress or (lambda n: None)
         self.file: OutputFile | None = None
         self.fd, self.at, self.since, self.reported = -1, (0, 0), 0, 0
         self.crcs: dict[int, int] = {}
+        self.checks = dict(state.checks)
         self.new_crcs: set[int] = set()
         self.new_counts: set[str] = set()
         self.hashing: deque[Future[None]] = deque()
 
     def __enter__(self) -> Sink:
+        try:
+            self.syncer = Syncer(self.journal, self.stage.durable)
+        except BaseException:
+            self.journal.close()
+            raise
         self.hasher = ThreadPoolExecutor(1, thread_name_prefix="surgery-crc")
-        self.syncer = Syncer(self.journal, self.stage.durable)
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -134,7 +145,7 @@ class Sink:
         assert self.file is not None
         offset = block.region.offset + block.start
         _pwrite(self.fd, block.data, offset)
-        if self.file.tail is not None:
+        if self.file.tail is not None or block.index in self.kept[self.file.name]:
             self._hashed(BEHIND)
             self.hashing.append(self.hasher.submit(self._hash, block))  # only what is written counts
         self.ledger.add(block.counts)
@@ -161,6 +172,7 @@ class Sink:
             crcs = [self.crcs.get(i, 0) for i in range(len(self.file.regions))]
             for offset, data in self.file.tail(crcs):
                 _pwrite(self.fd, data, offset)
+        self.checks[self.file.name] = self.crcs
         fd, self.fd = self.fd, -1
         self.syncer.put(fd, self._line(done=self.file.size), close=True)
         self._report(self.file.size)
@@ -190,7 +202,7 @@ class Sink:
     def _line(self, **what: int) -> Line:
         """A line of the journal: where we are, and what has changed since the line before."""
         assert self.file is not None
-        crcs = [] if "done" in what else [[i, self.crcs[i]] for i in sorted(self.new_crcs)]
+        crcs = [[i, self.crcs[i]] for i in sorted(self.new_crcs)]
         counts = {name: list(self.ledger.counts[name]) for name in sorted(self.new_counts)}
         self.new_crcs, self.new_counts = set(), set()
         return {"file": self.file.name, **what, "crcs": crcs, "counts": counts}
@@ -201,7 +213,7 @@ class Syncer:
 
     def __init__(self, journal: Journal, durable: bool) -> None:
         self.journal, self.durable = journal, durable
-        self.todo: queue.Queue[tuple[int, Line, bool] | None] = queue.Queue(BACKLOG)
+        self.todo: queue.Queue[tuple[int, Line, bool] | None] = queue.Queue(min(BACKLOG, kept_open()))
         self.busy = False
         self.error: OSError | None = None
         self.thread = threading.Thread(target=self._run, name="surgery-sync", daemon=True)
@@ -268,6 +280,10 @@ def os_errors(dst: Path, missing: Callable[[], int] | None = None) -> Iterator[N
             raise OutputError(what, file=dst, hint=f"make room; {RESUME}") from None
         what = f"cannot be written: {error.strerror or type(error).__name__}"
         raise OutputError(what, file=dst, hint=RESUME) from None
+    except (MemoryError, RuntimeError) as error:
+        if (lacking := shortage(error)) is None:
+            raise
+        raise OutputError(lacking, file=dst, hint=f"{SHORT}; {RESUME}") from error
 
 
 def boot_id() -> str:

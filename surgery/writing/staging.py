@@ -1,18 +1,16 @@
 """A folder that appears whole or not at all: it grows in a hidden sibling and is renamed when all is on disk.
 
-    with Staging.open(Path("out")) as stage:      # .out.surgery-partial/{lock,journal.jsonl,data/,old/}
+    with Staging.open(Path("out")) as stage:      # .out.surgery-partial/{lock,journal.jsonl,data/}
         fd = stage.create("model.safetensors", size=4096)
         ...
         stage.publish({"model.safetensors"})     # data/ becomes out
 
-One run at a time holds the lock (flock; on file systems that have none, nothing keeps two runs apart).  No link is
-ever followed or written through: what lies in the hidden folder and is not provably from an earlier run is refused.
+One run at a time holds the lock.  No link is ever followed or written through: what lies in the hidden folder and is
+not provably from an earlier run is refused.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -20,21 +18,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from surgery.errors import OutputError, show, some
-from surgery.writing import journal
+from surgery.errors import OutputError, SurgeryError
+from surgery.tensors.files import usable_path
+from surgery.writing import journal, publishing
+from surgery.writing.locking import DIRECTORY, locked
+from surgery.writing.replaceable import is_junk
 
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 OLD = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
 class Staging:
-    """The hidden folder of one destination, locked.  `fd` is its descriptor, `data` that of the growing output."""
+    """The hidden folder of one destination, locked.
 
-    def __init__(self, dst: Path, hidden: Path, fd: int, lock: int, durable: bool) -> None:
-        self.dst, self.hidden, self.fd, self.lock, self.durable = dst, hidden, fd, lock, durable
+    `fd` is its descriptor, `data` that of the growing output; `found` is what was at the destination at first.
+    """
+
+    def __init__(self, dst: Path, hidden: Path, fd: int, lock: int, force: bool, durable: bool) -> None:
+        self.dst, self.hidden, self.fd, self.lock, self.force, self.durable = dst, hidden, fd, lock, force, durable
         self.data = -1
+        self.found: os.stat_result | None = None
 
     @classmethod
     def open(cls, dst: Path, force: bool = False, durable: bool = True) -> Staging:
@@ -42,16 +45,17 @@ class Staging:
 
         Raises OutputError if `dst` holds something and not `force`, or if another run is writing it.
         """
-        dst = Path(os.path.abspath(dst))
-        hidden = dst.with_name(f".{dst.name}.surgery-partial") if dst.name else dst
+        dst = usable_path(dst)
+        hidden = hidden_of(dst)
         if not os.path.lexists(hidden) or hidden == dst:
-            check_free(dst, force)
+            publishing.refuse(dst, force)
         dst.parent.mkdir(parents=True, exist_ok=True)
-        fd, lock = _locked(hidden)
-        self = cls(dst, hidden, fd, lock, durable)
+        fd, lock = locked(hidden)
+        self = cls(dst, hidden, fd, lock, force, durable)
         try:
-            self._recover()
-            check_free(dst, force)
+            publishing.recover(self)
+            publishing.refuse(dst, force)
+            self.found = os.lstat(dst) if os.path.lexists(dst) else None
         except BaseException:
             self.close()
             raise
@@ -69,9 +73,16 @@ class Staging:
             return
         if self.data >= 0:
             os.close(self.data)
-        if not self._has("data") and not self._has("old"):
-            self._remove()
-        os.close(self.lock)
+        done = not self.has("data") and not self.has("old")
+        if done:
+            with suppress(OSError):
+                for name in os.listdir(self.fd):
+                    if name in publishing.OURS or is_junk(name):
+                        self.remove(name)
+        os.close(self.lock)  # before the folder goes: on NFS an open file that is removed stays under another name
+        if done:
+            with suppress(OSError):  # another run has just begun here
+                os.rmdir(self.hidden)
         os.close(self.fd)
         self.fd = self.data = -1
 
@@ -93,7 +104,7 @@ class Staging:
             other(found[1].job)
             found = None
             notes.append("discarded the unfinished output of another job")
-        if found and self._has("data"):
+        if found and self.has("data"):
             self.data = os.open("data", DIRECTORY, dir_fd=self.fd)
             if found[1].fits(self.size):
                 return *found, notes
@@ -108,10 +119,8 @@ class Staging:
 
     def discard(self) -> None:
         """Remove an unfinished output."""
-        if self._has("data"):
-            shutil.rmtree("data", dir_fd=self.fd)
-        if self._has(journal.NAME):
-            os.unlink(journal.NAME, dir_fd=self.fd)
+        self.remove("data")
+        self.remove(journal.NAME)
 
     def create(self, name: str, size: int) -> int:
         """A new file of `size` zero bytes, replacing what an earlier run left under that name."""
@@ -123,11 +132,15 @@ class Staging:
             fd = os.open(base, NEW, 0o666, dir_fd=folder)
         finally:
             os.close(folder)
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def reopen(self, name: str) -> int:
-        """A file that an earlier run left unfinished."""
+        """A file that was written before."""
         folder = self._folder(name)
         try:
             return os.open(name.rpartition("/")[2], OLD, dir_fd=folder)
@@ -146,70 +159,52 @@ class Staging:
         return info.st_size if ours else None
 
     def publish(self, names: set[str]) -> None:
-        """Make the data the destination: at once, and only when everything is on disk."""
-        held = {os.path.normpath(os.path.join(at, f)) for at, _, fs, _ in os.fwalk(".", dir_fd=self.data) for f in fs}
-        assert held == names, held ^ names
-        if self.durable:
-            for _, _, _, folder in os.fwalk(".", dir_fd=self.data, topdown=False):
-                os.fsync(folder)
-        parent = os.open(self.dst.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            if os.path.lexists(self.dst) and not _is_empty_folder(self.dst):
-                os.rename(self.dst.name, "old", src_dir_fd=parent, dst_dir_fd=self.fd)
-            try:
-                os.rename("data", self.dst.name, src_dir_fd=self.fd, dst_dir_fd=parent)
-            except OSError:
-                if self._has("old"):
-                    os.rename("old", self.dst.name, src_dir_fd=self.fd, dst_dir_fd=parent)
-                raise
-            if self.durable:
-                os.fsync(parent)
-        finally:
-            os.close(parent)
-        if self._has("old"):
-            shutil.rmtree("old", ignore_errors=True, dir_fd=self.fd)
+        """Make the data, which are the files of these names, the destination.  Raises OutputError."""
+        publishing.publish(self, names)
 
-    def _recover(self) -> None:
-        """Finish or undo the renaming of a run that was killed in the middle of it."""
-        strange = set(os.listdir(self.fd)) - {"lock", "data", "old", journal.NAME}
-        if strange:
-            what = f"holds {some(map(show, sorted(strange)))}: not the unfinished output of an earlier run"
-            raise OutputError(what, file=self.hidden, hint="move it away")
-        if not self._has("old"):
-            return
-        if not os.path.lexists(self.dst):
-            os.rename("old", self.dst, src_dir_fd=self.fd)
-        elif not self._has("data"):
-            shutil.rmtree("old", ignore_errors=True, dir_fd=self.fd)
-        else:
-            raise OutputError(
-                f"what {self.dst.name} was before an earlier run with --force still lies in 'old'",
-                file=self.hidden,
-                hint="move it away, or back",
-            )
-
-    def _data_is_empty(self) -> bool:
-        if not self._has("data"):
-            return True
-        fd = os.open("data", DIRECTORY, dir_fd=self.fd)
-        try:
-            return not os.listdir(fd)
-        finally:
-            os.close(fd)
-
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether the hidden folder holds it."""
         try:
             os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True
 
-    def _remove(self) -> None:
-        for name in (journal.NAME, "lock"):
-            if self._has(name):
+    def note(self, name: str, data: bytes) -> None:
+        """A small file in the hidden folder."""
+        fd = os.open(name, NEW, 0o600, dir_fd=self.fd)
+        try:
+            os.write(fd, data)
+            if self.durable:
+                os.fsync(fd)
+                os.fsync(self.fd)
+        finally:
+            os.close(fd)
+
+    def read(self, name: str) -> bytes:
+        """What `note` wrote."""
+        fd = os.open(name, OLD, dir_fd=self.fd)
+        try:
+            return os.read(fd, 256)
+        finally:
+            os.close(fd)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder from the hidden folder, if it is there."""
+        with suppress(FileNotFoundError):
+            if stat.S_ISDIR(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, ignore_errors=name == "old", dir_fd=self.fd)
+            else:
                 os.unlink(name, dir_fd=self.fd)
-        with suppress(OSError):  # another run has just begun here
-            os.rmdir(self.hidden)
+
+    def _data_is_empty(self) -> bool:
+        if not self.has("data"):
+            return True
+        fd = os.open("data", DIRECTORY, dir_fd=self.fd)
+        try:
+            return all(map(is_junk, os.listdir(fd)))
+        finally:
+            os.close(fd)
 
     def _folder(self, name: str) -> int:
         """A descriptor of the folder of a file; made if it is not there."""
@@ -226,69 +221,21 @@ class Staging:
 
 
 def check_free(dst: Path, force: bool) -> None:
-    """Raise OutputError if something is at `dst` that may not be replaced."""
-    if not os.path.lexists(dst) or _is_empty_folder(dst):
-        return
-    if dst.is_symlink() or not dst.is_dir():
-        raise OutputError("is no folder", file=dst, hint="choose another destination")
-    here = {Path.cwd(), Path.home().absolute()}
-    if dst == Path(dst.anchor) or any(dst == p or dst in p.parents for p in here):
-        raise OutputError("holds the working or the home folder and is never replaced", file=dst)
-    if not force:
-        raise OutputError("exists already", file=dst, hint="choose another destination, or --force to replace it")
+    """Raise OutputError if something is at `dst` that may not be replaced.
+
+    What a run that was killed after its last step left beside it is removed.
+    """
+    dst = usable_path(dst)
+    if os.path.lexists(dst) and os.path.lexists(hidden_of(dst)):
+        with suppress(SurgeryError):
+            Staging.open(dst, force).close()
+    publishing.refuse(dst, force)
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return not path.is_symlink() and path.is_dir() and not any(path.iterdir())
-
-
-def _locked(hidden: Path) -> tuple[int, int]:
-    """Descriptors of the hidden folder and of its lock, which is held."""
-    for _ in range(100):
-        with suppress(FileExistsError):
-            os.mkdir(hidden, 0o700)
-        try:
-            fd = os.open(hidden, DIRECTORY)
-        except FileNotFoundError:
-            continue  # another run has just finished
-        try:
-            if os.fstat(fd).st_uid != os.geteuid():
-                raise OutputError("belongs to another user", file=hidden, hint="choose another destination")
-            lock = _lock(fd, hidden)
-        except BaseException:
-            os.close(fd)
-            raise
-        if lock is not None:
-            return fd, lock
-        os.close(fd)
-    raise OutputError("cannot be locked: other runs come and go", file=hidden)
-
-
-def _lock(folder: int, hidden: Path) -> int | None:
-    """The lock, held; None if the folder was removed meanwhile by the run that held it."""
-    try:
-        lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(lock)
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise OutputError("another run is writing this output", file=hidden, hint="wait for it to end") from None
-    try:
-        there = os.stat(os.path.join(hidden, "lock"), follow_symlinks=False)
-        if os.path.samestat(there, os.fstat(lock)):
-            return lock
-    except FileNotFoundError:
-        pass
-    os.close(lock)
-    return None
+def hidden_of(dst: Path) -> Path:
+    return dst.with_name(f".{dst.name}.surgery-partial") if dst.name else dst
 
 
 def data_of(dst: Path) -> Path:
     """Where the output that will become `dst` grows until it is published."""
-    dst = Path(os.path.abspath(dst))
-    return dst.with_name(f".{dst.name}.surgery-partial") / "data"
+    return hidden_of(usable_path(dst)) / "data"

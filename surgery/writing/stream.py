@@ -13,39 +13,36 @@ allocator keeps a good many for the next.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from surgery.containers.output import OutputFile, Region
-from surgery.errors import LayoutError, OutputError, some
+from surgery.errors import FileError, LayoutError, OutputError, some
 from surgery.tensors.extent import Extent
-from surgery.tensors.files import IO
+from surgery.tensors.files import AGAIN, IO, Stamp, check_unchanged, usable_path
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
-from surgery.tensors.memory import Peak, keep_blocks, settled
+from surgery.tensors.memory import Peak, keep_blocks
+from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import State
+from surgery.writing.readback import proven, unproven
 from surgery.writing.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.writing.staging import Staging
 
-T = TypeVar("T")
 MAX_BLOCK = 2 << 20  # bytes; larger ones are mapped anew each time, and their page faults cost more than the copying
 MIN_BLOCK = 1 << 12
 PARTS = 64  # of the budget: one part is a block
 CHECKPOINT = 64  # blocks between two lines of the journal
-READERS = 4  # threads that make blocks, on a machine of that many cores
-SPARE = 2  # blocks that are made besides one per thread, so that none waits for the writing
 Progress = Callable[[int], None]
 
 
@@ -78,6 +75,7 @@ def write(
     durable: bool = True,
     threads: int | None = None,
     closing: Callable[[Written], Sequence[OutputFile]] | None = None,
+    compare: bool = True,
 ) -> Written:
     """Write `files` as the folder `dst`, which appears when all of it is on disk.
 
@@ -88,44 +86,65 @@ def write(
     durable   False: no fsync.  Survives kills, not a power cut; the run after one starts afresh
     threads   that make blocks, besides this one, which writes them (None: one per core, at most 4)
     closing   small files that depend on the outcome, such as digests; asked for when all else is written
+    compare   read back whatever the ledger's parts do not prove, and compare it byte for byte
 
-    Raises OutputError if `dst` exists and not `force`, is full or cannot be written; Interrupted on SIGINT and
-    SIGTERM; LayoutError if the ledger has gaps; and what reading the sources raises.  All of them keep what was
-    written for the next run, except that nothing is begun if `dst` exists or too little space is free.
+    Raises OutputError if `dst` exists and may not be replaced, is full or cannot be written; Interrupted on SIGINT and
+    SIGTERM; LayoutError if the ledger has gaps; Spoilt if other bytes are read back than were written; FileError if a
+    source has changed; and what reading the sources raises.  All of them keep what was written for the next run, except
+    Spoilt, and except that nothing is begun if `dst` exists or too little space is free.
     """
-    dst = Path(os.path.abspath(dst))
+    dst = usable_path(dst)
     keep_blocks()
-    begun, read_before, peak = time.monotonic(), IO["bytes"], Peak()
     _check_names(files)
+    sources, block = _sources(files), block_size(max_memory)
     if force:
-        _check_sources(files, dst)
-    done, total, block = 0, sum(f.size for f in files), block_size(max_memory)
-
-    def count(n: int) -> None:
-        nonlocal done
-        done += n
-        if progress:
-            progress(n)
-
-    def outcome(files: Sequence[OutputFile]) -> Written:
-        read, seconds = IO["bytes"] - read_before, time.monotonic() - begun
-        return Written(dst, sum(f.size for f in files), resumed, read, seconds, peak.bytes(), tuple(notes))
-
-    with os_errors(dst, lambda: max(1, total - done - free_space(dst))), Staging.open(dst, force, durable) as stage:
-        journal, state, notes = stage.begin(_identity(files, job, ledger, durable), State)
-        sink = Sink(stage, journal, state, ledger, count, CHECKPOINT * block)
+        _check_sources(sources, dst)
+    tally = _Tally(dst, sum(f.size for f in files), progress)
+    with os_errors(dst, tally.missing), Staging.open(dst, force, durable) as stage:
+        kept = unproven(files, ledger)
+        identity = _identity(files, job, ledger, durable, sources)
+        journal, state, tally.notes = stage.begin(identity, partial(State, sizes={f.name: f.size for f in files}))
+        sink = Sink(stage, journal, state, ledger, tally.count, CHECKPOINT * block, kept)
         with sink:
-            resumed = sink.resumed(files)
-            _check_space(dst, total - resumed)
-            count(resumed)
+            tally.resumed = sink.resumed(files)
+            _check_space(dst, tally.total - tally.resumed)
+            tally.count(tally.resumed)
             _take(_steps(files, state, ledger, block), threads, sink, dst)
         _check_complete(ledger, dst)
-        everything = [*files, *(closing(outcome(files)) if closing else [])]
-        _check_names(everything)
-        for file in everything[len(files) :]:
-            sink.write_small(file)
+        check_unchanged(sources)
+        everything = list(files)
+        with proven(stage, everything, kept, sink.checks) if compare else nullcontext():
+            everything += closing(tally.written(files)) if closing else []
+            _check_names(everything)
+            for file in everything[len(files) :]:
+                sink.write_small(file)
+        check_unchanged(sources)
         stage.publish({f.name for f in everything})
-        return outcome(everything)
+        return tally.written(everything)
+
+
+class _Tally:
+    """What is done of `total` bytes, and what it has cost so far."""
+
+    def __init__(self, dst: Path, total: int, progress: Progress | None) -> None:
+        self.dst, self.total, self.progress = dst, total, progress
+        self.begun, self.read, self.peak = time.monotonic(), IO["bytes"], Peak()
+        self.done = self.resumed = 0
+        self.notes: list[str] = []
+
+    def count(self, n: int) -> None:
+        self.done += n
+        if self.progress:
+            self.progress(n)
+
+    def missing(self) -> int:
+        """Bytes that the disk has too little."""
+        return max(1, self.total - self.done - free_space(self.dst))
+
+    def written(self, files: Sequence[OutputFile]) -> Written:
+        read, seconds = IO["bytes"] - self.read, time.monotonic() - self.begun
+        size = sum(f.size for f in files)
+        return Written(self.dst, size, self.resumed, read, seconds, self.peak.bytes(), tuple(self.notes))
 
 
 def _take(makers: Iterable[Callable[[], Step]], threads: int | None, sink: Sink, dst: Path) -> None:
@@ -227,57 +246,10 @@ def _rests(shape: Shape, start: int) -> Iterator[Box]:
         yield ((row, shape[0]), *whole(shape[1:]))
 
 
-@contextmanager
-def ahead(makers: Iterable[Callable[[], T]], threads: int | None = None) -> Iterator[Iterator[T]]:
-    """What `makers` make, in their order, made in `threads` threads, not more than SPARE further ahead than one each.
-
-    What making one raises is raised when it is its turn.
-    """
-    count = threads or min(READERS, cores())
-    rest, made = iter(makers), deque[Future[T]]()
-
-    def take(pool: ThreadPoolExecutor) -> Iterator[T]:
-        made.extend(pool.submit(make) for make in itertools.islice(rest, count + SPARE))
-        while made:
-            item = made.popleft().result()
-            made.extend(pool.submit(make) for make in itertools.islice(rest, 1))
-            yield item
-
-    with _one_thread(), settled(), ThreadPoolExecutor(count, "surgery-read", initializer=alone) as pool:
-        try:
-            yield take(pool)
-        finally:
-            for future in made:
-                future.cancel()
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def alone() -> None:
-    """For a thread of a pool: torch is to compute in it alone.  Reductions are then in one order, too."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """torch without threads of its own: reading, writing and hashing run side by side already, and on a busy machine
-    its threads wait for each other (moving 270 MB of small blocks took 8 times as long)."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledger | None, durable: bool) -> str:
+def _identity(
+    files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledger | None, durable: bool,
+    sources: Mapping[str, Stamp],
+) -> str:  # fmt: skip
     """A digest of all that must be equal for a killed run to be resumed."""
     plan = [
         [f.name, f.size, hashlib.sha256(f.head).hexdigest(), f.tail is None]
@@ -286,7 +258,8 @@ def _identity(files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledge
     ]
     parts = None if ledger is None else sorted((n, k, list(s)) for n, (k, s) in ledger.parts.items())
     boot = None if durable else boot_id()
-    text = json.dumps([dict(job), plan, parts, boot], sort_keys=True, default=str)
+    read = sorted(sources.items())
+    text = json.dumps([dict(job), plan, parts, boot, read], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -302,11 +275,19 @@ def _check_names(files: Sequence[OutputFile]) -> None:
         raise LayoutError(f"planned twice in one output: {some(twice)}")
 
 
-def _check_sources(files: Sequence[OutputFile], dst: Path) -> None:
+def _sources(files: Sequence[OutputFile]) -> dict[str, Stamp]:
+    """The files that are read, by path, as they were when they were opened.  Raises FileError."""
+    stamps: dict[str, Stamp] = {}
+    for file in {n.file for f in files for r in f.regions for n in walk(r.tensor) if isinstance(n, Extent)}:
+        if stamps.setdefault(file.path, file.stamp) != file.stamp:
+            raise FileError("was changed while it was read", file=file.path, hint=AGAIN)
+    return stamps
+
+
+def _check_sources(sources: Iterable[str], dst: Path) -> None:
     """Raise OutputError if replacing `dst` would remove what is read."""
     real = dst.resolve()
-    paths = {n.file.path for f in files for r in f.regions for n in walk(r.tensor) if isinstance(n, Extent)}
-    for path in sorted(paths):
+    for path in sorted(sources):
         if real in Path(path).resolve().parents:
             raise OutputError("holds the source, so it cannot be replaced", file=dst, hint="write elsewhere, then move")
 

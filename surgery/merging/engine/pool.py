@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from surgery.merging.engine.cache import SourceCache
-from surgery.writing.stream import alone
+from surgery.writing.ahead import alone
 
 T = TypeVar("T")
 KEPT = 64 << 20  # bytes of what methods know of whole tensors that are kept

@@ -1,0 +1,34 @@
+"""The console that everything for people is printed on: what comes from a file reaches no terminal unescaped.
+
+console().print(Text("name\\x1b[2J"))      # the escape sequence is printed as \\x1b[2J
+"""
+
+from __future__ import annotations
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
+
+from surgery.errors import printable
+
+
+def console() -> Console:
+    """On standard output."""
+    out = Console(highlight=False, soft_wrap=True)
+    out.push_render_hook(_Escaping())
+    return out
+
+
+class _Escaping(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(renderable) for renderable in renderables]
+
+
+class _Escaped:
+    """A renderable with `printable` text."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.inner, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)

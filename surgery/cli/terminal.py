@@ -1,0 +1,64 @@
+"""How a command behaves towards its terminal: any text can be printed, and SIGTERM leaves nothing behind.
+
+lenient_streams()
+with stoppable():      # SIGTERM and SIGHUP end what runs here as an exception does
+    ...
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import click
+
+from surgery.errors import printable
+
+
+class Stopped(SystemExit):
+    """A signal asked the process to end; the exit status is 128 and its number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
+def say(text: str, err: bool = False, **style: Any) -> None:
+    """Print text for people, in a style of click's; what is not printable in it is escaped."""
+    click.secho(printable(text), err=err, **style)
+
+
+def lenient_streams() -> None:
+    """Print characters that the terminal's encoding lacks as escapes, instead of ending in a UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise Stopped, so that temporary folders are removed.  A second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) == signal.SIG_DFL]
+
+    def restore() -> None:
+        for s in before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        restore()
+        raise Stopped(signum)
+
+    for s in before:
+        signal.signal(s, stop)
+    try:
+        yield
+    finally:
+        restore()

@@ -1,0 +1,132 @@
+"""What was written, read from the disk again and compared with the plan: all that a reader of weights does not look at.
+
+    kept = unproven(files, ledger)             # file -> its regions whose CRC-32 is to be kept while they are written
+    with proven(stage, files, kept, crcs):     # Spoilt, if a file is not, byte for byte, what was planned
+        ...
+
+Who opens the output as a model digests every part, and so proves the bytes of the weights.  That leaves configs,
+tokenizers, headers, indices, the structure of archives, gaps, padding rows, replicas, and what was changed on its way
+into the file.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from surgery.containers.output import OutputFile
+from surgery.errors import MismatchError, SurgeryError, some
+from surgery.tensors.axes import Rearrange
+from surgery.tensors.fingerprint import SOURCE, Ledger, Tap
+from surgery.tensors.gather import Gather
+from surgery.tensors.lazy import Concat, Lazy, Slice
+from surgery.writing.staging import Staging
+
+CHUNK = 1 << 20
+FAULTY = "the disk or the memory is faulty; the output was not published, and the next run writes it anew"
+MOVES = (Slice, Concat, Rearrange, Gather)  # these put elements elsewhere and change none
+Crcs = Mapping[int, int]  # region -> CRC-32 of its bytes
+
+
+class Spoilt(MismatchError):
+    """What was read back is not what was written; the unfinished output is discarded."""
+
+
+def unproven(files: Sequence[OutputFile], ledger: Ledger | None) -> dict[str, frozenset[int]]:
+    """For every file, its regions that digesting the parts does not prove; without a ledger, all of them."""
+    found = {file.name: [_parts(region.tensor) for region in file.regions] for file in files}
+    copies = {name for file in files for region, parts in zip(file.regions, found[file.name], strict=True)
+              if region.copy and parts for name in parts}  # fmt: skip
+
+    def blind(copy: bool, parts: frozenset[str] | None) -> bool:
+        return ledger is None or copy or parts is None or not parts.isdisjoint(copies)
+
+    return {
+        file.name: frozenset(i for i, region in enumerate(file.regions) if blind(region.copy, found[file.name][i]))
+        for file in files
+    }
+
+
+def _parts(tensor: Lazy) -> frozenset[str] | None:
+    """The parts that a tensor consists of; None if it holds anything else, or something that was computed from them."""
+    names, todo = set(), [tensor]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, Tap) and not node.name.startswith(SOURCE):
+            names.add(node.name)
+        elif isinstance(node, MOVES):
+            todo.extend(node.sources())
+        else:
+            return None
+    return frozenset(names)
+
+
+@contextmanager
+def proven(
+    stage: Staging, files: Sequence[OutputFile], kept: Mapping[str, Collection[int]], crcs: Mapping[str, Crcs]
+) -> Iterator[None]:
+    """Read `files` when the block has ended, well or by an error of ours, and discard the output if they are spoilt.
+
+    `crcs` are of what was written, by file and region.  Raises Spoilt.
+    """
+
+    def compare() -> None:
+        if bad := [f.name for f in files if not _intact(stage, f, kept.get(f.name, ()), crcs.get(f.name, {}))]:
+            what = f"{len(bad)} files read back differently from what was written: {some(bad)}"
+            raise Spoilt(what, file=stage.dst, hint=FAULTY)
+
+    try:
+        try:
+            yield
+        except SurgeryError as error:
+            if not isinstance(error, Spoilt):
+                compare()
+            raise
+        compare()
+    except Spoilt:
+        stage.discard()
+        raise
+
+
+def _intact(stage: Staging, file: OutputFile, kept: Collection[int], crcs: Crcs) -> bool:
+    try:
+        fd = stage.reopen(file.name)
+    except FileNotFoundError:
+        return False
+    try:
+        return os.fstat(fd).st_size == file.size and all(_same(fd, *span) for span in _spans(file, kept, crcs))
+    finally:
+        os.close(fd)
+
+
+def _spans(file: OutputFile, kept: Collection[int], crcs: Crcs) -> Iterator[tuple[int, int, bytes | int | None]]:
+    """Start, stop and what is there: bytes, a CRC-32, or None for zeros."""
+    literals = [(0, file.head)]
+    if file.tail is not None:
+        literals += file.tail([crcs.get(i, 0) for i in range(len(file.regions))])
+    known: list[tuple[int, int, bytes | int | None]] = [(at, at + len(data), data) for at, data in literals]
+    for i, region in enumerate(file.regions):
+        known.append((region.offset, region.stop, crcs.get(i, 0) if i in kept else -1))
+    at = 0
+    for start, stop, what in sorted(known, key=lambda span: span[:2]):
+        yield at, start, None
+        if what != -1:  # proven by the digests
+            yield start, stop, what
+        at = max(at, stop)
+    yield at, file.size, None
+
+
+def _same(fd: int, start: int, stop: int, what: bytes | int | None) -> bool:
+    crc = 0
+    for at in range(start, stop, CHUNK):
+        size = min(CHUNK, stop - at)
+        data = os.pread(fd, size, at)
+        if len(data) != size:
+            return False
+        if isinstance(what, int):
+            crc = zlib.crc32(data, crc)
+        elif data != (bytes(size) if what is None else what[at - start : at - start + size]):
+            return False
+    return not isinstance(what, int) or crc == what
