@@ -16,6 +16,7 @@ from typing import Any
 from surgery.formats.base import Checkpoint
 from surgery.model.fields import CHOICE, NEEDED, PART, SIZE
 from surgery.model.spec import FIELDS, Spec
+from surgery.tensors.files import check_unchanged
 from surgery.tensors.lazy import ITEMSIZE, boxes
 
 Json = dict[str, Any]
@@ -97,4 +98,5 @@ def scan(checkpoint: Checkpoint, max_memory: int, progress: Callable[[int], None
                 progress(data.nbytes)
         if nans or infs:
             bad[name] = {"nan": nans, "inf": infs}
+    check_unchanged(checkpoint.stamps)
     return {"nan_or_inf": bad, "largest": largest}

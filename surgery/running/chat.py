@@ -72,7 +72,17 @@ def _load_model(folder: Path) -> Any:
     for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
         if names := info.get(kind):
             raise LayoutError(f"{len(names)} weights {what}: {some(sorted(map(_name, names)))}", file=folder)
+    model.generation_config = _greedy(model.generation_config)
     return model.eval()
+
+
+def _greedy(found: Any) -> Any:
+    """What a generation_config.json may say here: which tokens end an answer.  Beams, penalties and the like do not
+    make an answer greedy, and a hundred thousand beams never end."""
+    from transformers import GenerationConfig
+
+    return GenerationConfig(bos_token_id=found.bos_token_id, eos_token_id=found.eos_token_id,
+                            pad_token_id=found.pad_token_id)  # fmt: skip
 
 
 def _name(key: Any) -> str:

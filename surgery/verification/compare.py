@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import some
 from surgery.formats.base import Checkpoint
 from surgery.model.spec import layout
+from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
 from surgery.verification.configs import Field, differences
@@ -165,7 +166,7 @@ def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress
     """Compare two opened checkpoints in blocks that fit into `max_memory` bytes.
 
     progress is called with the number of bytes read since it was called last.  Raises SurgeryError if a file turns
-    out to be broken.
+    out to be broken, or is changed meanwhile.
     """
     ledgers = Ledger(), Ledger()
     for ledger, side in zip(ledgers, (a, b), strict=True):
@@ -187,6 +188,8 @@ def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress
                 tallies.setdefault(pair.name, Tally(*_kinds(pair))).add(x, y, box)
             elif pair.surplus and any(t is not None and bool(t.count_nonzero()) for t in data):
                 odd_rows.add(pair.name)
+    for side in (a, b):
+        check_unchanged(side.stamps)
     found = {name: values for name, tally in tallies.items() if (values := tally.values())}
     parts = (_part(name, a, b, found.get(name), name in odd_rows) for name in dict.fromkeys([*a.parts, *b.parts]))
     return Comparison(

@@ -48,18 +48,27 @@ def _lock(folder: int, hidden: Path) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            os.close(lock)
-            if not isinstance(error, BlockingIOError):
-                raise
-            raise OutputError("another run is writing this output", file=hidden, hint="wait for it to end") from None
-    try:
-        there = os.stat(os.path.join(hidden, "lock"), follow_symlinks=False)
-        if os.path.samestat(there, os.fstat(lock)):
-            return lock
-    except FileNotFoundError:
-        pass
+        held = _hold(lock, hidden)
+    except BaseException:
+        os.close(lock)
+        raise
+    if held:
+        return lock
     os.close(lock)
     return None
+
+
+def _hold(lock: int, hidden: Path) -> bool:
+    """Take the lock; False if it is no longer the one that lies in the folder."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError("another run is writing this output", file=hidden, hint="wait for it to end") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        there = os.stat(os.path.join(hidden, "lock"), follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(lock))
