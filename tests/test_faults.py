@@ -1,5 +1,6 @@
 """What a caller or the system can get wrong ends in a SurgeryError that says what, where and what to do."""
 
+import ast
 import errno
 import os
 import signal
@@ -320,6 +321,16 @@ def test_no_text_from_a_file_reaches_the_terminal_raw(place, tiny_hf, tmp_path):
         done = run(*words)
         assert clean(done.output), ascii(done.output)
         assert len(done.output) < 60_000 and done.output
+
+
+def test_commands_print_through_the_one_door():
+    """What is not JSON goes through `terminal.say` or `console.console`, which escape it."""
+    for path in Path(cli.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and path.name not in ("terminal.py", "console.py"):
+                name, said = ast.unparse(node.func), ast.unparse(node)
+                assert name not in ("print", "click.secho", "Console"), (path, said)
+                assert name != "click.echo" or said.startswith("click.echo(json.dumps("), (path, said)
 
 
 def test_a_terminal_of_another_encoding_is_no_obstacle(tiny_hf, tmp_path):

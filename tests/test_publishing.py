@@ -1,12 +1,15 @@
 """What appears at the destination or among the data while a run writes is never taken away, and --force is no axe."""
 
 import os
+from functools import partial
 
 import pytest
 
 from surgery.containers.output import text_file
 from surgery.errors import OutputError, UsageError
 from surgery.writing import renaming
+from surgery.writing.atomic import atomic_file
+from surgery.writing.journal import State
 from surgery.writing.replaceable import others
 from surgery.writing.staging import Staging, check_free
 from surgery.writing.stream import write
@@ -136,6 +139,8 @@ def test_what_comes_between_the_last_look_and_the_renaming_is_put_back(monkeypat
         (["train.bin", "val.bin"], ["train.bin", "val.bin"]),
         (["config.json", "README.md"], ["README.md", "config.json"]),
         (["tokens.npy"], ["tokens.npy"]),
+        (["tokens.bin", "tokens.idx", "bad_lines.jsonl", "essay.txt"], ["bad_lines.jsonl", "essay.txt", "tokens.bin",
+                                                                       "tokens.idx"]),
     ],
 )  # fmt: skip
 def test_force_takes_checkpoints_and_nothing_else(content, strange, tmp_path):
@@ -151,10 +156,15 @@ def test_force_takes_checkpoints_and_nothing_else(content, strange, tmp_path):
         assert tree(dst) == WRITTEN
 
 
-def test_force_takes_what_surgery_json_lists_and_not_a_linked_folder(tmp_path):
+def test_force_takes_what_records_list_and_not_a_linked_folder(tmp_path):
     dst = tmp_path / "out"
     fill(dst, {"odd.name": b"", "surgery.json": b'{"output": {"files": {"odd.name": 0}}}'})
     assert others(dst) == []
+    tokens = b'{"files": {"tokens-00000.bin": {"documents": 1}}}'
+    fill(tmp_path / "text", {"tokens-00000.bin": b"", "tokens-00000.idx": b"", "tokens.json": tokens, "essay.txt": b""})
+    assert others(tmp_path / "text") == ["essay.txt"]
+    fill(tmp_path / "plan", {"order.u64": b"", "plan.json": b'{"files": {"order.u64": "digest"}}', "x.json": b""})
+    assert others(tmp_path / "plan") == ["x.json"]
     fill(tmp_path / "data", {"model.safetensors": b"x"})
     (dst / "more").symlink_to(tmp_path / "data")
     assert others(dst) == ["more"]
@@ -209,7 +219,7 @@ def test_a_kill_right_after_the_exchange_removes_the_old_folder(tmp_path):
     dst = tmp_path / "out"
     fill(dst, OLD)
     with Staging.open(dst, force=True) as stage:
-        stage.begin("job", {"config.json": 2})[0].close()
+        stage.begin("job", partial(State, sizes={"config.json": 2}))[0].close()
         fill(hidden(dst) / "data", {"config.json": b"{}"})
         stage.remove = interrupt
         with pytest.raises(KeyboardInterrupt):
@@ -229,15 +239,30 @@ def test_an_unfinished_file_that_lost_its_tail_is_written_again(tmp_path):
     """The disk may have lost it, as after a power cut: the file is shorter than its journal says."""
     dst = tmp_path / "out"
     with Staging.open(dst) as stage:
-        journal, _, _ = stage.begin("job", {"a": 100})
+        journal, _, _ = stage.begin("job", partial(State, sizes={"a": 100}))
         os.close(stage.create("a", 100))
         journal.append([{"file": "a", "region": 0, "offset": 50, "crcs": [], "counts": {}}])
         journal.close()
     os.truncate(hidden(dst) / "data/a", 60)
     with Staging.open(dst) as stage:
-        journal, state, notes = stage.begin("job", {"a": 100})
+        journal, state, notes = stage.begin("job", partial(State, sizes={"a": 100}))
         journal.close()
         assert state.file is None and notes == ["discarded an unfinished output that does not fit its journal"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_single_file_takes_no_name_that_another_program_has_taken(links, tmp_path, monkeypatch):
+    def fail(*args, **kw):
+        raise OSError(1, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", fail)
+    with atomic_file(tmp_path / "a", force=False) as file:
+        file.write(b"ours")
+    assert tree(tmp_path) == {"a": b"ours"}
+    with pytest.raises(OutputError, match="exists already"), atomic_file(tmp_path / "b", force=False):
+        (tmp_path / "b").write_bytes(b"three weeks")
+    assert tree(tmp_path) == {"a": b"ours", "b": b"three weeks"}
 
 
 def test_the_working_folder_may_be_gone(tmp_path, monkeypatch):

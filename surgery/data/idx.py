@@ -172,15 +172,16 @@ def write_index(
     lengths: Iterable[int] | Array,
     documents: Sequence[int] | Array | None = None,
     modes: Sequence[int] | Array | None = None,
+    force: bool = True,
 ) -> None:
-    """Write an index for a payload that exists or will.
+    """Write an index for a payload that exists or will; it replaces another one only with `force`.
 
     lengths: of the sequences, in tokens.  documents: [documents + 1] as in `Index`; by default each sequence is one.
-    Raises ConfigError if a length is negative or over 2^31 - 1, or `documents` does not fit.
+    Raises ConfigError if a length is negative or over 2^31 - 1, or `documents` does not fit; OutputError.
     """
     if documents is not None:
         documents = np.asarray(documents, "<i8")
-    with atomic_file(path) as file:
+    with atomic_file(path, force) as file:
         file.write(bytes(HEADER.size))
         lengths = lengths if isinstance(lengths, np.ndarray) else np.fromiter(lengths, np.int64)
         for first in range(0, len(lengths), CHUNK):

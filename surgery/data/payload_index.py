@@ -86,7 +86,7 @@ def index_payload(
     mask = payload.with_suffix(MASK_SUFFIX)
     if to is not None and mask.is_file():
         _link(mask, name.with_suffix(MASK_SUFFIX), link)
-    write_index(index, stored, lengths)
+    write_index(index, stored, lengths, force=False)
     read = read_index(index)
     return Indexed(payload, index, name, linked, stored, len(read.documents) - 1, read.tokens)
 

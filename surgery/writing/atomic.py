@@ -27,7 +27,7 @@ def atomic_file(path: str | os.PathLike[str], force: bool = True) -> Iterator[Bi
     """
     path = Path(path)
     if not force and os.path.lexists(path):
-        raise OutputError("exists already", file=path, hint="choose another destination, or replace it with --force")
+        raise _exists(path)
     partial = path.with_name(path.name + SUFFIX)
     try:
         file = open(partial, "w+b")  # noqa: SIM115
@@ -38,7 +38,7 @@ def atomic_file(path: str | os.PathLike[str], force: bool = True) -> Iterator[Bi
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, path) if force else _move(partial, path)
         sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
@@ -46,6 +46,24 @@ def atomic_file(path: str | os.PathLike[str], force: bool = True) -> Iterator[Bi
         if isinstance(error, OSError):
             raise OutputError(f"cannot be written: {error.strerror}", file=path) from None
         raise
+
+
+def _move(partial: Path, path: Path) -> None:
+    """Give the file its name, which another program may have taken meanwhile.  Raises OutputError."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise _exists(path) from None
+        os.rename(partial, path)
+    else:
+        os.unlink(partial)
+
+
+def _exists(path: Path) -> OutputError:
+    return OutputError("exists already", file=path, hint="choose another destination, or move it away")
 
 
 def sync_folder(path: Path) -> None:

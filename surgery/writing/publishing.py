@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OURS = {"lock", "data", "old", "swap", journal.NAME}
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-KEPT = "the output is complete in the hidden folder beside it: move that away, then run the same command again"
+AWAY = "move it away, then run the same command again"
 
 
 def refuse(dst: Path, force: bool) -> None:
@@ -114,7 +114,7 @@ def _take_the_name(stage: Staging, parent: int) -> None:
     except OSError as error:
         if error.errno not in TAKEN:
             raise
-        raise OutputError("was made by another program meanwhile", file=stage.dst, hint=KEPT) from None
+        raise OutputError("was made by another program meanwhile", file=stage.dst, hint=AWAY) from None
 
 
 def _replace(stage: Staging, parent: int) -> None:
@@ -145,7 +145,7 @@ def _refuse_unless_old(stage: Staging, name: str) -> None:
     """What was taken away may differ from what was looked at just before."""
     place = stage.hidden / name
     if place.is_symlink() or not place.is_dir():
-        raise OutputError("was replaced by another program meanwhile", file=stage.dst, hint=KEPT)
+        raise OutputError("was replaced by another program meanwhile", file=stage.dst, hint=AWAY)
     _refuse_others(place, stage.dst)
 
 
