@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from surgery.cli.flags import FORCE, JSON, SYNC, with_flags
+from surgery.cli.terminal import say
 from surgery.cli.tokenize_flags import TOKENIZE
 from surgery.writing.progress import counting_bar, progress_bar
 
@@ -180,8 +181,8 @@ def index_command(paths: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         return
     for one in done:
         how = {"": "already has its name", "hard": "hard link", "symbolic": "symbolic link"}[one.linked]
-        click.echo(f"{one.index}: {one.documents:,} documents, {one.tokens:,} tokens, {one.dtype}")
-        click.echo(f"  {one.bin}: {how}" + (f" to {one.payload}" if one.linked else ""))
+        say(f"{one.index}: {one.documents:,} documents, {one.tokens:,} tokens, {one.dtype}")
+        say(f"  {one.bin}: {how}" + (f" to {one.payload}" if one.linked else ""))
 
 
 def _plain(done: Any) -> dict[str, Any]:
