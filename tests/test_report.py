@@ -344,7 +344,7 @@ def test_damage_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "value", [None, 3, "text", [], {}, [1, [2]], {"a": 1}, [[1, "x"]], {"code": 5}, [{"name": None}]]
+    "value", [None, 3, 10**400, "text", [], {}, [1, [2]], {"a": 1}, [[1, "x"]], {"code": 5}, [{"name": None}]]
 )
 def test_values_of_other_kinds_break_nothing(tmp_path, value):
     folder = samples.sample(tmp_path / "x", steps=10, experts=3, model=value, versions=value, device=value)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from surgery.errors import FileError, SurgeryError
+from surgery.errors import FileError, OutputError, SurgeryError
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import run_folder
 from surgery.midtraining.log import JsonLines, Lines, RunLog, flat, plain
@@ -167,6 +167,16 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (run.status, run.step, run.lacking) == ("finished", 2, ())
 
 
+def test_a_full_disk_is_an_error_and_no_traceback(tmp_path):
+    held = JsonLines(tmp_path / "x.jsonl")
+    held.write({"step": 1})
+    held.file.close()
+    held.file = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(OutputError, match=r"x\.jsonl: cannot be written: No space left"):
+        held.write({"step": 2, "text": "x" * 100_000})
+    assert held.last == {"step": 1}
+
+
 # lines
 
 
@@ -174,13 +184,15 @@ def test_plain_lines_can_be_parsed(tmp_path):
     out = io.StringIO()
     log = RunLog(tmp_path, [Lines(out, every=2, steps=5)])
     steps(log, range(1, 6))
-    log.evaluation({"step": 5, "heldout": {"math": {"loss": 3.5, "bpb": None}}, "tasks": {"t/v": {"acc": 0.5}}})
+    log.evaluation(
+        {"step": 5, "heldout": {"my math": {"loss": 3.5, "bpb": None, "tokens": 9}}, "tasks": {"t/v": {"acc": 0.5}}}
+    )
     log.event(5, "alarm", 'an "odd" text')
     assert out.getvalue().splitlines() == [
         "step step=2 loss=0.5 lr=0.001 seconds=0.2 eta=0.6",
         "step step=4 loss=0.25 lr=0.001 seconds=0.4 eta=0.4",
         "step step=5 loss=0.2 lr=0.001 seconds=0.5 eta=0",
-        "eval step=5 heldout/math/loss=3.5 tasks/t/v/acc=0.5",
+        "eval step=5 heldout/my_math/loss=3.5 tasks/t/v/acc=0.5",
         r'alarm step=5 text="an \"odd\" text"',
     ]
 

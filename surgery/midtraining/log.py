@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from surgery.errors import FileError
+from surgery.errors import FileError, OutputError
 from surgery.midtraining import run_folder
 from surgery.midtraining.run_folder import parse_line
 from surgery.midtraining.throughput import Meter
@@ -55,9 +55,14 @@ class JsonLines:
         self.file.truncate(size)
 
     def write(self, record: Record) -> None:
+        """Raises OutputError if the disk is full."""
+        line = json.dumps(plain(record), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", file=self.path) from None
         self.last = record
-        self.file.write(json.dumps(plain(record), separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self.file.flush()
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -206,7 +211,7 @@ class Lines:
         self.out.flush()
 
     def _say(self, kind: str, values: Record) -> None:
-        words = (f"{key}={_short(value)}" for key, value in values.items() if value is not None)
+        words = (f"{'_'.join(key.split())}={_short(value)}" for key, value in values.items() if value is not None)
         print(kind, *words, file=self.out, flush=True)
 
 

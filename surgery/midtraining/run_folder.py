@@ -176,4 +176,4 @@ def parse_line(line: bytes) -> Record | None:
 
 
 def _whole(value: Any) -> int | None:
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value < 1 << 62 else None

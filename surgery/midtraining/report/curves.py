@@ -7,13 +7,13 @@ smoothed(losses, width=16)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Values = list[float | None]
 POINTS = 1500  # of a curve
 CALM = 60  # points from which on a curve is smoothed
+LARGEST = 1e300
 
 
 def series(records: Iterable[Mapping[str, Any]], *path: str) -> tuple[list[int], Values]:
@@ -43,8 +43,8 @@ def listed(record: Any, key: str) -> list[Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that can be drawn, or None."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
     return value if good else None
 
 
