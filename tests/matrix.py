@@ -56,6 +56,6 @@ REASONS: Mapping[tuple[str, str], str] = {
     ("flex_olmo", "megatron-dist"): _QK, ("flex_olmo", "olmo"): r"norm_after: true",
     ("gpt_neox", "meta"): r"parallel residual", ("gpt_neox", "megatron"): r"parallel residual",
     ("gpt_neox", "megatron-dist"): r"parallel residual", ("gpt_neox", "olmo"): r"biases",
-    ("gpt_neox", "olmo-core"): r"activation is 'gelu'",
+    ("gpt_neox", "olmo-core"): r"activation: gelu",
     ("gpt2", "meta"): r"biases", ("gpt2", "olmo"): r"gelu_tanh", ("gpt2", "olmo-core"): r"no rotary embeddings",
 }  # fmt: skip

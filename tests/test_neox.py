@@ -488,8 +488,8 @@ def test_defaults_are_upstreams_and_named():
     spec = reading.spec
     assert (spec.norm, spec.norm_eps, spec.act, spec.parallel, spec.rope.base, spec.rope.fraction) == (
         "layer", 1e-5, "gelu", False, 10000.0, 1.0)  # fmt: skip
-    note = next(n for n in reading.notes if "defaults are taken" in n)
-    for word in ("layernorm_epsilon (1e-05)", "activation (gelu)", "gpt_j_residual (false)", "rotary_pct (1)"):
+    note = next(n for n in reading.notes if "as GPT-NeoX takes it" in n)
+    for word in ("layernorm_epsilon = 1e-05", "activation = 'gelu'", "rotary_pct = 1.0"):
         assert word in note
     rms = neox_config.read_config({**BASE, "norm": "rmsnorm"}, "x", SEEN).spec
     assert rms.norm_eps == 1e-8
@@ -546,7 +546,7 @@ REFUSED = {
     "num_attention_heads": (7, "hidden_size 64 does not give 7 heads"),
     "num_kv_heads": (2, "num_kv_heads is 2, but query_key_value has rows for 8"),
     "no_weight_tying": (False, "there is a final_linear.weight"),
-    "hidden_size": ("64", "hidden_size is '64', not a positive whole number"),
+    "hidden_size": ("64", "hidden_size is '64', not a whole number"),
     "rotary_pct": (2, "rotary_pct is 2 of heads"),
     "gpt_j_residual": ("yes", "not true or false"),
 }

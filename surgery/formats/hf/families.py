@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 from surgery.formats.hf import rows
+from surgery.formats.keys import Entry, Key, Keys, Pair
 from surgery.formats.table import Row
+from surgery.model.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,29 @@ class Family:
     spellings: tuple[rows.Spellings, ...] = ()  # of tensors that are stored in several ways
     rows: tuple[Row, ...] = rows.LLAMA_LIKE
 
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """The keys that can be read and written by themselves."""
+        plain = (Key(key, name, words=ACTS if name == "act" else None) for key, name in self.keys.items())
+        biases = (Pair(self._read_bias, self._write_bias),) if self.bias else ()
+        return (*(Pair(_read_context, _write_context) if e.field == "context" else e for e in plain), *biases)
+
+    def _read_bias(self, keys: Keys) -> Mapping[str, bool]:
+        return dict.fromkeys(self.bias, keys.flag("attention_bias"))
+
+    def _write_bias(self, spec: Spec) -> Mapping[str, bool]:
+        return {"attention_bias": bool(getattr(spec, self.bias[0]))}
+
+
+def _read_context(keys: Keys) -> Mapping[str, int | None]:
+    """None where it is stated as unknown."""
+    stated = keys.config.get("max_position_embeddings", 0)
+    return {"context": None if stated is None else keys.integer("max_position_embeddings")}
+
+
+def _write_context(spec: Spec) -> Mapping[str, int]:
+    return {} if spec.context is None else {"max_position_embeddings": spec.context}
+
 
 _SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "vocab_size": "vocab",
           "max_position_embeddings": "context",
@@ -63,6 +89,9 @@ _NUM_EXPERTS = {"num_experts": "num_local_experts"}  # transformers 5 renamed it
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False}
 
 
+_QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+
+
 def _absent(**keys: object) -> Mapping[str, object]:
     return MappingProxyType({**_COMMON, **keys})
 
@@ -77,10 +106,10 @@ FAMILIES: Mapping[str, Family] = {
                _absent(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
                bias=(), window="all", head_dim=True),
         Family("qwen2", "Qwen2ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
+               _absent(**_QWEN, rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32),
                {"qkv_bias": True}, bias=(), window="qwen"),
         Family("qwen3", "Qwen3ForCausalLM", _DENSE,
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32, head_dim=128,
+               _absent(**_QWEN, rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=32, head_dim=128,
                        attention_bias=False),
                {"qk_norm": "head"}, window="qwen", head_dim=True),
         Family("mixtral", "MixtralForCausalLM", {**_MOE, "num_local_experts": "experts"},
@@ -96,9 +125,9 @@ FAMILIES: Mapping[str, Family] = {
                fixed=_GRANITE, rows=rows.LLAMA_LIKE + rows.GRANITE_SHARED, spellings=(rows.GRANITE_EXPERTS,)),
         Family("qwen2_moe", "Qwen2MoeForCausalLM",
                {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16, num_experts=60,
-                       num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False, qkv_bias=True,
-                       intermediate_size=5632),
+               _absent(**_QWEN, rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16,
+                       num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, norm_topk_prob=False,
+                       qkv_bias=True, intermediate_size=5632),
                {"shared_gate": True}, bias=(), window="qwen", sparse="steps",
                shared=("shared_expert_intermediate_size", 5632), aliases=_NUM_EXPERTS,
                rows=rows.LLAMA_LIKE + rows.QWEN2_MOE, spellings=(rows.EXPERTS,)),
@@ -123,9 +152,9 @@ FAMILIES: Mapping[str, Family] = {
                spellings=(rows.EXPERTS, rows.ERNIE_BIAS)),
         Family("qwen3_moe", "Qwen3MoeForCausalLM",
                {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised"},
-               _absent(rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
-                       num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False, attention_bias=False,
-                       intermediate_size=6144),
+               _absent(**_QWEN, rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=4,
+                       num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False,
+                       attention_bias=False, intermediate_size=6144),
                {"qk_norm": "head"}, window="qwen", head_dim=True, sparse="steps", aliases=_NUM_EXPERTS,
                spellings=(rows.EXPERTS,)),
         Family("olmo", "OlmoForCausalLM", {**_SIZES, "intermediate_size": "ffn", "clip_qkv": "clip_qkv"},
@@ -197,5 +226,5 @@ REFUSED = {
     "add_cross_attention": "the model also attends to an encoder",
     "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
 }
-ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-         "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip

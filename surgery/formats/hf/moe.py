@@ -1,6 +1,6 @@
 """The keys by which Hugging Face's mixture-of-experts families say what no renaming can: as data, both ways.
 
-    read_moe(family, config, fields, "config.json")      # moe_layers, shared width ... into the fields of Spec
+    read_moe(family, keys, fields)      # moe_layers, shared width ... into the fields of Spec
     write_moe(family, spec)                              # {"mlp_only_layers": [0], "n_shared_experts": 1, ...}
 
 `Family.sparse` names how a family lists its layers with experts, `Family.shared` the key of the shared expert's width
@@ -13,33 +13,32 @@ from collections.abc import Callable, Mapping
 
 from surgery.errors import ConfigError, show
 from surgery.formats.hf.families import COUNTED, PER_HEAD, Family
+from surgery.formats.keys import Keys
 from surgery.model.spec import Spec
 
-Config = Mapping[str, object]
 Json = dict[str, object]
 
 
-def read_moe(family: Family, config: Config, fields: Json, file: str) -> Json:
+def read_moe(family: Family, keys: Keys, fields: Json) -> Json:
     """Further fields of the Spec.  `fields` are those read so far.  Raises ConfigError."""
-    number = _Numbers(config, file)
     out: Json = {}
     if family.sparse:
-        layers = number.take("num_hidden_layers", 0)
-        sparse = SPARSE[family.sparse][0](number, layers)
+        layers = keys.integer("num_hidden_layers")
+        sparse = SPARSE[family.sparse][0](keys, layers)
         out["moe_layers"] = () if len(sparse) == layers else sparse
         if not sparse:
-            raise ConfigError("no layer has experts", file=file, hint="it is a dense model of another family")
+            raise ConfigError("no layer has experts", file=keys.file, hint="it is a dense model of another family")
     if family.shared:
         key, default = family.shared
-        size = number.take(key, default)
+        size = _number(keys, key, default)
         out["shared_ffn"] = size * int(fields["expert_ffn"]) if key in COUNTED else size  # type: ignore[call-overload]
     if "use_qk_norm" in family.switches:
-        out["qk_norm"] = "head" if config.get("use_qk_norm") else ""
+        out["qk_norm"] = "head" if keys.get("use_qk_norm") else ""
     for key, (wanted, absent) in family.fixed.items():
-        value, right = config.get(key), _wanted(wanted, fields)
+        value, right = keys.config.get(key), _wanted(wanted, fields)
         value = absent if value is None else value
         if type(value) not in (int, float, bool) or not _near(value, right):
-            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=file)
+            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=keys.file)
     return out
 
 
@@ -66,28 +65,19 @@ def _near(value: object, wanted: float) -> bool:
     return abs(value - wanted) <= 1e-12 + 1e-6 * abs(wanted) and (wanted != 1e-12 or value == wanted)  # type: ignore
 
 
-class _Numbers:
-    """Whole numbers of a config."""
-
-    def __init__(self, config: Config, file: str) -> None:
-        self.config, self.file = config, file
-
-    def take(self, key: str, default: int, low: int = 0) -> int:
-        value = self.config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not low <= value < 1 << 31:
-            raise ConfigError(f"{key} is {show(value)}, not a whole number", file=self.file)
-        return value
+def _number(keys: Keys, key: str, default: int, least: int = 0) -> int:
+    found = keys.maybe_integer(key, least)
+    return default if found is None else found
 
 
 # ------------------------------------------------------------------------------- which layers have experts, both ways
 
 
-def _read_steps(number: _Numbers, layers: int) -> tuple[int, ...]:
+def _read_steps(keys: Keys, layers: int) -> tuple[int, ...]:
     """Every decoder_sparse_step-th layer but the mlp_only_layers."""
-    step, dense = number.take("decoder_sparse_step", 1), number.config.get("mlp_only_layers") or []
+    step, dense = _number(keys, "decoder_sparse_step", 1), keys.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(i) is not int for i in dense):
-        raise ConfigError("mlp_only_layers is no list of layers", file=number.file)
+        raise ConfigError("mlp_only_layers is no list of layers", file=keys.file)
     return tuple(i for i in range(layers) if i not in dense and step and (i + 1) % step == 0)
 
 
@@ -95,19 +85,19 @@ def _write_steps(spec: Spec) -> Json:
     return {"decoder_sparse_step": 1, "mlp_only_layers": [i for i in range(spec.layers) if not spec.is_moe(i)]}
 
 
-def _read_first(number: _Numbers, layers: int) -> tuple[int, ...]:
+def _read_first(keys: Keys, layers: int) -> tuple[int, ...]:
     """All but the first so many."""
-    return tuple(range(number.take("first_k_dense_replace", 1), layers))
+    return tuple(range(_number(keys, "first_k_dense_replace", 1), layers))
 
 
 def _write_first(spec: Spec) -> Json:
     return {"first_k_dense_replace": min((i for i in range(spec.layers) if spec.is_moe(i)), default=spec.layers)}
 
 
-def _read_range(number: _Numbers, layers: int) -> tuple[int, ...]:
+def _read_range(keys: Keys, layers: int) -> tuple[int, ...]:
     """Every so manyth layer between two, both of them included."""
-    first, step = number.take("moe_layer_start_index", 1), number.take("moe_layer_interval", 1, 1)
-    last = number.take("moe_layer_end_index", -1, -1)
+    first, step = _number(keys, "moe_layer_start_index", 1), _number(keys, "moe_layer_interval", 1, 1)
+    last = _number(keys, "moe_layer_end_index", -1, -1)
     last = layers - 1 if last == -1 else last
     return tuple(i for i in range(layers) if (i + 1) % step == 0 and first <= i <= last)
 
@@ -118,7 +108,7 @@ def _write_range(spec: Spec) -> Json:
     return {"moe_layer_start_index": ends[0], "moe_layer_end_index": ends[1], "moe_layer_interval": 1}
 
 
-SPARSE: Mapping[str, tuple[Callable[[_Numbers, int], tuple[int, ...]], Callable[[Spec], Json]]] = {
+SPARSE: Mapping[str, tuple[Callable[[Keys, int], tuple[int, ...]], Callable[[Spec], Json]]] = {
     "steps": (_read_steps, _write_steps),
     "first": (_read_first, _write_first),
     "range": (_read_range, _write_range),

@@ -13,122 +13,61 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import AmbiguousError, ConfigError, show, some
+from surgery.errors import AmbiguousError, ConfigError, some
+from surgery.formats.keys import NOT, Entry, Fixed, Key, Keys, Pair, read, write
 from surgery.formats.megatron.inert import is_inert
-from surgery.formats.typed_keys import TypedKeys
 from surgery.model.spec import Rope, Spec
 
 UPSTREAM = "megatron.training"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 BUILT_IN_FACTOR = 8.0  # what pretrain_gpt.py and gpt_builders.py compute with, whatever rope_scaling_factor says
+_FACTOR = "rope_factor"  # not of Megatron: how the reader says the rope's factor
 
 ABSENT: Mapping[str, Any] = {
     "kv_channels": None, "group_query_attention": False, "num_query_groups": None, "ffn_hidden_size": None,
-    "normalization": "LayerNorm", "qk_layernorm": False, "position_embedding_type": "learned_absolute",
-    "use_rotary_position_embeddings": False, "rotary_base": 10000, "rotary_percent": 1.0, "use_rope_scaling": False,
-    "rope_scaling_factor": BUILT_IN_FACTOR, "rotary_seq_len_interpolation_factor": None,
-    "max_position_embeddings": None, "seq_length": None, "untie_embeddings_and_output_weights": False,
-    "add_bias_linear": True, "add_qkv_bias": False, "swiglu": False, "squared_relu": False, "openai_gelu": False,
-    "onnx_safe": None, "bias_gelu_fusion": True, "num_experts": None, "moe_ffn_hidden_size": None, "moe_layer_freq": 1,
-    "moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_router_score_function": "softmax",
-    "moe_router_topk_scaling_factor": None, "moe_router_enable_expert_bias": False,
-    "moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False, "window_size": None,
-    "window_attn_skip_freq": None, "padded_vocab_size": None, "num_layers": None, "encoder_num_layers": None,
-    "norm_epsilon": None, "layernorm_epsilon": None, "use_legacy_models": False,
+    "position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": False, "rotary_base": 10000,
+    "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": BUILT_IN_FACTOR,
+    "rotary_seq_len_interpolation_factor": None, "max_position_embeddings": None, "seq_length": None,
+    "add_bias_linear": True, "add_qkv_bias": False, "squared_relu": False, "openai_gelu": False, "onnx_safe": None,
+    "bias_gelu_fusion": True, "num_experts": None, "moe_ffn_hidden_size": None, "moe_layer_freq": 1,
+    "moe_router_pre_softmax": False, "moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False,
+    "window_size": None, "window_attn_skip_freq": None, "padded_vocab_size": None, "num_layers": None,
+    "encoder_num_layers": None, "norm_epsilon": None, "layernorm_epsilon": None, "use_legacy_models": False,
+    _FACTOR: None,
 }  # fmt: skip
-
-# argument -> the values with which it changes nothing; with any other the model is another one
-REFUSED: Mapping[str, tuple[object, ...]] = {
-    "multi_latent_attention": (False, None),
-    "mtp_num_layers": (None, 0),
-    "attention_output_gate": (False, None),
-    "rotary_interleaved": (False, None),
-    "apply_layernorm_1p": (False, None),
-    "layernorm_zero_centered_gamma": (False, None),
-    "qk_l2_norm": (False, None),
-    "softmax_type": ("vanilla", None),
-    "glu_linear_offset": (0.0, None),
-    "activation_func_clamp_value": (None,),
-    "quick_geglu": (False, None),
-    "no_rope_freq": (None,),
-    "linear_attention_freq": (None,),
-    "experimental_attention_variant": (None,),
-    "enable_mhc_connections": (False, None),
-    "use_mup": (False, None),
-    "hybrid_override_pattern": (None,),
-    "hybrid_layer_pattern": (None,),
-    "is_hybrid_model": (False, None),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None, ""),
-    "retro_add_retriever": (False, None),
-    "apply_residual_connection_post_layernorm": (False, None),
-}
-REFUSED_MOE: Mapping[str, tuple[object, ...]] = {
-    "moe_latent_size": (None,),
-    "moe_router_num_groups": (None,),
-    "moe_router_group_topk": (None,),
-    "moe_router_force_load_balancing": (False, None),
-    "moe_router_force_biased": (None,),
-    "moe_apply_probs_on_input": (False, None),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_shared_expert_glu_interleave_size": (None,),
-    "moe_single_grouped_weight": (False, None),
-    "moe_single_grouped_bias": (False, None),
-    "moe_extended_tp": (False, None),
-}
-_NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 _POSITIONS = ("rope", "learned_absolute", "none")
 
 
-def read_args(
-    args: Mapping[str, Any], file: str, vocab: int, rope_factor: float | None = None
-) -> tuple[Spec, tuple[str, ...]]:
-    """The model behind a Namespace's attributes, and notes; `vocab` is how many rows the embedding has.
-
-    Raises ConfigError naming every argument that no Spec can express.
-    """
-    keys = TypedKeys(args, file, "args", ABSENT)
-    experts = keys.maybe_integer("num_experts", 0) or 0
-    _refuse(args, {**REFUSED, **(REFUSED_MOE if experts else {})}, file)
-    notes: list[str] = []
-    fields = {**_sizes(keys), **_norms(keys), **_positions(keys, rope_factor, notes), **_feed_forward(keys)}
-    fields["windows"] = _windows(keys, fields["layers"])
-    if experts:
-        fields |= _experts(keys, experts, fields)
-    fields["tied"] = not keys.flag("untie_embeddings_and_output_weights")
-    said = keys.maybe_integer("padded_vocab_size")
-    if said not in (None, vocab):
-        notes.append(f"args say padded_vocab_size {said}, the embedding has {vocab} rows: taken from the embedding")
-    family = _family(fields)
-    if fields.get("experts") and not fields["moe_layers"] and family != "qwen3_moe":
-        fields["ffn"] = 0  # no dense layer uses it
-    spec = Spec(family=family, vocab=vocab, **fields)
-    notes += keys.note(UPSTREAM) + _remarks(args)
-    odd = [key for key in keys.unknown(ABSENT) if not is_inert(key.removeprefix("args."), {**REFUSED, **REFUSED_MOE})]
-    if odd:
-        notes.append(f"arguments that are not understood and have no effect here: {some(odd, 20)}")
-    return spec, tuple(notes)
+def _off(*names: str, written: bool = False) -> tuple[Fixed, ...]:
+    return tuple(Fixed(name, False, written=written) for name in names)
 
 
-def _refuse(args: Mapping[str, Any], rules: Mapping[str, tuple[object, ...]], file: str) -> None:
-    found = [f"{key} = {show(args[key])}" for key, off in rules.items() if key in args and args[key] not in off]
-    if found:
-        raise ConfigError(f"the model was made with {', '.join(found)}, which is not supported", file=file)
+def _none(*names: str, fine: tuple[Any, ...] = ()) -> tuple[Fixed, ...]:
+    return tuple(Fixed(name, None, fine, written=False) for name in names)
 
 
-def _remarks(args: Mapping[str, Any]) -> list[str]:
-    """Arguments that act in training only, but so that people should know."""
-    notes = []
-    if args.get("num_experts") and args.get("moe_expert_capacity_factor") is not None:
-        notes.append("moe_expert_capacity_factor: in training, tokens over an expert's capacity were dropped")
-    if args.get("num_experts") and args.get("moe_router_load_balancing_type") == "sinkhorn":
-        notes.append("the router was trained with sinkhorn balancing; it ranks by its logits here, as in evaluation")
-    if args.get("spec") is not None:
-        notes.append("the layers were built by a custom --spec; they are read as GPT layers")
-    return notes
+# arguments with any other value of which the model is another one
+FIXED: tuple[Entry, ...] = (
+    *_off("multi_latent_attention", "attention_output_gate", "qk_l2_norm", "quick_geglu", "enable_mhc_connections",
+          "use_mup", "is_hybrid_model", "retro_add_retriever", "apply_residual_connection_post_layernorm"),
+    *_off("rotary_interleaved", "apply_layernorm_1p", "layernorm_zero_centered_gamma", written=True),
+    Fixed("softmax_type", "vanilla", written=False), Fixed("glu_linear_offset", 0.0, written=False),
+    *_none("mtp_num_layers", fine=(0,)), *_none("heterogeneous_layers_config_encoded_json", fine=("",)),
+    *_none("activation_func_clamp_value", "no_rope_freq", "linear_attention_freq", "experimental_attention_variant",
+           "hybrid_override_pattern", "hybrid_layer_pattern", "heterogeneous_layers_config_path"),
+)  # fmt: skip
+FIXED_MOE: tuple[Entry, ...] = (
+    *_none("moe_latent_size", "moe_router_num_groups", "moe_router_group_topk", "moe_router_force_biased",
+           "moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
+    *_off("moe_router_force_load_balancing", "moe_apply_probs_on_input", "moe_single_grouped_weight",
+          "moe_single_grouped_bias", "moe_extended_tp"),
+)  # fmt: skip
 
 
-def _sizes(keys: TypedKeys) -> dict[str, Any]:
+# --------------------------------------------------------------------------- arguments that say something together
+
+
+def _read_sizes(keys: Keys) -> dict[str, Any]:
     layers = keys.maybe_integer("num_layers") or keys.maybe_integer("encoder_num_layers")
     if layers is None:
         raise ConfigError("args do not say num_layers", file=keys.file)
@@ -138,34 +77,44 @@ def _sizes(keys: TypedKeys) -> dict[str, Any]:
     width = keys.maybe_integer("kv_channels") or h // heads
     if heads % groups or width % 2:
         raise ConfigError(f"{heads} heads of width {width} and {groups} query groups do not fit", file=keys.file)
-    return {"layers": layers, "width": h, "kv_heads": groups, "group": heads // groups, "head_dim": width}
+    return {"layers": layers, "kv_heads": groups, "group": heads // groups, "head_dim": width}
 
 
-def _norms(keys: TypedKeys) -> dict[str, Any]:
-    kind = _NORMS[keys.choice("normalization", _NORMS)]
+def _write_sizes(spec: Spec) -> dict[str, Any]:
+    return {
+        "num_layers": spec.layers, "encoder_num_layers": spec.layers, "num_attention_heads": spec.heads,
+        "kv_channels": spec.head_dim, "group_query_attention": spec.group > 1,
+        "num_query_groups": spec.kv_heads if spec.group > 1 else 1,
+    }  # fmt: skip
+
+
+def _read_eps(keys: Keys) -> dict[str, Any]:
     # renamed in core 0.13; whichever is there counts
     eps = keys.maybe_real("norm_epsilon") or keys.maybe_real("layernorm_epsilon")
     if eps is None:
         keys.unstated.append("args.norm_epsilon = 1e-05")
-    qk = keys.flag("qk_layernorm")
-    if qk and kind != "rms":
+    if keys.flag("qk_layernorm") and keys.get("normalization") != "RMSNorm":
         raise ConfigError("qk_layernorm with LayerNorm (query and key norms with biases) is not supported",
                           file=keys.file)  # fmt: skip
-    return {"norm": kind, "norm_eps": eps or 1e-5, "qk_norm": "head" if qk else ""}
+    return {"norm_eps": eps or 1e-5}
 
 
-def _positions(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[str, Any]:
+def _write_eps(spec: Spec) -> dict[str, Any]:
+    return {"norm_epsilon": spec.norm_eps, "layernorm_epsilon": spec.norm_eps}
+
+
+def _read_positions(keys: Keys) -> dict[str, Any]:
     longest = keys.maybe_integer("max_position_embeddings") or keys.maybe_integer("seq_length")
     kind = "rope" if keys.flag("use_rotary_position_embeddings") else keys.choice("position_embedding_type", _POSITIONS)
-    if kind != "rope":
-        if kind == "learned_absolute" and not longest:
-            raise ConfigError("args do not say max_position_embeddings", file=keys.file)
-        return {"rope": None, "learned_positions": longest if kind == "learned_absolute" else 0, "context": longest}
-    scaling = _scaling(keys, factor, notes)
-    return {"rope": Rope(keys.real("rotary_base"), keys.real("rotary_percent"), scaling), "context": longest}
+    if kind == "rope":
+        return {"rope": Rope(keys.real("rotary_base"), keys.real("rotary_percent"), _scaling(keys)), "context": longest}
+    if kind == "learned_absolute" and not longest:
+        raise ConfigError("args do not say max_position_embeddings", file=keys.file)
+    return {"rope": None, "learned_positions": longest if kind == "learned_absolute" else 0, "context": longest}
 
 
-def _scaling(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[str, object]:
+def _scaling(keys: Keys) -> dict[str, object]:
+    factor: float | None = keys.get(_FACTOR)
     linear = keys.maybe_real("rotary_seq_len_interpolation_factor")
     if not keys.flag("use_rope_scaling"):
         if factor is not None:
@@ -185,18 +134,39 @@ def _scaling(keys: TypedKeys, factor: float | None, notes: list[str]) -> dict[st
     return {"type": "llama3", "factor": factor or said, **LLAMA3}
 
 
-def _feed_forward(keys: TypedKeys) -> dict[str, Any]:
+def _own_factor(spec: Spec) -> float | None:
+    scaling = spec.rope.scaling if spec.rope else {}
+    factor = scaling.get("factor")
+    return float(factor) if scaling.get("type") == "llama3" and isinstance(factor, (int, float)) else None
+
+
+def _write_positions(spec: Spec) -> dict[str, Any]:
+    length = spec.learned_positions or spec.context or 2048
+    lengths = {"max_position_embeddings": length, "seq_length": length, "add_position_embedding": True}
+    if spec.rope is None:
+        kind = "learned_absolute" if spec.learned_positions else "none"
+        return {**lengths, "position_embedding_type": kind, "use_rotary_position_embeddings": False}
+    base, scaling = spec.rope.base, spec.rope.scaling
+    linear = scaling.get("factor") if scaling.get("type") == "linear" else None
+    return {
+        **lengths, "position_embedding_type": "rope", "use_rotary_position_embeddings": True,
+        "rotary_base": int(base) if base.is_integer() else base, "rotary_percent": spec.rope.fraction,
+        "rotary_seq_len_interpolation_factor": linear, "use_rope_scaling": scaling.get("type") == "llama3",
+        "rope_scaling_factor": _own_factor(spec) or BUILT_IN_FACTOR,
+    }  # fmt: skip
+
+
+def _read_mlp(keys: Keys) -> dict[str, Any]:
     glu, bias, h = keys.flag("swiglu"), keys.flag("add_bias_linear"), keys.integer("hidden_size")
     width = keys.maybe_integer("ffn_hidden_size")
     if width is None:
         width = int(4 * h * 2 / 3) // 64 * 64 if glu else 4 * h
         keys.unstated.append(f"args.ffn_hidden_size = {width}")
-    qkv_bias = keys.flag("add_qkv_bias") or bias
-    return {"ffn": width, "glu": glu, "act": "silu" if glu else _act(keys, bias), "qkv_bias": qkv_bias, "o_bias": bias,
-            "mlp_bias": bias}  # fmt: skip
+    return {"ffn": width, "act": "silu" if glu else _act(keys, bias), "qkv_bias": keys.flag("add_qkv_bias") or bias,
+            "o_bias": bias, "mlp_bias": bias}  # fmt: skip
 
 
-def _act(keys: TypedKeys, bias: bool) -> str:
+def _act(keys: Keys, bias: bool) -> str:
     """The fused bias-GELU kernel (on by default, needs biases) computes the tanh form, everything else is exact."""
     if keys.flag("squared_relu"):
         return "relu2"
@@ -205,11 +175,20 @@ def _act(keys: TypedKeys, bias: bool) -> str:
     return "gelu_tanh" if bias and keys.flag("bias_gelu_fusion") and not keys.flag("openai_gelu") else "gelu"
 
 
-def _windows(keys: TypedKeys, layers: int) -> tuple[int, ...]:
+def _write_mlp(spec: Spec) -> dict[str, Any]:
+    return {
+        "ffn_hidden_size": spec.ffn or spec.expert_ffn, "add_bias_linear": spec.mlp_bias or spec.o_bias,
+        "add_qkv_bias": spec.qkv_bias, "squared_relu": spec.act == "relu2", "openai_gelu": False,
+        "bias_gelu_fusion": spec.act == "gelu_tanh",
+    }  # fmt: skip
+
+
+def _read_windows(keys: Keys) -> dict[str, Any]:
     """Per layer the window; upstream counts the tokens before the current one, and layers from 1."""
     window, skip = keys.get("window_size"), keys.get("window_attn_skip_freq")
     if window is None:
-        return ()
+        return {"windows": ()}
+    layers = _read_sizes(keys)["layers"]
     if not _ints(window, 2) or window[1] not in (0, -1):
         raise keys.bad("window_size", window, "a pair (tokens before, 0)")
     if skip is None:
@@ -220,36 +199,40 @@ def _windows(keys: TypedKeys, layers: int) -> tuple[int, ...]:
         here = [bool(x) for x in skip]
     else:
         raise keys.bad("window_attn_skip_freq", skip, f"a whole number or a list of {layers}")
-    return tuple(window[0] + 1 if x else 0 for x in here) if window[0] >= 0 and any(here) else ()
+    return {"windows": tuple(window[0] + 1 if x else 0 for x in here) if window[0] >= 0 and any(here) else ()}
+
+
+def _write_windows(spec: Spec) -> dict[str, Any]:
+    if not any(spec.windows):
+        return {}
+    here = [int(w > 0) for w in spec.windows]
+    return {"window_size": [max(spec.windows) - 1, 0], "window_attn_skip_freq": None if all(here) else here}
 
 
 def _ints(value: object, length: int) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == length and all(type(x) in (int, bool) for x in value)
 
 
-def _experts(keys: TypedKeys, experts: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    if fields["mlp_bias"]:
+def _read_experts(keys: Keys) -> dict[str, Any]:
+    if keys.flag("add_bias_linear"):
         raise ConfigError("add_bias_linear with experts (biases in every expert) is not supported", file=keys.file)
-    score = keys.choice("moe_router_score_function", ("softmax", "sigmoid"))
-    pre_softmax, top_k = keys.flag("moe_router_pre_softmax"), keys.integer("moe_router_topk")
-    ranked = keys.flag("moe_router_enable_expert_bias")
-    if ranked and score != "sigmoid":
+    sigmoid = keys.get("moe_router_score_function") == "sigmoid"
+    if keys.flag("moe_router_enable_expert_bias") and not sigmoid:
         raise ConfigError("moe_router_enable_expert_bias without moe_router_score_function sigmoid", file=keys.file)
-    shared = keys.maybe_integer("moe_shared_expert_intermediate_size") or 0
     width = keys.maybe_integer("moe_ffn_hidden_size")
     if width is None:
-        width = fields["ffn"]
+        width = _read_mlp(keys)["ffn"]
         keys.unstated.append(f"args.moe_ffn_hidden_size = {width} (ffn_hidden_size)")
+    shared = keys.maybe_integer("moe_shared_expert_intermediate_size") or 0
+    renormalised = keys.integer("moe_router_topk") > 1 if sigmoid else not keys.flag("moe_router_pre_softmax")
     return {
-        "experts": experts, "expert_ffn": width, "shared_ffn": shared, "top_k": top_k,
-        "moe_layers": _moe_layers(keys, fields["layers"]),
-        "top_k_renormalised": top_k > 1 if score == "sigmoid" else not pre_softmax,
-        "router_score": score, "router_bias": ranked, "router_scale": keys.maybe_real("moe_router_topk_scaling_factor"),
+        "experts": keys.integer("num_experts"), "expert_ffn": width, "shared_ffn": shared,
+        "moe_layers": _moe_layers(keys, _read_sizes(keys)["layers"]), "top_k_renormalised": renormalised,
         "shared_gate": bool(shared) and keys.flag("moe_shared_expert_gate"),
     }  # fmt: skip
 
 
-def _moe_layers(keys: TypedKeys, layers: int) -> tuple[int, ...]:
+def _moe_layers(keys: Keys, layers: int) -> tuple[int, ...]:
     """Every n-th layer from the first on, or a list of 0 and 1."""
     said = keys.get("moe_layer_freq")
     if type(said) is int and said > 0:
@@ -261,6 +244,76 @@ def _moe_layers(keys: TypedKeys, layers: int) -> tuple[int, ...]:
     if not sparse:
         raise ConfigError("num_experts is set, but moe_layer_freq gives no layer experts", file=keys.file)
     return () if len(sparse) == layers else sparse
+
+
+def _write_experts(spec: Spec) -> dict[str, Any]:
+    sparse = [int(spec.is_moe(i)) for i in range(spec.layers)]
+    return {
+        "num_experts": spec.experts, "moe_ffn_hidden_size": spec.expert_ffn,
+        "moe_layer_freq": 1 if all(sparse) else sparse,
+        "moe_router_pre_softmax": spec.router_score == "softmax" and not spec.top_k_renormalised,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn or None, "moe_shared_expert_gate": spec.shared_gate,
+    }  # fmt: skip
+
+
+DENSE: tuple[Entry, ...] = (
+    Key("hidden_size", "width"),
+    Pair(_read_sizes, _write_sizes),
+    Key("normalization", "norm", "LayerNorm", {"LayerNorm": "layer", "RMSNorm": "rms"}),
+    Key("qk_layernorm", "qk_norm", False, {False: "", True: "head"}),
+    Pair(_read_eps, _write_eps),
+    Key("swiglu", "glu", False),
+    Pair(_read_mlp, _write_mlp),
+    Pair(_read_positions, _write_positions),
+    Pair(_read_windows, _write_windows),
+    Key("untie_embeddings_and_output_weights", "tied", False, NOT),
+)
+MOE: tuple[Entry, ...] = (
+    Key("moe_router_topk", "top_k", 2),
+    Key("moe_router_score_function", "router_score", "softmax", {"softmax": "softmax", "sigmoid": "sigmoid"}),
+    Key("moe_router_enable_expert_bias", "router_bias", False),
+    Key("moe_router_topk_scaling_factor", "router_scale", None),
+    Pair(_read_experts, _write_experts),
+)
+
+
+def read_args(
+    args: Mapping[str, Any], file: str, vocab: int, rope_factor: float | None = None
+) -> tuple[Spec, tuple[str, ...]]:
+    """The model behind a Namespace's attributes, and notes; `vocab` is how many rows the embedding has.
+
+    Raises ConfigError naming every argument that no Spec can express.
+    """
+    keys = Keys(args, file, "args", {**ABSENT, _FACTOR: rope_factor})
+    experts = bool(keys.maybe_integer("num_experts", 0))
+    read((*FIXED, *(FIXED_MOE if experts else ())), keys)
+    keys.check()
+    fields = read((*DENSE, *(MOE if experts else ())), keys)
+    notes: list[str] = []
+    said = keys.maybe_integer("padded_vocab_size")
+    if said not in (None, vocab):
+        notes.append(f"args say padded_vocab_size {said}, the embedding has {vocab} rows: taken from the embedding")
+    family = _family(fields)
+    if experts and not fields["moe_layers"] and family != "qwen3_moe":
+        fields["ffn"] = 0  # no dense layer uses it
+    notes += keys.note(UPSTREAM) + _remarks(args)
+    checked = {entry.name for entry in (*FIXED, *FIXED_MOE, *DENSE, *MOE) if isinstance(entry, (Key, Fixed))}
+    odd = [key for key in keys.unknown(ABSENT) if not is_inert(key.removeprefix("args."), checked)]
+    if odd:
+        notes.append(f"arguments that are not understood and have no effect here: {some(odd, 20)}")
+    return Spec(family=family, vocab=vocab, **fields), tuple(notes)
+
+
+def _remarks(args: Mapping[str, Any]) -> list[str]:
+    """Arguments that act in training only, but so that people should know."""
+    notes = []
+    if args.get("num_experts") and args.get("moe_expert_capacity_factor") is not None:
+        notes.append("moe_expert_capacity_factor: in training, tokens over an expert's capacity were dropped")
+    if args.get("num_experts") and args.get("moe_router_load_balancing_type") == "sinkhorn":
+        notes.append("the router was trained with sinkhorn balancing; it ranks by its logits here, as in evaluation")
+    if args.get("spec") is not None:
+        notes.append("the layers were built by a custom --spec; they are read as GPT layers")
+    return notes
 
 
 def _family(fields: Mapping[str, Any]) -> str:
@@ -278,67 +331,8 @@ def _family(fields: Mapping[str, Any]) -> str:
     return "mistral" if fields["windows"] else "llama"
 
 
-# ------------------------------------------------------------------------------------------------------- writing
-
-
 def write_args(spec: Spec) -> dict[str, Any]:
-    """The attributes that describe the model that comes nearest."""
-    bias = spec.mlp_bias or spec.o_bias
-    args: dict[str, Any] = {
-        "num_layers": spec.layers, "encoder_num_layers": spec.layers, "hidden_size": spec.width,
-        "ffn_hidden_size": spec.ffn or spec.expert_ffn, "num_attention_heads": spec.heads, "kv_channels": spec.head_dim,
-        "group_query_attention": spec.group > 1, "num_query_groups": spec.kv_heads if spec.group > 1 else 1,
-        "normalization": {v: k for k, v in _NORMS.items()}.get(spec.norm, "LayerNorm"),
-        "norm_epsilon": spec.norm_eps, "layernorm_epsilon": spec.norm_eps, "apply_layernorm_1p": False,
-        "layernorm_zero_centered_gamma": False, "qk_layernorm": spec.qk_norm == "head",
-        "untie_embeddings_and_output_weights": not spec.tied, "add_bias_linear": bias, "add_qkv_bias": spec.qkv_bias,
-        "swiglu": spec.glu, "squared_relu": spec.act == "relu2", "openai_gelu": False,
-        "bias_gelu_fusion": spec.act == "gelu_tanh", "add_position_embedding": True,
-        "max_position_embeddings": spec.learned_positions or spec.context or 2048,
-        "seq_length": spec.learned_positions or spec.context or 2048,
-        "attention_dropout": 0.0, "hidden_dropout": 0.0, "apply_query_key_layer_scaling": False,
-        "num_experts": spec.experts or None, **_write_rope(spec), **_write_windows(spec),
-    }  # fmt: skip
-    if spec.experts:
-        args |= _write_experts(spec)
-    return args
-
-
-def _own_factor(spec: Spec) -> float | None:
-    scaling = spec.rope.scaling if spec.rope else {}
-    factor = scaling.get("factor")
-    return float(factor) if scaling.get("type") == "llama3" and isinstance(factor, (int, float)) else None
-
-
-def _write_rope(spec: Spec) -> dict[str, Any]:
-    if spec.rope is None:
-        return {"position_embedding_type": "learned_absolute" if spec.learned_positions else "none",
-                "use_rotary_position_embeddings": False}  # fmt: skip
-    base, scaling = spec.rope.base, spec.rope.scaling
-    linear = scaling.get("factor") if scaling.get("type") == "linear" else None
-    return {
-        "position_embedding_type": "rope", "use_rotary_position_embeddings": True,
-        "rotary_base": int(base) if base.is_integer() else base, "rotary_percent": spec.rope.fraction,
-        "rotary_interleaved": False, "rotary_seq_len_interpolation_factor": linear,
-        "use_rope_scaling": scaling.get("type") == "llama3",
-        "rope_scaling_factor": _own_factor(spec) or BUILT_IN_FACTOR,
-    }  # fmt: skip
-
-
-def _write_windows(spec: Spec) -> dict[str, Any]:
-    if not any(spec.windows):
-        return {}
-    here = [int(w > 0) for w in spec.windows]
-    return {"window_size": [max(spec.windows) - 1, 0], "window_attn_skip_freq": None if all(here) else here}
-
-
-def _write_experts(spec: Spec) -> dict[str, Any]:
-    sparse = [int(spec.is_moe(i)) for i in range(spec.layers)]
-    return {
-        "moe_ffn_hidden_size": spec.expert_ffn, "moe_router_topk": spec.top_k,
-        "moe_layer_freq": 1 if all(sparse) else sparse,
-        "moe_router_pre_softmax": spec.router_score == "softmax" and not spec.top_k_renormalised,
-        "moe_router_score_function": spec.router_score, "moe_router_enable_expert_bias": spec.router_bias,
-        "moe_router_topk_scaling_factor": spec.router_scale,
-        "moe_shared_expert_intermediate_size": spec.shared_ffn or None, "moe_shared_expert_gate": spec.shared_gate,
-    }  # fmt: skip
+    """The attributes that describe the model, or the one that comes nearest."""
+    more = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "apply_query_key_layer_scaling": False}
+    args = {"num_experts": None, **write((*DENSE, *FIXED), spec), **more}
+    return args | (write(MOE, spec) if spec.experts else {})

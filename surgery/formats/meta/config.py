@@ -11,16 +11,35 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from surgery.errors import ConfigError, show
+from surgery.formats.keys import Entry, Key, Keys, Pair, read, write
 from surgery.model.spec import Rope, Spec
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_INERT = {"max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_args", "model_parallel_size"}
-_KNOWN = _INERT | set(
-    "dim n_layers n_heads n_kv_heads head_dim vocab_size multiple_of ffn_dim_multiplier norm_eps rope_theta"
-    " use_scaled_rope rope_scaling_factor rope_high_freq_factor".split()
-)
+_INERT = ("max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_args", "model_parallel_size",
+          "multiple_of", "ffn_dim_multiplier", "rope_scaling_factor", "rope_high_freq_factor")  # fmt: skip
+_ABSENT = {"n_kv_heads": None, "head_dim": None, "vocab_size": None, "rope_theta": None, "use_scaled_rope": False,
+           "rope_scaling_factor": None, "rope_high_freq_factor": None}  # fmt: skip
+
+
+def _read_heads(keys: Keys) -> dict[str, Any]:
+    dim, heads = keys.integer("dim"), keys.integer("n_heads")
+    groups, said = keys.maybe_integer("n_kv_heads") or heads, keys.maybe_integer("head_dim")
+    width = said or dim // heads
+    if heads % groups or width % 2 or (said is None and dim % heads):
+        raise ConfigError(f"dim {dim}, {heads} heads and {groups} key/value heads do not fit together", file=keys.file)
+    return {"kv_heads": groups, "group": heads // groups, "head_dim": width}
+
+
+def _write_heads(spec: Spec) -> dict[str, Any]:
+    return {"n_heads": spec.heads, "n_kv_heads": spec.kv_heads}
+
+
+TABLE: tuple[Entry, ...] = (
+    Key("dim", "width"), Key("n_layers", "layers"), Pair(_read_heads, _write_heads), Key("norm_eps", "norm_eps", 1e-5),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,83 +63,42 @@ def read_params(
     positions: float | None = None,
 ) -> tuple[Spec, list[str]]:
     """The Spec and notes on what was guessed.  Raises ConfigError on values that make no sense."""
-    keys = _Params(params, file)
-    unknown = sorted(k for k, v in params.items() if k not in _KNOWN and v is not None)
-    notes = [f"params.json key {show(k)} is not understood and has no effect here" for k in unknown]
-    dim, heads = keys.integer("dim"), keys.integer("n_heads")
-    groups = keys.integer("n_kv_heads", heads)
-    head_dim = keys.integer("head_dim", dim // heads)
-    if heads % groups or head_dim % 2 or ("head_dim" not in params and dim % heads):
-        raise ConfigError(f"dim {dim}, {heads} heads and {groups} key/value heads do not fit together", file=file)
-    vocab = params.get("vocab_size")
+    keys = Keys(params, file, absent=_ABSENT, nulls=True)
+    fields = read(TABLE, keys)
+    vocab, dim = keys.get("vocab_size"), fields["width"]
     if vocab not in (None, -1, evidence.vocab):
         raise ConfigError(f"vocab_size is {show(vocab)}, but the embedding has {evidence.vocab} rows", file=file)
-    notes += _check_ffn(params, dim, evidence.ffn)
     llama3 = evidence.tiktoken or (evidence.embedding == "vocab" and evidence.vocab >= 100_000)
-    base = keys.real("rope_theta")
+    notes, base = _check_ffn(params, dim, evidence.ffn), keys.maybe_real("rope_theta")
     if base is None:
         base = 500000.0 if llama3 else 10000.0
         notes.append(
             f"params.json does not say rope_theta: {base:g}, as {'Llama 3' if llama3 else 'Llama 1 and 2'} take it"
         )
-    eps = keys.real("norm_eps")
-    if eps is None:
-        eps = 1e-5
-        notes.append("params.json does not say norm_eps: 1e-05, as the reference code takes it")
     scaling, more = _scaling(keys, evidence.tied, rope_factor)
-    length = int(positions) if positions else _positions(bool(scaling), base, eps, llama3)
+    length = int(positions) if positions else _positions(bool(scaling), base, fields["norm_eps"], llama3)
     if not positions:
         more.append(f"params.json does not say the longest context: {length} (-O max_positions=N)")
-    spec = Spec(
-        family="llama", layers=keys.integer("n_layers"), width=dim, vocab=evidence.vocab, kv_heads=groups,
-        group=heads // groups,
-        head_dim=head_dim, ffn=evidence.ffn, norm_eps=eps, rope=Rope(base, 1.0, scaling), tied=evidence.tied,
-        context=length,
-    )  # fmt: skip
-    return spec, notes + more
+    spec = Spec(family="llama", vocab=evidence.vocab, ffn=evidence.ffn, rope=Rope(base, 1.0, scaling),
+                tied=evidence.tied, context=length, **fields)  # fmt: skip
+    notes += [f"params.json key {show(k)} is not understood and has no effect here" for k in keys.unknown(_INERT)]
+    return spec, notes + keys.note("the reference code") + more
 
 
-class _Params:
-    def __init__(self, params: Mapping[str, object], file: str) -> None:
-        self.params, self.file = params, file
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.params.get(key)
-        if value is None and default is not None:
-            return default
-        if type(value) is not int or not 0 < value < 1 << 31:
-            raise ConfigError(f"{key} is {show(value)}, not a positive whole number", file=self.file)
-        return value
-
-    def real(self, key: str) -> float | None:
-        value = self.params.get(key)
-        if value is None:
-            return None
-        if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
-            raise ConfigError(f"{key} is {show(value)}, not a positive number", file=self.file)
-        return float(value)  # type: ignore[arg-type]
-
-    def flag(self, key: str) -> bool:
-        value = self.params.get(key)
-        if value is not None and type(value) is not bool:
-            raise ConfigError(f"{key} is {show(value)}, not true or false", file=self.file)
-        return bool(value)
-
-
-def _scaling(keys: _Params, tied: bool, factor: float | None) -> tuple[dict[str, object], list[str]]:
+def _scaling(keys: Keys, tied: bool, factor: float | None) -> tuple[dict[str, object], list[str]]:
     """The Llama 3.1 rope scaling; its factor is in no public params.json, so a default has to be named."""
     if not keys.flag("use_scaled_rope"):
         if factor is not None:
             raise ConfigError("-O rope_factor is given, but params.json does not scale the rope", file=keys.file)
         return {}, []
-    stated = keys.real("rope_scaling_factor")
+    stated = keys.maybe_real("rope_scaling_factor")
     notes = []
     if factor is None and stated is None:
         factor = 32.0 if tied else 8.0
         which = "tied, so Llama 3.2" if tied else "not tied, so Llama 3.1 or 3.3"
         notes.append(f"params.json does not say the rope's factor: {factor:g} ({which}; -O rope_factor=N)")
     numbers = dict(LLAMA3_ROPE)
-    high = keys.real("rope_high_freq_factor")
+    high = keys.maybe_real("rope_high_freq_factor")
     if high is not None:
         numbers["high_freq_factor"] = high
     return {"type": "llama3", "factor": factor or stated, **numbers}, notes
@@ -167,14 +145,10 @@ def write_params(spec: Spec, factor: float | None) -> tuple[dict[str, object], l
     """params.json of the model that comes nearest, with notes on what it cannot say."""
     rope = spec.rope or Rope()
     multiple, multiplier = ffn_numbers(spec.width, spec.ffn)
-    params: dict[str, object] = {
-        "dim": spec.width, "n_layers": spec.layers, "n_heads": spec.heads, "n_kv_heads": spec.kv_heads,
-        "vocab_size": spec.vocab,
-        "multiple_of": multiple, "ffn_dim_multiplier": multiplier, "norm_eps": spec.norm_eps,
-        "rope_theta": rope.base,
-    }  # fmt: skip
-    if multiplier is None:
-        del params["ffn_dim_multiplier"]
+    params: dict[str, object] = {**write(TABLE, spec), "vocab_size": spec.vocab, "multiple_of": multiple}
+    if multiplier is not None:
+        params["ffn_dim_multiplier"] = multiplier
+    params["rope_theta"] = rope.base
     notes = []
     if rope.scaling.get("type") == "llama3":
         params["use_scaled_rope"] = True

@@ -10,11 +10,14 @@ show them, since the meaning of `intermediate_size` has changed; the configurati
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from surgery.errors import ConfigError, show, some
+from surgery.formats.keys import NOT, Entry, Fixed, Key, Keys, Pair, read
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import Config, Evidence, choose_qkv, ffn_width, writer
 from surgery.model.spec import Rope, Spec
@@ -31,30 +34,109 @@ NORMS: Mapping[str, tuple[str, str, float]] = MappingProxyType(
         "non_parametric_layernorm": ("none", "layernorm_epsilon", 1e-5),
     }
 )
+ABSENT: Mapping[str, Any] = MappingProxyType(
+    {
+        "norm": "layernorm", **{key: eps for _, key, eps in NORMS.values()}, "activation": "gelu",
+        "bias_gelu_fusion": False, "pos_emb": "learned", "rotary_pct": 1.0, "rotary_emb_base": 10000,
+        "use_bias_in_attn_linear": True, "use_bias_in_mlp": True, "attention_config": None,
+        "sliding_window_width": None, "attention_type": None, "num_kv_heads": None,
+    }
+)  # fmt: skip
+# keys that are read elsewhere, or only where others say so
 _READ = frozenset(
     """
-    activation attention_config attention_type bias_gelu_fusion expansion_factor gpt_j_residual hidden_size
-    intermediate_size layernorm_epsilon make_vocab_size_divisible_by max_position_embeddings mlp_multiple_of mlp_type
-    model_parallel_size no_weight_tying norm num_attention_heads num_kv_heads num_layers onnx_safe
-    output_layer_parallelism padded_vocab_size pipe_parallel_size pos_emb precision rms_norm_epsilon rotary_emb_base
-    rotary_pct seq_length sliding_window_width use_bias_in_attn_linear use_bias_in_mlp
+    attention_config attention_type bias_gelu_fusion expansion_factor intermediate_size layernorm_epsilon
+    make_vocab_size_divisible_by mlp_multiple_of mlp_type model_parallel_size num_kv_heads num_unique_layers onnx_safe
+    output_layer_parallelism padded_vocab_size pipe_parallel_size precision rms_norm_epsilon rotary_emb_base rotary_pct
+    seq_length sliding_window_width soft_prompt_tuning sparsity_config tokenizer_type train_impl use_bias_in_mlp
     """.split()
 )
-# key -> (the values that change nothing, what any other means)
-_REFUSED: Mapping[str, tuple[tuple[object, ...], str]] = MappingProxyType(
-    {
-        "gpt_j_tied": ((None, False), "one norm for attention and mlp"),
-        "use_qk_layernorm": ((None, False), "a norm of queries and keys over all heads of a rank"),
-        "use_mup": ((None, False), "the scales of maximal update parametrisation"),
-        "moe_num_experts": ((None, 0, 1), "a mixture of experts"),
-        "num_experts": ((None, 0, 1), "a mixture of experts"),
-        "opt_pos_emb_offset": ((None, 0), "positions that do not begin at 0"),
-        "te_mha": ((None, False), "Transformer Engine's attention"),
-        "te_fp8_mha": ((None, False), "Transformer Engine's attention"),
-        "te_layernorm_mlp": ((None, False), "Transformer Engine's mlp"),
-        "apply_residual_connection_post_layernorm": ((None, False), "residuals after the norms"),
-        "rope_scaling": ((None, {}), "a scaled rope"),
-    }
+
+
+def _fixed(name: str, value: object, means: str, *fine: object) -> Fixed:
+    return Fixed(name, value, (None, *fine), means=means, written=False)
+
+
+_MIXTURE = "a mixture of experts"
+FIXED: tuple[Entry, ...] = (
+    _fixed("gpt_j_tied", False, "one norm for attention and mlp"),
+    _fixed("use_qk_layernorm", False, "a norm of queries and keys over all heads of a rank"),
+    _fixed("use_mup", False, "the scales of maximal update parametrisation"),
+    _fixed("moe_num_experts", 1, _MIXTURE, 0),
+    _fixed("num_experts", 1, _MIXTURE, 0),
+    _fixed("opt_pos_emb_offset", 0, "positions that do not begin at 0"),
+    _fixed("te_mha", False, "Transformer Engine's attention"),
+    _fixed("te_fp8_mha", False, "Transformer Engine's attention"),
+    _fixed("te_layernorm_mlp", False, "Transformer Engine's mlp"),
+    _fixed("apply_residual_connection_post_layernorm", False, "residuals after the norms"),
+    _fixed("rope_scaling", None, "a scaled rope", {}),
+)
+
+
+def _read_norm(keys: Keys) -> dict[str, Any]:
+    name = keys.word("norm")
+    if name not in NORMS:
+        raise ConfigError(f"norm is {show(name)}", file=keys.file, hint=f"known: {', '.join(NORMS)}")
+    norm, key, _ = NORMS[name]
+    return {"norm": norm, "norm_eps": keys.real(key)}
+
+
+def _write_norm(spec: Spec) -> dict[str, Any]:
+    names = {norm: (name, key) for name, (norm, key, _) in NORMS.items()}
+    name, eps = names.get(spec.norm, names["layer"])
+    return {"norm": name, eps: spec.norm_eps}
+
+
+def _read_rope(keys: Keys) -> dict[str, Any]:
+    kind = keys.word("pos_emb")
+    if kind not in ("rotary", "learned", "none"):
+        raise ConfigError(f"pos_emb is {show(kind)}", file=keys.file, hint="known: rotary, learned, none")
+    if kind != "rotary":
+        return {"rope": None}
+    fraction, dim = keys.real("rotary_pct"), keys.integer("hidden_size") // keys.integer("num_attention_heads")
+    if fraction > 1 or int(dim * fraction) < 2:
+        raise ConfigError(f"rotary_pct is {fraction:g} of heads of width {dim}", file=keys.file)
+    return {"rope": Rope(keys.real("rotary_emb_base"), fraction)}
+
+
+def _write_rope(spec: Spec) -> dict[str, Any]:
+    if spec.rope is None:
+        return {"pos_emb": "learned" if spec.learned_positions else "none"}
+    base, fraction = int(spec.rope.base), spec.rope.fraction  # the base is a whole number
+    return {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
+
+
+def _read_windows(keys: Keys) -> dict[str, Any]:
+    """Per layer the window; only flash attention has one (its width does not count the token itself)."""
+    types = attention_types(keys.get("attention_config"), keys.integer("num_layers"), keys.file)
+    odd = sorted(set(types) - {"global", "flash"})
+    if odd:
+        raise ConfigError(f"attention_config has layers of type {some(map(show, odd))}", file=keys.file,
+                          hint="understood are global and flash, which are the same function")  # fmt: skip
+    width = keys.maybe_integer("sliding_window_width")
+    windows = tuple(width + 1 if width and t == "flash" else 0 for t in types)
+    return {"windows": windows if any(windows) else ()}
+
+
+def _write_windows(spec: Spec) -> dict[str, Any]:
+    if not any(spec.windows):
+        return {}
+    kinds = ["flash" if w else "global" for w in spec.windows]
+    runs = [[[kind], len(list(group))] for kind, group in itertools.groupby(kinds)]
+    return {"sliding_window_width": max(spec.windows) - 1, "attention_config": runs}
+
+
+TABLE: tuple[Entry, ...] = (
+    Key("num_layers", "layers"),
+    Key("hidden_size", "width"),
+    Pair(lambda keys: {}, lambda spec: {"num_attention_heads": spec.heads}),  # read with the tensors
+    Key("max_position_embeddings", "context"),
+    Pair(_read_norm, _write_norm),
+    Pair(_read_rope, _write_rope),
+    Pair(_read_windows, _write_windows),
+    Key("gpt_j_residual", "parallel", False),
+    Pair(lambda keys: {}, lambda spec: {"use_bias_in_attn_linear": spec.qkv_bias}),
+    Key("no_weight_tying", "tied", False, NOT),
 )
 
 
@@ -83,96 +165,61 @@ def merge(files: Sequence[tuple[str, object]]) -> dict[str, object]:
     return out
 
 
-class _Keys:
-    """Typed access to a configuration that remembers which defaults were taken."""
-
-    def __init__(self, config: Config, file: str) -> None:
-        self.config, self.file = config, file
-        self.defaults: list[str] = []
-
-    def _default(self, key: str, value: object) -> object:
-        said = self.config.get(key)
-        if said is None and value is not None:
-            self.defaults.append(f"{key} ({value:g})" if isinstance(value, float) else f"{key} ({str(value).lower()})")
-        return value if said is None else said
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._default(key, default)
-        if type(value) is not int or not 0 < value < 1 << 31:
-            raise ConfigError(f"{key} is {show(value)}, not a positive whole number", file=self.file)
-        return value
-
-    def real(self, key: str, default: float) -> float:
-        value = self._default(key, default)
-        if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
-            raise ConfigError(f"{key} is {show(value)}, not a positive number", file=self.file)
-        return float(value)  # type: ignore[arg-type]
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self._default(key, default)
-        if type(value) is not bool:
-            raise ConfigError(f"{key} is {show(value)}, not true or false", file=self.file)
-        return value
-
-    def word(self, key: str, default: str) -> str:
-        value = self._default(key, default)
-        if type(value) is not str:
-            raise ConfigError(f"{key} is {show(value)}, not a word", file=self.file)
-        return value.lower()
-
-
 def read_config(config: Config, file: str, found: Evidence, *, qkv: str = "auto", release: str = "auto") -> Reading:
     """What the model is.  Raises ConfigError on values that make no sense, contradict the tensors, or cannot be
     represented, and AmbiguousError where the files leave two readings."""
-    _refuse(config, file)
-    keys = _Keys(config, file)
-    layers, width, heads = keys.integer("num_layers"), keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    keys = Keys(config, file, absent=ABSENT, nulls=True)
+    _refuse(keys)
+    width, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     if width % heads or width // heads % 2:
         raise ConfigError(f"hidden_size {width} does not give {heads} heads of an even width", file=file)
-    if layers != found.layers:
-        raise ConfigError(f"num_layers is {layers}, but the files hold {found.layers} layers", file=file)
-    dim = width // heads
-    groups = _groups(keys, found, heads, dim)
-    norm, eps = _norm(keys)
+    groups = _groups(keys, found, heads, width // heads)
+    fields = read(TABLE, keys)
     act, glu = _activation(keys, found)
-    parallel = keys.flag("gpt_j_residual")
-    tied = not keys.flag("no_weight_tying")
-    _check_head(tied, found, file)
-    rope, learned = _positions(keys, found, dim)
+    _compare(keys, fields, found)
     biases = _biases(keys, found)
-    if parallel and not found.mlp_bias:
-        raise ConfigError("gpt_j_residual without biases in the mlp: GPT-NeoX leaves out the attention's output then, "
-                          "which no other program computes", file=file,
-                          hint="train or convert it with use_bias_in_mlp: true")  # fmt: skip
     spec = Spec(
-        family="llama" if glu and norm == "rms" else "gpt_neox", layers=layers, width=width, vocab=found.vocab,
-        kv_heads=groups,
-        group=heads // groups, head_dim=dim, ffn=found.ffn, learned_positions=learned, norm=norm, norm_eps=eps,
-        rope=rope,
-        windows=_windows(keys, layers), qkv_bias=found.qkv_bias, o_bias=found.o_bias, act=act, glu=glu,
-        mlp_bias=found.mlp_bias, parallel=parallel, tied=tied, context=_context(keys),
+        family="llama" if glu and fields["norm"] == "rms" else "gpt_neox", vocab=found.vocab, kv_heads=groups,
+        group=heads // groups, head_dim=width // heads, ffn=found.ffn, learned_positions=found.positions, act=act,
+        glu=glu, qkv_bias=found.qkv_bias, o_bias=found.o_bias, mlp_bias=found.mlp_bias, **fields,
     )  # fmt: skip
     layout, why = choose_qkv(config, found, spec, file, qkv=qkv, release=release)
-    notes = [*biases, *_notes(config, keys, found, spec, layout), *why]
+    notes = [*biases, *_notes(config, keys, found, spec), *why]
     return Reading(spec, layout, writer(found, layout, spec, config), tuple(notes))
 
 
-def _refuse(config: Config, file: str) -> None:
+def _refuse(keys: Keys) -> None:
     """Raise ConfigError naming all that the anatomy has no words for."""
-    problems = [f"{key}: {means}" for key, (fine, means) in _REFUSED.items() if config.get(key) not in fine]
-    tuning = config.get("soft_prompt_tuning")
+    read(FIXED, keys)
+    tuning, unique = keys.config.get("soft_prompt_tuning"), keys.config.get("num_unique_layers")
     if isinstance(tuning, dict) and tuning.get("enabled"):
-        problems.append("soft_prompt_tuning: a trained prompt")
-    unique = config.get("num_unique_layers")
-    if unique is not None and unique != config.get("num_layers"):
-        problems.append("num_unique_layers: layers that share their weights")
-    if config.get("train_impl") == "rm":
-        problems.append("train_impl rm: a reward model")
-    if problems:
-        raise ConfigError(f"this model is not understood: {'; '.join(problems)}", file=file)
+        keys.refused.append("soft_prompt_tuning: a trained prompt")
+    if unique is not None and unique != keys.config.get("num_layers"):
+        keys.refused.append("num_unique_layers: layers that share their weights")
+    if keys.config.get("train_impl") == "rm":
+        keys.refused.append("train_impl rm: a reward model")
+    keys.check()
 
 
-def _groups(keys: _Keys, found: Evidence, heads: int, dim: int) -> int:
+def _compare(keys: Keys, fields: Mapping[str, Any], found: Evidence) -> None:
+    """Raise ConfigError where the configuration contradicts the tensors, or cannot be computed elsewhere."""
+    layers, tied, kind = fields["layers"], fields["tied"], keys.word("pos_emb")
+    if layers != found.layers:
+        raise ConfigError(f"num_layers is {layers}, but the files hold {found.layers} layers", file=keys.file)
+    if tied and found.head:
+        raise ConfigError("no_weight_tying is false, but there is a final_linear.weight", file=keys.file)
+    if not tied and not found.head:
+        raise ConfigError("no_weight_tying is true, but there is no final_linear.weight", file=keys.file)
+    if (kind == "learned") != (found.positions > 0):
+        has = f"{found.positions} rows of" if found.positions else "no"
+        raise ConfigError(f"pos_emb is {kind}, but there are {has} position_embeddings", file=keys.file)
+    if fields["parallel"] and not found.mlp_bias:
+        raise ConfigError("gpt_j_residual without biases in the mlp: GPT-NeoX leaves out the attention's output then, "
+                          "which no other program computes", file=keys.file,
+                          hint="train or convert it with use_bias_in_mlp: true")  # fmt: skip
+
+
+def _groups(keys: Keys, found: Evidence, heads: int, dim: int) -> int:
     """Key/value heads, from the rows of query_key_value; the configuration must agree."""
     rows, rest = divmod(found.qkv_rows, dim)
     groups = (rows - heads) // 2
@@ -191,16 +238,8 @@ def _groups(keys: _Keys, found: Evidence, heads: int, dim: int) -> int:
     return groups
 
 
-def _norm(keys: _Keys) -> tuple[str, float]:
-    name = keys.word("norm", "layernorm")
-    if name not in NORMS:
-        raise ConfigError(f"norm is {show(name)}", file=keys.file, hint=f"known: {', '.join(NORMS)}")
-    kind, key, default = NORMS[name]
-    return kind, keys.real(key, default)
-
-
-def _activation(keys: _Keys, found: Evidence) -> tuple[str, bool]:
-    name = keys.word("activation", "gelu")
+def _activation(keys: Keys, found: Evidence) -> tuple[str, bool]:
+    name = keys.word("activation")
     if name not in ACTIVATIONS:
         raise ConfigError(f"activation is {show(name)}", file=keys.file, hint=f"known: {', '.join(ACTIVATIONS)}")
     act, gated = ACTIVATIONS[name]
@@ -214,54 +253,13 @@ def _activation(keys: _Keys, found: Evidence) -> tuple[str, bool]:
     return act, found.gated
 
 
-def _check_head(tied: bool, found: Evidence, file: str) -> None:
-    if tied and found.head:
-        raise ConfigError("no_weight_tying is false, but there is a final_linear.weight", file=file)
-    if not tied and not found.head:
-        raise ConfigError("no_weight_tying is true, but there is no final_linear.weight", file=file)
-
-
-def _positions(keys: _Keys, found: Evidence, dim: int) -> tuple[Rope | None, int]:
-    """The rope, and the rows of learned positions."""
-    kind = keys.word("pos_emb", "learned")
-    if kind not in ("rotary", "learned", "none"):
-        raise ConfigError(f"pos_emb is {show(kind)}", file=keys.file, hint="known: rotary, learned, none")
-    if (kind == "learned") != (found.positions > 0):
-        has = f"{found.positions} rows of" if found.positions else "no"
-        raise ConfigError(f"pos_emb is {kind}, but there are {has} position_embeddings", file=keys.file)
-    if kind != "rotary":
-        return None, found.positions
-    fraction = keys.real("rotary_pct", 1.0)
-    if fraction > 1 or int(dim * fraction) < 2:
-        raise ConfigError(f"rotary_pct is {fraction:g} of heads of width {dim}", file=keys.file)
-    return Rope(keys.real("rotary_emb_base", 10000.0), fraction), 0
-
-
-def _context(keys: _Keys) -> int:
-    return keys.integer("max_position_embeddings")
-
-
-def _biases(keys: _Keys, found: Evidence) -> list[str]:
+def _biases(keys: Keys, found: Evidence) -> list[str]:
     """The tensors say which biases there are; notes where the configuration says something else."""
     said = {"use_bias_in_attn_linear": found.qkv_bias or found.o_bias}
     if found.mlp == "linear":
         said["use_bias_in_mlp"] = found.mlp_bias
-    wrong = [key for key, has in said.items() if keys.flag(key, True) != has]
+    wrong = [key for key, has in said.items() if keys.flag(key) != has]
     return [f"{key} does not agree with the tensors, which decide" for key in wrong]
-
-
-def _windows(keys: _Keys, layers: int) -> tuple[int, ...]:
-    """Per layer the window; only flash attention has one (its width does not count the token itself)."""
-    types = attention_types(keys.config.get("attention_config"), layers, keys.file)
-    odd = sorted(set(types) - {"global", "flash"})
-    if odd:
-        raise ConfigError(f"attention_config has layers of type {some(map(show, odd))}", file=keys.file,
-                          hint="understood are global and flash, which are the same function")  # fmt: skip
-    if keys.config.get("sliding_window_width") is None:
-        return ()
-    width = keys.integer("sliding_window_width") + 1
-    windows = tuple(width if t == "flash" else 0 for t in types)
-    return windows if any(windows) else ()
 
 
 def attention_types(value: object, layers: int, file: str) -> list[str]:
@@ -288,14 +286,10 @@ def attention_types(value: object, layers: int, file: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
-def _notes(config: Config, keys: _Keys, found: Evidence, spec: Spec, layout: str) -> list[str]:
-    notes = []
-    unknown = sorted(
-        k for k, v in config.items() if k not in INERT | _READ | _REFUSED.keys() | _SPECIAL and v is not None
-    )
-    notes += [f"configuration key {show(k)} is not understood and has no effect here" for k in unknown]
-    if keys.defaults:
-        notes.append(f"not stated, so GPT-NeoX's defaults are taken: {', '.join(dict.fromkeys(keys.defaults))}")
+def _notes(config: Config, keys: Keys, found: Evidence, spec: Spec) -> list[str]:
+    unknown = keys.unknown(INERT | _READ)
+    notes = [f"configuration key {show(k)} is not understood and has no effect here" for k in unknown]
+    notes += keys.note("GPT-NeoX")
     implied = ffn_width(config, "third" if found.mlp == "linear" else "plain", found.mlp, found.gated, spec.width)
     if implied != spec.ffn:
         notes.append(
@@ -310,6 +304,3 @@ def _notes(config: Config, keys: _Keys, found: Evidence, spec: Spec, layout: str
     if config.get("onnx_safe"):
         notes.append("onnx_safe: gelu was computed with sqrt(2) cut to 1.41421")
     return notes
-
-
-_SPECIAL = frozenset(("soft_prompt_tuning", "num_unique_layers", "train_impl", "sparsity_config", "tokenizer_type"))

@@ -9,12 +9,12 @@ cannot compute whatever their configuration says.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 
 from surgery.errors import ConfigError
-from surgery.formats.neox.config import NORMS
+from surgery.formats.keys import write
+from surgery.formats.neox.config import TABLE
 from surgery.formats.neox.releases import Evidence, Release, ffn_width
 from surgery.model.spec import Spec
 
@@ -33,21 +33,12 @@ def spelling_of_mlp(spec: Spec, release: Release) -> str:
 
 def write_config(spec: Spec, release: Release, *, tp: int, pp: int, multiple: int, dtype: str) -> Json:
     """The keys that say what the model is, or the one that comes nearest."""
-    norms = {norm: (name, key) for name, (norm, key, _) in NORMS.items()}
-    norm, eps = norms.get(spec.norm, norms["layer"])
-    config: Json = {
-        "pipe_parallel_size": pp, "model_parallel_size": tp, "num_layers": spec.layers, "hidden_size": spec.width,
-        "num_attention_heads": spec.heads, "seq_length": spec.context or spec.learned_positions,
-        "max_position_embeddings": spec.context or spec.learned_positions, "norm": norm, eps: spec.norm_eps,
+    return {
+        "pipe_parallel_size": pp, "model_parallel_size": tp, **write(TABLE, spec), **_heads(spec, release),
+        **_mlp(spec, release), "seq_length": spec.context or spec.learned_positions,
+        "max_position_embeddings": spec.context or spec.learned_positions, "output_layer_parallelism": "column",
+        "make_vocab_size_divisible_by": multiple, "precision": _PRECISION.get(dtype, "fp32"),
     }  # fmt: skip
-    config |= _position(spec) | _heads(spec, release) | _mlp(spec, release) | _window(spec)
-    config["gpt_j_residual"] = spec.parallel
-    config["use_bias_in_attn_linear"] = spec.qkv_bias
-    config["no_weight_tying"] = not spec.tied
-    config["output_layer_parallelism"] = "column"
-    config["make_vocab_size_divisible_by"] = multiple
-    config["precision"] = _PRECISION.get(dtype, "fp32")
-    return config
 
 
 def shown(spec: Spec, release: Release) -> Evidence:
@@ -87,13 +78,6 @@ def program(release: Release) -> str:
     return f"GPT-NeoX {release.name} ({release.when})"
 
 
-def _position(spec: Spec) -> Json:
-    if spec.rope is None:
-        return {"pos_emb": "learned" if spec.learned_positions else "none"}
-    base, fraction = int(spec.rope.base), spec.rope.fraction
-    return {"pos_emb": "rotary", "rotary_pct": fraction, "rotary_emb_base": base}
-
-
 def _heads(spec: Spec, release: Release) -> Json:
     if spec.group == 1:
         return {}
@@ -120,15 +104,6 @@ def _mlp(spec: Spec, release: Release) -> Json:
         config["bias_gelu_fusion"] = spec.act == "gelu_tanh"
     said = _said(spec, release)
     return config | ({"intermediate_size": said} if said is not None else {})
-
-
-def _window(spec: Spec) -> Json:
-    """Only flash attention has a window, so that the kind of attention says which layers have one."""
-    if not any(spec.windows):
-        return {}
-    kinds = ["flash" if w else "global" for w in spec.windows]
-    runs = [[[kind], len(list(group))] for kind, group in itertools.groupby(kinds)]
-    return {"sliding_window_width": max(spec.windows) - 1, "attention_config": runs}
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes

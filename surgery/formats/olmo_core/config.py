@@ -16,45 +16,76 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.errors import ConfigError, show
-from surgery.formats.olmo_core.rope import read_rope, read_window, rope_keys
-from surgery.formats.typed_keys import TypedKeys
+from surgery.formats.keys import Entry, Fixed, Key, Keys, Pair, read
+from surgery.formats.olmo_core.rope import ROPE, read_rope, read_window
 from surgery.model.spec import Rope, Spec
 
 UPSTREAM = "OLMo-core 3.0"
+# keys of every section that act in training alone, and those of old releases
 _TRAINING = {"init_method", "init_seed", "init_std", "embedding_init_std", "freeze_params", "dtype", "_CLASS_", "type"}
 _OLD = {"compile", "dp_config", "tp_config", "float8_config", "ac_config", "fused_ops", "use_flash"}
-_MODEL: Mapping[str, Any] = {
-    "name": "default", "block_pattern": None, "block_overrides": None, "embedding_norm": None, "embed_scale": None,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-_BLOCK: Mapping[str, Any] = {
-    "name": "default", "attention": None, "feed_forward": None, "feed_forward_moe": None, "dropout": None,
-    "attention_residual_alpha": None, "feed_forward_residual_alpha": None,
-}  # fmt: skip
-_ATTENTION: Mapping[str, Any] = {
-    "name": "default", "n_kv_heads": None, "head_dim": None, "bias": True, "gate": None, "rope": None,
-    "clip_qkv": None, "qk_norm": None, "sliding_window": None, "use_head_qk_norm": False, "scalable_softmax": False,
-    "qk_norm_per_head_gains": False, "attention_sinks": False, "softmax_scale": None,
-}  # fmt: skip
-_NORM: Mapping[str, Any] = {"name": "default", "eps": 1e-5, "elementwise_affine": True, "bias": True}
-_FEED_FORWARD: Mapping[str, Any] = {"name": "default", "bias": True, "activation": "silu"}
-_MOE: Mapping[str, Any] = {
-    "name": "default",
-    "num_experts": 1,
-    "hidden_size": 256,
-    "shared_mlp": None,
-    "latent_moe": None,
-}
-_ROUTER: Mapping[str, Any] = {
-    "name": "default", "top_k": 1, "normalize_expert_weights": None, "uniform_expert_assignment": False,
-    "random_expert_assignment": False, "bias_gamma": None, "gating_function": "softmax",
-}  # fmt: skip
 _INERT_ATTENTION = {"dropout", "backend", "use_flash", "use_recompute_qkv_prep"} | {
     f"mxfp8_{name}" for name in ("projections", "qkv_projection", "out_projection", "save_qkv_for_backward")
 }
 _INERT_MOE = {"capacity_factor", "lb_loss_weight", "lb_loss_granularity", "z_loss_weight", "scale_loss_by_num_layers"}
 _NORM_AT = {"default": "pre", "reordered_norm": "post", "moe": "pre", "moe_reordered_norm": "post"}
 _RMS = ("rms", "qwen_rms", "nemotron_rms", "cute_rms", "fused_rms")
+
+
+def _unset(*names: str) -> tuple[Fixed, ...]:
+    return tuple(Fixed(name, None, (False,), written=False) for name in names)
+
+
+MODEL: tuple[Entry, ...] = (
+    Key("d_model", "width"),
+    Key("vocab_size", "vocab"),
+    Key("n_layers", "layers"),
+    Key("tie_word_embeddings", "tied", False),
+)
+FEED_FORWARD: tuple[Entry, ...] = (
+    Key("hidden_size", "ffn"),
+    Key("bias", "mlp_bias", True),
+    Key("activation", "act", "silu", {"silu": "silu", "gelu_tanh": "gelu_tanh"}),
+)
+EXPERTS: tuple[Entry, ...] = (
+    Key("num_experts", "experts", 1), Key("hidden_size", "expert_ffn", 256), *_unset("shared_mlp", "latent_moe"),
+)  # fmt: skip
+
+
+def _read_renormalised(keys: Keys) -> dict[str, Any]:
+    power = keys.maybe_real("normalize_expert_weights")
+    gate = keys.choice("gating_function", ("softmax", "topk_softmax"))
+    if power not in (None, 1.0):
+        raise ConfigError(f"{keys.path('normalize_expert_weights')} is {power:g}: only 1 is supported", file=keys.file)
+    return {"top_k_renormalised": power is not None or gate == "topk_softmax"}
+
+
+def _write_renormalised(spec: Spec) -> dict[str, Any]:
+    return {"gating_function": "softmax", **({"normalize_expert_weights": 1.0} if spec.top_k_renormalised else {})}
+
+
+ROUTER: tuple[Entry, ...] = (
+    Key("top_k", "top_k", 1),
+    Pair(_read_renormalised, _write_renormalised),
+    Pair(
+        lambda keys: {"router_bias": keys.maybe_real("bias_gamma") is not None},
+        lambda spec: {"bias_gamma": 0.001} if spec.router_bias else {},
+    ),
+    *_unset("uniform_expert_assignment", "random_expert_assignment"),
+)
+
+
+def _read_bias(keys: Keys) -> dict[str, Any]:
+    return dict.fromkeys(("qkv_bias", "o_bias"), keys.flag("bias"))
+
+
+ATTENTION: tuple[Entry, ...] = (
+    Pair(_read_bias, lambda spec: {"bias": spec.qkv_bias}),
+    Key("clip_qkv", "clip_qkv", None),
+    *_unset("gate", "scalable_softmax", "qk_norm_per_head_gains", "attention_sinks", "softmax_scale"),
+)
+_ATTENTION = {"name": "default", "type": "attention", "n_kv_heads": None, "head_dim": None, "bias": True, "rope": None,
+              "qk_norm": None, "sliding_window": None, "use_head_qk_norm": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,40 +124,35 @@ def read_model(config: Mapping[str, Any], file: str, positions: int | None = Non
     """The model behind a config.json.  Raises ConfigError naming whatever no Spec can express."""
     if not isinstance(config.get("model"), dict):
         raise ConfigError("has no section `model`", file=file, hint="this is no config.json of an OLMo-core checkpoint")
-    keys = TypedKeys(config["model"], file, "model", _MODEL)
+    absent = {"name": "default", "block_pattern": None, "block_overrides": None, "embed_scale": None}
+    keys = Keys(config["model"], file, "model", absent)
     keys.choice("name", ("default", "moe"))
-    _refuse(keys, ("embedding_norm",))
-    if keys.maybe_real("embed_scale") not in (None, 1.0):
-        raise ConfigError("model.embed_scale is not 1, which is not supported", file=file)
-    h, layers = keys.integer("d_model"), keys.integer("n_layers")
-    reader = _Reader(file, h, layers)
-    blocks = [reader.block(place, block, i) for i, (place, block) in enumerate(_resolve(keys, layers))]
-    fields = _merge(blocks, file)
-    _read_head(keys, fields, reader)
+    fields = read((*MODEL, *_unset("embedding_norm")), keys)
+    _is_one(keys, "embed_scale")
+    layers = fields["layers"]
+    blocks = [_block(keys, place, block, i) for i, (place, block) in enumerate(_resolve(keys, layers))]
+    fields |= _merge(blocks, file)
+    _read_head(keys, fields)
+    keys.check()
     facts, v_true, identifier = _tokenizer(config, file)
-    length, more = _positions(config, positions)
-    spec = Spec(
-        family=_family(fields), layers=layers, width=h, vocab=keys.integer("vocab_size"), true_vocab=v_true,
-        context=length,
-        tied=keys.flag("tie_word_embeddings"), **fields,
-    )  # fmt: skip
+    length, notes = _positions(config, positions)
+    spec = Spec(family=_family(fields), true_vocab=v_true, context=length, **fields)
     variant = blocks[0].variant
     moe = next((b.variant for b in blocks if b.moe), variant)
-    notes = [*more, *keys.note(UPSTREAM), *reader.notes()]
+    notes += keys.note(UPSTREAM)
     if spec.experts and moe.experts == "default":
         notes.append("in OLMo-core these experts drop tokens over their capacity; elsewhere they compute all")
-    unknown = [*keys.unknown(_TRAINING | _OLD), *reader.unknown]
-    notes += [f"config.json key {name} is not understood and has no effect here" for name in dict.fromkeys(unknown)]
+    unknown = keys.unknown(_TRAINING | _OLD)
+    notes += [f"config.json key {name} is not understood and has no effect here" for name in unknown]
     return Found(spec, replace(variant, experts=moe.experts), facts, tuple(notes), identifier)
 
 
-def _refuse(keys: TypedKeys, names: Sequence[str]) -> None:
-    found = [keys.path(name) for name in names if keys.get(name) not in (None, False)]
-    if found:
-        raise ConfigError(f"{', '.join(found)}: this is not supported", file=keys.file)
+def _is_one(keys: Keys, name: str) -> None:
+    if keys.maybe_real(name) not in (None, 1.0):
+        raise ConfigError(f"{keys.path(name)} is not 1, which is not supported", file=keys.file)
 
 
-def _resolve(keys: TypedKeys, layers: int) -> list[tuple[str, Any]]:
+def _resolve(keys: Keys, layers: int) -> list[tuple[str, Any]]:
     """(place in the config, block) of every layer."""
     block, pattern, overrides = keys.get("block"), keys.get("block_pattern"), keys.get("block_overrides")
     if pattern is not None:
@@ -142,130 +168,94 @@ def _resolve(keys: TypedKeys, layers: int) -> list[tuple[str, Any]]:
     return out
 
 
-class _Reader:
-    """Reads blocks and gathers what they did not state and what was not understood."""
+def _block(model: Keys, place: str, block: object, layer: int) -> Block:
+    """What the config of one layer says."""
+    if not isinstance(block, dict):
+        raise ConfigError(f"{place} is {show(block)}, not a mapping", file=model.file)
+    absent = dict.fromkeys(("attention", "feed_forward", "feed_forward_moe", "attention_residual_alpha",
+                            "feed_forward_residual_alpha"))  # fmt: skip
+    keys = model.over(block, place, {"name": "default", **absent}, _TRAINING | {"dropout"})
+    name = keys.choice("name", _NORM_AT)
+    for alpha in ("attention_residual_alpha", "feed_forward_residual_alpha"):
+        _is_one(keys, alpha)
+    shared = {"norm_at": _NORM_AT[name], **_norm(keys, "layer_norm")}
+    attention, variant, rope, window = _attention(
+        keys, shared, model.integer("d_model"), layer, model.integer("n_layers")
+    )
+    dense, moe, experts = None, None, "dropless"
+    if name.startswith("moe"):
+        moe, experts = _experts(keys)
+    else:
+        below = _present(keys, "feed_forward").below("feed_forward", {"name": "default"}, _TRAINING)
+        below.choice("name", ("default",))
+        dense = read(FEED_FORWARD, below)
+    return Block({**shared, **attention}, replace(variant, experts=experts), rope, window, dense, moe)
 
-    def __init__(self, file: str, h: int, layers: int) -> None:
-        self.file, self.h, self.layers = file, h, layers
-        self.unstated: dict[str, None] = {}
-        self.unknown: list[str] = []
 
-    def notes(self) -> list[str]:
-        if not self.unstated:
-            return []
-        return [f"not stated, taken as {UPSTREAM} takes it: {', '.join(self.unstated)}"]
+def _present(keys: Keys, section: str) -> Keys:
+    """The keys themselves.  Raises ConfigError if there is no such section."""
+    if not keys.section(section):
+        raise ConfigError(f"{keys.path(section)} is missing", file=keys.file)
+    return keys
 
-    def done(self, keys: TypedKeys, inert: set[str]) -> None:
-        self.unstated |= dict.fromkeys(keys.unstated)
-        self.unknown += keys.unknown(inert | _TRAINING)
 
-    def block(self, place: str, block: object, layer: int) -> Block:
-        if not isinstance(block, dict):
-            raise ConfigError(f"{place} is {show(block)}, not a mapping", file=self.file)
-        keys = TypedKeys(block, self.file, place, _BLOCK)
-        name = keys.choice("name", _NORM_AT)
-        for alpha in ("attention_residual_alpha", "feed_forward_residual_alpha"):
-            if keys.maybe_real(alpha) not in (None, 1.0):
-                raise ConfigError(f"{keys.path(alpha)} is not 1, which is not supported", file=self.file)
-        shared = {"norm_at": _NORM_AT[name], **self.norm(keys, "layer_norm")}
-        attention, variant, rope, window = self.attention(keys, shared, layer)
-        dense, moe, experts = None, None, "dropless"
-        if name.startswith("moe"):
-            moe, experts = self.moe(keys)
-        else:
-            dense = self.dense(keys)
-        self.done(keys, {"dropout"})
-        return Block({**shared, **attention}, replace(variant, experts=experts), rope, window, dense, moe)
+def _norm(keys: Keys, key: str) -> dict[str, Any]:
+    """norm and norm_eps of a section that describes a norm."""
+    absent = {"name": "default", "eps": 1e-5, "elementwise_affine": True, "bias": True}
+    found = _present(keys, key).below(key, absent, _TRAINING | {"full_precision"})
+    rms = found.choice("name", ("default", *_RMS)) != "default"
+    affine, biased = found.flag("elementwise_affine"), found.flag("bias")
+    norm = ("layer" if biased else "layer_no_bias") if affine else "none"
+    if rms:
+        norm = "rms"
+        if not affine or biased:
+            raise ConfigError(f"{found.place} is an RMS norm without weights or with biases", file=keys.file)
+    return {"norm": norm, "norm_eps": found.real("eps")}
 
-    def norm(self, keys: TypedKeys, key: str) -> dict[str, Any]:
-        """norm and norm_eps of a section that describes a norm."""
-        if not keys.section(key):
-            raise ConfigError(f"{keys.path(key)} is missing", file=self.file)
-        found = keys.below(key, _NORM)
-        rms = found.choice("name", ("default", *_RMS)) != "default"
-        affine, biased = found.flag("elementwise_affine"), found.flag("bias")
-        norm = ("layer" if biased else "layer_no_bias") if affine else "none"
-        if rms:
-            norm = "rms"
-            if not affine or biased:
-                raise ConfigError(f"{found.place} is an RMS norm without weights or with biases", file=self.file)
-        eps = found.real("eps")
-        self.done(found, {"full_precision"})
-        return {"norm": norm, "norm_eps": eps}
 
-    def attention(
-        self, block: TypedKeys, norm: Mapping[str, Any], layer: int
-    ) -> tuple[dict[str, Any], Variant, Rope | None, int]:
-        """The fields of an attention, how its tensors lie, its rope and its window."""
-        name = "attention" if block.get("attention") is not None else "sequence_mixer"
-        keys = block.below(name, _ATTENTION)
-        kind = keys.config.get("type", "attention")
-        if kind != "attention" or not str(keys.config.get("_CLASS_", "AttentionConfig")).endswith("AttentionConfig"):
-            raise ConfigError(f"{keys.place} is no attention but {show(kind)}", file=self.file)
-        fused = keys.choice("name", ("default", "fused", "fused_v2")) != "default"
-        _refuse(keys, ("gate", "scalable_softmax", "qk_norm_per_head_gains", "attention_sinks", "softmax_scale"))
-        heads = keys.integer("n_heads")
-        groups, dim = keys.maybe_integer("n_kv_heads") or heads, keys.maybe_integer("head_dim") or self.h // heads
-        if heads % groups or not dim or dim % 2:
-            raise ConfigError(f"{keys.place}: {heads} heads, {groups} key/value heads of width {dim} do not fit",
-                              file=self.file)  # fmt: skip
-        bias = keys.flag("bias")
-        fields = {"kv_heads": groups, "group": heads // groups, "head_dim": dim, "qkv_bias": bias, "o_bias": bias,
-                  "clip_qkv": keys.maybe_real("clip_qkv"), "qk_norm": self.qk_norm(keys, norm)}  # fmt: skip
-        rope, interleaved = None, False
-        if keys.section("rope"):
-            found = rope_keys(keys)
-            rope, interleaved = read_rope(found, dim)
-            self.done(found, {"full_precision"})
-        window = read_window(keys, layer, self.layers)
-        self.done(keys, _INERT_ATTENTION)
-        return fields, Variant(interleaved, fused), rope, window
+def _attention(
+    block: Keys, norm: Mapping[str, Any], width: int, layer: int, layers: int
+) -> tuple[dict[str, Any], Variant, Rope | None, int]:
+    """The fields of an attention, how its tensors lie, its rope and its window."""
+    name = "attention" if block.get("attention") is not None else "sequence_mixer"
+    keys = block.below(name, _ATTENTION, _TRAINING | _INERT_ATTENTION)
+    kind = keys.get("type")
+    if kind != "attention" or not str(keys.config.get("_CLASS_", "AttentionConfig")).endswith("AttentionConfig"):
+        raise ConfigError(f"{keys.place} is no attention but {show(kind)}", file=keys.file)
+    fused = keys.choice("name", ("default", "fused", "fused_v2")) != "default"
+    heads = keys.integer("n_heads")
+    groups, dim = keys.maybe_integer("n_kv_heads") or heads, keys.maybe_integer("head_dim") or width // heads
+    if heads % groups or not dim or dim % 2:
+        raise ConfigError(f"{keys.place}: {heads} heads, {groups} key/value heads of width {dim} do not fit",
+                          file=keys.file)  # fmt: skip
+    fields = {"kv_heads": groups, "group": heads // groups, "head_dim": dim, **read(ATTENTION, keys),
+              "qk_norm": _qk_norm(keys, norm)}  # fmt: skip
+    rope, interleaved = None, False
+    if keys.section("rope"):
+        rope, interleaved = read_rope(keys.below("rope", ROPE, _TRAINING | {"full_precision"}), dim)
+    return fields, Variant(interleaved, fused), rope, read_window(keys, layer, layers)
 
-    def qk_norm(self, keys: TypedKeys, norm: Mapping[str, Any]) -> str:
-        if not keys.section("qk_norm"):
-            return ""
-        found = self.norm(keys, "qk_norm")
-        if found != {"norm": "rms", "norm_eps": norm["norm_eps"]} or norm["norm"] != "rms":
-            raise ConfigError(
-                f"{keys.path('qk_norm')} is not the same kind of norm as layer_norm, or has another eps", file=self.file
-            )
-        return "head" if keys.flag("use_head_qk_norm") else "full"
 
-    def dense(self, block: TypedKeys) -> dict[str, Any]:
-        if not block.section("feed_forward"):
-            raise ConfigError(f"{block.path('feed_forward')} is missing", file=self.file)
-        keys = block.below("feed_forward", _FEED_FORWARD)
-        keys.choice("name", ("default",))
-        fields = {"ffn": keys.integer("hidden_size"), "mlp_bias": keys.flag("bias"),
-                  "act": keys.choice("activation", ("silu", "gelu_tanh"))}  # fmt: skip
-        self.done(keys, set())
-        return fields
+def _qk_norm(keys: Keys, norm: Mapping[str, Any]) -> str:
+    if not keys.section("qk_norm"):
+        return ""
+    found = _norm(keys, "qk_norm")
+    if found != {"norm": "rms", "norm_eps": norm["norm_eps"]} or norm["norm"] != "rms":
+        raise ConfigError(
+            f"{keys.path('qk_norm')} is not the same kind of norm as layer_norm, or has another eps", file=keys.file
+        )
+    return "head" if keys.flag("use_head_qk_norm") else "full"
 
-    def moe(self, block: TypedKeys) -> tuple[dict[str, Any], str]:
-        """The fields of a mixture of experts, and which way its experts lie."""
-        if not block.section("feed_forward_moe"):
-            raise ConfigError(f"{block.path('feed_forward_moe')} is missing", file=self.file)
-        keys = block.below("feed_forward_moe", _MOE)
-        experts = keys.choice("name", ("default", "dropless"))
-        _refuse(keys, ("shared_mlp", "latent_moe"))
-        router = TypedKeys(keys.config.get("router") or {}, self.file, keys.path("router"), _ROUTER)
-        keys.asked.add("router")
-        router.choice("name", ("default",))
-        _refuse(router, ("uniform_expert_assignment", "random_expert_assignment"))
-        power = router.maybe_real("normalize_expert_weights")
-        gate = router.choice("gating_function", ("softmax", "topk_softmax"))
-        if power not in (None, 1.0):
-            raise ConfigError(f"{router.path('normalize_expert_weights')} is {power:g}: only 1 is supported",
-                              file=self.file)  # fmt: skip
-        fields = {
-            "experts": keys.integer("num_experts"), "expert_ffn": keys.integer("hidden_size"),
-            "top_k": router.integer("top_k"),
-            "top_k_renormalised": power is not None or gate == "topk_softmax",
-            "router_bias": router.maybe_real("bias_gamma") is not None,
-        }  # fmt: skip
-        self.done(router, {"jitter_eps"})
-        self.done(keys, _INERT_MOE)
-        return fields, experts
+
+def _experts(block: Keys) -> tuple[dict[str, Any], str]:
+    """The fields of a mixture of experts, and which way its experts lie."""
+    keys = _present(block, "feed_forward_moe").below(
+        "feed_forward_moe", {"name": "default", "router": None}, _TRAINING | _INERT_MOE
+    )
+    absent = {"name": "default", "normalize_expert_weights": None, "bias_gamma": None, "gating_function": "softmax"}
+    router = keys.below("router", absent, _TRAINING | {"jitter_eps"})
+    router.choice("name", ("default",))
+    return {**read(EXPERTS, keys), **read(ROUTER, router)}, keys.choice("name", ("default", "dropless"))
 
 
 def _merge(blocks: Sequence[Block], file: str) -> dict[str, Any]:
@@ -305,16 +295,15 @@ def _one(blocks: Sequence[Block], kind: str, file: str) -> dict[str, Any]:
     return dict(found[0]) if found else {}
 
 
-def _read_head(model: TypedKeys, fields: Mapping[str, Any], reader: _Reader) -> None:
+def _read_head(model: Keys, fields: Mapping[str, Any]) -> None:
     """The output head has to have the blocks' norm and no bias."""
-    keys = model.below("lm_head", {"name": "default", "layer_norm": None, "bias": True})
+    absent = {"name": "default", "layer_norm": None, "bias": True}
+    keys = model.below("lm_head", absent, _TRAINING | {"loss_implementation"})
     keys.choice("name", ("default",))
     if keys.flag("bias"):
         raise ConfigError("model.lm_head.bias: a bias of the output head is not supported", file=keys.file)
-    norm = reader.norm(keys, "layer_norm")
-    if any(fields[k] != v for k, v in norm.items()):
+    if any(fields[k] != v for k, v in _norm(keys, "layer_norm").items()):
         raise ConfigError("model.lm_head.layer_norm is not the same norm as the blocks'", file=keys.file)
-    reader.done(keys, {"loss_implementation"})
 
 
 def _family(fields: Mapping[str, Any]) -> str:
@@ -332,7 +321,7 @@ def _tokenizer(config: Mapping[str, Any], file: str) -> tuple[dict[str, object],
     section = dataset.get("tokenizer") if isinstance(dataset, dict) else config.get("tokenizer")
     if not isinstance(section, dict):
         return {}, None, None
-    keys = TypedKeys(section, file, "tokenizer", {"vocab_size": None, "identifier": None})
+    keys = Keys(section, file, "tokenizer", {"vocab_size": None, "identifier": None})
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: section[name] for name in names if type(section.get(name)) is int}
     identifier = keys.get("identifier")

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.errors import ConfigError, show
-from surgery.formats.typed_keys import TypedKeys
+from surgery.formats.keys import Keys
 from surgery.model.spec import Rope
 
 CLASS = "_CLASS_"
 _MODULE = "olmo_core.nn.rope."
-_ROPE = {"name": "default", "theta": 500000, "no_global_rope": False, "scaling": None, "partial_rotary_factor": 1.0}
+ROPE = {"name": "default", "theta": 500000, "no_global_rope": False, "scaling": None, "partial_rotary_factor": 1.0}
 _SCALINGS: Mapping[str, Mapping[str, Any]] = {
     "ABFRoPEScalingConfig": {"attention_rescale_factor": 1.0, "new_theta": 8_000_000},
     "PIRoPEScalingConfig": {"attention_rescale_factor": 1.0, "factor": 2.0},
@@ -33,7 +33,7 @@ _SCALINGS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def read_rope(keys: TypedKeys, head_dim: int) -> tuple[Rope, bool]:
+def read_rope(keys: Keys, head_dim: int) -> tuple[Rope, bool]:
     """(rotary embeddings, whether pairs lie side by side).  Raises ConfigError."""
     interleaved = keys.choice("name", ("default", "fused", "complex")) == "complex"
     if keys.flag("no_global_rope"):
@@ -49,12 +49,7 @@ def read_rope(keys: TypedKeys, head_dim: int) -> tuple[Rope, bool]:
     return rope, interleaved
 
 
-def rope_keys(keys: TypedKeys) -> TypedKeys:
-    """The section `rope` of an attention."""
-    return keys.below("rope", _ROPE)
-
-
-def _read_scaling(keys: TypedKeys, base: float) -> tuple[float, Mapping[str, Any]]:
+def _read_scaling(keys: Keys, base: float) -> tuple[float, Mapping[str, Any]]:
     """(base, scaling) under Hugging Face's names; a new base is just a base."""
     name = str(keys.section("scaling").get(CLASS, "")).rpartition(".")[2]
     if name not in _SCALINGS:
@@ -144,7 +139,7 @@ def _write_scaling(rope: Rope) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- sliding windows
 
 
-def read_window(keys: TypedKeys, layer: int, layers: int) -> int:
+def read_window(keys: Keys, layer: int, layers: int) -> int:
     """The window of one layer, 0 if it sees everything; `keys` are those of an attention."""
     if not keys.section("sliding_window"):
         return 0

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from surgery.formats.keys import write
+from surgery.formats.olmo_core.config import ATTENTION, EXPERTS, FEED_FORWARD, MODEL, ROUTER
 from surgery.formats.olmo_core.rope import CLASS, write_rope, write_window
 from surgery.model.spec import Spec
 
@@ -38,9 +40,7 @@ def _model(spec: Spec, dtype: str, experts: str) -> dict[str, Any]:
     usual = Counter(texts).most_common(1)[0][0]
     overrides = {str(i): blocks[i] for i, text in enumerate(texts) if text != usual}
     model: dict[str, Any] = {
-        "d_model": spec.width,
-        "vocab_size": spec.vocab,
-        "n_layers": spec.layers,
+        **write(MODEL, spec),
         "block": blocks[texts.index(usual)],
         "lm_head": {
             "name": "default", "layer_norm": _norm(spec, dtype), "bias": False, "dtype": dtype,
@@ -51,7 +51,6 @@ def _model(spec: Spec, dtype: str, experts: str) -> dict[str, Any]:
         "init_method": "normal",
         "init_seed": 0,
         "init_std": 0.02,
-        "tie_word_embeddings": spec.tied,
         CLASS: _NN + "transformer.config.TransformerConfig",
     }  # fmt: skip
     return model | ({"block_overrides": overrides} if overrides else {})
@@ -86,12 +85,10 @@ def _attention(spec: Spec, layer: int, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = {"name": "default", "n_heads": spec.heads, "n_kv_heads": spec.kv_heads}
     if spec.head_dim * spec.heads != spec.width:
         config["head_dim"] = spec.head_dim
-    config["bias"] = spec.qkv_bias
+    config |= {k: v for k, v in write(ATTENTION, spec).items() if v is not None}
     rope = spec.rope_local if spec.rope_local and spec.windows and spec.windows[layer] else spec.rope
     if rope is not None:
         config["rope"] = write_rope(rope, spec.head_dim)
-    if spec.clip_qkv is not None:
-        config["clip_qkv"] = spec.clip_qkv
     if spec.qk_norm:
         config |= {"qk_norm": _norm(spec, dtype), "use_head_qk_norm": spec.qk_norm == "head"}
     if spec.windows:
@@ -100,20 +97,18 @@ def _attention(spec: Spec, layer: int, dtype: str) -> dict[str, Any]:
 
 
 def _feed_forward(spec: Spec, dtype: str) -> dict[str, Any]:
-    return {"hidden_size": spec.ffn, "name": "default", "bias": spec.mlp_bias, "dtype": dtype, "activation": spec.act,
-            CLASS: _NN + "feed_forward.FeedForwardConfig"}  # fmt: skip
+    return {
+        "name": "default",
+        **write(FEED_FORWARD, spec),
+        "dtype": dtype,
+        CLASS: _NN + "feed_forward.FeedForwardConfig",
+    }
 
 
 def _moe(spec: Spec, dtype: str, experts: str) -> dict[str, Any]:
-    router: dict[str, Any] = {"name": "default", "top_k": spec.top_k, "gating_function": "softmax",
-                              CLASS: _NN + "moe.router.MoERouterConfig"}  # fmt: skip
-    if spec.top_k_renormalised:
-        router["normalize_expert_weights"] = 1.0
-    if spec.router_bias:
-        router["bias_gamma"] = 0.001
-    config = {"name": experts, "num_experts": spec.experts, "hidden_size": spec.expert_ffn, "router": router,
-              "lb_loss_weight": 0.01,
-              "z_loss_weight": 0.001, "dtype": dtype, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
+    router = {"name": "default", **write(ROUTER, spec), CLASS: _NN + "moe.router.MoERouterConfig"}
+    config = {"name": experts, **write(EXPERTS, spec), "router": router, "lb_loss_weight": 0.01, "z_loss_weight": 0.001,
+              "dtype": dtype, CLASS: _NN + "moe.moe.MoEConfig"}  # fmt: skip
     if experts == "default":  # room for all tokens at every expert, so that none are dropped
         config["capacity_factor"] = float(-(-spec.experts // spec.top_k))
     return config

@@ -1,0 +1,114 @@
+"""Rotary embeddings in Hugging Face's `config.json` <-> Rope: classic keys, or transformers 5's `rope_parameters`.
+
+    rope, local = read_rope(family, keys, windowed=False)
+    write_rope(family, spec)             # {"rope_theta": 10000.0, "rope_scaling": {...}}
+
+Source: transformers `modeling_rope_utils.py` (standardize_rope_params and the functions of each type).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from surgery.errors import ConfigError, show
+from surgery.formats.hf.families import Family
+from surgery.formats.keys import Keys
+from surgery.model.spec import Rope, Spec
+
+Config = Mapping[str, object]
+Json = dict[str, object]
+ORIGINAL = "original_max_position_embeddings"
+TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def read_rope(family: Family, keys: Keys, windowed: bool) -> tuple[Rope | None, Rope | None]:
+    """The rope, and that of layers with a window where it differs.  Raises ConfigError."""
+    if family.learned:
+        return None, None
+    config, (base_key, fraction_key) = keys.config, family.rope_keys
+    parameters = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise ConfigError("rope_scaling is no mapping", file=keys.file)
+    names = (base_key, fraction_key, ORIGINAL)
+    top = {k: config[k] for k in names if config.get(k) is not None}
+    nested = "full_attention" in parameters or "sliding_attention" in parameters
+    if family.window == "types":
+        # transformers gives a flat dictionary of this family no effect at all
+        full = {**(parameters.get("full_attention") or {}), **scaling} if nested else dict(scaling)
+        local = dict(parameters.get("sliding_attention") or {}) if nested else {}
+        if nested:  # a length beside dictionaries by layer type has no effect
+            top.pop(ORIGINAL, None)
+        main = _rope(family, full, top, keys)
+        other = _rope(family, local, {} if nested else top, keys)
+        return main, (other if windowed and other != main else None)
+    if nested:
+        raise ConfigError(f"rope_parameters by layer type mean nothing in a {family.model_type}", file=keys.file)
+    return _rope(family, scaling or parameters, top, keys), None
+
+
+def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
+    base_key, fraction_key = family.rope_keys
+    numbers = dict(given)
+    base = numbers.pop("rope_theta", top.get(base_key, family.theta))
+    fraction = numbers.pop("partial_rotary_factor", top.get(fraction_key, family.fraction))
+    kind = numbers.pop("rope_type", numbers.pop("type", "default"))
+    numbers.pop("type", None)
+    if base_key not in top and "rope_theta" not in given:
+        keys.unstated.append(f"{base_key} = {family.theta:g}")
+    for name, value in (("rope base", base), ("rotary fraction", fraction)):
+        if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
+            raise ConfigError(f"{name} is {show(value)}", file=keys.file)
+    if kind not in TYPES:
+        raise ConfigError(f"rope_type is {show(kind)}", file=keys.file)
+    if kind in ("llama3", "yarn", "longrope") and keys.config.get("max_position_embeddings"):
+        numbers.setdefault(ORIGINAL, keys.config["max_position_embeddings"])
+        if top.get(ORIGINAL) is not None:  # beside the scaling it counts, as in transformers
+            numbers[ORIGINAL] = top[ORIGINAL]
+    if kind == "yarn":
+        numbers = _plain_yarn(numbers)
+    scaling = {} if kind == "default" else {"type": kind, **{k: v for k, v in numbers.items() if v is not None}}
+    return Rope(float(base), float(fraction), scaling)  # type: ignore[arg-type]
+
+
+def _plain_yarn(numbers: Json) -> Json:
+    """YaRN's numbers without those that say what transformers computes anyway; the ends of the ramp always said."""
+    out = {"beta_fast": 32.0, "beta_slow": 1.0} | {k: v for k, v in numbers.items() if v is not None}
+    if out.get("truncate") is True:
+        del out["truncate"]
+    if out.get("attention_factor") is not None and out["attention_factor"] == _attention_factor(out):
+        del out["attention_factor"]
+    return out
+
+
+def _attention_factor(numbers: Config) -> float | None:
+    """What YaRN multiplies attention by unless told otherwise."""
+    factor = numbers.get("factor")
+    if type(factor) not in (int, float) or factor < 1 or "mscale" in numbers or "mscale_all_dim" in numbers:  # type: ignore[operator]
+        return None
+    return 0.1 * math.log(factor) + 1.0  # type: ignore[arg-type]
+
+
+def write_rope(family: Family, spec: Spec) -> Json:
+    """The keys that `read_rope` reads."""
+    if spec.rope is None:
+        return {}
+    base_key, fraction_key = family.rope_keys
+    if family.window == "types":
+        local = spec.rope_local or spec.rope
+        nested = {"full_attention": _parameters(spec.rope), "sliding_attention": _parameters(local)}
+        return {"rope_parameters": nested}
+    config: Json = {base_key: spec.rope.base}
+    if spec.rope.fraction != 1.0 or family.fraction != 1.0:
+        config[fraction_key] = spec.rope.fraction
+    if spec.rope.scaling:
+        config["rope_scaling"] = {k: v for k, v in _parameters(spec.rope).items() if k != "rope_theta"}
+    return config
+
+
+def _parameters(rope: Rope) -> Json:
+    rest = {k: v for k, v in rope.scaling.items() if k != "type"}
+    if rope.scaling.get("type") == "yarn" and (factor := _attention_factor(rest)) is not None:
+        rest.setdefault("attention_factor", factor)
+    return {"rope_type": rope.scaling.get("type", "default"), "rope_theta": rope.base, **rest}
