@@ -23,7 +23,7 @@ from surgery.errors import FileError, OutputError, SurgeryError
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import run_folder
 from surgery.midtraining.log import JsonLines, Lines, RunLog, flat, plain
-from surgery.midtraining.panel import Panel, clock, sparkline
+from surgery.midtraining.panel import Panel, clock, evaluated, sparkline
 from surgery.midtraining.throughput import PEAKS, Meter, flops_per_token, peak_flops, positions_seen, weights_met
 from surgery.midtraining.trackers import TensorBoard, Wandb
 from tests import tiny
@@ -381,3 +381,11 @@ def test_speed_after_a_resumption_counts_from_there(tmp_path):
     log = RunLog(tmp_path, resumed=1, meter=Meter(1.0, None))
     log.step({"step": 2, "tokens": 9_000_500}, {"seconds": 0.5})
     assert lines(tmp_path, run_folder.TIMES)[-1]["tokens_per_second"] == 1000.0
+
+
+def test_what_files_say_reaches_no_terminal_as_a_command():
+    record = {"step": 1, "heldout": {"a\x1b[2J{b}": {"loss": 2.0}}}
+    assert evaluated(record) == "a\\x1b[2J{b} 2.000"
+    out = io.StringIO()
+    Lines(out).evaluation(record)
+    assert out.getvalue() == "eval step=1 heldout/a\\x1b[2J{b}/loss=2\n"

@@ -34,7 +34,7 @@ def variants(found: Mapping[str, list[str]]) -> None:
     """Every task with its variants."""
     table = _table("task", "variants; the first is the default")
     for name, several in found.items():
-        table.add_row(name, " ".join(several))
+        table.add_row(Text(name), Text(" ".join(several)))
     console().print(table)
 
 
@@ -49,7 +49,9 @@ def _losses(found: Json, title: str) -> Table:
     table = _table(title, "loss", "bpb", "tokens", "bytes")
     for name, told in found.items():
         size = "" if told["bytes"] is None else human(told["bytes"])
-        table.add_row(name, _number(told["loss"], ".4f"), _number(told["bpb"], ".4f"), f"{told['tokens']:,}", size)
+        table.add_row(
+            Text(name), _number(told["loss"], ".4f"), _number(told["bpb"], ".4f"), f"{told['tokens']:,}", size
+        )
     return table
 
 
@@ -58,7 +60,7 @@ def _scores(found: Json) -> Table:
     metrics = list(dict.fromkeys(k for told in found.values() for k in told if not k.endswith("_stderr")))
     table = _table("task", *metrics)
     for name, told in found.items():
-        table.add_row(name, *(_score(told, metric) for metric in metrics))
+        table.add_row(Text(name), *(_score(told, metric) for metric in metrics))
     return table
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from surgery.errors import FileError, OutputError
+from surgery.errors import FileError, OutputError, printable
 from surgery.midtraining import run_folder
 from surgery.midtraining.run_folder import parse_line
 from surgery.midtraining.throughput import Meter
@@ -212,7 +212,7 @@ class Lines:
 
     def _say(self, kind: str, values: Record) -> None:
         words = (f"{'_'.join(key.split())}={_short(value)}" for key, value in values.items() if value is not None)
-        print(kind, *words, file=self.out, flush=True)
+        print(printable(" ".join((kind, *words))), file=self.out, flush=True)
 
 
 def flat(record: Record, prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from surgery.errors import printable
 from surgery.midtraining.log import Record, flat, remaining
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -75,7 +76,7 @@ class Panel:
         if self.evaluated:
             yield "eval", Text(f"at {self.evaluated['step']}: {evaluated(self.evaluated)}")
         for event in self.events:
-            yield event["level"], Text(f"step {event['step']}: {event['text']}", style=_style(event))
+            yield event["level"], Text(f"step {event['step']}: {printable(event['text'])}", style=_style(event))
 
 
 def _progress(step: int, steps: int | None, left: float | None) -> RenderableType:
@@ -117,7 +118,8 @@ def evaluated(record: Record) -> str:
     """An evaluation in one line: the loss of every domain, the accuracy (or bits per byte) of every task."""
     heldout = {name: flat(found).get("loss") for name, found in (record.get("heldout") or {}).items()}
     tasks = {name.partition("/")[0]: _main(found) for name, found in (record.get("tasks") or {}).items()}
-    return _join(_number(value, name + " {:.3f}") for name, value in {**heldout, **tasks}.items())
+    told = {printable(name): _number(value, "{:.3f}") for name, value in {**heldout, **tasks}.items()}
+    return _join(f"{name} {value}" for name, value in told.items() if value)
 
 
 def _main(found: Record) -> Any:
