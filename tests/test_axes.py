@@ -13,18 +13,19 @@ from hypothesis import strategies as st
 
 from surgery.errors import LayoutError
 from surgery.tensors.axes import Named, Rearrange, flat, parse, pattern
-from surgery.tensors.lazy import Concat, Fill, Lazy, Map, Same, Slice, boxes, whole
+from surgery.tensors.in_memory import InMemory
+from surgery.tensors.lazy import Concat, Fill, Map, Same, Slice, boxes, whole
 
 
-class Memory(Lazy):
+class Memory(InMemory):
     """A lazy tensor in memory that counts what is read of it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        super().__init__(tensor)
         self.elements = 0
 
     def read(self, box):
-        got = self.tensor[tuple(slice(a, b) for a, b in box)].clone()
+        got = super().read(box).clone()
         self.elements += got.numel()
         return got
 

@@ -15,25 +15,16 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save  # noqa:
 from surgery.containers.dcp_writer import dcp_files  # noqa: E402
 from surgery.containers.output import OutputFile  # noqa: E402
 from surgery.containers.pickles.pickler import Record  # noqa: E402
-from surgery.tensors.lazy import Box, Lazy, Slice, same_bits  # noqa: E402
+from surgery.tensors.in_memory import InMemory  # noqa: E402
+from surgery.tensors.lazy import Slice, same_bits  # noqa: E402
 from surgery.writing import stream  # noqa: E402
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool", "float8_e4m3fn")
 
 
-class Held(Lazy):
-    """A tensor in memory."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-
-    def read(self, box: Box) -> torch.Tensor:
-        return self.tensor[tuple(slice(a, b) for a, b in box)]
-
-
-def held(*shape: int, kind: str = "float32", seed: int = 0) -> Held:
+def held(*shape: int, kind: str = "float32", seed: int = 0) -> InMemory:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) * 3
-    return Held(numbers.to(getattr(torch, kind)))
+    return InMemory(numbers.to(getattr(torch, kind)))
 
 
 def write(files: list[OutputFile], folder: Path) -> Path:
@@ -41,14 +32,14 @@ def write(files: list[OutputFile], folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path, tensors: dict[str, Held]) -> dict[str, torch.Tensor]:
+def load(folder: Path, tensors: dict[str, InMemory]) -> dict[str, torch.Tensor]:
     """Into tensors of our own, as a training program does."""
     state = {name: torch.zeros(t.shape, dtype=t.torch_dtype) for name, t in tensors.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
     return state
 
 
-def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, Held]) -> None:
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, InMemory]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert same_bits(found[name], tensor.tensor), name
@@ -145,7 +136,9 @@ def test_views_of_larger_tensors_are_stored_alone(tmp_path: Path) -> None:
     files = dcp_files("", {"piece": piece})
     assert files[0].size < 4 * 8 * 4 + 2000
     folder = write(files, tmp_path / "out")
-    assert_same(load(folder, {"piece": Held(big.tensor[8:12].clone())}), {"piece": Held(big.tensor[8:12].clone())})
+    assert_same(
+        load(folder, {"piece": InMemory(big.tensor[8:12].clone())}), {"piece": InMemory(big.tensor[8:12].clone())}
+    )
 
 
 def test_a_record_that_is_made_without_its_initialiser() -> None:

@@ -11,19 +11,10 @@ from hypothesis import strategies as st
 
 from surgery.errors import LayoutError
 from surgery.tensors.fingerprint import Ledger, box_sum
-from surgery.tensors.lazy import ITEMSIZE, Lazy, bytes_of, torch_dtype, whole
+from surgery.tensors.in_memory import InMemory
+from surgery.tensors.lazy import ITEMSIZE, bytes_of, torch_dtype, whole
 
 DTYPES = ["bfloat16", "float32", "uint8", "bool", "float8_e4m3fn", "int64", "complex64", "uint16", "complex128"]
-
-
-class Held(Lazy):
-    """A tensor in memory."""
-
-    def __init__(self, tensor):
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-
-    def read(self, box):
-        return self.tensor[tuple(slice(a, b) for a, b in box)]
 
 
 def random_tensor(shape, kind, seed=0):
@@ -80,7 +71,7 @@ def test_any_partition_in_any_order_gives_the_naive_sum(data):
     tensor = random_tensor(shape, kind, data.draw(st.integers(0, 99)))
     parts = data.draw(st.permutations(random_partition(data.draw, whole(shape))))
     ledger = Ledger()
-    tap = ledger.tap("t", Held(tensor))
+    tap = ledger.tap("t", InMemory(tensor))
     for box in parts:
         with ledger.collect() as seen:
             tap.read(box)
@@ -170,7 +161,7 @@ def test_content_digest_depends_on_names_kinds_and_shapes_but_not_on_order():
         ledger = Ledger()
         for name, tensor in parts:
             with ledger.collect() as seen:
-                ledger.tap(name, Held(tensor)).full()
+                ledger.tap(name, InMemory(tensor)).full()
             ledger.add(seen)
         return ledger.content_digest()
 
@@ -190,8 +181,8 @@ def test_content_digest_depends_on_names_kinds_and_shapes_but_not_on_order():
 
 def test_gaps_and_double_counts_are_named():
     ledger = Ledger()
-    tap = ledger.tap("half.read", Held(torch.ones(4, 4)))
-    twice = ledger.tap("read.twice", Held(torch.ones(2)))
+    tap = ledger.tap("half.read", InMemory(torch.ones(4, 4)))
+    twice = ledger.tap("read.twice", InMemory(torch.ones(2)))
     with ledger.collect() as seen:
         tap.read(((0, 2), (0, 4)))
         twice.full()
@@ -203,7 +194,7 @@ def test_gaps_and_double_counts_are_named():
 
 def test_reads_outside_of_collect_do_not_count():
     ledger = Ledger()
-    tap = ledger.tap("t", Held(torch.ones(4)))
+    tap = ledger.tap("t", InMemory(torch.ones(4)))
     tap.full()
     with ledger.collect() as seen:
         pass

@@ -21,7 +21,8 @@ from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.methods.registry import METHODS
 from surgery.merging.parameters import resolve
 from surgery.tensors import lazy
-from surgery.tensors.lazy import Lazy, lengths, whole
+from surgery.tensors.in_memory import InMemory
+from surgery.tensors.lazy import lengths, whole
 
 
 @pytest.fixture(params=["torch", "compiled"])
@@ -33,14 +34,11 @@ def loops(request):
     return compiled_loops()
 
 
-class Given(Lazy):
-    """A tensor in memory as a lazy one."""
-
-    def __init__(self, tensor):
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+class Given(InMemory):
+    """What is read may be overwritten."""
 
     def read(self, box):
-        return self.tensor[tuple(slice(a, b) for a, b in box)].clone()
+        return super().read(box).clone()
 
 
 def tensors(shape, count, dtype=torch.float32, seed=0):

@@ -24,6 +24,7 @@ from surgery.errors import FileError, LayoutError, OutputError
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import IO, File
 from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import Concat, Fill, Lazy, Map, Slice, bytes_of, lengths, whole
 from surgery.writing import journal, sink, stream
 from surgery.writing.ahead import SPARE, ahead
@@ -34,16 +35,16 @@ from surgery.writing.stream import boxes_from, read_through, write
 KB = 1 << 10
 
 
-class Held(Lazy):
+class Held(InMemory):
     """A tensor in memory, which remembers the boxes that were read."""
 
     def __init__(self, tensor):
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        super().__init__(tensor)
         self.boxes = []
 
     def read(self, box):
         self.boxes.append(box)
-        return self.tensor[tuple(slice(a, b) for a, b in box)]
+        return super().read(box)
 
 
 class Failing(Lazy):

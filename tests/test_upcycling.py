@@ -16,7 +16,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
 from surgery.running.whole import fixed_tokens
 from surgery.tensors.gather import Gather, taken
-from surgery.tensors.lazy import Lazy
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.random import Random, permutation
 from surgery.upcycling import proof
 from surgery.upcycling.dense_to_moe.build import upcycled
@@ -404,16 +404,6 @@ def test_ties_and_incomplete_groups_are_counted(tiny_hf):
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-class Held(Lazy):
-    """A tensor in memory."""
-
-    def __init__(self, data):
-        self.data, self.shape, self.dtype = data, tuple(data.shape), "float32"
-
-    def read(self, box):
-        return self.data[tuple(slice(a, b) for a, b in box)]
-
-
 @pytest.mark.parametrize("dim", [0, 1])
 def test_gathers_read_any_box(dim, monkeypatch):
     from surgery.tensors import gather as nodes
@@ -422,13 +412,13 @@ def test_gathers_read_any_box(dim, monkeypatch):
     monkeypatch.setattr(nodes, "GAP", 16)
     data = torch.arange(40 * 30, dtype=torch.float32).reshape(40, 30)
     index = [3, 29, 0, 7, 7, 8, 28, 5, 12]
-    lazy, want = Gather(Held(data), dim, index), data.index_select(dim, torch.tensor(index))
+    lazy, want = Gather(InMemory(data), dim, index), data.index_select(dim, torch.tensor(index))
     assert torch.equal(lazy.full(), want)
     for a in range(len(index)):
         for b in range(a, len(index) + 1):
             box = ((a, b), (4, 21)) if dim == 0 else ((4, 21), (a, b))
             assert torch.equal(lazy.read(box), want[tuple(slice(*s) for s in box)])
-    assert taken(Held(data), dim, range(data.shape[dim])).shape == data.shape
+    assert taken(InMemory(data), dim, range(data.shape[dim])).shape == data.shape
 
 
 def test_random_numbers_depend_on_their_place_alone():

@@ -24,7 +24,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import IO
-from surgery.tensors.lazy import Fill, Lazy, Map, boxes
+from surgery.tensors.lazy import Fill, boxes
 from surgery.verification import Comparison, compare
 from surgery.verification.configs import spec_fields
 from surgery.verification.values import Tally
@@ -69,10 +69,6 @@ def printed(result: Comparison) -> str:
     out = io.StringIO()
     render.show(result, None, Console(file=out, width=200))
     return out.getvalue()
-
-
-def in_memory(tensor: torch.Tensor) -> Lazy:
-    return Map(lambda: tensor, (), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), whole=True)
 
 
 # ------------------------------------------------------------------------------------------------------ the same model

@@ -19,20 +19,11 @@ from surgery.containers.output import OutputFile, Region, copied_file, text_file
 from surgery.containers.safetensors_writer import DTYPES, safetensors_file
 from surgery.containers.torch_writer import Record, torch_file
 from surgery.errors import FileError, LayoutError
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import ITEMSIZE, Fill, Lazy, same_bits, torch_dtype
 from surgery.writing.stream import write
 
 SHAPES = [(), (0, 4), (1,), (3,), (2, 3), (2, 0), (1, 1, 5), (7, 2, 3)]
-
-
-class Held(Lazy):
-    """A tensor in memory."""
-
-    def __init__(self, tensor):
-        self.tensor, self.shape, self.dtype = tensor, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-
-    def read(self, box):
-        return self.tensor[tuple(slice(a, b) for a, b in box)]
 
 
 class Imagined(Lazy):
@@ -66,7 +57,7 @@ def loads(path):
 @pytest.mark.parametrize("kind", sorted(ITEMSIZE))
 def test_torch_loads_every_dtype_and_shape(kind, tmp_path):
     tensors = {f"t{i}": random_tensor(shape, kind) for i, shape in enumerate(SHAPES)}
-    path = save(torch_file("m.pt", {k: Held(t) for k, t in tensors.items()}), tmp_path)
+    path = save(torch_file("m.pt", {k: InMemory(t) for k, t in tensors.items()}), tmp_path)
     for got in loads(path):
         assert list(got) == list(tensors)
         assert all(same_bits(got[k], t) and got[k].stride() == t.stride() for k, t in tensors.items())
@@ -78,7 +69,7 @@ def test_torch_loads_every_dtype_and_shape(kind, tmp_path):
 def test_torch_file_is_laid_out_as_torch_save_does(tmp_path):
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 3).bfloat16()}
     torch.save(tensors, tmp_path / "m.pt")
-    path = save(torch_file("m.pt", {k: Held(t) for k, t in tensors.items()}), tmp_path)
+    path = save(torch_file("m.pt", {k: InMemory(t) for k, t in tensors.items()}), tmp_path)
     with zipfile.ZipFile(tmp_path / "m.pt") as theirs, zipfile.ZipFile(path) as ours:
         want = {n for n in theirs.namelist() if not n.endswith("serialization_id")}
         assert set(ours.namelist()) == want
@@ -107,7 +98,7 @@ def opcode_name(op):
 
 
 def test_two_files_of_the_same_tensors_are_the_same_bytes(tmp_path):
-    tree = {"a": Held(torch.arange(9.0)), "n": 1}
+    tree = {"a": InMemory(torch.arange(9.0)), "n": 1}
     one = save(torch_file("m.pt", tree), tmp_path / "x").read_bytes()
     assert one == save(torch_file("m.pt", tree), tmp_path / "y").read_bytes()
 
@@ -143,8 +134,8 @@ def typed(tree):
 
 
 def test_shared_objects_stay_shared(tmp_path):
-    held, shared = Held(torch.arange(4.0)), [1, 2]
-    tree = {"a": held, "b": held, "x": shared, "y": {"z": shared}, "other": Held(torch.arange(4.0))}
+    held, shared = InMemory(torch.arange(4.0)), [1, 2]
+    tree = {"a": held, "b": held, "x": shared, "y": {"z": shared}, "other": InMemory(torch.arange(4.0))}
     tree["self"] = tree
     file = torch_file("m.pt", tree)
     assert [r.name for r in file.regions] == ["a", "other"]
@@ -164,7 +155,7 @@ def test_more_than_256_memoized_objects(tmp_path):
 
 def test_records_name_what_torch_resolves(tmp_path):
     args = Record("argparse", "Namespace", (), {"lr": 0.5, "dtype": Record("torch", "bfloat16")})
-    tree = {"args": args, "again": args, "size": Record("torch", "Size", ((2, 3),)), "w": Held(torch.ones(2))}
+    tree = {"args": args, "again": args, "size": Record("torch", "Size", ((2, 3),)), "w": InMemory(torch.ones(2))}
     path = save(torch_file("m.pt", tree), tmp_path)
     with torch.serialization.safe_globals([argparse.Namespace]):
         got = torch.load(path, weights_only=True)
@@ -278,9 +269,9 @@ def test_safetensors_loads_every_dtype_and_shape(kind, tmp_path):
     tensors = {f"t{i}": random_tensor(shape, kind) for i, shape in enumerate(SHAPES)}
     if kind not in DTYPES:
         with pytest.raises(LayoutError, match=f"safetensors has no dtype {kind}"):
-            safetensors_file("m.safetensors", {k: Held(t) for k, t in tensors.items()})
+            safetensors_file("m.safetensors", {k: InMemory(t) for k, t in tensors.items()})
         return
-    path = save(safetensors_file("m.safetensors", {k: Held(t) for k, t in tensors.items()}), tmp_path)
+    path = save(safetensors_file("m.safetensors", {k: InMemory(t) for k, t in tensors.items()}), tmp_path)
     got = load_file(path)
     assert all(same_bits(got[k], t) for k, t in tensors.items())
     with safetensors.safe_open(path, "pt") as file:
@@ -295,7 +286,7 @@ def header(file):
 
 def test_safetensors_keeps_the_order_and_has_no_holes(tmp_path):
     tensors = {"z": torch.ones(3, 4), "a": torch.ones(5).half(), "m": torch.zeros(2, dtype=torch.bool)}
-    file = safetensors_file("m.safetensors", {k: Held(t) for k, t in tensors.items()}, {"format": "pt", "x": "y"})
+    file = safetensors_file("m.safetensors", {k: InMemory(t) for k, t in tensors.items()}, {"format": "pt", "x": "y"})
     assert list(header(file)) == ["__metadata__", "z", "a", "m"]
     assert len(file.head) % 64 == 0
     assert [r.offset for r in file.regions] == [len(file.head) + n for n in (0, 48, 58)]
@@ -309,7 +300,7 @@ def test_safetensors_puts_wider_elements_first_only_where_alignment_needs_it(tmp
         "d": torch.ones(3).double(),
         "u": torch.ones(3).byte(),
     }
-    file = safetensors_file("m.safetensors", {k: Held(t) for k, t in tensors.items()})
+    file = safetensors_file("m.safetensors", {k: InMemory(t) for k, t in tensors.items()})
     assert [r.name for r in file.regions] == ["d", "f", "b", "u"]
     assert all(r.offset % ITEMSIZE[r.tensor.dtype] == 0 for r in file.regions)
     got = load_file(save(file, tmp_path))

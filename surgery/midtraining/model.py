@@ -25,7 +25,7 @@ from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
 from surgery.running.whole import explained, quiet
 from surgery.tensors.fingerprint import Counts, Ledger
-from surgery.tensors.held import Held
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast
 from surgery.writing.ahead import ahead
 from surgery.writing.stream import block_limit
@@ -126,7 +126,7 @@ def checkpoint_of(
     dtype   "source": what each part had in `source`; or torch's name of one
     step    how far this run has come; what `source` says of its own run is left out then
     """
-    held: dict[str, Lazy] = {n: Held(t, str(t.dtype).removeprefix("torch.")) for n, t in weights.items()}
+    held: dict[str, Lazy] = {n: InMemory(t) for n, t in weights.items()}
     found = gather(table(source.spec.family, held), {Rank(): held}, source.spec, ONE_RANK)
     parts = {n: cast(p, source.parts[n].dtype if dtype == "source" else dtype) for n, p in found.parts.items()}
     details = {k: v for k, v in source.details.items() if k not in RUN}

@@ -20,6 +20,7 @@ from surgery.formats.table import Rank, Topology, gather, spread, unweave, weave
 from surgery.formats.table import row as make_row
 from surgery.model.spec import PARTS, Spec, full_template
 from surgery.tensors.axes import Axes, Named, flat, parse
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import Lazy, Map, walk
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Weights:
         self.parameters: dict[str, torch.Tensor] = held
         self.spec = spec
         dialect = table(spec.family, self.parameters)
-        stored = {name: in_memory(tensor.detach()) for name, tensor in self.parameters.items()}
+        stored = {name: InMemory(tensor.detach()) for name, tensor in self.parameters.items()}
         self.parts = gather(dialect, {Rank(): stored}, spec, Topology()).parts
         self._changed: dict[str, torch.Tensor] = {}
         leaves = {name: self._leaf(name) for name in self.parts}
@@ -84,12 +85,6 @@ class Weights:
                     self.parameters[name].copy_(tensor)
 
 
-def in_memory(tensor: torch.Tensor) -> Lazy:
-    """A tensor in memory as a lazy one."""
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return Map(lambda: tensor, (), kind, tuple(tensor.shape), whole=True)
-
-
 # ---------------------------------------------------------------------------------------- known mistakes, as data
 
 Change = Callable[[Weights, int], dict[str, "torch.Tensor"]]  # the changed parts of one layer
@@ -123,7 +118,7 @@ def _relabelled(layouts: Mapping[str, str], inverse: bool) -> Change:
 def _moved(part: Lazy, wrong: Axes, right: Axes, spec: Spec, inverse: bool) -> torch.Tensor:
     """Read a tensor as if it were laid out as `wrong` and bring it to `right`, or the other way round."""
     source, target = (right, wrong) if inverse else (wrong, right)
-    return Named(in_memory(part.full()), source, spec.sizes).to(target).data.full()
+    return Named(InMemory(part.full()), source, spec.sizes).to(target).data.full()
 
 
 def _swapped(*pairs: tuple[str, str]) -> Change:
@@ -154,7 +149,7 @@ def _retaken(wrong: str, right: str, inverse: bool) -> Change:
         for put, take in tables:
             names = [part.format(l=layer) for part in put.parts]
             if all(name in weights.parts for name in names):
-                held = {name: in_memory(weights.parts[name].full()) for name in names}
+                held = {name: InMemory(weights.parts[name].full()) for name in names}
                 whole = weave(put, {"l": layer}, held, weights.spec, weights.spec.sizes)
                 same = Named(whole.data, take.layout, whole.sizes)
                 out |= {n: t.full() for n, t in unweave(take, {"l": layer}, same, weights.spec)}
@@ -238,7 +233,7 @@ def _order(ours: torch.Tensor, theirs: torch.Tensor, layout: Axes, spec: Spec, n
         return None
     slices = []
     for tensor in (ours, theirs):
-        named = Named(in_memory(tensor), layout, spec.sizes)
+        named = Named(InMemory(tensor), layout, spec.sizes)
         wanted = tuple(names.split())
         rest = tuple(a for a in flat(layout) if a not in wanted)
         slices.append(named.to((wanted, rest)).data.full())

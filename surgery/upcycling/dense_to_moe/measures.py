@@ -26,7 +26,7 @@ from surgery.formats.base import Checkpoint
 from surgery.running.activations import each_layer
 from surgery.running.device import CPU, Device
 from surgery.running.tokens import tokens_of
-from surgery.tensors.held import Held
+from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import Lazy
 from surgery.upcycling.dense_to_moe.clusters import Clusters, balanced, unit
 from surgery.upcycling.dense_to_moe.resolve import Layout
@@ -220,4 +220,4 @@ def scaled_to(rows: torch.Tensor, inputs: torch.Tensor, std: float) -> torch.Ten
 
 def held_rows(rows: Mapping[int, torch.Tensor], layer: int, dtype: str) -> Lazy:
     """The rows of a layer's router as a part."""
-    return Held(rows[layer], dtype)
+    return InMemory(rows[layer], dtype)
