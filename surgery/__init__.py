@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from surgery.formats.table import Topology
     from surgery.merging.run import soup
     from surgery.upcycling.api import collapse, experts, upcycle
-    from surgery.verification.folders import verify
+    from surgery.verification import verify
 
 __all__ = [
     "Topology", "collapse", "convert", "experts", "open_checkpoint", "open_tensors", "soup", "upcycle", "verify",
@@ -40,7 +40,7 @@ _WHERE = {
     "open_tensors": ("surgery.containers", "open_tensors"),
     "soup": ("surgery.merging.run", "soup"),
     "upcycle": ("surgery.upcycling.api", "upcycle"),
-    "verify": ("surgery.verification.folders", "verify"),
+    "verify": ("surgery.verification", "verify"),
 }
 
 

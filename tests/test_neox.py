@@ -757,7 +757,7 @@ def test_a_text_tells_the_readings_apart(taught):
     from click.testing import CliRunner
 
     from surgery.cli.main import main
-    from surgery.verification.readings import try_readings
+    from surgery.verification.ambiguity import try_readings
 
     with pytest.raises(AmbiguousError):
         open_checkpoint(taught / "run")
@@ -781,7 +781,7 @@ def test_a_text_tells_the_readings_apart(taught):
 
 
 def test_no_reading_is_named_where_none_makes_sense(taught, tmp_path):
-    from surgery.verification.readings import try_readings
+    from surgery.verification.ambiguity import try_readings
 
     found = try_readings(golden(GQA), taught / "prose.txt")  # random weights
     assert found.best is None

@@ -19,8 +19,11 @@ from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Topology
+from surgery.running import loading
 from surgery.running import whole as running
-from surgery.verification.logits import LogitReport, compare_logits
+from surgery.running.loading import load
+from surgery.verification.logits import compare_logits
+from surgery.verification.report import LogitReport
 from surgery.verification.weights import Weights
 from tests import tiny
 from tests.test_verify import changed, check
@@ -266,7 +269,7 @@ def test_measures_against_a_plain_run(saved: Callable[[str], Path], tmp_path: Pa
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_models_seen_as_parts(family: str, saved: Callable[[str], Path]) -> None:
     """What a loaded model holds are the checkpoint's parts; changing one changes just that, and is undone."""
-    checkpoint, model = open_checkpoint(saved(family)), running.load(saved(family))
+    checkpoint, model = open_checkpoint(saved(family)), load(saved(family))
     weights = Weights(model, checkpoint.spec)
     assert set(weights.parts) == set(checkpoint.parts)
     assert all(torch.equal(p.full(), checkpoint.parts[n].full()) for n, p in weights.parts.items())
@@ -281,7 +284,7 @@ def test_models_seen_as_parts(family: str, saved: Callable[[str], Path]) -> None
 
 
 def test_forced_runs_isolate(saved: Callable[[str], Path]) -> None:
-    model, tokens = running.load(saved("llama")), running.fixed_tokens(264)
+    model, tokens = load(saved("llama")), running.fixed_tokens(264)
     trace = running.run(model, tokens)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
@@ -292,7 +295,7 @@ def test_forced_runs_isolate(saved: Callable[[str], Path]) -> None:
 
 
 def test_too_large_for_the_memory(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(loading, "free_memory", lambda: 1 << 20)
     with pytest.raises(SurgeryError, match=r"needs about 3\.0 MB of memory, 1\.0 MB are free"):
         compare_logits(saved("llama"), saved("llama"))
 
@@ -301,7 +304,7 @@ def test_tight_memory_gives_the_same_answer(
     saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where two models do not fit, B is loaded again after experiments with its config."""
-    monkeypatch.setattr(running, "free_memory", lambda: 4 << 20)
+    monkeypatch.setattr(loading, "free_memory", lambda: 4 << 20)
     b = changed(saved("llama"), tmp_path / "b", each(GATE_UP), rope(rope_theta=5e5))
     assert [c.kind for c in compare_logits(saved("llama"), b).causes] in (["config", "layout"], ["layout", "config"])
 

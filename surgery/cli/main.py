@@ -104,9 +104,9 @@ def inspect_command(
         raise UsageError("--tokenizer goes with --try-text")
     if try_text:
         from surgery.cli import show_verification as render
-        from surgery.verification import readings
+        from surgery.verification.ambiguity import try_readings
 
-        tried = readings.try_readings(path, try_text, format=from_, options=options_of(flags), tokenizer=tokenizer)
+        tried = try_readings(path, try_text, format=from_, options=options_of(flags), tokenizer=tokenizer)
         click.echo(json.dumps(tried.to_json(), indent=2)) if as_json else render.readings(tried)
         return
     checkpoint = open_checkpoint(path, format=from_, options=options_of(flags))
@@ -135,8 +135,7 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
     """
     from surgery.conversion.request import default_memory
     from surgery.units import parse_size
-    from surgery.verification import compare
-    from surgery.verification.folders import open_both
+    from surgery.verification import compare, open_both
 
     given = options_of(flags)
     left, right = open_both(a, b, given)

@@ -18,8 +18,8 @@ from surgery.units import count, human
 from surgery.verification.compare import Comparison, Part, Side
 
 if TYPE_CHECKING:
-    from surgery.verification.logits import LogitReport
-    from surgery.verification.readings import Readings
+    from surgery.verification.ambiguity import Readings
+    from surgery.verification.report import LogitReport
 
 FEW = 12  # lines of parts that are printed; --json has all of them
 PLACES = 8

@@ -133,3 +133,17 @@ def read_yaml(path: str | os.PathLike[str], what: str = "YAML file") -> Any:
     from surgery.containers.yaml_loader import parse_yaml
 
     return parse_yaml(read_small(path, YAML_LIMIT, what), os.fspath(path), what)
+
+
+def json_text(value: object) -> bytes:
+    """A value as a file of JSON, for people to read."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: the same value with null where one stands."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ text_file("surgery.json", provenance(plan, report, {}))
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+from surgery.containers.text import json_text
 from surgery.conversion.request import Write
 from surgery.formats.base import Checkpoint, Format, Options, Output, run_of
 from surgery.formats.topology import Topology
@@ -100,7 +100,7 @@ def provenance(plan: Plan, report: Report, more: Mapping[str, Any]) -> bytes:
         "run": run_of(plan.source.details),
         "versions": {"python": platform.python_version(), "torch": _torch_version()},
     } | dict(more)  # fmt: skip
-    return (json.dumps(record, indent=2) + "\n").encode()
+    return json_text(record)
 
 
 def _sizes(topology: Topology) -> dict[str, int]:

@@ -11,14 +11,13 @@ for a merge by surgery, and the output appears under its name when it is complet
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import copied_file, text_file
-from surgery.containers.text import read_json
+from surgery.containers.text import json_text, read_json
 from surgery.conversion.report import Report, version
 from surgery.errors import ConfigError, UsageError, show
 from surgery.formats.base import PROVENANCE
@@ -81,7 +80,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         files = [copied_file(name, out / name) for name in names]
         notes = [f"merged by mergekit, not by surgery: {why}"]
         record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": notes}
-        files.append(text_file(PROVENANCE, (json.dumps(record, indent=2) + "\n").encode()))
+        files.append(text_file(PROVENANCE, json_text(record)))
         done = stream.write(
             files, dst, max_memory=request.memory, job={"mergekit": os.urandom(8).hex()}, force=request.force
         )

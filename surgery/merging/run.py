@@ -8,7 +8,6 @@ The output is written and read back by `conversion.execute`: whole or not at all
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import text_file
+from surgery.containers.text import json_text
 from surgery.conversion.convert import execute, plan_for
 from surgery.conversion.report import Plan, Report
 from surgery.errors import OutputError, some
@@ -118,4 +118,4 @@ def _record(recipe: Recipe, opened: Opened, request: Soup) -> bytes:
     }  # fmt: skip
     record = {"method": recipe.method, "donor": str(recipe.donor), "models": models, "seed": recipe.seed,
               "arithmetic": request.arithmetic, "config": recipe.text}  # fmt: skip
-    return (json.dumps(record, indent=2) + "\n").encode()
+    return json_text(record)

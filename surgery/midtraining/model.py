@@ -23,7 +23,7 @@ from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Rank, gather
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
-from surgery.running.whole import explained, quiet
+from surgery.running.loading import explained, quiet
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast

@@ -1,7 +1,8 @@
 """The one place that runs models: whole or layer by layer, for logits, losses, activations, talk.
 
-whole.py        fp32 runs with every module watched       layerwise.py    one layer in memory at a time
-activations.py  statistics of a dense model on a text     expertwise.py   and of a layer one expert
+loading.py      a folder into transformers, safely        whole.py        a run with every module watched
+layerwise.py    one layer in memory at a time             expertwise.py   and of a layer one expert
+activations.py  statistics of a dense model on a text     tokens.py       ids of prose, a text, or random ones
 loss.py         loss on a text                            chat.py         `surgery ask`
-device.py       on the CPU or a GPU                       prose.py        a text that comes along
+device.py       on the CPU or a GPU                       prose.txt       a text that comes along
 """

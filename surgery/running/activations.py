@@ -19,7 +19,7 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.running.device import CPU, Device
 from surgery.running.layerwise import empty_model, layer_by_layer
-from surgery.running.whole import explained, quiet
+from surgery.running.loading import explained, quiet
 
 if TYPE_CHECKING:
     import torch

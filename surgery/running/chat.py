@@ -8,12 +8,11 @@ with the model is run, and a weight that is missing is an error, where transform
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, UsageError, show, some
+from surgery.errors import ConfigError, FileError, UsageError, show
+from surgery.running.loading import explained, load, load_tokenizer, quiet
 
 
 def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
@@ -26,8 +25,9 @@ def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
     if max_new_tokens < 1:
         raise UsageError(f"cannot answer in {show(max_new_tokens)} tokens; ask for at least 1")
     folder = _folder(path)
-    with _quiet():
-        tokenizer, model = _load_tokenizer(folder), _load_model(folder)
+    with quiet():
+        tokenizer, model = load_tokenizer(folder), load(folder, "auto", None)
+        model.generation_config = _greedy(model.generation_config)
         return _reply(tokenizer, model, question, max_new_tokens, folder)
 
 
@@ -50,32 +50,6 @@ def _folder(path: str | Path) -> Path:
     return folder
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    with _explained("the tokenizer cannot be loaded", folder):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _load_model(folder: Path) -> Any:
-    with _explained("the model cannot be loaded", folder):
-        from transformers import AutoModelForCausalLM
-
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    for kind, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
-        if names := info.get(kind):
-            raise LayoutError(f"{len(names)} weights {what}: {some(sorted(map(_name, names)))}", file=folder)
-    model.generation_config = _greedy(model.generation_config)
-    return model.eval()
-
-
 def _greedy(found: Any) -> Any:
     """What a generation_config.json may say here: which tokens end an answer.  Beams, penalties and the like do not
     make an answer greedy, and a hundred thousand beams never end."""
@@ -85,12 +59,8 @@ def _greedy(found: Any) -> Any:
                             pad_token_id=found.pad_token_id)  # fmt: skip
 
 
-def _name(key: Any) -> str:
-    return show(key if isinstance(key, str) else key[0])
-
-
 def _reply(tokenizer: Any, model: Any, question: str, max_new_tokens: int, folder: Path) -> str:
-    with _explained("the model cannot answer", folder):
+    with explained("the model cannot answer", folder):
         import torch
 
         if tokenizer.chat_template:
@@ -113,35 +83,3 @@ def _reply(tokenizer: Any, model: Any, question: str, max_new_tokens: int, folde
                 max_new_tokens=max_new_tokens,
             )
         return str(tokenizer.decode(tokens[0, asked.shape[1] :], skip_special_tokens=True)).strip()
-
-
-@contextlib.contextmanager
-def _explained(what: str, folder: Path) -> Iterator[None]:
-    """Whatever transformers raises on a bad folder (it may be anything) becomes one clear ConfigError."""
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except ImportError as error:
-        raise SurgeryError(
-            f"{what}: {show(str(error), 200)}", file=folder, hint="pip install 'checkpoint-surgery[tokenizers]'"
-        ) from None
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{what}: {type(error).__name__}: {show(text, 300)}", file=folder) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings and progress bars of transformers while we work; its settings are put back after."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

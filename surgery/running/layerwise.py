@@ -22,7 +22,7 @@ from surgery.formats.hf.table import table
 from surgery.formats.table import ONE_RANK, Rank, spread
 from surgery.running.device import CPU, Device
 from surgery.running.expertwise import STORED, expert_modules, one_by_one
-from surgery.running.whole import explained, quiet
+from surgery.running.loading import explained, quiet
 from surgery.tensors.lazy import Lazy, torch_dtype
 from surgery.upcycling.attention import experts as attention
 

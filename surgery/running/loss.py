@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.errors import ConfigError, FileError, UsageError
-from surgery.running import whole as running
+from surgery.running.loading import explained, load, load_tokenizer, quiet
 
 WINDOW = 1024  # tokens that are seen at once, if the model's context is not shorter
 BYTES = 16  # of text that are read per token wanted
@@ -19,15 +19,17 @@ def loss_of(folder: Path, text: Path, tokens: int, device: str | None) -> float:
 
     Raises FileError, ConfigError if the model or tokenizer cannot be loaded, UsageError for a text without tokens.
     """
-    with running.explained("transformers cannot load the tokenizer", folder), running.quiet():
-        from transformers import AutoTokenizer
+    ids = encoded_by(folder, _prose(text, tokens * BYTES), tokens)
+    return _run(folder, ids, device)
 
-        prose = _prose(text, tokens * BYTES)
-        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).encode(prose)
-    ids = ids[:tokens]
+
+def encoded_by(folder: Path, text: str, limit: int) -> list[int]:
+    """The first ids of a text by the folder's tokenizer.  Raises ConfigError, and UsageError for less than 8."""
+    with explained("the tokenizer cannot encode the text", folder), quiet():
+        ids = [int(i) for i in load_tokenizer(folder).encode(text)[:limit]]
     if len(ids) < 8:
         raise UsageError(f"the text makes {len(ids)} tokens; at least 8 are needed")
-    return _run(folder, [int(i) for i in ids], device)
+    return ids
 
 
 def _prose(text: Path, size: int) -> str:
@@ -41,13 +43,13 @@ def _run(folder: Path, ids: list[int], device: str | None) -> float:
     import torch
 
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = running.load(folder)
+    model = load(folder)
     rows = model.config.get_text_config().vocab_size
     if max(ids) >= rows:
         raise ConfigError(f"the tokenizer makes token {max(ids)}, the model has {rows} rows", file=folder)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     width = min(WINDOW, context)
-    with running.explained(f"transformers cannot run the model on {place}", folder), torch.inference_mode():
+    with explained(f"transformers cannot run the model on {place}", folder), torch.inference_mode():
         model = model.to(place)
         total, count = 0.0, 0
         for window in torch.tensor(ids).split(width):

@@ -6,11 +6,11 @@ ids = tokens_of(checkpoint, "code.txt", 4096)   # [16, 256]
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import FileError, UsageError
 from surgery.formats.base import Checkpoint
-from surgery.running.prose import PROSE
 from surgery.running.whole import fixed_tokens
 
 if TYPE_CHECKING:
@@ -21,9 +21,14 @@ LENGTH = 256
 LIMIT = 64 << 20  # bytes of a calibration text
 
 
+def prose() -> str:
+    """English prose in the public domain (Lincoln 1863, Carroll 1865): the same for everybody."""
+    return (Path(__file__).parent / "prose.txt").read_text()
+
+
 def prose_tokens(source: Checkpoint, count: int) -> tuple[torch.Tensor, str]:
     """Ids [batch, length] of prose, or random ones without a tokenizer, and which of both they are."""
-    ids = encoded(source, PROSE)
+    ids = encoded(source, prose())
     if ids is None or len(set(ids)) < 2:
         return _random(source, PROOF_LENGTH, count), "random tokens"
     return _filled(ids, PROOF_LENGTH, count), "English prose"
@@ -34,7 +39,7 @@ def tokens_of(source: Checkpoint, path: str | None, count: int) -> torch.Tensor:
 
     Raises UsageError for a text that the checkpoint has no tokenizer for, FileError if it cannot be read.
     """
-    ids = encoded(source, PROSE if path is None else read_text(path))
+    ids = encoded(source, prose() if path is None else read_text(path))
     if ids is not None:
         return _filled(ids, LENGTH, count)
     if path is not None:

@@ -1,6 +1,6 @@
-"""Run a Hugging Face folder through transformers in fp32 on fixed tokens, and note what every module answers.
+"""Run a whole model on fixed tokens and note what every module reads and answers; how far two runs are apart.
 
-    model = load(folder)
+    model = load(folder)                        # see loading.py
     trace = run(model, tokens)                  # logits, and each module's input and output
     alone = run(model, tokens, forced=trace)    # every module is given the inputs that it had in `trace`
 
@@ -11,15 +11,14 @@ With `forced`, an error does not travel: a module whose answer differs is itself
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ConfigError, LayoutError, SurgeryError, show, some
-from surgery.units import human
+from surgery.errors import some
+from surgery.running.loading import explained
 
 if TYPE_CHECKING:
     import torch
@@ -41,62 +40,6 @@ def fixed_tokens(vocabulary: int, batch: int = 2, length: int = 32) -> torch.Ten
     import torch
 
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(20240229))
-
-
-def load(folder: Path) -> Any:
-    """A model in fp32 on the CPU, from local safetensors only.
-
-    Raises ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
-    """
-    with explained("transformers cannot load the model", folder), quiet():
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    for key, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
-        if names := info.get(key):
-            listed = sorted(show(n if isinstance(n, str) else n[0]) for n in names)
-            raise LayoutError(f"{len(listed)} weights {what}: {some(listed)}", file=folder)
-    return model.eval()
-
-
-def fits(parameters: int) -> bool:
-    """Whether a model of this size in fp32 fits into the free memory; True where the system does not tell."""
-    free = free_memory()
-    return free is None or _need(parameters) <= free
-
-
-def check_memory(parameters: int, folder: Path) -> None:
-    """Raise SurgeryError if a model of this size in fp32 does not fit into the free memory."""
-    if not fits(parameters):
-        need, free = human(_need(parameters)), human(free_memory() or 0)
-        raise SurgeryError(
-            f"running it in fp32 needs about {need} of memory, {free} are free",
-            file=folder,
-            hint="without --logits the weights and configs are compared in little memory",
-        )
-
-
-def _need(parameters: int) -> int:
-    return parameters * 4 * 5 // 4  # a quarter for the largest weights in their own dtype, and for activations
-
-
-def free_memory() -> int | None:
-    """Bytes that can be had; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def run(model: Any, tokens: torch.Tensor, forced: Trace | None = None) -> Trace:
@@ -212,31 +155,3 @@ def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
         return 0.0
     found = float((a - b).abs().max())
     return float("inf") if math.isnan(found) else found
-
-
-@contextlib.contextmanager
-def explained(what: str, folder: Path) -> Iterator[None]:
-    """Whatever transformers raises on a bad folder (it may be anything) becomes one clear ConfigError."""
-    try:
-        yield
-    except SurgeryError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"{what}: {type(error).__name__}: {show(text, 300)}", file=folder) from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings and progress bars of transformers while we work; its settings are put back after."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from surgery.containers.text import finite
 from surgery.errors import MismatchError, SurgeryError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import with_rows
@@ -23,7 +24,8 @@ from surgery.model.spec import Spec
 from surgery.running.device import CPU, Device
 from surgery.running.layerwise import Route, bytes_of_a_pass, forward
 from surgery.running.tokens import prose_tokens
-from surgery.running.whole import farthest, free_memory
+from surgery.running.whole import farthest
+from surgery.tensors.memory import free_memory
 from surgery.units import human
 
 if TYPE_CHECKING:
@@ -109,13 +111,7 @@ class Proof:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return _finite(asdict(self))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return finite(asdict(self))
 
 
 def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:

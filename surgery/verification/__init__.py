@@ -1,15 +1,44 @@
 """Are two checkpoints the same model?  Weights and configs in little memory, then, if asked, the logits.
 
-    compare(open_checkpoint("A"), open_checkpoint("B"), max_memory=256 << 20).verdict
+    verify("Llama-2-7b", "Llama-2-7b-hf").verdict        # "the same model"
     compare_logits("A", "B").causes
 
 compare.py   part by part, then the configs      logits.py    both through transformers, and how far apart
 values.py    how two tensors differ              causes.py    experiments that find out why
 configs.py   specs, facts, tokenizers            trials.py    one change at a time, run again
-folders.py   `surgery.verify`: opens both         weights.py   a loaded model as parts that can be changed
-readings.py  which reading of the files predicts a text
+report.py    what was found about the logits     weights.py   a loaded model as parts that can be changed
+ambiguity.py which reading of ambiguous files predicts a text
 """
 
-from surgery.verification.compare import Comparison, compare
+from __future__ import annotations
 
-__all__ = ["Comparison", "compare"]
+import os
+
+from surgery.arguments import checked
+from surgery.conversion.request import default_memory
+from surgery.formats.base import Checkpoint, Options
+from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
+from surgery.verification.compare import Comparison, Progress, compare
+
+__all__ = ["Comparison", "compare", "open_both", "verify"]
+
+Path = str | os.PathLike[str]
+
+
+@checked
+def verify(
+    a: Path, b: Path, *, options: Options | None = None, max_memory: int | None = None, progress: Progress | None = None
+) -> Comparison:
+    """Are the checkpoints in two folders, in any formats and at any parallel sizes, the same model?
+
+    `options` are reading options of either format, `max_memory` is in bytes, `progress` is told of bytes read.
+    Raises SurgeryError if one cannot be read; a difference is a result, not an error.
+    """
+    left, right = open_both(a, b, options or {})
+    return compare(left, right, max_memory=max_memory or default_memory(), progress=progress)
+
+
+def open_both(a: Path, b: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
+    """Both checkpoints, each given the options that its format knows.  Raises UsageError if neither knows one."""
+    by_side(options, map(recognise, (a, b)))
+    return open_checkpoint(a, options=own_options(a, options)), open_checkpoint(b, options=own_options(b, options))

@@ -23,9 +23,10 @@ from surgery.formats.hf.config import choose_family, write_config
 from surgery.formats.operations import DTYPES
 from surgery.model.spec import FIELDS, Spec
 from surgery.running import whole as running
+from surgery.running.loading import fits, load
 from surgery.tensors.lazy import ITEMSIZE
 from surgery.verification.configs import SIZES
-from surgery.verification.logits import Cause, Gap, LogitReport, Tell
+from surgery.verification.report import Cause, Gap, LogitReport, Tell
 from surgery.verification.trials import Score, Trial, config_trials, weight_trials
 from surgery.verification.weights import Weights
 from surgery.writing.scratch import scratch
@@ -52,7 +53,7 @@ class Search:
         self.head: torch.Tensor | None = None
         self.notes: list[str] = []
         self.tried = 0
-        self.roomy = running.fits(2 * b.spec.parameters())
+        self.roomy = fits(2 * b.spec.parameters())
         self.weights = self._see(model)
 
     def explain(self, report: LogitReport) -> LogitReport:
@@ -173,7 +174,7 @@ class Search:
         self.tell(f"trying: {names} rounded to {kind}")
         with scratch("rounded") as folder:
             convert(wide.path, folder / "r", to="hf", from_=wide.format, dtype=narrow[kind], verify=False)
-            logits = running.run(running.load(folder / "r"), self.tokens).logits
+            logits = running.run(load(folder / "r"), self.tokens).logits
         self.tried += 1
         other = running.run(self.model, self.tokens).logits if a_is_wider else self.trace.logits
         relative = running.gap(other, logits)
@@ -186,7 +187,7 @@ class Search:
     def _variant(self, spec: Spec) -> Any:
         """B's weights, with the changes kept so far, under another config."""
         if spec == self.b.spec:
-            model = running.load(self.folder)
+            model = load(self.folder)
         else:
             model = self._reconfigured(spec)
         if self.kept:
@@ -201,7 +202,7 @@ class Search:
             (folder / "config.json").unlink()
             config = write_config(spec, self.b.facts, self.b.dtype, choose_family(spec))
             (folder / "config.json").write_text(json.dumps(config))
-            return running.load(folder)
+            return load(folder)
 
     def _a_head(self) -> torch.Tensor:
         return self.a.parts["lm_head"].full().float()

@@ -11,103 +11,22 @@ from A, one layout undone, one part from A) and run again, and the change counts
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, own_options
 from surgery.running import whole as running
+from surgery.running.loading import check_memory, load
+from surgery.verification.causes import Search
+from surgery.verification.report import TOLERANCE, Gap, LogitReport, Tell
 from surgery.writing.scratch import scratch
 
 if TYPE_CHECKING:
     import torch
-
-TOLERANCE = 1e-5  # of the standard deviation of A's logits: what another order of fp32 sums may cost
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A module whose output differs: max |a - b| over the standard deviation of A's output."""
-
-    module: str
-    place: str
-    gap: float
-
-
-@dataclass(frozen=True)
-class Cause:
-    """A change of B that brings it nearer to A: largest difference of the logits without and with it.
-
-    `kind` is config, layout or values; `places` are the modules that it mends.
-    """
-
-    cause: str
-    kind: str
-    places: tuple[str, ...]
-    before: float
-    after: float
-    explains: bool
-
-    @property
-    def text(self) -> str:
-        rest = "all of it" if self.explains else "part of it"
-        return f"{self.cause}: undone, the logits differ by {self.after:.2g} instead of {self.before:.2g} ({rest})"
-
-
-@dataclass(frozen=True)
-class LogitReport:
-    """How far the logits are apart.
-
-    max_diff   largest |a - b|;  relative  the same over the standard deviation of A's logits
-    kl         mean KL divergence of B's distribution from A's, in nats;  agreement  share of equal argmax
-    first      the first module, in the order of the run, whose output differs
-    alone      modules of B that differ even when they are given A's inputs: the places of the mistakes
-    causes     found by experiment, in the order they were found; `tried` counts the experiments
-    """
-
-    same: bool
-    bit_equal: bool
-    tokens: tuple[int, int]
-    vocabulary: int
-    tolerance: float
-    max_diff: float
-    relative: float
-    kl: float
-    agreement: float
-    first: Gap | None = None
-    alone: tuple[Gap, ...] = ()
-    causes: tuple[Cause, ...] = ()
-    tried: int = 0
-    notes: tuple[str, ...] = ()
-
-    @property
-    def verdict(self) -> str:
-        if self.bit_equal:
-            return "the logits are equal, bit for bit"
-        if self.same:
-            return f"the logits are equal up to the noise of fp32 ({self.max_diff:.2g})"
-        where = f", first in {self.first.place}" if self.first else ""
-        if not math.isfinite(self.max_diff):
-            return f"the logits of B are not all finite{where}"
-        return f"the logits differ by up to {self.max_diff:.3g} ({self.relative:.2g} of their spread){where}"
-
-    def to_json(self) -> dict[str, Any]:
-        causes = [{**asdict(c), "text": c.text} for c in self.causes]
-        return _finite({"verdict": self.verdict, **asdict(self), "causes": causes})
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null where one stands."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare_logits(
@@ -124,24 +43,22 @@ def compare_logits(
     options are for reading either; max_memory bounds the conversion into temporary folders; tell is called with a
     line of text before each step.  Raises SurgeryError if a side is broken, too large, or unknown to transformers.
     """
-    from surgery.verification.causes import Search
-
     say = tell or (lambda line: None)
     with scratch("logits") as temporary:
         sides = []
         for name, path in (("a", path_a), ("b", path_b)):
             say(f"reading {path}")
             checkpoint = open_checkpoint(path, options=own_options(path, options))
-            running.check_memory(checkpoint.spec.parameters(), checkpoint.path)
+            check_memory(checkpoint.spec.parameters(), checkpoint.path)
             folder = _runnable(checkpoint, options, temporary / name, max_memory)
             sides.append((checkpoint, folder))
         (a, folder_a), (b, folder_b) = sides
         known = min(c.spec.true_vocab or c.spec.vocab for c in (a, b))
         tokens = running.fixed_tokens(known)
         say("running A")
-        trace = running.run(running.load(folder_a), tokens)
+        trace = running.run(load(folder_a), tokens)
         say("running B")
-        model = running.load(folder_b)
+        model = load(folder_b)
         report = _report(trace, running.run(model, tokens), tokens, tolerance)
         if report.same:
             return report

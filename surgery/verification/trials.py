@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from surgery.formats.base import Checkpoint
 from surgery.model.spec import PARTS, Spec, template_of
 from surgery.running import whole as running
+from surgery.running.loading import check_memory
 from surgery.tensors.lazy import Lazy
 from surgery.verification.configs import ALL, one_from_other, spec_fields
 from surgery.verification.weights import ATTENTION, MLP, NORMS, Hypothesis, Weights, head_order, moved_padding
@@ -117,7 +118,7 @@ def _values(a: Checkpoint, weights: Weights, score: Score) -> Iterator[Trial]:
 
 
 def _from_a(a: Checkpoint, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    running.check_memory(2 * sum(math.prod(a.parts[n].shape) for n in names), a.path)
+    check_memory(2 * sum(math.prod(a.parts[n].shape) for n in names), a.path)
     return {name: a.parts[name].full().float() for name in names}
 
 

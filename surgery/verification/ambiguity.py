@@ -22,7 +22,8 @@ from surgery.errors import AmbiguousError, FileError, SurgeryError, UsageError
 from surgery.formats.base import Options
 from surgery.formats.registry import open_checkpoint
 from surgery.model.spec import Spec
-from surgery.running import whole as running
+from surgery.running.loading import check_memory, explained, load
+from surgery.running.loss import encoded_by
 from surgery.tensors.files import File
 from surgery.writing.scratch import scratch
 
@@ -139,7 +140,7 @@ def _convert(
 ) -> Spec:
     """Write one reading as a Hugging Face folder."""
     checkpoint = open_checkpoint(path, format=format, options=options)
-    running.check_memory(checkpoint.spec.parameters(), checkpoint.path)
+    check_memory(checkpoint.spec.parameters(), checkpoint.path)
     if checkpoint.tokenizer is None and tokenizer is None:
         raise UsageError(f"{path} has no tokenizer, and a text has to be made tokens", hint="--tokenizer PATH")
     convert(path, folder, to="hf", from_=format or checkpoint.format, options=options, tokenizer=tokenizer,
@@ -148,13 +149,7 @@ def _convert(
 
 
 def _tokens(folder: Path, prose: str, width: int, limit: int) -> list[int]:
-    with running.explained("transformers cannot load the tokenizer", folder), running.quiet():
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).encode(prose)
-    ids = [int(i) for i in ids[:limit]]
-    if len(ids) < 8:
-        raise UsageError(f"the text makes {len(ids)} tokens; at least 8 are needed")
+    ids = encoded_by(folder, prose, limit)
     if max(ids) >= width:
         raise UsageError(
             f"the tokenizer makes token {max(ids)}, the vocabulary has {width} rows: it is another model's"
@@ -166,9 +161,9 @@ def _run(folder: Path, ids: list[int], width: int) -> tuple[torch.Tensor, float]
     """The loss of every token but each window's first, and the share that was ranked first."""
     import torch
 
-    model = running.load(folder)
+    model = load(folder)
     losses, right = [], 0
-    with running.explained("transformers cannot run the model", folder), torch.inference_mode():
+    with explained("transformers cannot run the model", folder), torch.inference_mode():
         for at in range(0, len(ids) - 1, width):
             window = torch.tensor([ids[at : at + width + 1]])
             logits = model(input_ids=window[:, :-1], use_cache=False).logits[0].float()

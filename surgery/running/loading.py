@@ -1,0 +1,103 @@
+"""Load a Hugging Face folder into transformers: from local safetensors only, running no code, downloading nothing.
+
+    with explained("the model cannot be run", folder), quiet():
+        model, tokenizer = load(folder), load_tokenizer(folder)
+
+A weight that is missing is an error, where transformers alone would make one up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import ConfigError, LayoutError, SurgeryError, show, some
+from surgery.tensors.memory import free_memory
+from surgery.units import human
+
+
+def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
+    """A model on the CPU; `dtype` "auto" is that of its weights, `by` names implementations of attention and experts.
+
+    Raises ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
+    """
+    ways = {"attn_implementation": by, "experts_implementation": by} if by else {}
+    with explained("transformers cannot load the model", folder), quiet():
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **ways,
+        )
+    for key, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
+        if names := info.get(key):
+            listed = sorted(show(n if isinstance(n, str) else n[0]) for n in names)
+            raise LayoutError(f"{len(listed)} weights {what}: {some(listed)}", file=folder)
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.  Raises ConfigError if transformers cannot load it."""
+    with explained("transformers cannot load the tokenizer", folder), quiet():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def fits(parameters: int) -> bool:
+    """Whether a model of this size in fp32 fits into the free memory; True where the system does not tell."""
+    free = free_memory()
+    return free is None or _need(parameters) <= free
+
+
+def check_memory(parameters: int, folder: Path) -> None:
+    """Raise SurgeryError if a model of this size in fp32 does not fit into the free memory."""
+    if not fits(parameters):
+        need, free = human(_need(parameters)), human(free_memory() or 0)
+        raise SurgeryError(
+            f"running it in fp32 needs about {need} of memory, {free} are free",
+            file=folder,
+            hint="without --logits the weights and configs are compared in little memory",
+        )
+
+
+def _need(parameters: int) -> int:
+    return parameters * 4 * 5 // 4  # a quarter for the largest weights in their own dtype, and for activations
+
+
+@contextlib.contextmanager
+def explained(what: str, folder: Path) -> Iterator[None]:
+    """Whatever transformers raises on a bad folder (it may be anything) becomes one clear error."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except ImportError as error:
+        hint = "pip install 'checkpoint-surgery[tokenizers]'"
+        raise SurgeryError(f"{what}: {show(str(error), 200)}", file=folder, hint=hint) from None
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{what}: {type(error).__name__}: {show(text, 300)}", file=folder) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and progress bars of transformers while we work; its settings are put back after."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
