@@ -8,11 +8,12 @@ On an error the partial file is removed and nothing appears.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from surgery.errors import OutputError
 
@@ -64,6 +65,12 @@ def _move(partial: Path, path: Path) -> None:
 
 def _exists(path: Path) -> OutputError:
     return OutputError("exists already", file=path, hint="choose another destination, or move it away")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """A file of JSON for programs and people.  Raises OutputError."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def sync_folder(path: Path) -> None:

@@ -246,12 +246,6 @@ def kept(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return {**old, "model": {**new["model"], **model}}
 
 
-def to_yaml(config: Mapping[str, Any]) -> bytes:
-    import yaml
-
-    return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode()
-
-
 def _id(facts: Mapping[str, object], key: str, spec: Spec) -> int:
     """A token id from Hugging Face's config, which may also be null or a list; OLMo wants a number."""
     value = facts.get(key)

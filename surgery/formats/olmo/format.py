@@ -14,6 +14,7 @@ from surgery import tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_yaml
 from surgery.containers.torch_writer import torch_file
+from surgery.containers.yaml_writer import to_yaml
 from surgery.errors import ConfigError
 from surgery.formats.account import OPTIMIZER, READ, TRAINER, Rule
 from surgery.formats.base import (
@@ -31,7 +32,7 @@ from surgery.formats.base import (
     number,
 )
 from surgery.formats.olmo import files
-from surgery.formats.olmo.config import kept, read_model, to_yaml, write_config
+from surgery.formats.olmo.config import kept, read_model, write_config
 from surgery.formats.olmo.table import table
 from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
 from surgery.tokenizer import Carried, Tokenizer
