@@ -21,6 +21,7 @@ from surgery.data.rows import RowSource
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import parallel
+from surgery.midtraining.attention import attention_for
 from surgery.midtraining.balance import RULES, nudge_biases, translate
 from surgery.midtraining.batching import micro_batches, rows_of
 from surgery.midtraining.clock import Clock
@@ -118,7 +119,8 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None) -> Job:
     precision = choose(train.precision, world.device)
 
     torch.manual_seed(train.seed + world.rank)
-    model, digest = load(source, precision.weights, world.device, attention=run.model.attention, dropout=train.dropout,
+    attention = attention_for(run.model.attention, world.device, precision)
+    model, digest = load(source, precision.weights, world.device, attention=attention, dropout=train.dropout,
                          progress=progress)  # fmt: skip
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, int(train.activation_checkpointing))
