@@ -1,0 +1,330 @@
+"""Tests that a run makes before it starts, on its own model, data and device; a failed one stops it.
+
+    results = self_test(job)                      # raises MismatchError, and says which test failed and why
+    before = fingerprints(job.weights())          # before the first step
+    results.append(moved(job, before))            # after it: what is trained has changed, what is frozen has not
+
+Each takes a pass or two over a few hundred tokens.  `TESTS` lists them; `skip_self_tests` leaves some out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.errors import MismatchError, UsageError, some
+from surgery.midtraining.batching import MicroBatch, micro_batches, rows_of
+from surgery.midtraining.evaluation.resting import resting
+from surgery.midtraining.experts import EXPERTS
+from surgery.midtraining.loss import IGNORE, chunked_loss
+from surgery.midtraining.objections import wasted
+from surgery.midtraining.optimizer import named
+from surgery.midtraining.precision import Precision
+from surgery.midtraining.routers import BIAS
+from surgery.midtraining.step import gradients, hidden_states
+from surgery.running.device import Device
+from surgery.running.layerwise import forward
+
+if TYPE_CHECKING:
+    from surgery.midtraining.loop import Job
+
+TOKENS = 256  # of a row that is looked at
+ROWS = 2
+STEPS = 16  # whose ids are compared with the vocabulary
+FP32 = Precision("fp32", "")
+# How far two ways to compute the same may lie apart, in standard deviations: in fp32, and with products in bf16.
+EXACT, ROUNDED = 1e-4, 0.1
+LOSS = {"fp32": 1e-4, "autocast": 0.03, "bf16": 0.03}  # and two losses, relatively
+
+
+class Failed(Exception):
+    """A test found what it looks for; the text says what."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """`detail` says what was compared, or why the test was not needed."""
+
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+Tell = Callable[[Result], None]
+
+
+def silent(_: Result) -> None:
+    """Tells nobody."""
+
+
+def self_test(job: Job, tell: Tell = silent) -> list[Result]:
+    """Run all tests that the settings do not leave out.  Raises MismatchError at the first that fails."""
+    skip = job.run.skip_self_tests
+    if unknown := [name for name in skip if name not in (*TESTS, MOVED)]:
+        hint = f"tests: {', '.join(TESTS)}, {MOVED}"
+        raise UsageError(f"skip_self_tests: there is no test {some(unknown)}", hint=hint)
+    part = sample(job)
+    return [_run(name, partial(test, job, part), tell) for name, test in TESTS.items() if name not in skip]
+
+
+def _run(name: str, test: Callable[[], str], tell: Tell) -> Result:
+    begun = time.perf_counter()
+    try:
+        result = Result(name, True, test(), time.perf_counter() - begun)
+    except Failed as failure:
+        tell(Result(name, False, str(failure), time.perf_counter() - begun))
+        hint = f"nothing was trained; to go on in spite of it: skip_self_tests: [{name}]"
+        raise MismatchError(f"self-test {name}: {failure}", hint=hint) from None
+    tell(result)
+    return result
+
+
+def sample(job: Job) -> MicroBatch:
+    """The beginning of the first rows that the run will see; every place has a label if they have none."""
+    rows = rows_of(job.batches, job.course.layout, 0, job.world.rank, job.world.size)
+    part = next(micro_batches(rows, ROWS, job.world.device))
+    tokens, labels = (t[:, :TOKENS].contiguous() for t in (part.tokens, part.labels))
+    if not (labels != IGNORE).any():
+        labels = _next(tokens)
+    positions = None if part.positions is None else part.positions[:, :TOKENS].contiguous()
+    return replace(part, tokens=tokens, labels=labels, positions=positions, learnt=_count(labels))
+
+
+def _count(labels: torch.Tensor) -> int:
+    return int((labels != IGNORE).sum())
+
+
+def _next(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], 1)
+
+
+@torch.no_grad()
+def _hidden(job: Job, part: MicroBatch, exact: bool) -> torch.Tensor:
+    """Hidden states; `exact`: in fp32, else in the run's precision."""
+    precision = FP32 if exact else job.objective.precision
+    with resting(job.model), precision.computing(job.world.device):
+        return hidden_states(job.model, part, job.objective.across).float()
+
+
+def _same(job: Job, pair: Callable[[bool], tuple[torch.Tensor, torch.Tensor]], what: str) -> str:
+    """Compare two ways to get hidden states: exactly, if the weights are fp32, and in the run's precision.
+
+    Where products are rounded, a router may choose otherwise now and then, so the median over places counts.
+    """
+    name = job.objective.precision.name
+    found = [] if name == "bf16" else [(float(_apart(*pair(True)).max()), EXACT)]
+    found += [] if name == "fp32" else [(float(_apart(*pair(False)).median()), ROUNDED)]
+    for far, limit in found:
+        if not far <= limit:
+            raise Failed(f"{what} by {far:.2g} standard deviations")
+    return f"apart by {max(far for far, _ in found):.1e} standard deviations"
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How far each place of `a` [rows, places, ...] is from that of `b`: root mean square, in standard deviations."""
+    return (a - b).flatten(2).square().mean(-1).sqrt() / b.std().clamp(min=1e-30)
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+def rates(job: Job, part: MicroBatch) -> str:
+    """The first steps have a learning rate."""
+    schedule, expected = job.course.schedule, wasted(job.course)
+    first = next((s for s in range(1, schedule.steps + 1) if s not in expected), 1)
+    if not schedule(first) > 0:
+        raise Failed(f"the learning rate of step {first} is {schedule(first):g}")
+    also = f"; step {expected[0]} has none, as this convention counts" if expected else ""
+    return f"step {first} has a learning rate of {schedule(first):.3g}{also}"
+
+
+def vocabulary(job: Job, part: MicroBatch) -> str:
+    """Ids are rows of the embedding, and the tokenizer is the model's; else the model must know the data."""
+    size = len(job.model.get_input_embeddings().weight)
+    layout = job.course.layout
+    steps = sorted({round(i * (layout.steps - 1) / (STEPS - 1)) for i in range(STEPS)})
+    largest = max(int(rows_of(job.batches, layout, s, job.world.rank, job.world.size).tokens.max()) for s in steps)
+    if largest >= size:
+        raise Failed(f"the data hold the id {largest:,}, and the model has {size:,} ids")
+    return f"the largest id is {largest:,} of {size:,}; {_tokenizer(job, part, size)}"
+
+
+def _tokenizer(job: Job, part: MicroBatch, size: int) -> str:
+    plan, found = getattr(job.batches, "plan", None), job.source.tokenizer
+    theirs = plan.file.fingerprint.get("tokenizer") if plan else None
+    path = found.files.get("tokenizer.json") if found else None
+    ours = hashlib.sha256(path.read_bytes()).hexdigest() if path else None
+    if theirs and theirs == ours:
+        return "the data's tokenizer is the model's"
+    loss, guess = _loss(job, part), math.log(size)
+    says = f"the model's loss is {loss:.2f}, by guessing it would be {guess:.2f}"
+    if theirs and ours and loss > guess:
+        raise Failed(f"the data were made with another tokenizer than the model's, and {says}")
+    return f"{'their tokenizers differ as files' if theirs and ours else 'their tokenizer is not known'}; {says}"
+
+
+def _loss(job: Job, part: MicroBatch) -> float:
+    """Of the hidden states through the head, in fp32 if the weights are."""
+    out = job.model.get_output_embeddings()
+    with torch.no_grad():
+        return _cross_entropy(out(_hidden(job, part, True).to(out.weight.dtype)), part.labels)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    flat = labels.reshape(-1).to(logits.device)
+    logits = logits.reshape(len(flat), -1).float()
+    nats = torch.nn.functional.cross_entropy(logits, flat, ignore_index=IGNORE, reduction="sum")
+    return float(nats) / _count(flat)
+
+
+def causality(job: Job, part: MicroBatch) -> str:
+    """What comes later does not change what came before."""
+    middle = part.tokens.shape[1] // 2
+    changed = part.tokens.clone()
+    changed[:, middle:] = (changed[:, middle:] + 1) % len(job.model.get_input_embeddings().weight)
+
+    def pair(exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        after, before = _hidden(job, replace(part, tokens=changed), exact), _hidden(job, part, exact)
+        if torch.equal(after[:, middle:], before[:, middle:]):
+            raise Failed("tokens have no effect at all")
+        return after[:, :middle], before[:, :middle]
+
+    return _same(job, pair, "other tokens later in a row change earlier places")
+
+
+def isolation(job: Job, part: MicroBatch) -> str:
+    """Documents of a row do not see each other, where the plan isolates them."""
+    if part.positions is None or job.objective.across:
+        return "not needed: documents of a row see each other here"
+    half = part.tokens.shape[1] // 2
+    count = torch.arange(half, device=part.tokens.device).expand(len(part.tokens), half)
+    packed = replace(part, tokens=part.tokens[:, : 2 * half], positions=torch.cat([count, count], 1))
+    alone = replace(part, tokens=part.tokens[:, half : 2 * half].contiguous(), positions=None)
+    what = "the second document of a row sees the first: it changes"
+    return _same(job, lambda exact: (_hidden(job, packed, exact)[:, half:], _hidden(job, alone, exact)), what)
+
+
+@torch.no_grad()
+def head(job: Job, part: MicroBatch) -> str:
+    """The loss from hidden states is that of the model's own logits."""
+    weight, name = job.model.get_output_embeddings().weight, job.objective.precision.name
+    hidden = _hidden(job, part, True).to(weight.dtype)
+    found = float(chunked_loss(hidden, weight, part.labels, part.learnt)[1])
+    with resting(job.model):
+        wanted = _cross_entropy(
+            job.model(input_ids=part.tokens, position_ids=part.positions, use_cache=False).logits, part.labels
+        )
+    if not job.objective.across and not abs(found - wanted) <= LOSS[name] * max(1.0, wanted):
+        raise Failed(f"the loss from hidden states is {found:.5f}, that of the model's own logits {wanted:.5f}")
+    return f"{found:.5f}, by the model's own logits {wanted:.5f}"
+
+
+def experts(job: Job, part: MicroBatch) -> str:
+    """The experts' backend computes what the plain loop does, forward and backward."""
+    if not job.objective.routers:
+        return "not needed: the model is dense"
+    module = job.objective.routers.mixtures[0].experts
+    given: list[tuple[torch.Tensor, ...]] = []
+    handle = module.register_forward_pre_hook(lambda _, args: given.append(args))
+    try:
+        _hidden(job, part, False)
+    finally:
+        handle.remove()
+    ours, plain = (_computed(job, module, given[0], run) for run in (module, partial(EXPERTS["loop"].run, module)))
+    apart = {name: float(_apart(a[None], plain[name][None]).max()) for name, a in ours.items()}
+    worst = max(apart, key=lambda name: apart[name])
+    if not apart[worst] <= (EXACT if job.objective.precision.name == "fp32" else ROUNDED):
+        raise Failed(f"the {worst} differ from the plain loop's by {apart[worst]:.2g} standard deviations")
+    return f"apart from the plain loop by {apart[worst]:.1e} standard deviations"
+
+
+def _computed(
+    job: Job, module: Any, args: tuple[torch.Tensor, ...], run: Callable[..., torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What experts make of these arguments, and the gradients of a weighted sum of it."""
+    x, chosen, weights = args
+    x, weights = (t.detach().clone().requires_grad_() for t in (x, weights))
+    wanted = {"gradients of tokens": x, "gradients of weights": weights}
+    wanted |= {f"gradients of {n}": p for n, p in module.named_parameters() if p.requires_grad}
+    with job.objective.precision.computing(job.world.device):
+        y = run(x, chosen, weights)
+    by = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype)
+    grads = torch.autograd.grad(y, list(wanted.values()), by, allow_unused=True)
+    found = [(n, torch.zeros_like(wanted[n]) if g is None else g) for n, g in zip(wanted, grads, strict=True)]
+    return {name: t.detach().float() for name, t in [("outputs", y), *found]}
+
+
+def conversion(job: Job, part: MicroBatch) -> str:
+    """The loaded model's loss is that of the source, run layer by layer straight from its files in fp32."""
+    tokens = part.tokens[:1, :64].contiguous()
+    row = replace(part, tokens=tokens, labels=_next(tokens), positions=None)
+    logits = forward(job.source, tokens.cpu(), "float32", Device(job.world.device)).logits
+    found, wanted = _loss(job, row), _cross_entropy(logits, row.labels)
+    limit = LOSS["bf16" if job.objective.precision.name == "bf16" else "fp32"]
+    if not abs(found - wanted) <= limit * max(1.0, wanted):
+        raise Failed(f"the model's loss is {found:.5f}, that of {job.source.path.name} itself {wanted:.5f}")
+    return f"{found:.5f}, by {job.source.path.name} itself {wanted:.5f}"
+
+
+def gradient(job: Job, part: MicroBatch) -> str:
+    """A gradient reaches everything that is trained."""
+    gradients(job.model, [part], replace(job.objective, telemetry=None), job.world)
+    found = dict(named(job.optimizer))
+    none = [n for n, p in found.items() if p.grad is None or not bool(p.grad.any())]
+    odd = [n for n, p in found.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    job.optimizer.zero_grad()
+    if none:
+        raise Failed(f"no gradient reaches {len(none)} parameters: {some(none)}")
+    if odd:
+        raise Failed(f"the gradients of {len(odd)} parameters are not finite: {some(odd)}")
+    return f"one reaches all {len(found)} parameters"
+
+
+TESTS: Mapping[str, Callable[[Job, MicroBatch], str]] = {
+    "learning_rate": rates,
+    "vocabulary": vocabulary,
+    "causality": causality,
+    "isolation": isolation,
+    "head": head,
+    "experts": experts,
+    "conversion": conversion,
+    "gradient": gradient,
+}
+MOVED = "update"  # made after the first step
+
+
+# ------------------------------------------------------------------------------------------------------- after a step
+
+
+def fingerprints(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """A number for the bits of every tensor, to see later whether it has changed."""
+    return {name: _bits(tensor) for name, tensor in weights.items()}
+
+
+def _bits(tensor: torch.Tensor) -> int:
+    """The sum of the bits, read as integers: any change is as good as certain to change it."""
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.contiguous().view(width).sum(dtype=torch.int64))
+
+
+def moved(job: Job, before: Mapping[str, int], tell: Tell = silent) -> Result:
+    """After a step with a learning rate: what is trained has changed, what is frozen has not.  Raises MismatchError."""
+
+    def test() -> str:
+        now, trained = fingerprints(job.weights()), {n for n, p in job.model.named_parameters() if p.requires_grad}
+        frozen = {n for n, p in job.model.named_parameters() if not (p.requires_grad or n.endswith(BIAS))}
+        if still := sorted(n for n in trained if now[n] == before[n]):
+            raise Failed(f"{len(still)} parameters did not change in the first step: {some(still)}")
+        if slipped := sorted(n for n in frozen if now[n] != before[n]):
+            raise Failed(f"{len(slipped)} frozen parameters changed: {some(slipped)}")
+        return f"{len(trained)} parameters have changed" + (f", {len(frozen)} frozen ones have not" if frozen else "")
+
+    return _run(MOVED, test, tell)
