@@ -19,6 +19,7 @@ from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
+from surgery.cli.midtrain import midtrain_command
 from surgery.cli.report import report_command
 from surgery.cli.soup import soup_command
 from surgery.cli.terminal import Stopped, lenient_streams, say, stoppable
@@ -69,6 +70,7 @@ def main() -> None:
     surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3   Hugging Face -> Meta, 3 ranks
     surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
     surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
+    surgery midtrain run.yaml                               continue its pretraining, write it in any format
     surgery formats meta                                    what can be chosen for a format?
     """
 
@@ -187,6 +189,7 @@ for command in (
     upcycle_command,
     experts_command,
     data_command,
+    midtrain_command,
     eval_command,
     report_command,
 ):

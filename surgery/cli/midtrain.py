@@ -1,0 +1,131 @@
+"""`surgery midtrain`: train a checkpoint further, as a YAML says.
+
+surgery midtrain run.yaml --dry-run --set train.micro_batch=4
+
+Only click is imported here; everything else when it is used, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.flags import JSON
+
+if TYPE_CHECKING:
+    from surgery.midtraining.log import View
+    from surgery.midtraining.loop import Job
+
+
+@click.command("midtrain")
+@click.argument("run", metavar="RUN.yaml", type=click.Path(), required=False)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key of the YAML, or add one: "
+              "train.micro_batch=4. Repeatable.")  # fmt: skip
+@click.option("--output", type=click.Path(), metavar="DIR", help="The run's folder, instead of the YAML's `output`.")
+@click.option("--dry-run", is_flag=True, help="Measure one step and say what the run would be: steps, tokens, epochs, "
+              "memory, time, learning rates. Nothing is written.")  # fmt: skip
+@click.option(
+    "--explain", is_flag=True, help="Print the run as a YAML with every key, its value, its meaning, and who set it."
+)
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the YAML, for editors.")
+@JSON
+def midtrain_command(
+    run: str | None, sets: Sequence[str], output: str | None, dry_run: bool, explain: bool, schema: bool, as_json: bool
+) -> None:
+    """Train a checkpoint of any format further, and write it in any format.
+
+    \b
+    model: {path: SmolLM2-135M}                      # run.yaml; a folder in any format, dense or a mixture of experts
+    data:  {plan: plan}                              # made by `surgery data plan`
+    output: runs/anneal
+    train:
+      batch_tokens: 1M                               # of all devices together
+      schedule: {name: linear, start_lr: 3e-5}       # to zero at the end of the plan
+    export: {to: megatron, tp: 2}
+
+    \b
+    surgery midtrain run.yaml --dry-run              what would it be? one step is measured
+    surgery midtrain run.yaml --explain              every key, its value, and what it means
+    surgery midtrain run.yaml                        tests itself, trains, exports
+    surgery midtrain run.yaml --set data.seed=666 --output runs/anneal-666
+
+    Before the first step the run tests itself on its own model, data and device: does the future leak, do documents,
+    are experts, loss and weights what they should be, does a gradient reach everything? A test that fails stops it.
+    """
+    from surgery.errors import UsageError
+
+    if schema:
+        from surgery.midtraining.settings import Run
+
+        click.echo(json.dumps(Run.model_json_schema(), indent=2))
+        return
+    if run is None:
+        raise UsageError("which run? give its YAML", hint="surgery midtrain run.yaml; --help shows one")
+    from surgery.midtraining.run_file import explained, read_run
+
+    wanted, origins = read_run(run, [*sets, *([] if output is None else [f"output={json.dumps(output)}"])])
+    if explain:
+        from surgery.cli import show_midtraining as show
+
+        lines = list(explained(wanted, origins))
+        click.echo(json.dumps([vars(line) for line in lines], indent=2)) if as_json else show.explanation(lines)
+    elif dry_run:
+        _foretell(wanted, as_json)
+    else:
+        _train(wanted, as_json)
+
+
+def _foretell(wanted: Any, as_json: bool) -> None:
+    from surgery.cli import show_midtraining as show
+    from surgery.midtraining.dry_run import foretell
+    from surgery.midtraining.loop import prepare
+
+    forecast = foretell(prepare(wanted))
+    click.echo(json.dumps(forecast.to_json(), indent=2)) if as_json else show.forecast(forecast)
+
+
+def _train(wanted: Any, as_json: bool) -> None:
+    from surgery.midtraining.run import midtrain
+
+    done = midtrain(
+        wanted,
+        command=["surgery", *sys.argv[1:]],
+        views=lambda job: _views(job, as_json),
+        say=lambda text: click.echo(text, err=True) if text else None,
+    )
+    if as_json:
+        click.echo(json.dumps(done.to_json(), indent=2))
+    else:
+        from surgery.cli import show_midtraining as show
+
+        show.done(done)
+
+
+def _views(job: Job, as_json: bool) -> list[View]:
+    """A panel on a terminal, else lines; on stderr where stdout is for JSON."""
+    from pathlib import Path
+
+    from surgery.midtraining.log import Lines
+
+    out, steps, folder, log = (
+        (sys.stderr if as_json else sys.stdout), job.course.layout.steps, Path(job.run.output), job.run.log
+    )  # fmt: skip
+    views: list[View] = []
+    if out.isatty():
+        from rich.console import Console
+
+        from surgery.midtraining.panel import Panel
+
+        views.append(Panel(folder.name, steps, Console(file=out)))
+    else:
+        views.append(Lines(out, log.every, steps))
+    if log.tensorboard or log.wandb:
+        from surgery.midtraining.trackers import TensorBoard, Wandb
+
+        views += [TensorBoard(folder / "tensorboard")] if log.tensorboard else []
+        views += [Wandb(folder, log.wandb, job.run.model_dump(mode="json"))] if log.wandb else []
+    return views
