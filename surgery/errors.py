@@ -165,6 +165,10 @@ def reported() -> Iterator[None]:
         what = f"the system refuses: {error.strerror or type(error).__name__}"
         raise FileError(what, file=None if named is None else os.fsdecode(named),
                         hint=ADVICE.get(error.errno or 0)) from error  # fmt: skip
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        raise UsageError("a file name with a NUL in it is no usable one") from error
     except (MemoryError, RuntimeError) as error:
         if (lacking := shortage(error)) is None:
             raise

@@ -134,7 +134,7 @@ def kill_at_every_call(folder, rows=4, memory=32 << 12, exchange=True, first=1):
 
 def kill_without_exchange(folder):
     """As `kill_at_every_call` where the system cannot exchange two folders: from the last writes on."""
-    return kill_at_every_call(folder, exchange=False, first=120)
+    return kill_at_every_call(folder, exchange=False, first=60)
 
 
 def stops(folder, rows=500, memory=32 << 17):

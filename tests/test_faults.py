@@ -145,6 +145,25 @@ def test_no_memory_and_no_threads_are_said_in_words(error, tiny_hf, tmp_path, mo
     assert done.exit_code == 1 and "--max-memory" in done.output
 
 
+def test_a_name_with_a_nul_is_no_traceback(tiny_hf):
+    for words in (("inspect", "a\0b"), ("convert", tiny_hf("llama"), "a\0b", "--to", "hf"), ("soup", "\0", "x"),
+                  ("verify", tiny_hf("llama"), "\0")):  # fmt: skip
+        done = run(*words)
+        assert done.exit_code in (1, 2) and "error: " in done.output
+
+
+def test_reading_a_part_needs_memory_too(tiny_hf, monkeypatch):
+    part = surgery.open_checkpoint(tiny_hf("llama")).parts["embed"]
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(os, "preadv", fail)
+    for read in (part.full, lambda: part[3]):
+        with pytest.raises(SurgeryError, match="not enough memory"):
+            read()
+
+
 def test_other_runtime_errors_are_mistakes_of_ours():
     with pytest.raises(RuntimeError, match="a mistake"), reported():
         raise RuntimeError("a mistake")

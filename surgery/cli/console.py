@@ -13,7 +13,7 @@ from surgery.errors import printable
 
 def console() -> Console:
     """On standard output."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     out.push_render_hook(_Escaping())
     return out
 

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from surgery.errors import FileError, LayoutError
+from surgery.errors import FileError, LayoutError, reported
 from surgery.tensors.memory import buffer
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ class Lazy:
             self.read_into(box, flat[at : at + math.prod(lens)].reshape(lens))
             at += math.prod(lens)
 
+    @reported()
     def full(self) -> torch.Tensor:
         """The whole tensor."""
         return self.read(whole(self.shape))
 
+    @reported()
     def __getitem__(self, index: object) -> torch.Tensor:
         """`tensor[2:4, :, 7]`: read just that.  Slices of step 1 and integers only."""
         box, squeeze = _box(index, self.shape)
