@@ -211,11 +211,10 @@ LOGITS = """
 import sys, time
 import surgery.verification.logits as logits
 from surgery.cli.main import main
-real = logits.running.load
 def load(folder):
     open(sys.argv[1], "w").close()
     time.sleep(60)
-logits.running.load = load
+logits.load = load
 main(sys.argv[2:])
 """
 

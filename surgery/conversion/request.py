@@ -37,7 +37,9 @@ class Write(Checked):
         None, "Memory for weights, e.g. 512MiB; the result is the same.", metavar="SIZE", low=1,
         otherwise="a quarter of what is free, at most 2GiB",
     )  # fmt: skip
-    force: bool = setting(False, "Replace an existing output (once the new one is complete).")
+    force: bool = setting(
+        False, "Replace an existing output or checkpoint, once the new one is complete; never a folder of other files."
+    )
     verify: bool = setting(True, "Read the output back and compare it before it appears.")
     sync: bool = setting(True, "Wait until the disk has the output: without it sooner done, and spoilt by a power cut.")
     command: Sequence[str] = ()

@@ -20,6 +20,7 @@ from surgery.formats.base import Checkpoint
 from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.registry import by_side, named, open_checkpoint, recognise
 from surgery.running.device import Device, device
+from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
 from surgery.upcycling.collapse import collapsed
 from surgery.upcycling.dense_to_moe.build import Upcycled, upcycled
@@ -142,6 +143,8 @@ def carry_out(
             on = replace(ready.on, advance=told)
             found.append(prove(ready.made.models[0], result, ready.made.claim(), tokens, on))
             record["proof"] = found[0].to_json()
+        for model in ready.models:
+            check_unchanged(model.stamps)
         return record
 
     report = execute(ready.plan, dst, progress=progress, prove=extra)

@@ -21,6 +21,7 @@ from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, own_options
 from surgery.running import whole as running
 from surgery.running.loading import check_memory, load
+from surgery.tensors.files import check_unchanged
 from surgery.verification.causes import Search
 from surgery.verification.report import TOLERANCE, Gap, LogitReport, Tell
 from surgery.writing.scratch import scratch
@@ -60,6 +61,7 @@ def compare_logits(
         say("running B")
         model = load(folder_b)
         report = _report(trace, running.run(model, tokens), tokens, tolerance)
+        check_unchanged({**a.stamps, **b.stamps})
         if report.same:
             return report
         return Search(a, b, folder_b, model, tokens, trace, tolerance, say).explain(report)
