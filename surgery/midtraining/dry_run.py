@@ -22,7 +22,7 @@ from surgery.midtraining.loss import CHUNK
 from surgery.midtraining.objections import spans, wasted
 from surgery.midtraining.optimizer import set_rate
 from surgery.midtraining.step import gradients
-from surgery.running.whole import free_memory
+from surgery.tensors.memory import free_memory
 
 if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
