@@ -255,8 +255,10 @@ def test_a_temporary_folder_in_use_is_not_swept(tmp_path):
     with scratch("x", tmp_path) as one, scratch("x", tmp_path) as two:
         assert one.is_dir() and two.is_dir() and one != two
     (tmp_path / ".surgery-x-mine").mkdir()  # no lock, so not known to be ours
+    (tmp_path / ".surgery-x-far").mkdir()
+    (tmp_path / ".surgery-x-far/.surgery-lock").write_text("another-machine")
     with scratch("x", tmp_path):
-        assert (tmp_path / ".surgery-x-mine").is_dir()
+        assert (tmp_path / ".surgery-x-mine").is_dir() and (tmp_path / ".surgery-x-far").is_dir()
 
 
 # -- what is printed

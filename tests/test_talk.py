@@ -108,6 +108,39 @@ def test_code_beside_the_model_is_not_run(folder: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_experts_implementation"])
+def test_no_kernel_that_a_config_names_is_asked_for(key: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would load it from a hub, and it is code."""
+    from transformers import modeling_utils
+
+    expected = continued(build(folder), "king of france", 5)
+    config = json.loads((folder / "config.json").read_text()) | {key: "some-org/some-kernel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked: list[object] = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **more: asked.append(args))
+    assert answer(folder, "king of france", 5) == expected
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 100_000},
+        {"num_return_sequences": 5, "num_beams": 5},
+        {"min_new_tokens": 10**9},
+        {"prompt_lookup_num_tokens": 10**9},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"guidance_scale": 3.0},
+        {"do_sample": True, "temperature": 50.0},
+    ],
+    ids=str,
+)
+def test_generation_settings_of_the_folder_do_not_count(settings: dict[str, object], folder: Path) -> None:
+    expected = continued(build(folder), "king of france", 5)
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert answer(folder, "king of france", 5) == expected
+
+
 def broken_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": ')
 

@@ -5,15 +5,17 @@ console().print(Text("name\\x1b[2J"))      # the escape sequence is printed as \
 
 from __future__ import annotations
 
+from typing import IO
+
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 
 from surgery.errors import printable
 
 
-def console() -> Console:
-    """On standard output."""
-    out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+def console(file: IO[str] | None = None, soft_wrap: bool = True) -> Console:
+    """On standard output, or on `file`; long lines are left to the terminal to wrap, or cut by what is printed."""
+    out = Console(file=file, highlight=False, soft_wrap=soft_wrap, markup=False, emoji=False)
     out.push_render_hook(_Escaping())
     return out
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.flags import JSON
+from surgery.cli.terminal import say
 
 if TYPE_CHECKING:
     from surgery.midtraining.log import View
@@ -95,7 +96,7 @@ def _train(wanted: Any, as_json: bool) -> None:
         wanted,
         command=["surgery", *sys.argv[1:]],
         views=lambda job: _views(job, as_json),
-        say=lambda text: click.echo(text, err=True) if text else None,
+        say=lambda text: say(text, err=True) if text else None,
     )
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
@@ -116,11 +117,10 @@ def _views(job: Job, as_json: bool) -> list[View]:
     )  # fmt: skip
     views: list[View] = []
     if out.isatty():
-        from rich.console import Console
-
+        from surgery.cli.console import console
         from surgery.midtraining.panel import Panel
 
-        views.append(Panel(folder.name, steps, Console(file=out)))
+        views.append(Panel(folder.name, steps, console(out, soft_wrap=False)))
     else:
         views.append(Lines(out, log.every, steps))
     if log.tensorboard or log.wandb:

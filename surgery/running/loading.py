@@ -21,14 +21,18 @@ from surgery.units import human
 def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
     """A model on the CPU; `dtype` "auto" is that of its weights, `by` names implementations of attention and experts.
 
-    Raises ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
+    What the config says of implementations does not count: it may name a kernel of a hub, which is code.  Raises
+    ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
     """
     ways = {"attn_implementation": by, "experts_implementation": by} if by else {}
     with explained("transformers cannot load the model", folder), quiet():
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from surgery.containers.output import OutputFile
+from surgery.containers.output import OutputFile, Region
 from surgery.errors import MismatchError, SurgeryError, some
 from surgery.tensors.axes import Rearrange
 from surgery.tensors.fingerprint import SOURCE, Ledger, Tap
@@ -36,22 +36,21 @@ class Spoilt(MismatchError):
 
 def unproven(files: Sequence[OutputFile], ledger: Ledger | None) -> dict[str, frozenset[int]]:
     """For every file, its regions that digesting the parts does not prove; without a ledger, all of them."""
-    found = {file.name: [_parts(region.tensor) for region in file.regions] for file in files}
-    copies = {name for file in files for region, parts in zip(file.regions, found[file.name], strict=True)
-              if region.copy and parts for name in parts}  # fmt: skip
+    replicas = (region.tensor for file in files for region in file.regions if region.copy)
+    copied = {name for tensor in replicas for name in _parts(tensor) or ()}
 
-    def blind(copy: bool, parts: frozenset[str] | None) -> bool:
-        return ledger is None or copy or parts is None or not parts.isdisjoint(copies)
+    def blind(region: Region) -> bool:
+        if ledger is None or region.copy:
+            return True
+        parts = _parts(region.tensor)
+        return parts is None or not parts.isdisjoint(copied)
 
-    return {
-        file.name: frozenset(i for i, region in enumerate(file.regions) if blind(region.copy, found[file.name][i]))
-        for file in files
-    }
+    return {f.name: frozenset(i for i, region in enumerate(f.regions) if blind(region)) for f in files}
 
 
-def _parts(tensor: Lazy) -> frozenset[str] | None:
+def _parts(tensor: Lazy) -> set[str] | None:
     """The parts that a tensor consists of; None if it holds anything else, or something that was computed from them."""
-    names, todo = set(), [tensor]
+    names, todo = set[str](), [tensor]
     while todo:
         node = todo.pop()
         if isinstance(node, Tap) and not node.name.startswith(SOURCE):
@@ -60,7 +59,7 @@ def _parts(tensor: Lazy) -> frozenset[str] | None:
             todo.extend(node.sources())
         else:
             return None
-    return frozenset(names)
+    return names
 
 
 @contextmanager

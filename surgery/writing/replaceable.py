@@ -47,6 +47,9 @@ BESIDE = (
     "configuration_*.py", "tokenization_*.py",
 )  # fmt: skip
 INSIDE = ("configs/*.yml", "configs/*.yaml", ".cache/huggingface/*", "additional_chat_templates/*.jinja")
+# folders of a checkpoint; of the first kind it has one, where a folder of runs, or a run, has several
+STEPS = ("iter_*", "release", "global_step*", "step*")
+FOLDERS = ("mp_rank_*", "configs", "model_and_optim", "model", "optim", "train", "original")
 
 
 def is_junk(name: str) -> bool:
@@ -58,7 +61,9 @@ def others(folder: Path) -> list[str]:
     """Files below a folder that are part of no checkpoint; every file, if it holds none.  Raises OSError."""
     names, ours = _names(folder), _written(folder)
     stems = {_stem(name) for name in ours} if TOKENS in ours else set()
-    strange = [name for name in names if name not in ours and _stem(name) not in stems and not _known(name)]
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    several = sum(_any(top, STEPS) for top in tops) > 1
+    strange = [n for n in names if n not in ours and _stem(n) not in stems and not _known(n, several)]
     weights = any(_any(os.path.basename(name), WEIGHTS) for name in names)
     return strange if ours or weights else names
 
@@ -91,9 +96,13 @@ def _written(folder: Path) -> set[str]:
     return found
 
 
-def _known(name: str) -> bool:
-    inside = any(_any(name, (pattern, f"*/{pattern}")) for pattern in INSIDE)
-    return inside or _any(os.path.basename(name), (*WEIGHTS, *BESIDE))
+def _known(name: str, several: bool) -> bool:
+    """Whether a file is part of a checkpoint by its name; `several`: the folder holds several steps of a run."""
+    *folders, base = name.split("/")
+    if any(_any(name, (pattern, f"*/{pattern}")) for pattern in INSIDE):
+        return True
+    inner = all(_any(folder, FOLDERS if several else (*STEPS, *FOLDERS)) for folder in folders)
+    return inner and _any(base, (*WEIGHTS, *BESIDE))
 
 
 def _any(name: str, patterns: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ def scratch(kind: str, beside: Path | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=prefix, dir=beside, ignore_cleanup_errors=True) as name:
         lock = os.open(os.path.join(name, LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            os.write(lock, _machine())
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield Path(name)
@@ -33,13 +34,18 @@ def scratch(kind: str, beside: Path | None = None) -> Iterator[Path]:
 
 
 def _sweep(place: Path, prefix: str) -> None:
-    """Remove what runs that were killed left: folders of ours whose lock nobody holds."""
+    """Remove what runs that were killed left: folders of ours, made on this machine, whose lock nobody holds."""
     for folder in place.glob(prefix + "*"):
         with suppress(OSError):
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                if os.fstat(lock).st_uid == os.geteuid():
+                if os.fstat(lock).st_uid == os.geteuid() and os.read(lock, 256) == _machine():
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _machine() -> bytes:
+    """Locks may not reach from one machine to another where both see the folder."""
+    return os.uname().nodename.encode()
