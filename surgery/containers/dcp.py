@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.pickles.described import describe
-from surgery.containers.pickles.known import count, counts, torch_kind
+from surgery.containers.pickles.allowed import count, counts, torch_kind
+from surgery.containers.pickles.describe import describe
 from surgery.containers.pickles.machine import Limits
 from surgery.containers.pickles.records import BadPickle, Obj, TensorRecord
 from surgery.containers.torch_zip import TorchZip

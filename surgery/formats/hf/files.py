@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 
 from surgery.containers.output import OutputFile, text_file
-from surgery.containers.safetensors_writer import safetensors_file
+from surgery.containers.safetensors import safetensors_file
 from surgery.formats.table import Stored
 
 
