@@ -15,7 +15,7 @@ import surgery
 from surgery.conversion import convert as conversion
 from surgery.errors import FileError, LayoutError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.tensors.files import IO
 from tests import oracle, tiny
 

@@ -17,7 +17,9 @@ from surgery.formats.hf import table as hf
 from surgery.formats.hf.config import FAMILIES, choose_family, misfits, read_config, write_config
 from surgery.formats.names import collapsed
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Dialect, Rank, Row, Topology, gather
+from surgery.formats.table import Row, Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, 264, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -76,7 +78,7 @@ def test_a_mistake_in_any_row_shows(family, tiny_hf, truth):
             tried += 1
             rows = tuple(mutant if r is row else r for r in tables.rows)
             try:
-                parts = gather(Dialect("hf", rows, hf_rows.IGNORED), {Rank(): tensors}, spec, Topology()).parts
+                parts = gather(Table("hf", rows, hf_rows.IGNORED), {Rank(): tensors}, spec, Topology()).parts
             except SurgeryError:
                 continue
             wrong = Checkpoint("hf", checkpoint.path, spec, parts)

@@ -18,7 +18,9 @@ from surgery.formats.meta import config as meta_params
 from surgery.formats.meta import format as meta
 from surgery.formats.meta import table as meta_table
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from surgery.tensors.lazy import Fill
 from tests import oracle, reference
 from tests.test_hf import mutants
@@ -82,7 +84,7 @@ def test_a_mistake_in_any_row_shows(name, least):
             tried += 1
             rows = tuple(mutant if r is row else r for r in table.rows)
             try:
-                parts = gather(Dialect("meta", rows, meta_table.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
+                parts = gather(Table("meta", rows, meta_table.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
                 wrong = dataclasses.replace(checkpoint, parts=parts)
                 assert oracle.gap(reference.logits(wrong, ids), want) > 1e-3, f"{row.name} as {mutant}"
             except (SurgeryError, ValueError):

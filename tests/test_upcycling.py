@@ -13,7 +13,7 @@ import surgery
 from surgery.cli import main as cli
 from surgery.errors import ConfigError, MismatchError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.running.whole import fixed_tokens
 from surgery.tensors.gather import Gather, taken
 from surgery.tensors.in_memory import InMemory

@@ -21,7 +21,7 @@ from surgery.cli import show_verification as render
 from surgery.conversion.convert import convert
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import IO
 from surgery.tensors.lazy import Fill, boxes

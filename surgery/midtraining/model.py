@@ -20,7 +20,8 @@ import torch
 from surgery.errors import ConfigError, LayoutError, some
 from surgery.formats.base import RUN, Checkpoint
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import gather
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
 from surgery.running.loading import explained, quiet

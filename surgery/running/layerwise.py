@@ -19,7 +19,8 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family, misfits, write_config
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, spread
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import spread
 from surgery.running.device import CPU, Device
 from surgery.running.expertwise import STORED, expert_modules, one_by_one
 from surgery.running.loading import explained, quiet

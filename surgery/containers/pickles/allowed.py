@@ -70,7 +70,7 @@ def counts(value: object, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def torch_kind(value: object) -> str:
+def dtype_of(value: object) -> str:
     """The dtype that a Global names, from a table: nothing is looked up in torch."""
     if isinstance(value, Global) and value.module == "torch" and value.name in ITEMSIZE:
         return value.name
@@ -78,25 +78,25 @@ def torch_kind(value: object) -> str:
     raise BadPickle(f"unknown dtype {named}", "supported: " + ", ".join(sorted(ITEMSIZE)))
 
 
-def _tensor(args: tuple[Any, ...], kind: str | None, metadata: int) -> Any:
+def _tensor(args: tuple[Any, ...], dtype: str | None, metadata: int) -> Any:
     storage, start = args[0], count(args[1], "storage offset of a tensor")
     if not isinstance(storage, Storage):
         raise BadPickle(f"a tensor points to {show(storage)} instead of a storage")
     shape, strides = counts(args[2], "tensor shape"), counts(args[3], "tensor strides")
     if len(shape) != len(strides):
         raise BadPickle(f"a tensor has {len(shape)} dimensions but {len(strides)} strides")
-    kind = kind or storage.dtype
+    dtype = dtype or storage.dtype
     if all(shape):
         last = start + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
-        if (last + 1) * ITEMSIZE[kind] > storage.nbytes:
+        if (last + 1) * ITEMSIZE[dtype] > storage.nbytes:
             raise BadPickle(
-                f"tensor of shape {show_ints(shape)} strides {show_ints(strides)} offset {start} ({kind}) needs "
-                f"{show((last + 1) * ITEMSIZE[kind])} bytes but storage {show(storage.key)} has {storage.nbytes}",
+                f"tensor of shape {show_ints(shape)} strides {show_ints(strides)} offset {start} ({dtype}) needs "
+                f"{show((last + 1) * ITEMSIZE[dtype])} bytes but storage {show(storage.key)} has {storage.nbytes}",
                 "the file is damaged or was not written by torch.save",
             )
     if len(args) > metadata and args[metadata] and _is_lazy_view(args[metadata]):
         return None  # its value is not what is stored: keep the call, do not pass it off as a plain tensor
-    return TensorRecord(storage, kind, start, shape, strides)
+    return TensorRecord(storage, dtype, start, shape, strides)
 
 
 def show_ints(numbers: tuple[int, ...]) -> str:
@@ -132,7 +132,7 @@ def tensor_v2(m: Machine, args: tuple[Any, ...]) -> Any:
 def tensor_v3(m: Machine, args: tuple[Any, ...]) -> Any:
     """as v2, then the dtype: storages of newer dtypes are untyped, their sizes in bytes"""
     _need(args, 7)
-    return _tensor(args, torch_kind(args[6]), 7)
+    return _tensor(args, dtype_of(args[6]), 7)
 
 
 def parameter(m: Machine, args: tuple[Any, ...]) -> Any:

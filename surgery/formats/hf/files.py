@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.safetensors import safetensors_file
-from surgery.formats.table import Stored
+from surgery.formats.weave import Stored
 
 
 def weight_files(stored: Mapping[str, Stored], limit: int) -> list[OutputFile]:

@@ -33,7 +33,8 @@ from surgery.formats.hf.config import choose_family, misfits, read_config, write
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import to_json, weight_files
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.wording import in_words
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
@@ -57,7 +58,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found, tuple(notes), facts)
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.spec.family, opened.shards[Rank()])
 
 

@@ -26,7 +26,9 @@ from surgery.formats.hf import format as hf
 from surgery.formats.hf.config import read_config, write_config
 from surgery.formats.hf.files import to_json, weight_files
 from surgery.formats.hf.table import table
-from surgery.formats.table import Dialect, Rank, Stored, Topology, gather, spread
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import Stored, gather, spread
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Fill, Lazy
 from surgery.tensors.random import Random
@@ -121,7 +123,7 @@ def _base(spec: Spec) -> str:
     return "mixtral" if spec.experts else "qwen2" if spec.qkv_bias else "llama"
 
 
-def _table(spec: Spec) -> Dialect:
+def _table(spec: Spec) -> Table:
     return table(_base(spec))
 
 

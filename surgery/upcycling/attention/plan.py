@@ -15,7 +15,7 @@ from surgery.errors import UsageError, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import ONE_RANK
+from surgery.formats.topology import ONE_RANK
 from surgery.running.device import CPU, Device
 from surgery.tensors.fingerprint import Ledger
 from surgery.upcycling.attention.experts import FORMAT, Attention, check, with_attention
