@@ -19,7 +19,7 @@ CLIMBS = {("running/layerwise.py", "upcycling")}
 # library -> the packages (or files) that may import it
 ROOMS = {
     "pickle": (), "_pickle": (), "shelve": (), "marshal": (), "dill": (), "cloudpickle": (),
-    "transformers": ("running", "midtraining", "verification/readings.py", "upcycling/attention/hub"),
+    "transformers": ("running", "midtraining", "verification/ambiguity.py", "upcycling/attention/hub"),
     "mergekit": ("merging/mergekit.py",),
     "numba": ("merging/engine",),
     "yaml": ("containers", "formats/olmo/config.py", "merging"),
