@@ -102,15 +102,22 @@ def test_every_field_of_the_config_counts(family, tiny_hf, truth):
 def test_written_config_reads_the_same_and_transformers_accepts_it(model_type, tiny_hf):
     from transformers import AutoConfig
 
+    from surgery.running.loading import own_classes
+
     family = {"llama": "llama3"}.get(model_type, model_type)
-    if family not in tiny.FAMILIES:
-        family = "olmo2"  # flex_olmo: a sparse relative
-    spec = open_checkpoint(tiny_hf(family)).spec
-    if model_type == "flex_olmo":
-        spec = spec.replace(family="flex_olmo", experts=8, expert_ffn=56, ffn=0, top_k=3)
+    relatives = {
+        "flex_olmo": ("olmo2", {"experts": 8, "expert_ffn": 56, "ffn": 0, "top_k": 3}),
+        "attention_moe": (
+            "llama3",
+            {"attn_experts": 2, "attn_top_k": 1, "attn_scale": 2**0.5, "top_k_renormalised": True},
+        ),
+    }
+    family, changes = relatives.get(model_type, (family, {}))
+    spec = open_checkpoint(tiny_hf(family)).spec.replace(family=model_type, **changes)
     config = write_config(spec, {}, "float32", model_type)
     assert not misfits(spec, model_type)
-    theirs = AutoConfig.for_model(**config)
+    own = own_classes(model_type)
+    theirs = own.config(**config) if own else AutoConfig.for_model(**config)
     again, _, notes = read_config(json.loads(theirs.to_json_string()), "config.json")
     assert not {k: v for k, v in spec.differences(again).items() if k not in ("true_vocab",)}
     assert not [n for n in notes if "not understood" in n]

@@ -198,7 +198,9 @@ def test_ffn_numbers_of_the_releases():
         assert meta_params.ffn_width(dim, multiple, multiplier) == width
 
 
-@pytest.mark.parametrize("family", [f for f in hf_config.FAMILIES if f not in ("llama", "mistral", "flex_olmo")])
+@pytest.mark.parametrize(
+    "family", [f for f in hf_config.FAMILIES if f not in ("llama", "mistral", "flex_olmo", "attention_moe")]
+)
 def test_what_metas_code_cannot_compute_is_refused(family, tiny_hf, tmp_path):
     with pytest.raises(ConfigError, match="Meta's format cannot hold"):
         surgery.convert(tiny_hf(family), tmp_path / "out", to="meta")

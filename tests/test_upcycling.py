@@ -474,7 +474,7 @@ IGNORED = [
     ("llama", "upcycle --experts 4 --top-k 2 --strategy copy --router zeros:0.1", "ties"),
     ("llama", "upcycle --experts 4 --top-k 2 --router kaiming:0.1", "kaiming takes no number"),
     ("llama", "upcycle --attention-experts 2 --router kmeans", "--experts, --top-k are missing"),
-    ("llama", "upcycle --attention-experts 2 --tp 2", "on one rank"),
+    ("llama", "upcycle --attention-experts 2 --tp 2", "no --tp 2"),
     ("llama", "upcycle --experts 4 --top-k 2 --attention-experts 2 --attention first", "--attention belongs"),
     (
         "llama",

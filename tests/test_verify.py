@@ -304,6 +304,8 @@ def test_every_field_of_the_spec_is_compared() -> None:
         clip_qkv=9.0,
         moe_layers=(1,),
         windows=(0, 5),
+        attn_experts=2,
+        attn_top_k=1,
     )
     other = {int: 10, float: 0.5, str: "other", type(None): 3}
     for field in fields(Spec):

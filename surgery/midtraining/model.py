@@ -44,7 +44,7 @@ def load(
     the family has one.  `progress` is told bytes of the source.
     Raises ConfigError if transformers has no such model, LayoutError if a part is left over.
     """
-    if "attention" in source.details:
+    if source.spec.attn_experts:
         raise ConfigError("experts of attention heads cannot be trained here", file=source.path)
     ledger = Ledger()
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
