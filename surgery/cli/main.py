@@ -21,6 +21,7 @@ from surgery.cli.eval import eval_command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
 from surgery.cli.midtrain import midtrain_command
 from surgery.cli.report import report_command
+from surgery.cli.run import run_command
 from surgery.cli.soup import soup_command
 from surgery.cli.terminal import Stopped, lenient_streams, say, stoppable
 from surgery.cli.upcycle import experts_command, upcycle_command
@@ -71,6 +72,7 @@ def main() -> None:
     surgery verify SmolLM2 SmolLM2-meta --logits            are they the same model?
     surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
     surgery midtrain run.yaml                               continue its pretraining, write it in any format
+    surgery run recipe.yaml                                 many such steps in their order, each once
     surgery formats meta                                    what can be chosen for a format?
     """
 
@@ -192,5 +194,6 @@ for command in (
     midtrain_command,
     eval_command,
     report_command,
+    run_command,
 ):
     main.add_command(command)

@@ -18,9 +18,9 @@ DEPTH_LIMIT = 64
 NODE_LIMIT = 100_000
 _SCALAR_LIMIT = 1 << 16
 _NUMBER_LIMIT = 64
-_PLAIN = "tag:yaml.org,2002:"
-_KNOWN_TAGS = {_PLAIN + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-_FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")  # YAML 1.1 wants "1.0e-05"
+PLAIN = "tag:yaml.org,2002:"
+_KNOWN_TAGS = {PLAIN + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")  # YAML 1.1 wants "1.0e-05"
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -34,7 +34,7 @@ class _Loader(_Base):
     """Plain scalars, lists and maps."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag != _PLAIN + "timestamp"]
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != PLAIN + "timestamp"]
         for first, resolvers in _Base.yaml_implicit_resolvers.items()
     }
     yaml_constructors: ClassVar[dict[str, Any]] = {
@@ -43,7 +43,7 @@ class _Loader(_Base):
 
     def flatten_mapping(self, node: Any) -> None:
         for key, _ in node.value:
-            if key.tag == _PLAIN + "merge":
+            if key.tag == PLAIN + "merge":
                 raise _Bad("merge keys (<<) are not supported", key.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -59,7 +59,7 @@ class _Loader(_Base):
         return out
 
     def construct_scalar(self, node: Any) -> Any:
-        number = node.tag in (_PLAIN + "int", _PLAIN + "float")
+        number = node.tag in (PLAIN + "int", PLAIN + "float")
         if len(node.value) > (_NUMBER_LIMIT if number else _SCALAR_LIMIT):
             raise _Bad(f"a scalar of {len(node.value)} characters", node.start_mark)
         return super().construct_scalar(node)
@@ -74,8 +74,8 @@ class _Loader(_Base):
         raise _Bad(f"tag {show(node.tag)} is not supported", node.start_mark)
 
 
-_Loader.add_implicit_resolver(_PLAIN + "float", _FLOAT, list("-+0123456789"))
-_Loader.add_constructor(_PLAIN + "float", _Loader.construct_finite)
+_Loader.add_implicit_resolver(PLAIN + "float", FLOAT, list("-+0123456789"))
+_Loader.add_constructor(PLAIN + "float", _Loader.construct_finite)
 _Loader.add_constructor(None, _Loader.construct_unknown)
 
 

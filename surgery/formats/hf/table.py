@@ -11,14 +11,14 @@ from collections.abc import Collection
 
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.rows import IGNORED, Spellings
-from surgery.formats.table import Row, Table
+from surgery.formats.table import Dialect, Row
 
 
-def table(model_type: str, names: Collection[str] = ()) -> Table:
+def table(model_type: str, names: Collection[str] = ()) -> Dialect:
     """The rows of a family."""
     family = FAMILIES[model_type]
     rows = [row for spellings in family.spellings for row in _spelled(spellings, names)]
-    return Table("hf", (*family.rows, *rows), IGNORED)
+    return Dialect("hf", (*family.rows, *rows), IGNORED)
 
 
 def _spelled(spellings: Spellings, names: Collection[str]) -> tuple[Row, ...]:

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from surgery.formats.table import Row, Table, row
-from surgery.formats.topology import Topology
+from surgery.formats.table import Dialect, Row, Topology, row
 from surgery.model.spec import Spec
 
 
@@ -119,7 +118,7 @@ class Spelling:
     vocab_multiple: int = 1
 
 
-def table(spec: Spec, how: Spelling) -> Table:
+def table(spec: Spec, how: Spelling) -> Dialect:
     """The rows of a variant, under the numbers that this model's layers have."""
     layout, cut, views = QKV[how.qkv]
     sizes = {"t": how.tp, "y": max(spec.kv_heads // how.tp, 1), "x": max(spec.head_dim // spec.group, 1)}
@@ -134,4 +133,4 @@ def table(spec: Spec, how: Spelling) -> Table:
     rows += [replace(r, name=f"{how.prefix}{{l}}.{r.name}", first=2) for r in (*LAYER, *qkv, *MLP[how.mlp])]
     if how.averaged:
         rows = [replace(r, averaged=not r.cut and not r.summed) for r in rows]
-    return Table("neox", tuple(rows), IGNORED, how.vocab_multiple)
+    return Dialect("neox", tuple(rows), IGNORED, how.vocab_multiple)
