@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion.convert import convert
     from surgery.formats.registry import open_checkpoint
-    from surgery.formats.table import Topology
+    from surgery.formats.topology import Topology
     from surgery.merging.run import soup
     from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification import verify

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from surgery.containers.output import text_file
-from surgery.containers.safetensors_writer import safetensors_file
+from surgery.containers.safetensors import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import SurgeryError
 from surgery.tensors.extent import Extent

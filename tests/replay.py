@@ -23,12 +23,14 @@ from surgery.midtraining.run_file import make_run
 CONVENTIONS = {"transformers": "hf", "olmo_core": "olmo_core", "olmo": "olmo"}  # by the program's first word
 NAMES = {"LinearWithWarmup": "linear", "CosWithWarmup": "cosine", "WSD": "wsd", "linear": "linear", "cosine": "cosine",
          "constant": "constant", "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}  # fmt: skip
+SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "sqrt"}
 
 
 def settings(case: Path, out: Path) -> dict[str, Any]:
     """The run that a case describes, as its YAML would say it."""
     told = json.loads((case / "case.json").read_text())
     optimizer, loss = told["optimizer"], told["loss"]
+    tied = json.loads((case / "init" / "config.json").read_text()).get("tie_word_embeddings")
     moments = case / "init_optimizer.safetensors"
     return {
         "model": {"path": str(case / "init"), "experts": "loop"},
@@ -40,13 +42,13 @@ def settings(case: Path, out: Path) -> dict[str, Any]:
         "train": {
             "convention": CONVENTIONS[told["program"].replace(".", " ").split()[0]],
             "micro_batch": told["micro_batch"],
-            "schedule": schedule(told["schedule"]),
+            "schedule": schedule(told["schedule"], told["steps"]),
             "optimizer": {
                 "betas": optimizer["betas"],
                 "eps": optimizer["eps"],
                 "weight_decay": optimizer["weight_decay"],
                 "decay": "all",
-                "no_decay": optimizer["no_decay"],
+                "no_decay": [n for n in optimizer["no_decay"] if not (tied and n == "lm_head.weight")],
             },
             "clip_norm": told["clip"] or None,
             "z_loss": told["z_loss"],
@@ -71,15 +73,19 @@ def batches(case: Path, told: Mapping[str, Any], out: Path) -> Path:
     return out / "batches.npz"
 
 
-def schedule(told: Mapping[str, Any]) -> dict[str, Any]:
+def schedule(told: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """The learning rates; floors are shares of the peak in OLMo, and so in a cosine of transformers' WSD."""
     peak, extra = told["peak"], told.get("kwargs", {})
     found = {"name": NAMES[told["name"]], "start_lr": peak, "warmup": told.get("warmup", 0)}
+    if told["total"] != steps:
+        found["length"] = told["total"]
     if "warmup_min_lr" in told:
         found["warmup_from"] = told["warmup_min_lr"]
     if found["name"] == "wsd":
         found["decay"] = told.get("decay", extra.get("num_decay_steps"))
         found["final_lr"] = told.get("decay_min_lr", peak * extra.get("min_lr_ratio", 0.0))
+        found |= {"decay_shape": SHAPES[extra["decay_type"]]} if "decay_type" in extra else {}
+        found |= {"warmup_from": found["final_lr"]} if "min_lr_ratio" in extra else {}
     elif told["name"].endswith("WithWarmup"):
         found["final_lr"] = peak * told.get("alpha_f", 0.1)
     return found

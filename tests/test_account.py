@@ -68,7 +68,9 @@ def test_small_files_travel_with_the_model(llama, tmp_path):
     templates.mkdir()
     (templates / "tool_use.jinja").write_text("{{ messages }}")
     (llama / "NOTICE").symlink_to("/etc/hostname")
-    assert set(open_checkpoint(llama).beside) == {
+    opened = open_checkpoint(llama)
+    assert opened.ignored["NOTICE"] == "it is a link out of the folder"
+    assert set(opened.beside) == {
         "LICENSE", "additional_chat_templates/tool_use.jinja", "generation_config.json"
     }  # fmt: skip
     surgery.convert(llama, tmp_path / "meta", to="meta")

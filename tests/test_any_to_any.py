@@ -17,7 +17,7 @@ import surgery
 from surgery.conversion.report import Report
 from surgery.errors import ConfigError
 from surgery.formats.registry import FORMATS, open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from tests import matrix, oracle, tiny
 from tests.test_conversion import weights
 

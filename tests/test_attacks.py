@@ -63,7 +63,7 @@ def test_case_names_are_unique() -> None:
 @pytest.mark.parametrize("name", payloads.PAYLOADS)
 def test_names_of_a_payload_are_listed(name: str, tmp_path: Path) -> None:
     """The standard library's disassembler is the oracle for which names a pickle mentions."""
-    from surgery.containers.pickles.described import describe
+    from surgery.containers.pickles.describe import describe
 
     data = pkl(payloads.PAYLOADS[name](tmp_path / "marker"), 4 if "stack" in name or "dotted" in name else 3)
     mentioned = {arg.replace(" ", ".") for op, arg, _ in pickletools.genops(data) if op.name in ("GLOBAL", "INST")}
@@ -125,7 +125,7 @@ def test_pickles_of_the_standard_library_are_described() -> None:
         (1, "t"): 0.0,
     }
     for protocol, twice in itertools.product(range(6), (False, True)):
-        from surgery.containers.pickles.described import describe
+        from surgery.containers.pickles.describe import describe
 
         value = [data, data] if twice else data
         assert describe(pickle.dumps(value, protocol), file="x").root == value

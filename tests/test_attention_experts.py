@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 
+import surgery
 from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
+from surgery.formats.hf.files import code_of
 from surgery.formats.registry import open_checkpoint
+from surgery.running.chat import answer
 from surgery.upcycling import run
-from surgery.upcycling.attention import plan as attention_run
-from surgery.upcycling.attention.experts import Attention, modeling, open_attention
-from surgery.upcycling.dense_to_moe.settings import Settings
-from surgery.upcycling.request import Proven
+from surgery.upcycling.request import Upcycle
+from surgery.verification.logits import compare_logits
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(3, tiny.SIZES["v"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -110,7 +111,7 @@ def test_fewer_groups_against_a_plain_loop(dense, tmp_path):
     out = tmp_path / "out"
     text = make(dense["llama"], out, "--attention-experts", 4, "--attention-top-k", 2, "--force-lossy")
     assert "not preserving, as asked" in text
-    made = open_attention(out, {})
+    made = open_checkpoint(out)
     ids = IDS[:, :9]
     want = Naive(made.spec, {n: p.full().float() for n, p in made.parts.items()}).run(ids)
     assert (logits(loaded(out), ids) - want).abs().max() < 1e-4
@@ -152,7 +153,7 @@ def test_the_folder_needs_nothing_of_ours(dense, tmp_path):
     """Loaded by a program that cannot import surgery."""
     out = tmp_path / "out"
     make(dense["llama"], out, "--attention-experts", 2)
-    assert (out / "modeling_attention_moe.py").read_bytes() == modeling()
+    assert (out / "modeling_attention_moe.py").read_bytes() == code_of("modeling_attention_moe.py")
     script = f"""
 import sys
 sys.modules["surgery"] = None
@@ -163,9 +164,6 @@ print(model.config.num_attention_experts, type(model).__name__)
     alone = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=alone)
     assert done.stdout.strip() == "2 AttentionMoeForCausalLM", done.stderr
-    with pytest.raises(ConfigError, match="model_type is 'attention_moe'") as refused:  # and we run no code of a folder
-        open_checkpoint(out, format="hf")
-    assert "the model that it was made of" in str(refused.value)
 
 
 def test_the_weights_are_the_sources_bits(dense, tmp_path):
@@ -180,42 +178,128 @@ def test_the_weights_are_the_sources_bits(dense, tmp_path):
 def test_seeds(dense, tmp_path):
     digests = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        ready = attention_run.prepare(
-            dense["llama"], Attention(4, 2, seed=seed), Proven(verify_tokens=0), force_lossy=True
-        )
-        digests.append(run.carry_out(ready, tmp_path / name).report.content_digest)
+        done = surgery.upcycle(dense["llama"], tmp_path / name, attention_experts=4, attention_top_k=2, seed=seed,
+                               force_lossy=True, verify_tokens=0)  # fmt: skip
+        digests.append(done.report.content_digest)
     assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted", "settings", "words"),
+    ("family", "wanted", "words"),
     [
-        ("llama", Attention(3, 3), None, "do not divide 4"),
-        ("llama", Attention(4, 5), None, "choose fewer"),
-        ("llama", Attention(4, 2), None, "another function"),
-        ("llama", Attention(4, 4), Settings(4, 2, target="qwen2_moe"), "do not go together"),
-        ("qwen3", Attention(4, 4), None, "differs in qk_norm"),
-        ("olmo2", Attention(4, 4), None, "norm_at"),
-        ("mistral", Attention(4, 4), None, "windows"),
+        ("llama", {"attention_experts": 3}, "do not divide 4"),
+        ("llama", {"attention_experts": 4, "attention_top_k": 5}, "choose fewer"),
+        ("llama", {"attention_experts": 4, "attention_top_k": 2}, "another function"),
+        ("llama", {"attention_experts": 4, "experts": 4, "top_k": 2, "target": "qwen2_moe"}, "do not go together"),
+        ("llama", {"attention_experts": 4, "to": "megatron"}, "cannot hold this attention_moe"),
+        ("qwen3", {"attention_experts": 4}, "query and key norms"),
+        ("olmo2", {"attention_experts": 4}, "place of the norms"),
+        ("mistral", {"attention_experts": 4}, "sliding window"),
     ],
 )
-def test_refusals(family, wanted, settings, words, tiny_hf):
+def test_refusals(family, wanted, words, tiny_hf):
     with pytest.raises((UsageError, ConfigError), match=words):
-        attention_run.prepare(tiny_hf(family), wanted, Proven(), settings)
+        run.prepare(tiny_hf(family), Upcycle(**wanted))
 
 
-def test_bad_configs(dense, tmp_path):
-    make(dense["llama"], tmp_path / "out", "--attention-experts", 4)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    for key, value, words in (
-        ("num_attention_experts", "4", "num_attention_experts is '4'"),
-        ("model_type", "llama", "no model with attention experts"),
-        ("rotary_base", None, "rope"),
-    ):
-        shutil.copytree(tmp_path / "out", tmp_path / key)
-        (tmp_path / key / "config.json").write_text(json.dumps({**config, key: value}))
-        if key == "rotary_base":
-            assert open_attention(tmp_path / key, {}).spec.rope.base == 10000  # as the modeling file takes it
-            continue
+@pytest.fixture(scope="module")
+def made(dense, tmp_path_factory):
+    """Two of four groups, and experts in the mlp."""
+    folder = tmp_path_factory.mktemp("made") / "out"
+    surgery.upcycle(dense["llama3"], folder, attention_experts=4, attention_top_k=2, experts=4, top_k=2,
+                    strategy="copy", force_lossy=True, verify_tokens=0)  # fmt: skip
+    return folder
+
+
+def test_the_folder_is_read_like_any_other(made, tmp_path):
+    found = open_checkpoint(made)
+    spec = found.spec
+    assert (spec.family, spec.attn_experts, spec.attn_top_k, spec.experts) == ("attention_moe", 4, 2, 4)
+    assert spec.attn_scale == 8**0.5
+    assert spec.parameters() == sum(p.numel() for p in loaded(made).parameters())
+    text = CliRunner().invoke(cli.main, ["inspect", str(made)]).output
+    assert "groups of attention heads" in text
+    assert not found.notes
+    surgery.convert(made, tmp_path / "again", to="hf")
+    assert surgery.verify(made, tmp_path / "again").verdict == "the same model"
+    assert (tmp_path / "again" / "config.json").read_bytes() == (made / "config.json").read_bytes()
+    assert (tmp_path / "again" / "modeling_attention_moe.py").read_bytes() == code_of("modeling_attention_moe.py")
+
+
+def test_logits_are_verified_and_the_cause_of_a_difference_is_named(made, tmp_path):
+    shutil.copytree(made, tmp_path / "other")
+    config = json.loads((made / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "attention_scale": 1.0}))
+    assert compare_logits(made, made).bit_equal
+    report = compare_logits(made, tmp_path / "other")
+    assert not report.same
+    assert any("scale of the groups' weights" in cause.text and cause.explains for cause in report.causes)
+    assert "scale of the groups' weights" in surgery.verify(made, tmp_path / "other").verdict
+
+
+def test_it_answers(made, tmp_path):
+    """By our own code, whatever lies in the folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(made, tmp_path / "talks")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        answer(made, "who")
+    words = Tokenizer(models.WordLevel({"who": 0, "are": 1, "you": 2}, unk_token="who"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="who").save_pretrained(tmp_path / "talks")
+    (tmp_path / "talks" / "modeling_attention_moe.py").write_text("raise SystemExit('run')")
+    ids = torch.tensor([[0, 1]])
+    for _ in range(3):
+        ids = torch.cat([ids, logits(loaded(made), ids)[:, -1:].argmax(-1)], 1)
+    said = " ".join({0: "who", 1: "are", 2: "you"}.get(i, "") for i in ids[0, 2:].tolist()).split()
+    assert answer(tmp_path / "talks", "who are", 3).split() == said
+
+
+def test_no_other_format_holds_it(made, tmp_path):
+    for to in ("meta", "olmo", "olmo-core", "megatron", "megatron-dist", "neox"):
+        with pytest.raises(ConfigError, match=r"groups of attention heads: 4|cannot hold"):
+            surgery.convert(made, tmp_path / to, to=to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_experts_of_its_mlp_are_edited_and_collapse(made, dense, tmp_path):
+    surgery.experts(made, tmp_path / "twice", duplicate=2)
+    assert (
+        open_checkpoint(tmp_path / "twice").spec.experts,
+        open_checkpoint(tmp_path / "twice").spec.attn_experts,
+    ) == (8, 4)
+    assert surgery.collapse(made, tmp_path / "back").proof.verdict == "exact"
+    back = open_checkpoint(tmp_path / "back").spec
+    assert (back.family, back.experts, back.ffn) == ("attention_moe", 0, open_checkpoint(dense["llama3"]).spec.ffn)
+
+
+def test_code_that_is_not_ours_is_named_and_never_run(made, tmp_path):
+    for name, text in (("other", "raise SystemExit('run')\n"), ("none", None)):
+        shutil.copytree(made, tmp_path / name)
+        file = tmp_path / name / "modeling_attention_moe.py"
+        file.write_text(text) if text else file.unlink()
+        (note,) = open_checkpoint(tmp_path / name).notes
+        assert ("may compute something else" in note) == (text is not None)
+        assert compare_logits(made, tmp_path / name).bit_equal
+
+
+def test_bad_configs(made, tmp_path):
+    config = json.loads((made / "config.json").read_text())
+    for number, (changes, words) in enumerate((
+        ({"num_attention_experts": "4"}, "num_attention_experts is '4'"),
+        ({"num_attention_experts": 0}, "num_attention_experts is 0"),
+        ({"attention_scale": -1}, "attention_scale is -1"),
+        ({"num_local_experts": -1}, "num_local_experts is -1"),
+        ({"model_type": "llama"}, "auto_map"),
+        ({"rotary_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        shutil.copytree(made, folder)
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ConfigError, match=words):
-            open_attention(tmp_path / key, {})
+            open_checkpoint(folder)
+    plain = tmp_path / "plain"
+    shutil.copytree(made, plain)
+    (plain / "config.json").write_text(json.dumps({**config, "rotary_base": None}))
+    assert open_checkpoint(plain).spec.rope.base == 10000  # as the modelling file takes it

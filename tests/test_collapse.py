@@ -12,7 +12,7 @@ import surgery
 from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.upcycling import run as running
 from surgery.upcycling.collapse import collapsed, router_shares
 from surgery.upcycling.request import Collapse

@@ -36,7 +36,7 @@ from surgery.containers.torch_legacy import TorchLegacy
 from surgery.containers.torch_zip import TorchZip
 from surgery.containers.zip_directory import ZipDirectory
 from surgery.errors import FileError
-from surgery.formats.olmo.names import decode_names, describe_value, is_encoded
+from surgery.formats.olmo.names import decode_names, is_encoded
 from surgery.tensors.chunked import Chunk, Chunked
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import IO, File
@@ -115,7 +115,6 @@ def test_views_parameters_and_structure(tmp_path: Path, protocol: int, zipped: b
     assert found.root["step"] == 7 and found.root["args"].state["size"] == (1, 2)
     assert found.root["args"].state["dtype"].path == "torch.bfloat16"
     assert found.root["attributed"].attrs == {"tensor_model_parallel": True}
-    assert found.root["parameter"].is_param and not found.root["narrow"].is_param
     assert "argparse.Namespace" in found.globals
 
 
@@ -349,7 +348,6 @@ def test_olmo_names(tmp_path: Path) -> None:
     assert isinstance(st, Safetensors) and is_encoded(st.tensors) and not is_encoded({"model.w": 0})
     plain, pickled = decode_names(st.tensors, "x")
     assert set(plain) == {"transformer.wte.weight", "state.3.exp_avg"} and set(pickled) == {"param_groups"}
-    assert describe_value(pickled["param_groups"], "x", "param_groups") == groups
 
 
 def test_a_file_that_shrinks_after_opening_is_an_error(tmp_path: Path) -> None:

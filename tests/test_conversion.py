@@ -15,7 +15,7 @@ import surgery
 from surgery.conversion import convert as conversion
 from surgery.errors import FileError, LayoutError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.tensors.files import IO
 from tests import oracle, tiny
 
@@ -167,7 +167,7 @@ def test_memory_stays_within_the_budget(tmp_path):
     source = tiny.save("llama", tmp_path / "big", "float32", v=60_000, h=240, f=2400)
     assert (source / "model.safetensors").stat().st_size > 160e6
     code = (
-        "import json, sys, surgery; from surgery.formats.table import Topology\n"
+        "import json, sys, surgery; from surgery.formats.topology import Topology\n"
         f"paths = {str(source)!r}, {str(tmp_path / 'out')!r}\n"
         "r = surgery.convert(*paths, to='meta', topology=Topology(tp=2), max_memory=32 << 20)\n"
         "print(r.peak_memory, r.bytes)"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from attacks.build import WEIGHT, b, call, d, g, i, pkl, storage, t, tensor, u
-from surgery.containers.pickles.described import Limits, Truncated, describe
+from surgery.containers.pickles.describe import Limits, Truncated, describe
 from surgery.containers.pickles.records import Dict, Global, NumpyArray, Obj, TensorRecord, flatten
 from surgery.errors import FileError
 
@@ -204,7 +204,7 @@ def test_reading_imports_nothing_heavy_and_nothing_named(tmp_path: Any) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(pkl(d((u("a"), call(g("antigravity.fly"))), (u("b"), call(g("numpy.dtype"), u("f4"))))))
     program = (
-        "import sys; from surgery.containers.pickles.described import describe\n"
+        "import sys; from surgery.containers.pickles.describe import describe\n"
         f"describe(open({str(path)!r}, 'rb').read(), file='x')\n"
         "assert not {'torch', 'numpy', 'antigravity', 'pickle'} & set(sys.modules), sys.modules\n"
     )

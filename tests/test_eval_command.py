@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.cli.main import main
 from surgery.data.idx import write_index
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from tests import runs
 
 GOLDEN = Path(__file__).parent / "golden" / "lm_eval"

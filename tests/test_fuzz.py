@@ -26,7 +26,7 @@ from attacks.payloads import PAYLOADS
 from attacks.tables import blob, entry
 from surgery.containers import open_tensors
 from surgery.containers.dcp import Dcp
-from surgery.containers.pickles.described import describe
+from surgery.containers.pickles.describe import describe
 from surgery.containers.text import parse_json
 from surgery.containers.yaml_loader import parse_yaml
 from surgery.errors import SurgeryError

@@ -17,7 +17,9 @@ from surgery.formats.hf import table as hf
 from surgery.formats.hf.config import FAMILIES, choose_family, misfits, read_config, write_config
 from surgery.formats.names import collapsed
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Dialect, Rank, Row, Topology, gather
+from surgery.formats.table import Row, Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, 264, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -76,7 +78,7 @@ def test_a_mistake_in_any_row_shows(family, tiny_hf, truth):
             tried += 1
             rows = tuple(mutant if r is row else r for r in tables.rows)
             try:
-                parts = gather(Dialect("hf", rows, hf_rows.IGNORED), {Rank(): tensors}, spec, Topology()).parts
+                parts = gather(Table("hf", rows, hf_rows.IGNORED), {Rank(): tensors}, spec, Topology()).parts
             except SurgeryError:
                 continue
             wrong = Checkpoint("hf", checkpoint.path, spec, parts)
@@ -100,15 +102,22 @@ def test_every_field_of_the_config_counts(family, tiny_hf, truth):
 def test_written_config_reads_the_same_and_transformers_accepts_it(model_type, tiny_hf):
     from transformers import AutoConfig
 
+    from surgery.running.loading import own_classes
+
     family = {"llama": "llama3"}.get(model_type, model_type)
-    if family not in tiny.FAMILIES:
-        family = "olmo2"  # flex_olmo: a sparse relative
-    spec = open_checkpoint(tiny_hf(family)).spec
-    if model_type == "flex_olmo":
-        spec = spec.replace(family="flex_olmo", experts=8, expert_ffn=56, ffn=0, top_k=3)
+    relatives = {
+        "flex_olmo": ("olmo2", {"experts": 8, "expert_ffn": 56, "ffn": 0, "top_k": 3}),
+        "attention_moe": (
+            "llama3",
+            {"attn_experts": 2, "attn_top_k": 1, "attn_scale": 2**0.5, "top_k_renormalised": True},
+        ),
+    }
+    family, changes = relatives.get(model_type, (family, {}))
+    spec = open_checkpoint(tiny_hf(family)).spec.replace(family=model_type, **changes)
     config = write_config(spec, {}, "float32", model_type)
     assert not misfits(spec, model_type)
-    theirs = AutoConfig.for_model(**config)
+    own = own_classes(model_type)
+    theirs = own.config(**config) if own else AutoConfig.for_model(**config)
     again, _, notes = read_config(json.loads(theirs.to_json_string()), "config.json")
     assert not {k: v for k, v in spec.differences(again).items() if k not in ("true_vocab",)}
     assert not [n for n in notes if "not understood" in n]

@@ -20,7 +20,8 @@ from surgery.formats.megatron import dist as megatron_dist
 from surgery.formats.megatron import files as folders
 from surgery.formats.megatron import table as megatron_table
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Rank, Topology, gather
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from surgery.tensors.lazy import same_bits
 from surgery.writing.stream import write
 from tests import oracle, reference, tiny
@@ -117,20 +118,20 @@ def test_a_mistake_in_any_row_shows(name):
     ids, want = oracle.expected(f"megatron/{name}")
     if name == DIST:
         shards = {Rank(): Dcp(GOLDEN / name / "checkpoint/iter_0000001").tensors}
-        dialect, topology = megatron_table.dist_table("local_dist", shards[Rank()]), Topology()
+        table, topology = megatron_table.dist_table("local_dist", shards[Rank()]), Topology()
     else:
         files = folders.rank_files(GOLDEN / name / "checkpoint/iter_0000001", opened.topology)
         shards = {rank: folders.open_rank(path).chunks[0] for rank, path in files.items()}
-        dialect, topology = megatron_table.table("local", "sequential"), opened.topology
+        table, topology = megatron_table.table("local", "sequential"), opened.topology
     tried = 0
-    for row in dialect.rows:
+    for row in table.rows:
         if row.copy or next(row.binds(opened.spec), None) is None:
             continue
         for mutant in mutants(row, topology.tp):
             tried += 1
-            rows = tuple(mutant if r is row else r for r in dialect.rows)
+            rows = tuple(mutant if r is row else r for r in table.rows)
             try:
-                parts = gather(dataclasses.replace(dialect, rows=rows), shards, opened.spec, topology).parts
+                parts = gather(dataclasses.replace(table, rows=rows), shards, opened.spec, topology).parts
                 wrong = reference.logits(dataclasses.replace(opened, parts=parts), ids)
             except (SurgeryError, AssertionError, KeyError, ValueError):
                 continue

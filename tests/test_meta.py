@@ -18,7 +18,9 @@ from surgery.formats.meta import config as meta_params
 from surgery.formats.meta import format as meta
 from surgery.formats.meta import table as meta_table
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from surgery.tensors.lazy import Fill
 from tests import oracle, reference
 from tests.test_hf import mutants
@@ -82,7 +84,7 @@ def test_a_mistake_in_any_row_shows(name, least):
             tried += 1
             rows = tuple(mutant if r is row else r for r in table.rows)
             try:
-                parts = gather(Dialect("meta", rows, meta_table.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
+                parts = gather(Table("meta", rows, meta_table.IGNORED), shards, checkpoint.spec, Topology(tp=2)).parts
                 wrong = dataclasses.replace(checkpoint, parts=parts)
                 assert oracle.gap(reference.logits(wrong, ids), want) > 1e-3, f"{row.name} as {mutant}"
             except (SurgeryError, ValueError):
@@ -196,7 +198,9 @@ def test_ffn_numbers_of_the_releases():
         assert meta_params.ffn_width(dim, multiple, multiplier) == width
 
 
-@pytest.mark.parametrize("family", [f for f in hf_config.FAMILIES if f not in ("llama", "mistral", "flex_olmo")])
+@pytest.mark.parametrize(
+    "family", [f for f in hf_config.FAMILIES if f not in ("llama", "mistral", "flex_olmo", "attention_moe")]
+)
 def test_what_metas_code_cannot_compute_is_refused(family, tiny_hf, tmp_path):
     with pytest.raises(ConfigError, match="Meta's format cannot hold"):
         surgery.convert(tiny_hf(family), tmp_path / "out", to="meta")

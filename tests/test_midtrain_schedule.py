@@ -50,16 +50,17 @@ def test_a_phase_of_ours_counts_from_its_own_start():
     schedule = Schedule(peak=3e-5, steps=LEFT, decay=LEFT)
     assert schedule(1) == 3e-5
     assert schedule(LEFT) == pytest.approx(3e-5 / LEFT)
-    assert schedule.idle() == []
+    assert schedule.idle(LEFT) == []
     assert not schedule.ended
     assert Schedule(peak=3e-5, steps=LEFT, decay=LEFT, offset=START).ended
-    assert len(Schedule(peak=3e-5, steps=LEFT, decay=LEFT, offset=START).idle()) == LEFT
+    assert len(Schedule(peak=3e-5, steps=LEFT, decay=LEFT, offset=START).idle(LEFT)) == LEFT
 
 
 def test_steps_without_effect_are_those_of_the_conventions():
     wanted = {(1, 0): [], (1, 1): [20], (0, 0): [1]}
     found = {
-        (w, d): Schedule(1.0, 20, warmup=4, decay=16, count_warmup_from=w, count_decay_from=d).idle() for w, d in wanted
+        (w, d): Schedule(1.0, 20, warmup=4, decay=16, count_warmup_from=w, count_decay_from=d).idle(20)
+        for w, d in wanted
     }
     assert found == wanted
 

@@ -203,5 +203,9 @@ def test_a_schedule_in_steps_tokens_or_shares():
     made = course(schedule={"name": "wsd", "warmup": "96 tokens", "decay": "30%", "final_lr": "10%"})
     assert (made.schedule.warmup, made.schedule.decay, made.schedule.steps) == (2, 3, 10)
     assert made.schedule.final == pytest.approx(1e-4)
+    longer = course(schedule={"name": "linear", "length": 40}).schedule
+    assert longer(1) == 1e-3 and longer(10) == pytest.approx(1e-3 * 31 / 40)
+    shorter = course(schedule={"name": "linear", "length": "50%"})
+    assert shorter.schedule.idle(shorter.layout.steps) == [6, 7, 8, 9, 10]
     with pytest.raises(ConfigError, match="warm-up of 8 and decay of 3 steps in 10"):
         course(schedule={"name": "wsd", "warmup": 8, "decay": 3})

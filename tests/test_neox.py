@@ -29,7 +29,9 @@ from surgery.formats.neox.releases import RELEASES, Evidence
 from surgery.formats.neox.table import Spelling
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.replicas import mean, share, total
-from surgery.formats.table import Dialect, Topology, gather, shard, weave
+from surgery.formats.table import Table
+from surgery.formats.topology import Topology
+from surgery.formats.weave import gather, shard, weave
 from tests import oracle, reference, tiny
 from tests.test_hf import mutants
 
@@ -424,7 +426,7 @@ def test_a_mistake_in_reading_biases_shows():
     table = neox_table.table(checkpoint.spec, Spelling("linear", "A", 2))
     for change in ({"summed": False}, {"summed": False, "averaged": True}):
         rows = tuple(dataclasses.replace(r, **change) if r.summed else r for r in table.rows)
-        parts = gather(Dialect("neox", rows, neox_table.IGNORED), opened.shards, checkpoint.spec, Topology(tp=2)).parts
+        parts = gather(Table("neox", rows, neox_table.IGNORED), opened.shards, checkpoint.spec, Topology(tp=2)).parts
         wrong = dataclasses.replace(checkpoint, parts=parts)
         try:
             assert oracle.gap(reference.logits(wrong, ids), want) > 0.1

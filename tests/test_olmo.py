@@ -25,7 +25,9 @@ from surgery.formats.olmo import files as olmo_files
 from surgery.formats.olmo import table as olmo_table
 from surgery.formats.olmo.names import decode_name
 from surgery.formats.registry import open_checkpoint, recognise
-from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from surgery.tensors.lazy import Fill
 from tests import oracle, reference, tiny
 from tests.test_hf import mutants
@@ -240,7 +242,7 @@ def test_a_mistake_in_any_row_shows(name, models, tmp_path):
     lazies = surgery.open_tensors(tmp_path / "x.safetensors")
 
     def gap(table) -> float:
-        parts = gather(Dialect("olmo", tuple(table), olmo_table.IGNORED), {Rank(): lazies}, spec, Topology()).parts
+        parts = gather(Table("olmo", tuple(table), olmo_table.IGNORED), {Rank(): lazies}, spec, Topology()).parts
         return oracle.gap(reference.logits(Checkpoint("olmo", Path(), spec, parts), IDS), want)
 
     assert gap(rows) < 2e-5
@@ -287,7 +289,7 @@ def test_a_mistake_in_the_rows_of_old_models_shows():
         mutant = dataclasses.replace(row, parts=(new,))
         tried += 1
         try:
-            parts = gather(Dialect("olmo", tuple(mutant if r is row else r for r in rows), olmo_table.IGNORED),
+            parts = gather(Table("olmo", tuple(mutant if r is row else r for r in rows), olmo_table.IGNORED),
                            {Rank(): table}, checkpoint.spec, Topology()).parts  # fmt: skip
             assert oracle.gap(reference.logits(dataclasses.replace(checkpoint, parts=parts), ids), want) > 1e-3
         except (SurgeryError, ValueError):

@@ -26,7 +26,9 @@ from surgery.formats.olmo_core import format as olmo_core
 from surgery.formats.olmo_core import table as olmo_core_table
 from surgery.formats.olmo_core.config import Variant
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Dialect, Rank, Topology, gather
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather
 from tests import oracle, reference
 from tests.test_hf import mutants
 
@@ -196,7 +198,7 @@ def test_a_wrong_reading_shows():
         olmo_core_table.table(Variant(interleaved=True, fused=True))
 
 
-def misread(name: str, table: Dialect) -> Checkpoint:
+def misread(name: str, table: Table) -> Checkpoint:
     """A golden, read by another table."""
     checkpoint = open_checkpoint(golden(name))
     stored = surgery.open_tensors(golden(name) / "model_and_optim")
@@ -257,7 +259,7 @@ def test_a_mistake_in_any_row_shows(name):
             tried += 1
             rows = tuple(mutant if r is row else r for r in table.rows)
             try:
-                gap = oracle.gap(reference.logits(misread(name, Dialect("x", rows)), ids), want)
+                gap = oracle.gap(reference.logits(misread(name, Table("x", rows)), ids), want)
             except (SurgeryError, ValueError):
                 continue
             assert gap > 1e-3, f"{row.name} as {mutant}"

@@ -5,7 +5,7 @@ import torch
 
 import surgery
 from surgery.containers.output import OutputFile, Region, copied_file, text_file
-from surgery.containers.safetensors_writer import safetensors_file
+from surgery.containers.safetensors import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.conversion import convert as conversion
 from surgery.errors import FileError, SurgeryError

@@ -165,7 +165,7 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     before = tree(model)
     for name in ("meta", "back"):  # left by an earlier run, of another model
         (work / name).mkdir(parents=True)
-        (work / name / "stale").write_text("old")
+        (work / name / "stale.safetensors").write_text("old")
     result = quickstart(model, work, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     titles = re.findall(r"^\d+\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
@@ -177,7 +177,7 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     assert f"The lowest of the 4: {min(losses)[1]}" in result.stdout
     assert "for 2 ranks" in result.stdout
     assert sorted(f.name for f in (work / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
-    assert not list(work.rglob("stale"))
+    assert not list(work.rglob("stale*"))
     assert tree(model) == before
     assert result.stdout.count("proof  exact") == 2
     assert tree(work / "back")["tokenizer.json"] == before["tokenizer.json"]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.upcycling import run as running
 from surgery.upcycling.edit_experts.choose import chosen
 from surgery.upcycling.edit_experts.experts import router_classes

@@ -14,7 +14,7 @@ import surgery
 from surgery.cli import main as cli
 from surgery.errors import ConfigError, FileError, LayoutError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.merging import run
 from surgery.merging.recipe import parse_recipe
 from surgery.merging.request import Soup

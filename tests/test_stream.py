@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.containers.output import OutputFile, Region, text_file
-from surgery.containers.safetensors_writer import safetensors_file
+from surgery.containers.safetensors import safetensors_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import FileError, LayoutError, OutputError
 from surgery.tensors.extent import Extent
@@ -250,7 +250,7 @@ def test_memory_stays_within_the_budget(tmp_path):
 import sys
 from pathlib import Path
 import torch, numpy
-from surgery.containers.safetensors_writer import safetensors_file
+from surgery.containers.safetensors import safetensors_file
 from surgery.tensors.files import File
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.extent import Extent

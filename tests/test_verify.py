@@ -21,7 +21,7 @@ from surgery.cli import show_verification as render
 from surgery.conversion.convert import convert
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import IO
 from surgery.tensors.lazy import Fill, boxes
@@ -304,6 +304,8 @@ def test_every_field_of_the_spec_is_compared() -> None:
         clip_qkv=9.0,
         moe_layers=(1,),
         windows=(0, 5),
+        attn_experts=2,
+        attn_top_k=1,
     )
     other = {int: 10, float: 0.5, str: "other", type(None): 3}
     for field in fields(Spec):

@@ -18,7 +18,7 @@ from surgery.cli import show_verification as render
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.registry import open_checkpoint
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.running import loading
 from surgery.running import whole as running
 from surgery.running.loading import load

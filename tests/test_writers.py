@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from surgery.containers.output import OutputFile, Region, copied_file, text_file
-from surgery.containers.safetensors_writer import DTYPES, safetensors_file
+from surgery.containers.safetensors import CODES, safetensors_file
 from surgery.containers.torch_writer import Record, torch_file
 from surgery.errors import FileError, LayoutError
 from surgery.tensors.in_memory import InMemory
@@ -267,7 +267,7 @@ def test_more_members_than_16_bits_count(tmp_path):
 @pytest.mark.parametrize("kind", sorted(ITEMSIZE))
 def test_safetensors_loads_every_dtype_and_shape(kind, tmp_path):
     tensors = {f"t{i}": random_tensor(shape, kind) for i, shape in enumerate(SHAPES)}
-    if kind not in DTYPES:
+    if kind not in CODES:
         with pytest.raises(LayoutError, match=f"safetensors has no dtype {kind}"):
             safetensors_file("m.safetensors", {k: InMemory(t) for k, t in tensors.items()})
         return

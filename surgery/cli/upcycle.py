@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, topology, values_of, with_flags
+from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
 from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
 from surgery.writing.progress import progress_bars
@@ -21,21 +21,15 @@ from surgery.writing.progress import progress_bars
 R = TypeVar("R", bound=Proven)
 RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
 MORE = (RECIPE, SHARD_SIZE, OPTIONS, DRY_RUN, JSON)
-OTHER = (
-    click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture of "
-                 "experts back into a dense model. exact (of copies and virtual groups), average, or by-router "
-                 "(weighted by use on a text)."),
-    click.option("--attention-experts", type=click.IntRange(1), metavar="N", help="Make the attention a mixture too: N "
-                 "groups of heads, written as a Hugging Face model with code of its own. With or without --experts."),
-    click.option("--attention-top-k", type=click.IntRange(1), metavar="K", help="How many of the groups a token uses. "
-                 "[default: all, which is exact]"),
-)  # fmt: skip
+COLLAPSE = click.option("--collapse", metavar="MODE", is_flag=False, flag_value="exact", help="The reverse: a mixture "
+                        "of experts back into a dense model. exact (of copies and virtual groups), average, or "
+                        "by-router (weighted by use on a text).")  # fmt: skip
 
 
 @click.command("upcycle")
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
-@with_flags(flags_of(Upcycle), OTHER, MORE)
+@with_flags(flags_of(Upcycle), (COLLAPSE, *MORE))
 def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     """Turn a dense checkpoint into a mixture of experts, and prove whether it still computes the same.
 
@@ -51,13 +45,8 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     tokens, layer by layer; the proof is printed and written to surgery.json. What would change the function is refused
     without --force-lossy, and an exact strategy that does not come out exact is an error.
     """
-    from surgery.errors import UsageError
     from surgery.upcycling import run
 
-    if flags["attention_experts"]:
-        return _with_attention(src, dst, flags)
-    if flags["attention_top_k"]:
-        raise UsageError("--attention-top-k goes with --attention-experts")
     if flags["collapse"]:
         _refuse_settings(flags, "--collapse")
         collapse = _made(Collapse, {**values_of(Collapse, flags), "by": flags["collapse"]})
@@ -162,22 +151,3 @@ def _refuse_settings(flags: dict[str, Any], where: str) -> None:
         raise UsageError(f"{where} does not go with {some(odd)}")
     if flags["dtype"] not in (None, "keep"):
         raise UsageError(f"{where} does not go with --dtype", hint="surgery convert casts, before or after it")
-
-
-def _with_attention(src: str, dst: str, flags: dict[str, Any]) -> None:
-    from surgery.errors import UsageError
-    from surgery.formats.topology import ONE_RANK
-    from surgery.upcycling.attention import plan as attention
-    from surgery.upcycling.attention.experts import Attention
-
-    if flags["collapse"] or flags["to"] not in (None, "hf") or topology(flags) != ONE_RANK:
-        raise UsageError("--attention-experts goes with --to hf on one rank, and not with --collapse")
-    if flags["attention"]:
-        raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
-    wanted = Attention(flags["attention_experts"], flags["attention_top_k"] or flags["attention_experts"],
-                       seed=flags["seed"] or 0)  # fmt: skip
-    settings = _upcycle(flags) if flags["recipe"] or _given(flags, ("seed", "force_lossy")) else None
-    request = _made(Proven, values_of(Proven, flags))
-    dtype, lossy = flags["dtype"] or "keep", bool(flags["force_lossy"])
-    _finish(lambda on: attention.prepare(src, wanted, request, settings, dtype=dtype, force_lossy=lossy, on=on), dst,
-            request, flags)  # fmt: skip

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.pickles.described import describe
-from surgery.containers.pickles.known import count, counts, torch_kind
+from surgery.containers.pickles.allowed import count, counts, dtype_of
+from surgery.containers.pickles.describe import describe
 from surgery.containers.pickles.machine import Limits
 from surgery.containers.pickles.records import BadPickle, Obj, TensorRecord
 from surgery.containers.torch_zip import TorchZip
@@ -145,7 +145,7 @@ class Dcp:
 
     def _tensor(self, name: str, state: dict[Any, Any], blobs: dict[_Key, Blob]) -> Lazy:
         whose = show(name)
-        kind, shape = _dtype(name, state.get("properties")), counts(state.get("size"), f"size of {whose}")
+        dtype, shape = _dtype(name, state.get("properties")), counts(state.get("size"), f"size of {whose}")
         chunks, records = [], state.get("chunks")
         if not isinstance(records, (list, tuple)):
             raise BadPickle(f"the chunks of {show(name)} are {show(records)}")
@@ -159,10 +159,10 @@ class Dcp:
             if blob is None and not any(start):
                 blob = blobs.pop((name, None), None)
             if blob is not None:
-                chunks.append(Chunk(start, sizes, partial(_chunk, name, blob, kind, sizes)))
+                chunks.append(Chunk(start, sizes, partial(_chunk, name, blob, dtype, sizes)))
             elif all(sizes):
                 _missing(name, start)
-        return Chunked(name, shape, kind, chunks, self.path)
+        return Chunked(name, shape, dtype, chunks, self.path)
 
 
 def _list(start: Shape | None) -> str:
@@ -178,20 +178,20 @@ def _dtype(name: str, properties: object) -> str:
     states = properties.states if isinstance(properties, Obj) else None
     state = states[0] if states else None
     if isinstance(state, dict):
-        return torch_kind(state.get("dtype"))
+        return dtype_of(state.get("dtype"))
     if isinstance(state, tuple) and state:
-        return torch_kind(state[0])
+        return dtype_of(state[0])
     raise BadPickle(f"the properties of {show(name)} are malformed")
 
 
-def _chunk(name: str, blob: Blob, kind: str, sizes: Shape) -> Lazy:
+def _chunk(name: str, blob: Blob, dtype: str, sizes: Shape) -> Lazy:
     """The one tensor of a blob, which must be what the metadata say."""
     tensor = blob.open().root
     if not isinstance(tensor, TensorRecord):
         what = f"the data of {show(name)} are {show(tensor)}, not a plain tensor"
         raise FileError(what, file=blob.file.path, byte=blob.offset)
-    if tensor.dtype != kind or tensor.shape != sizes:
-        held, said = f"{tensor.dtype}{_list(tensor.shape)}", f"{kind}{_list(sizes)}"
+    if tensor.dtype != dtype or tensor.shape != sizes:
+        held, said = f"{tensor.dtype}{_list(tensor.shape)}", f"{dtype}{_list(sizes)}"
         what = f"a chunk of {show(name)} is {held}, but the metadata say {said}"
         raise FileError(what, file=blob.file.path, byte=blob.offset, hint="shards of two saves are mixed")
     return tensor

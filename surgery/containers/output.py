@@ -2,7 +2,7 @@
 
     text_file("config.json", b"{}")                       # a small file
     copied_file("tokenizer.model", source / "tokenizer.model")
-    safetensors_file("model.safetensors", {"w": lazy})    # see safetensors_writer.py, torch_writer.py
+    safetensors_file("model.safetensors", {"w": lazy})    # see safetensors.py, torch_writer.py
 
 Every size is known beforehand, so that free space is checked before anything is written and a killed run can go on
 in the middle of a file.  `surgery.writing.stream.write` turns these plans into files.

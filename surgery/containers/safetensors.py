@@ -2,22 +2,28 @@
 
     st = Safetensors(File("model.safetensors"))
     st.tensors["model.embed_tokens.weight"].shape
+    safetensors_file("model.safetensors", {"lm_head.weight": lazy})      # plans one
 
 Own header parsing, stricter than the library's: duplicate names, holes, overlaps and trailing bytes are errors.
-Source of the format: github.com/huggingface/safetensors, README "Format".
+Source of the format: github.com/huggingface/safetensors, README "Format"; the header's length is a little-endian
+uint64, its text is padded with blanks.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.containers.output import OutputFile, Region, relative
 from surgery.containers.text import parse_json
-from surgery.errors import FileError, show
+from surgery.errors import FileError, LayoutError, show
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import File
-from surgery.tensors.lazy import ITEMSIZE
+from surgery.tensors.lazy import ITEMSIZE, Lazy
 
 HEADER_LIMIT = 100_000_000
 DTYPES = {
@@ -27,7 +33,10 @@ DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items() if not code.endswith("FNUZ")}  # those that are written
 _FIELDS = {"dtype", "shape", "data_offsets"}
+ALIGN = 64  # of the first tensor in a file that is written
+METADATA = {"format": "pt"}  # without it transformers refuses the file
 
 
 class Safetensors:
@@ -100,3 +109,49 @@ class Safetensors:
 
 def _sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def safetensors_file(
+    name: str,
+    tensors: Mapping[str, Lazy],
+    metadata: Mapping[str, str] = METADATA,
+    copies: frozenset[str] = frozenset(),
+) -> OutputFile:
+    """A file that holds `tensors` in the given order; names in `copies` are replicas (see Region).
+
+    Wider elements come first where the given order would leave an element unaligned.  Raises LayoutError for a
+    dtype or a name that the format does not have.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at, placed = 0, []
+    for key in _ordered(tensors):
+        tensor = tensors[key]
+        if tensor.dtype not in CODES or key == "__metadata__":
+            what = (
+                f"dtype {tensor.dtype} of tensor {show(key)}" if key != "__metadata__" else "tensor name __metadata__"
+            )
+            raise LayoutError(f"{name}: safetensors has no {what}", hint="choose another dtype or target format")
+        offsets = [at, at + tensor.nbytes]
+        header[key] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        placed.append((key, tensor, at))
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    if len(text) > HEADER_LIMIT:
+        raise LayoutError(f"{name}: a header of {len(text)} bytes is over the format's limit of {HEADER_LIMIT}")
+    head = struct.pack("<Q", len(text)) + text
+    regions = tuple(Region(key, tensor, len(head) + at, key in copies) for key, tensor, at in placed)
+    return OutputFile(relative(name), len(head) + at, head, regions)
+
+
+def _ordered(tensors: Mapping[str, Lazy]) -> list[str]:
+    """The names as given if every tensor then lies at a multiple of its element size, else by size of elements."""
+    at = 0
+    for tensor in tensors.values():
+        if at % ITEMSIZE[tensor.dtype]:
+            return sorted(tensors, key=lambda k: -ITEMSIZE[tensors[k].dtype])
+        at += tensor.nbytes
+    return list(tensors)

@@ -9,7 +9,7 @@ Per storage an int64 count of elements, then little-endian data.  Source: torch/
 
 from __future__ import annotations
 
-from surgery.containers.pickles.described import Description, Truncated, describe
+from surgery.containers.pickles.describe import Description, Truncated, describe
 from surgery.containers.pickles.machine import Limits
 from surgery.containers.torch_zip import Tree
 from surgery.errors import FileError, show

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.pickles.described import describe
+from surgery.containers.pickles.describe import describe
 from surgery.containers.pickles.machine import Limits
 from surgery.containers.pickles.records import Storage, flatten
 from surgery.containers.zip_directory import ZipDirectory

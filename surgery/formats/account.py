@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError, show
+from surgery.tensors.files import leads_out
 
 if TYPE_CHECKING:
     from surgery.containers import Container
@@ -97,7 +98,10 @@ def beside(root: Path, read: Collection[Path], rules: Iterable[Rule]) -> Beside:
             hint = "merge it into the weights (`surgery soup` takes MODEL+ADAPTER), or take it away"
             raise ConfigError(f"{show(name)} lies beside the weights: {rule.reason}", file=root, hint=hint)
         if rule.verdict == CARRIED:
-            found.carried.update(_carried(path, name))
+            carried = dict(_carried(path, name))
+            foreign = {inner: file for inner, file in carried.items() if leads_out(file, root)}
+            found.carried.update({inner: file for inner, file in carried.items() if inner not in foreign})
+            left += [(show(inner)[1:-1], "it is a link out of the folder") for inner in foreign]
         elif rule.verdict == NAMED:
             left.append((show(name)[1:-1], rule.reason))
     found.left.update(summed_up(left))
@@ -105,7 +109,7 @@ def beside(root: Path, read: Collection[Path], rules: Iterable[Rule]) -> Beside:
 
 
 def _carried(path: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """A small file, or those of a folder.  `copied_file` refuses links that lead elsewhere than into a hub's cache."""
+    """A small file, or those of a folder."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file() and file.stat().st_size <= _CARRIED_BYTES:
             yield name + file.name if path.is_dir() else name, file

@@ -22,9 +22,9 @@ from surgery import tokenizer
 from surgery.containers.output import copied_file
 from surgery.errors import ConfigError, FileError, UsageError, show, some
 from surgery.formats.account import Rule, beside, inside, summed_up
-from surgery.formats.rows import Dialect
-from surgery.formats.table import Shards, Stored, gather, spread
+from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.weave import Shards, Stored, gather, spread
 from surgery.model.spec import Spec
 from surgery.model.wording import check_held
 from surgery.tensors.files import Stamp
@@ -151,7 +151,7 @@ class Draft:
 
     config: Config
     seen: Any
-    table: Dialect
+    table: Table
     topology: Topology
     files: Callable[[Ranks], Iterable[OutputFile]]
     notes: tuple[str, ...] = ()
@@ -185,7 +185,7 @@ class Format:
     locate: Callable[[Path], Place | None]
     read: Callable[[Place, Options], Opened]
     spec: Callable[[Config, str, Any, Options], Reading]
-    table: Callable[[Opened, Reading, Options], Dialect]
+    table: Callable[[Opened, Reading, Options], Table]
     draft: Callable[[Checkpoint, Topology, Options], Draft]
     tokens: Callable[[Tokenizer, Checkpoint], Carried] | None = None
     flags: tuple[str, ...] = ()

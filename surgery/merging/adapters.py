@@ -20,7 +20,8 @@ from surgery.containers.text import read_json
 from surgery.errors import ConfigError, FileError, show, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import gather
 from surgery.merging.view import hf_family, view
 from surgery.tensors.lazy import Box, Lazy
 
@@ -66,8 +67,8 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     if not names:
         raise FileError("holds no adapter_model.safetensors", file=folder)
     stored = open_tensors(folder / names[0])
-    dialect = table(hf_family(checkpoint), [n.removeprefix(PREFIX) for n in stored])
-    tensors = view(checkpoint, dialect)
+    rows = table(hf_family(checkpoint), [n.removeprefix(PREFIX) for n in stored])
+    tensors = view(checkpoint, rows)
     left = set(stored)
     for name in stored:
         if match := re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_A(\.default)?\.weight", name):
@@ -83,7 +84,7 @@ def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
             left.discard(name)
     if left:
         raise ConfigError(f"the adapter holds what is not understood: {some(sorted(left))}", file=folder)
-    parts = gather(dialect, {Rank(): tensors}, checkpoint.spec, ONE_RANK).parts
+    parts = gather(rows, {Rank(): tensors}, checkpoint.spec, ONE_RANK).parts
     files = (*checkpoint.files, folder / names[0])
     return replace(checkpoint, parts=parts, files=files)
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import LayoutError, show, some
-from surgery.formats.rows import Row
-from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.formats.table import Row
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import gather
 from surgery.merging.engine.inputs import Inputs
 from surgery.merging.engine.merged import Merged
 from surgery.merging.engine.pool import Engine

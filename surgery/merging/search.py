@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import ConfigError, FileError, show
-from surgery.formats.table import ONE_RANK
+from surgery.formats.topology import ONE_RANK
 from surgery.merging import run
 from surgery.merging.methods.registry import METHODS
 from surgery.merging.reader import Reference

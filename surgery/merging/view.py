@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Stored, spread
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import Stored, spread
 from surgery.tensors.lazy import Lazy
 
 STACKED = ("model.layers.0.mlp.experts.gate_up_proj",)
@@ -24,12 +26,12 @@ def hf_family(checkpoint: Checkpoint) -> str:
     return checkpoint.spec.family if checkpoint.format == "hf" else choose_family(checkpoint.spec)
 
 
-def hf_table(checkpoint: Checkpoint) -> Dialect:
+def hf_table(checkpoint: Checkpoint) -> Table:
     """The table of that family, experts stacked."""
     return table(hf_family(checkpoint), STACKED if checkpoint.spec.experts else ())
 
 
-def view(checkpoint: Checkpoint, dialect: Dialect) -> dict[str, Lazy]:
+def view(checkpoint: Checkpoint, rows: Table) -> dict[str, Lazy]:
     """The tensors of a checkpoint under Hugging Face's names."""
-    stored: Mapping[str, Stored] = spread(dialect, checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+    stored: Mapping[str, Stored] = spread(rows, checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
     return {name: s.tensor for name, s in stored.items()}

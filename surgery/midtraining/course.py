@@ -70,12 +70,11 @@ def _micro(train: Train, layout: Layout, world: int) -> int:
 
 def schedule_of(wanted: Wanted, layout: Layout, peak: float) -> Schedule:
     """The learning rates of a run."""
-    steps = layout.steps
 
     def whole(amount: Amount) -> int:
-        return amount.steps(layout.steps_of, steps)
+        return amount.steps(layout.steps_of, layout.steps)
 
-    warmup, total = whole(wanted.warmup), steps
+    warmup, total = whole(wanted.warmup), layout.steps if wanted.length is None else whole(wanted.length)
     decays = {"wsd": whole(wanted.decay), "constant": 0, INVERSE_SQRT: 0}
     shapes = {"wsd": wanted.decay_shape, INVERSE_SQRT: INVERSE_SQRT, "cosine": "cosine"}
     decay = decays.get(wanted.name, total - warmup)

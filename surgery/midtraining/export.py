@@ -10,7 +10,7 @@ from surgery.conversion.convert import execute, plan_for
 from surgery.conversion.report import Report
 from surgery.conversion.request import Write
 from surgery.formats.operations import DTYPES
-from surgery.formats.table import Topology
+from surgery.formats.topology import Topology
 from surgery.midtraining.model import checkpoint_of
 from surgery.midtraining.settings import Export
 

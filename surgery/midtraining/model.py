@@ -20,7 +20,8 @@ import torch
 from surgery.errors import ConfigError, LayoutError, some
 from surgery.formats.base import RUN, Checkpoint
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import gather
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
 from surgery.running.loading import explained, quiet
@@ -43,7 +44,7 @@ def load(
     the family has one.  `progress` is told bytes of the source.
     Raises ConfigError if transformers has no such model, LayoutError if a part is left over.
     """
-    if "attention" in source.details:
+    if source.spec.attn_experts:
         raise ConfigError("experts of attention heads cannot be trained here", file=source.path)
     ledger = Ledger()
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})

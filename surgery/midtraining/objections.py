@@ -26,18 +26,18 @@ def wasted(course: Course) -> list[int]:
     first = schedule.count_warmup_from == 0 and schedule.warmup > 0 and not schedule.offset
     last = schedule.count_decay_from == 1 and schedule.decay > 0
     expected = ({1} if first else set()) | ({schedule.steps} if last else set())
-    return sorted(expected & set(schedule.idle()))
+    return sorted(expected & set(schedule.idle(course.layout.steps)))
 
 
 def _rates(course: Course) -> Iterator[str]:
-    schedule = course.schedule
+    schedule, steps = course.schedule, course.layout.steps
     if schedule.ended:
         yield (f"the schedule has {schedule.steps:,} steps and its counter (train.schedule.offset) stands at "
                f"{schedule.offset:,}: it is over, and every rate would be {schedule(1):g}")  # fmt: skip
         return
-    idle = sorted(set(schedule.idle()) - set(wasted(course)))
+    idle = sorted(set(schedule.idle(steps)) - set(wasted(course)))
     if idle:
-        yield (f"the learning rate is 0 in {spans(idle)} of {schedule.steps:,}, which would change nothing: "
+        yield (f"the learning rate is 0 in {spans(idle)} of {steps:,}, which would change nothing: "
                "train.schedule reaches 0 too early")  # fmt: skip
 
 

@@ -63,7 +63,7 @@ class Panel:
         grid.add_column(ratio=1)
         for title, content in self._rows():
             grid.add_row(title, content)
-        return Box(grid, title=Text(self.name), title_align="left", border_style="dim")
+        return Box(grid, title=Text(printable(self.name)), title_align="left", border_style="dim")
 
     def _rows(self) -> Iterable[tuple[str, RenderableType]]:
         step = self.metrics.get("step", 0)

@@ -31,8 +31,9 @@ INVERSE_SQRT = "inverse_sqrt"  # of the steps done, instead of a decay to the en
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of every step, from 1 to `steps`.
+    """The learning rate of every step, counted from 1.
 
+    steps    until the end of the decay; a run may stop before it
     warmup   steps in which the rate rises from `start` to `peak`
     decay    steps at the end in which it goes from `peak` to `final`; 0: it stays
     shape    a name of `SHAPES`, or `INVERSE_SQRT`: peak * sqrt(warmup / t), not below `final`
@@ -68,6 +69,6 @@ class Schedule:
         """Does a loaded counter stand at the end of a phase that decays, so that the rate will not change any more?"""
         return bool(self.offset) and self.offset >= self.steps and (self.decay > 0 or self.shape == INVERSE_SQRT)
 
-    def idle(self) -> list[int]:
-        """The steps that would change nothing, as their rate is 0."""
-        return [step for step in range(1, self.steps + 1) if self(step) == 0]
+    def idle(self, steps: int) -> list[int]:
+        """Which of a run's first `steps` would change nothing, as their rate is 0."""
+        return [step for step in range(1, steps + 1) if self(step) == 0]

@@ -139,7 +139,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def rates(job: Job, part: MicroBatch) -> str:
     """The first steps have a learning rate."""
     schedule, expected = job.course.schedule, wasted(job.course)
-    first = next((s for s in range(1, schedule.steps + 1) if s not in expected), 1)
+    first = next((s for s in range(1, job.course.layout.steps + 1) if s not in expected), 1)
     if not schedule(first) > 0:
         raise Failed(f"the learning rate of step {first} is {schedule(first):g}")
     also = f"; step {expected[0]} has none, as this convention counts" if expected else ""

@@ -91,6 +91,8 @@ class Schedule(Section):
     """linear and cosine fall from the end of the warm-up to the end of the run, wsd only over its last part."""
     start_lr: LearningRate | Literal["inherit"] = "inherit"
     """The rate after the warm-up; inherit: the one that the source's run had come to, as its files record it."""
+    length: Duration | None = None
+    """When the rate has come down, as Megatron's --lr-decay-iters; null: at the end of the run."""
     warmup: Duration = Amount(0, "steps")
     """How long the rate rises: steps, '1B tokens' or '2%' of the run."""
     warmup_from: LearningRate = Rate(0.0)

@@ -21,7 +21,8 @@ from surgery.containers import open_tensors
 from surgery.errors import ConfigError, FileError, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, gather
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import gather
 from surgery.midtraining.optimizer import named
 from surgery.midtraining.settings import Init
 from surgery.running.layerwise import weights_of

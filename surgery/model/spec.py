@@ -8,6 +8,7 @@ biases end in `.bias`.  The axes:
 
     l layer     h model width      g key/value head     n query heads per key/value head   d = two x half: head width
     v vocabulary  p learned position  f dense ffn width   e expert   m expert ffn width   s shared-expert ffn width
+    a group of heads that is an expert
 
 Rotary embeddings turn the first half of a head (`two` = 0) against the second (`two` = 1), as Hugging Face does.
 """
@@ -75,6 +76,10 @@ def _clipped(spec: Spec) -> bool:
     return spec.clip_qkv is not None
 
 
+def _grouped(spec: Spec) -> bool:
+    return spec.attn_experts > 0
+
+
 def _moe_layers(spec: Spec) -> list[bool]:
     return [spec.is_moe(layer) for layer in range(spec.layers)]
 
@@ -116,6 +121,10 @@ class Spec:
     o_bias: bool = about.part("bias of the attention's output", False)
     clip_qkv: float | None = about.choice("clip of q, k and v", None)
     clip_after_norm: bool = about.choice("clip after the norms of q and k", False, used=_clipped)  # OLMoE
+    # attention as a mixture: neighbouring heads are an expert, a token's output is the weighted sum of those it chooses
+    attn_experts: int = about.size("groups of attention heads", "a", "groups of attention heads")
+    attn_top_k: int = about.choice("groups of heads per token", 0, used=_grouped)
+    attn_scale: float | None = about.choice("scale of the groups' weights", None, used=_grouped)
     # feed forward
     act: str = about.choice("activation", "silu")  # silu | gelu | gelu_tanh | relu | relu2
     glu: bool = about.part("gated mlp", True)
@@ -266,6 +275,7 @@ def _table() -> dict[str, Part]:
         ("layers.{l}.attn.k_head_norm", "d", lambda s, _: s.qk_norm == "head"),
         ("layers.{l}.attn.o", "h (g n d)", lambda s, _: True),
         ("layers.{l}.attn.o.bias", "h", lambda s, _: s.o_bias),
+        ("layers.{l}.attn.router", "a h", lambda s, _: s.attn_experts > 0),
         ("layers.{l}.attn_post_norm", "h", _post),
         ("layers.{l}.mlp_norm", "h", _pre),
         ("layers.{l}.mlp_norm.bias", "h", _norm_bias(_pre)),

@@ -19,12 +19,12 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family, misfits, write_config
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Rank, spread
+from surgery.formats.topology import ONE_RANK, Rank
+from surgery.formats.weave import spread
 from surgery.running.device import CPU, Device
 from surgery.running.expertwise import STORED, expert_modules, one_by_one
-from surgery.running.loading import explained, quiet
+from surgery.running.loading import explained, own_classes, quiet
 from surgery.tensors.lazy import Lazy, torch_dtype
-from surgery.upcycling.attention import experts as attention
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
 
 def with_family(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint as a family that holds it: its own, else the first that does.  Raises ConfigError if none does."""
-    if "attention" in checkpoint.details or not misfits(checkpoint.spec, checkpoint.spec.family):
+    if not misfits(checkpoint.spec, checkpoint.spec.family):
         return checkpoint
     return replace(checkpoint, spec=checkpoint.spec.replace(family=choose_family(checkpoint.spec)))
 
@@ -85,10 +85,12 @@ def empty_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if "attention" in checkpoint.details:
-        return attention.empty(checkpoint, dtype).eval()
     spec = checkpoint.spec
-    config = AutoConfig.for_model(**write_config(spec, {"pad_token_id": None}, dtype, spec.family))
+    written = write_config(spec, {"pad_token_id": None}, dtype, spec.family)
+    if own := own_classes(spec.family):
+        with torch.device("meta"):
+            return own.model(own.config(**written)).to(torch_dtype(dtype)).eval()
+    config = AutoConfig.for_model(**written)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(dtype), attn_implementation=attention_by, experts_implementation=experts_by
@@ -105,11 +107,8 @@ def empty_model(
 def weights_of(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
     """What every parameter and buffer of the model should hold."""
     names = list(model.state_dict())
-    if "attention" in checkpoint.details:
-        found = attention.weights_of(checkpoint)
-    else:
-        woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
-        found = {name: s.tensor for name, s in woven.items()}
+    woven = spread(table(checkpoint.spec.family, names), checkpoint.parts, checkpoint.spec, ONE_RANK)[Rank()]
+    found = {name: s.tensor for name, s in woven.items()}
     if checkpoint.spec.tied:
         found |= {head: found[embedding] for head, embedding in model._tied_weights_keys.items()}
     if missing := [n for n in names if n not in found]:

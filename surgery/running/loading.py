@@ -9,13 +9,35 @@ A weight that is missing is an error, where transformers alone would make one up
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import ConfigError, LayoutError, SurgeryError, show, some
+from surgery.containers.text import read_json
+from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, show, some
+from surgery.formats.hf.families import FAMILIES
 from surgery.tensors.memory import free_memory
 from surgery.units import human
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a family that transformers does not have."""
+
+    config: Any
+    model: Any
+
+
+def own_classes(model_type: str) -> Classes | None:
+    """Those of a file in `formats/hf/hub`, if the family is computed by one: what lies in a folder is never run."""
+    family = FAMILIES.get(model_type)
+    if family is None or not family.code:
+        return None
+    module = importlib.import_module(f"surgery.formats.hf.hub.{family.code.removesuffix('.py')}")
+    config = f"{family.architecture.removesuffix('ForCausalLM')}Config"
+    return Classes(getattr(module, config), getattr(module, family.architecture))
 
 
 def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
@@ -25,20 +47,22 @@ def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
     ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
     """
     ways = {"attn_implementation": by, "experts_implementation": by} if by else {}
+    own = own_classes(_model_type(folder))
+    no_code: dict[str, Any] = {} if own else {"trust_remote_code": False}
     with explained("transformers cannot load the model", folder), quiet():
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = (own.config if own else AutoConfig).from_pretrained(folder, local_files_only=True, **no_code)
         config._attn_implementation = config._experts_implementation = None
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = (own.model if own else AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             local_files_only=True,
-            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **ways,
+            **({} if own else ways),
+            **no_code,
         )
     for key, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):
         if names := info.get(key):
@@ -50,9 +74,20 @@ def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.  Raises ConfigError if transformers cannot load it."""
     with explained("transformers cannot load the tokenizer", folder), quiet():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+        if own_classes(_model_type(folder)):
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _model_type(folder: Path) -> str:
+    """What config.json says; "" if it says nothing that can be read, which transformers will tell."""
+    try:
+        config = read_json(folder / "config.json", "config.json")
+    except FileError:
+        return ""
+    return str(config.get("model_type")) if isinstance(config, dict) else ""
 
 
 def fits(parameters: int) -> bool:

@@ -242,13 +242,18 @@ def usable_path(path: object) -> Path:
         raise UsageError(what, file=text, hint="give an absolute path, or `cd` to a folder that exists") from None
 
 
-def check_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
-    """Raise FileError if a link leads from `path` out of `folder`; a snapshot of a hub cache may link to its blobs."""
+def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a link leads from `path` out of `folder`; a snapshot of a hub cache may link to its blobs."""
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     blobs = home.parent.parent / "blobs"  # .../models--owner--name/{blobs/,snapshots/REVISION/}
-    if home not in real.parents and not (home.parent.name == "snapshots" and real.parent == blobs):
+    return home not in real.parents and not (home.parent.name == "snapshots" and real.parent == blobs)
+
+
+def check_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Raise FileError if `path` leads out of `folder`."""
+    if leads_out(path, folder):
         raise FileError(
-            f"is a link out of its folder, to {show(str(real), 200)}",
+            f"is a link out of its folder, to {show(os.path.realpath(path), 200)}",
             file=path,
             hint="what lies elsewhere is not copied: if it belongs to the model, replace the link by the file",
         )

@@ -3,7 +3,7 @@
     surgery.upcycle("SmolLM2-135M", "SmolLM2-moe", experts=64, top_k=8)
 
 dense_to_moe/   settings, strategies, routers, targets       edit_experts/   experts pruned, merged, duplicated
-attention/      groups of heads as experts                   collapse.py     a mixture becomes dense again
-proof.py        source and result run side by side           claim.py        what the proof holds a result to
+attention_experts.py   groups of heads as experts            collapse.py     a mixture becomes dense again
+proof.py        source and result run side by side           request.py      what can be asked for
 run.py          plan, write, prove                           api.py          upcycle, experts, collapse
 """

@@ -53,6 +53,15 @@ class Claim:
     intact: Callable[[Checkpoint], float] | None = None
 
 
+def refuse_losses(losses: Sequence[str], allowed: bool) -> None:
+    """Raise UsageError for what changes the function, unless that is allowed."""
+    if losses and not allowed:
+        raise UsageError(
+            f"the result would compute another function: {'; '.join(losses)}",
+            hint="--force-lossy allows it; the proof then says how far apart they are",
+        )
+
+
 class Made(Protocol):
     """A checkpoint that was made of others (`models`), before it is written."""
 

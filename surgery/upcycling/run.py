@@ -22,8 +22,9 @@ from surgery.formats.registry import by_side, named, open_checkpoint, recognise
 from surgery.running.device import Device, device
 from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
+from surgery.upcycling.attention_experts import attended
 from surgery.upcycling.collapse import collapsed
-from surgery.upcycling.dense_to_moe.build import Upcycled, upcycled
+from surgery.upcycling.dense_to_moe.build import upcycled
 from surgery.upcycling.edit_experts.choose import chosen
 from surgery.upcycling.proof import Made, Proof, bytes_to_read, check_tokens, prove
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
@@ -78,10 +79,12 @@ def prepare(src: Path_, request: Upcycle, on: Device | None = None) -> Prepared:
     """
     others = [open_checkpoint(path) for path in request.sources]
 
-    def change(source: Checkpoint, on: Device) -> Upcycled:
+    def change(source: Checkpoint, on: Device) -> Made:
         models = [source, *others]
         if request.dtype != "keep":
             models = [to_dtype(model, DTYPES[request.dtype]) for model in models]
+        if request.attention_experts:
+            return attended(models[0], request, on)
         return upcycled(models[0], request, models[1:], on)
 
     job = {"upcycling": request.to_json(), "dtype": request.dtype, "models": [identity(model) for model in others]}

@@ -10,7 +10,7 @@ side only is the exception: that side's embedding is read again, to compare it w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -311,8 +311,3 @@ def _surplus(a: Checkpoint, b: Checkpoint, rows_a: int, rows_b: int, zeros: bool
     start, stop = sorted((rows_a, rows_b))
     harmless = zeros or (bool(known) and max(known) <= start)
     return Surplus("a" if rows_a > rows_b else "b", start, stop, zeros, harmless)
-
-
-def changed_parts(comparison: Comparison) -> Mapping[str, Part]:
-    """The parts whose values differ, by name."""
-    return {p.name: p for p in comparison.parts if p.changes}

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgery.formats.hf.table import table
-from surgery.formats.table import Rank, Topology, gather, spread, unweave, weave
 from surgery.formats.table import row as make_row
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather, spread, unweave, weave
 from surgery.model.spec import PARTS, Spec, full_template
 from surgery.tensors.axes import Axes, Named, flat, parse
 from surgery.tensors.in_memory import InMemory
@@ -38,14 +39,14 @@ class Weights:
         held = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in stored}}
         self.parameters: dict[str, torch.Tensor] = held
         self.spec = spec
-        dialect = table(spec.family, self.parameters)
+        rows = table(spec.family, self.parameters)
         stored = {name: InMemory(tensor.detach()) for name, tensor in self.parameters.items()}
-        self.parts = gather(dialect, {Rank(): stored}, spec, Topology()).parts
+        self.parts = gather(rows, {Rank(): stored}, spec, Topology()).parts
         self._changed: dict[str, torch.Tensor] = {}
         leaves = {name: self._leaf(name) for name in self.parts}
         owner = {id(leaf): name for name, leaf in leaves.items()}
         self._woven = {
-            name: s.tensor for name, s in spread(dialect, leaves, spec, Topology())[Rank()].items() if name in stored
+            name: s.tensor for name, s in spread(rows, leaves, spec, Topology())[Rank()].items() if name in stored
         }
         self._users: dict[str, list[str]] = {}
         for name, tensor in self._woven.items():

@@ -15,15 +15,30 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from surgery.errors import OutputError, show, some
 from surgery.writing import journal
 from surgery.writing.renaming import exchange, move
 from surgery.writing.replaceable import is_junk, others
 
-if TYPE_CHECKING:
-    from surgery.writing.staging import Staging
+
+class Stage(Protocol):
+    """What is asked of the hidden folder: `fd` is open on it, `data` on the data in it, -1 if there are none."""
+
+    dst: Path
+    hidden: Path
+    fd: int
+    data: int
+    force: bool
+    durable: bool
+    found: os.stat_result | None
+
+    def has(self, name: str) -> bool: ...
+    def read(self, name: str) -> bytes: ...
+    def note(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+
 
 OURS = {"lock", "data", "old", "swap", journal.NAME}
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
@@ -56,7 +71,7 @@ def is_empty_folder(path: Path) -> bool:
     return not path.is_symlink() and path.is_dir() and not any(path.iterdir())
 
 
-def publish(stage: Staging, names: set[str]) -> None:
+def publish(stage: Stage, names: set[str]) -> None:
     """Make the data the destination: at once, and only when everything is on disk."""
     _settle(stage, names)
     if stage.durable:
@@ -73,7 +88,7 @@ def publish(stage: Staging, names: set[str]) -> None:
     stage.remove("swap")
 
 
-def _settle(stage: Staging, names: set[str]) -> None:
+def _settle(stage: Stage, names: set[str]) -> None:
     """See that the data are the planned files and nothing else; what file managers left among them is removed."""
     planned = {name[:i] for name in names for i in range(len(name)) if name[i] == "/"}
     held, folders = set(), set()
@@ -96,7 +111,7 @@ def _settle(stage: Staging, names: set[str]) -> None:
             os.rmdir(name, dir_fd=stage.data)
 
 
-def _take_the_name(stage: Staging, parent: int) -> None:
+def _take_the_name(stage: Stage, parent: int) -> None:
     name = stage.dst.name
     try:
         there = os.stat(name, dir_fd=parent, follow_symlinks=False)
@@ -117,7 +132,7 @@ def _take_the_name(stage: Staging, parent: int) -> None:
         raise OutputError("was made by another program meanwhile", file=stage.dst, hint=AWAY) from None
 
 
-def _replace(stage: Staging, parent: int) -> None:
+def _replace(stage: Stage, parent: int) -> None:
     """Change places with what is at the destination, which becomes `old`; undo it if that may not be replaced."""
     name, new = stage.dst.name, os.fstat(stage.data)
     refuse(stage.dst, force=True)
@@ -141,7 +156,7 @@ def _replace(stage: Staging, parent: int) -> None:
         raise
 
 
-def _refuse_unless_old(stage: Staging, name: str) -> None:
+def _refuse_unless_old(stage: Stage, name: str) -> None:
     """What was taken away may differ from what was looked at just before."""
     place = stage.hidden / name
     if place.is_symlink() or not place.is_dir():
@@ -149,7 +164,7 @@ def _refuse_unless_old(stage: Staging, name: str) -> None:
     _refuse_others(place, stage.dst)
 
 
-def recover(stage: Staging) -> None:
+def recover(stage: Stage) -> None:
     """Finish or undo the renaming of a run that was killed in the middle of it.  Raises OutputError."""
     strange = {name for name in os.listdir(stage.fd) if name not in OURS and not is_junk(name)}
     if strange:

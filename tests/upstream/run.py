@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import surgery
-from surgery.formats.table import ONE_RANK, Topology
+from surgery.formats.topology import ONE_RANK, Topology
 from tests import oracle, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """Pickles described, never executed: every global becomes an inert record.
 
-described.py   a pickle as plain data     machine.py    the opcodes' stack machine
-known.py       what may be rebuilt        records.py    inert stand-ins
+describe.py   a pickle as plain data      machine.py    the opcodes' stack machine
+allowed.py    what may be rebuilt         records.py    inert stand-ins
 structure.py, values.py, table.py         the opcodes   pickler.py   pickles written by hand
 """

@@ -21,7 +21,7 @@ from surgery.errors import LayoutError, show
 from surgery.tensors.extent import dense_strides
 from surgery.tensors.lazy import ITEMSIZE, Lazy
 
-STORAGES = {kind: name for name, kind in STORAGE_DTYPES.items() if name != "UntypedStorage"}
+STORAGES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "UntypedStorage"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,16 +140,14 @@ class TensorRecord(Extent):
     Identity matters: two names that share one record were one tensor object when the file was written.
     """
 
-    __slots__ = ("attrs", "cls", "is_param", "requires_grad", "start", "storage")
+    __slots__ = ("attrs", "start", "storage")
 
     def __init__(
         self, storage: Storage, dtype: str, start: int, shape: tuple[int, ...], strides: tuple[int, ...]
     ) -> None:
         # the base class is initialised by `place`: until then there is no file to check against
         self.storage, self.dtype, self.start, self.shape, self.strides = storage, dtype, start, shape, strides
-        self.requires_grad = self.is_param = False
         self.attrs: object = None
-        self.cls: object = None
 
     def place(self, file: File, offset: int, swap: bool) -> None:
         """Say where the storage's element 0 lies."""

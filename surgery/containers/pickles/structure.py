@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any, NoReturn
 
-from surgery.containers.pickles.known import storage
+from surgery.containers.pickles.allowed import storage
 from surgery.containers.pickles.machine import HALF_DONE, Machine
 from surgery.containers.pickles.records import BadPickle, Set
 from surgery.containers.pickles.table import items, op, refuse, text_integer

@@ -23,10 +23,6 @@ from surgery.model.wording import in_words
 
 Config = Mapping[str, Any]
 Json = dict[str, Any]
-ELSEWHERE = {  # what is written and not read
-    "attention_moe": "what --attention-experts made is for transformers (trust_remote_code=True) alone; change the "
-    "model that it was made of (surgery.json says which), then add attention experts again",
-}
 
 
 def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
@@ -37,8 +33,7 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     kind = config.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
-        hint = ELSEWHERE.get(str(kind), f"known families: {', '.join(FAMILIES)}")
-        raise ConfigError(f"model_type is {show(kind)}", file=file, hint=hint)
+        raise ConfigError(f"model_type is {show(kind)}", file=file, hint=f"known families: {', '.join(FAMILIES)}")
     for key, why in REFUSED.items():
         if config.get(key) and not (key == "auto_map" and family.architecture in _names(config)):
             raise ConfigError(f"{key} is set: {why}", file=file)
@@ -65,7 +60,8 @@ def _usual(config: Config, family: Family, file: str) -> tuple[Config, list[str]
     for usual, alias in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         if out.get(usual) is None and out.get(alias) is not None and usual in family.keys:  # transformers 5 renamed it
             out[usual] = out[alias]
-    if family.renamed and out.get("intermediate_size") is None and type(out.get("hidden_size")) is int:
+    implied = "intermediate_size" in family.renamed and out.get("intermediate_size") is None
+    if implied and type(out.get("hidden_size")) is int:
         out["intermediate_size"] = 4 * out["hidden_size"]
     if out.pop("scale_attn_weights", True) is not True:
         raise ConfigError("scale_attn_weights is false: attention is not scaled, which no other format does", file=file)
@@ -135,6 +131,10 @@ def write_config(spec: Spec, facts: Mapping[str, object], dtype: str, model_type
     config: Json = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {k: v for k, v in facts.items() if k in INERT and k not in ("architectures", "torch_dtype", "dtype")}
     config |= write(family.entries, spec)
+    if family.code:
+        code, name = family.code.removesuffix(".py"), family.architecture.removesuffix("ForCausalLM")
+        config["auto_map"] = {"AutoConfig": f"{code}.{name}Config",
+                              "AutoModelForCausalLM": f"{code}.{family.architecture}"}  # fmt: skip
     config["num_attention_heads"] = spec.heads
     if not family.all_heads:
         config["num_key_value_heads"] = spec.kv_heads

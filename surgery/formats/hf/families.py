@@ -23,7 +23,8 @@ class Family:
     """One `model_type`.  `keys`: config key -> field of Spec; `absent`: what transformers takes for a missing key;
     `always`: fields of Spec that are fixed; `bias`: which biases `attention_bias` switches; `theta`: default base;
     `sparse`, `shared`, `fixed`, `switches`: see `moe`; `aliases`: keys that are written under a second name too;
-    `rows` and `spellings`: the tensors."""
+    `ropes`: the types of scaling that it has, () for all; `code`: the file of `hub/` that computes it, beside the
+    weights; `more`: keys that say fields in another way; `rows` and `spellings`: the tensors."""
 
     model_type: str
     architecture: str
@@ -44,6 +45,9 @@ class Family:
     switches: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     all_heads: bool = False  # every head has a key and a value of its own, and the config does not count them
+    ropes: tuple[str, ...] = ()
+    code: str = ""
+    more: tuple[Entry, ...] = ()
     spellings: tuple[rows.Spellings, ...] = ()  # of tensors that are stored in several ways
     rows: tuple[Row, ...] = rows.LLAMA_LIKE
 
@@ -52,7 +56,8 @@ class Family:
         """The keys that can be read and written by themselves."""
         plain = (Key(key, name, words=ACTS if name == "act" else None) for key, name in self.keys.items())
         biases = (Pair(self._read_bias, self._write_bias),) if self.bias else ()
-        return (*(Pair(_read_context, _write_context) if e.field == "context" else e for e in plain), *biases)
+        context = Pair(_read_context, _write_context)
+        return (*(context if e.field == "context" else e for e in plain), *biases, *self.more)
 
     def _read_bias(self, keys: Keys) -> Mapping[str, bool]:
         return dict.fromkeys(self.bias, keys.flag("attention_bias"))
@@ -69,6 +74,18 @@ def _read_context(keys: Keys) -> Mapping[str, int | None]:
 
 def _write_context(spec: Spec) -> Mapping[str, int]:
     return {} if spec.context is None else {"max_position_embeddings": spec.context}
+
+
+def _read_mixture(keys: Keys) -> Mapping[str, int]:
+    """No experts: intermediate_size is the width of the dense mlp."""
+    experts, width = keys.integer("num_local_experts", 0), keys.integer("intermediate_size")
+    used = keys.integer("num_experts_per_tok", 0)
+    return {"experts": experts, "top_k": used, "expert_ffn": width} if experts else {"ffn": width}
+
+
+def _write_mixture(spec: Spec) -> Mapping[str, int]:
+    return {"num_local_experts": spec.experts, "num_experts_per_tok": spec.top_k if spec.experts else 0,
+            "intermediate_size": spec.expert_ffn if spec.experts else spec.ffn}  # fmt: skip
 
 
 _SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "vocab_size": "vocab",
@@ -190,6 +207,17 @@ FAMILIES: Mapping[str, Family] = {
                renamed={"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
                         "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
                         "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"}),
+        Family("attention_moe", "AttentionMoeForCausalLM",
+               {**_SIZES, "rms_norm_eps": "norm_eps", "num_attention_experts": "attn_experts",
+                "num_attention_experts_per_tok": "attn_top_k", "attention_scale": "attn_scale"},
+               _absent(rms_norm_eps=1e-5, max_position_embeddings=4096, attention_bias=False, num_key_value_heads=8,
+                       head_dim=128, num_attention_experts=8, num_attention_experts_per_tok=8, attention_scale=8.0,
+                       num_local_experts=0, num_experts_per_tok=0, intermediate_size=11008),
+               {"top_k_renormalised": True}, bias=("qkv_bias",), head_dim=True,
+               renamed={"rope_theta": "rotary_base", "rope_scaling": "rotary_scaling"},
+               ropes=("default", "linear", "llama3"), code="modeling_attention_moe.py",
+               more=(Pair(_read_mixture, _write_mixture),), rows=rows.LLAMA_LIKE + rows.ATTENTION_ROUTER,
+               spellings=(rows.MIXTRAL,)),
     )
 }  # fmt: skip
 

@@ -1,16 +1,19 @@
-"""The weight files of a Hugging Face folder: safetensors, filled up to a size in the order of the layers, and an index.
+"""The files of a Hugging Face folder: weights, filled up to a size in the order of the layers, and code.
 
 weight_files({"model.embed_tokens.weight": stored, ...}, 5_000_000_000)
+code_of("modeling_attention_moe.py")            # the bytes of the file that is shipped with this package
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from surgery.containers.output import OutputFile, text_file
-from surgery.containers.safetensors_writer import safetensors_file
-from surgery.formats.table import Stored
+from surgery.containers.safetensors import safetensors_file
+from surgery.formats.weave import Stored
+from surgery.tensors.files import read_small
 
 
 def weight_files(stored: Mapping[str, Stored], limit: int) -> list[OutputFile]:
@@ -43,3 +46,17 @@ def _natural(name: str) -> tuple[tuple[bool, str, int], ...]:
 
 def to_json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def code_of(name: str) -> bytes:
+    """A modelling file that lies beside the weights of a family that transformers does not have."""
+    return (Path(__file__).parent / "hub" / name).read_bytes()
+
+
+def check_code(path: Path) -> tuple[str, ...]:
+    """Notes on the modelling file of a folder, which is compared with ours and never run."""
+    if not path.is_file():
+        return (f"{path.name} is missing, without which transformers cannot load the folder",)
+    if read_small(path, 1 << 20, "modelling file") != code_of(path.name):
+        return (f"{path.name} is not the one of this version, and may compute something else",)
+    return ()

@@ -31,9 +31,10 @@ from surgery.formats.base import (
 )
 from surgery.formats.hf.config import choose_family, misfits, read_config, write_config
 from surgery.formats.hf.families import FAMILIES
-from surgery.formats.hf.files import to_json, weight_files
+from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
 from surgery.formats.hf.table import table
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.wording import in_words
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
@@ -48,8 +49,12 @@ def locate(folder: Path) -> Place | None:
 def read(place: Place, options: Options) -> Opened:
     file = place.folder / "config.json"
     config, tensors = mapping(file, read_json), open_tensors(place.folder)
-    index = () if tensors.index is None else (tensors.index,)
-    return Opened(config, str(file), {Rank(): tensors}, tensors.containers, (file, *index))
+    read = [file, *([] if tensors.index is None else [tensors.index])]
+    family = FAMILIES.get(str(config.get("model_type")))
+    code = place.folder / family.code if family and family.code else None
+    read += [code] if code and code.is_file() else []
+    notes = check_code(code) if code else ()
+    return Opened(config, str(file), {Rank(): tensors}, tensors.containers, tuple(read), notes=notes)
 
 
 def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
@@ -57,7 +62,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found, tuple(notes), facts)
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.spec.family, opened.shards[Rank()])
 
 
@@ -71,11 +76,15 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     config = write_config(checkpoint.spec, checkpoint.facts, checkpoint.dtype, family)
     if checkpoint.format == "hf" and family == checkpoint.config.get("model_type"):
         config = _kept(checkpoint, config)
-    return Draft(config, None, table(family), ONE_RANK, partial(_files, config, parse_size(options["shard_size"])))
+    code = FAMILIES[family].code
+    files = partial(_files, config, parse_size(options["shard_size"]), code)
+    notes = ("the folder runs code of its own: load it with trust_remote_code=True",) if code else ()
+    return Draft(config, None, table(family), ONE_RANK, files, notes)
 
 
-def _files(config: Config, limit: int, ranks: Ranks) -> Iterable[OutputFile]:
-    return [text_file("config.json", to_json(config)), *weight_files(ranks[Rank()], limit)]
+def _files(config: Config, limit: int, code: str, ranks: Ranks) -> Iterable[OutputFile]:
+    own = [text_file(code, code_of(code))] if code else []
+    return [text_file("config.json", to_json(config)), *own, *weight_files(ranks[Rank()], limit)]
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:

@@ -60,7 +60,7 @@ def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
     for name, value in (("rope base", base), ("rotary fraction", fraction)):
         if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
             raise ConfigError(f"{name} is {show(value)}", file=keys.file)
-    if kind not in TYPES:
+    if kind not in (family.ropes or TYPES):
         raise ConfigError(f"rope_type is {show(kind)}", file=keys.file)
     if kind in ("llama3", "yarn", "longrope") and keys.config.get("max_position_embeddings"):
         numbers.setdefault(ORIGINAL, keys.config["max_position_embeddings"])

@@ -45,6 +45,8 @@ LLAMA_LIKE: tuple[Row, ...] = (
     row("lm_head.weight", "embed", optional=True, when=lambda spec, _: spec.tied),
 )
 
+ATTENTION_ROUTER = (row(_L + "self_attn.router.weight", "attn.router"),)  # of our own modeling_attention_moe.py
+
 GATE_PROJ: tuple[Row, ...] = (
     row(_L + "mlp.gate.weight", "router"),
     row(_L + "mlp.experts.{e}.gate_proj.weight", "experts.{e}.gate"),

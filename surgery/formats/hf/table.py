@@ -11,14 +11,14 @@ from collections.abc import Collection
 
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.rows import IGNORED, Spellings
-from surgery.formats.table import Dialect, Row
+from surgery.formats.table import Row, Table
 
 
-def table(model_type: str, names: Collection[str] = ()) -> Dialect:
+def table(model_type: str, names: Collection[str] = ()) -> Table:
     """The rows of a family."""
     family = FAMILIES[model_type]
     rows = [row for spellings in family.spellings for row in _spelled(spellings, names)]
-    return Dialect("hf", (*family.rows, *rows), IGNORED)
+    return Table("hf", (*family.rows, *rows), IGNORED)
 
 
 def _spelled(spellings: Spellings, names: Collection[str]) -> tuple[Row, ...]:

@@ -27,7 +27,8 @@ from surgery.errors import ConfigError, FileError, LayoutError, show
 from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Place, Ranks, Reading
 from surgery.formats.megatron import entries, files
 from surgery.formats.megatron.table import dist_table
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 
@@ -114,8 +115,8 @@ def _optimizer(dcp: Dcp) -> str:
     return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
-    found: Dialect = opened.seen.table
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
+    found: Table = opened.seen.table
     return found
 
 
@@ -129,8 +130,8 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     plan.topology.layer_counts(spec.layers)
     numbered = spec.experts > 0 and not all(spec.is_moe(i) for i in range(spec.layers))
     norms = "te" if plan.norms == "te" else "local_dist"
-    dialect = dist_table(norms, (), plan.multiple * plan.topology.tp, numbered=numbered)
-    return Draft(plan.args, plan.seen, dialect, ONE_RANK, partial(_files, plan, spec, numbered), plan.notes)
+    rows = dist_table(norms, (), plan.multiple * plan.topology.tp, numbered=numbered)
+    return Draft(plan.args, plan.seen, rows, ONE_RANK, partial(_files, plan, spec, numbered), plan.notes)
 
 
 def _files(plan: entries.Written, spec: Spec, numbered: bool, ranks: Ranks) -> Iterable[OutputFile]:

@@ -17,7 +17,8 @@ from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER,
 from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
 from surgery.formats.megatron.config import BUILT_IN_FACTOR, read_args, write_args
 from surgery.formats.megatron.files import chosen_iteration
-from surgery.formats.table import Dialect, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
 
 # what is known of the entries of a checkpoint that are no tensors of the model
@@ -51,7 +52,7 @@ class Seen:
     vocab: int
     factor: float | None = None
     layers: int = 0
-    table: Dialect | None = None
+    table: Table | None = None
 
 
 def spec(config: Config, file: str, seen: Seen, options: Options) -> Reading:

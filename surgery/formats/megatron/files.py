@@ -22,7 +22,7 @@ from surgery.containers.torch_zip import Tree
 from surgery.errors import FileError, LayoutError, UsageError, show, some
 from surgery.formats.base import Options, Place
 from surgery.formats.megatron.table import OLD_NAMES
-from surgery.formats.table import Rank, Topology
+from surgery.formats.topology import Rank, Topology
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Lazy
 

@@ -23,7 +23,9 @@ from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Pla
 from surgery.formats.megatron import entries, files
 from surgery.formats.megatron.files import RankFile
 from surgery.formats.megatron.table import PRECORE, precore_table, table
-from surgery.formats.table import Dialect, Rank, Stored, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Lazy
 
 # modules that carry an _extra_state in every version; Transformer Engine's attention does so too
@@ -46,7 +48,7 @@ def read(place: Place, options: Options) -> Opened:
     rows = ranks[Rank()].chunks[0]
     precore = any(name.startswith("language_model.") for name in rows)
     vocab = _rows(rows, "language_model." * precore + "embedding.word_embeddings.weight", where) * topology.tp
-    dialect, details = _dialect(first, ranks, precore)
+    found, details = _stored(first, ranks, precore)
     tracker = place.root / files.TRACKER
     return Opened(
         args,
@@ -54,7 +56,7 @@ def read(place: Place, options: Options) -> Opened:
         {rank._replace(chunk=v): file.chunks[v] for rank, file in ranks.items() for v in range(topology.vpp)},
         tuple(file.tree for file in ranks.values()),
         (tracker,) if tracker.is_file() else (),
-        entries.Seen(vocab, entries.own_factor(first.root), sum(counts), dialect),
+        entries.Seen(vocab, entries.own_factor(first.root), sum(counts), found),
         replace(topology, stages=() if len(set(counts)) == 1 else tuple(counts)),  # uneven pipelines
         {**entries.run_details(first.root, args), **details, "optimizer": _optimizer(ranks.values())},
     )
@@ -84,7 +86,7 @@ def _rows(tensors: Mapping[str, Lazy], name: str, where: Path) -> int:
     return tensors[name].shape[0]
 
 
-def _dialect(first: RankFile, ranks: Mapping[Rank, RankFile], precore: bool) -> tuple[Dialect, dict[str, object]]:
+def _stored(first: RankFile, ranks: Mapping[Rank, RankFile], precore: bool) -> tuple[Table, dict[str, object]]:
     """The table for what is stored, by evidence of the names."""
     version = first.root.get("checkpoint_version", 0)
     if type(version) not in (int, float) or not 0 <= version < 4:
@@ -114,7 +116,7 @@ def _optimizer(ranks: Collection[RankFile]) -> str:
     return "in the rank files" if any(file.root.get("optimizer") for file in ranks) else "none"
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     """The table for what is stored.  Raises LayoutError where the args contradict the files."""
     spec, seen = reading.spec, opened.seen
     if seen.layers != spec.layers:
@@ -132,8 +134,8 @@ def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
 def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
     """The ranks' files and the tracker."""
     plan = entries.written(checkpoint, topology, options, {"ckpt_format": "torch"})
-    dialect = table(plan.norms, plan.experts, plan.multiple)
-    return Draft(plan.args, plan.seen, dialect, plan.topology, partial(_files, plan), plan.notes)
+    rows = table(plan.norms, plan.experts, plan.multiple)
+    return Draft(plan.args, plan.seen, rows, plan.topology, partial(_files, plan), plan.notes)
 
 
 def _files(plan: entries.Written, ranks: Ranks) -> Iterable[OutputFile]:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from surgery.formats.table import Dialect, Row, Topology, row
+from surgery.formats.table import Row, Table, row
+from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
 from surgery.tensors.axes import pattern
 
@@ -147,10 +148,10 @@ IGNORED = (
 )
 
 
-def table(norms: str, experts: str, vocab_multiple: int = 1) -> Dialect:
+def table(norms: str, experts: str, vocab_multiple: int = 1) -> Table:
     """Legacy files: norms local or te; experts sequential, grouped or te_grouped."""
     rows = (*OUTSIDE, TIED_COPY, *LAYERS, *NORMS[norms], *EXPERTS[experts])
-    return Dialect("megatron", rows, IGNORED, vocab_multiple)
+    return Table("megatron", rows, IGNORED, vocab_multiple)
 
 
 # ------------------------------------------------------------------------------------------------ pre-core classes
@@ -169,7 +170,7 @@ OLD_NAMES = (
 )
 
 
-def precore_table(version: int) -> Dialect:
+def precore_table(version: int) -> Table:
     """Models saved by `--use-legacy-models`, and before megatron.core; read only."""
     qkv = QKV_ORDER[version]
     rows = (
@@ -196,7 +197,7 @@ def precore_table(version: int) -> Dialect:
         row("word_embeddings_for_head.weight", "embed", cut="v", pad="v", stage=-1, copy=True,
             when=lambda spec, topology: spec.tied and topology.pp > 1),
     )  # fmt: skip
-    return Dialect(PRECORE, rows, IGNORED)
+    return Table(PRECORE, rows, IGNORED)
 
 
 # ------------------------------------------------------------------------------------------------------ torch_dist
@@ -210,14 +211,14 @@ def stacked(r: Row) -> Row:
     return replace(r, name=r.name.replace(".layers.{l}.", ".layers."), layout=layout)
 
 
-def dist_table(norms: str, stored: Collection[str] = (), vocab_multiple: int = 1, *, numbered: bool = False) -> Dialect:
+def dist_table(norms: str, stored: Collection[str] = (), vocab_multiple: int = 1, *, numbered: bool = False) -> Table:
     """torch_dist: norms local_dist or te.  Each key is spelled as `stored` has it, else numbered or stacked."""
     usual = LAYERS + NORMS[norms] + EXPERTS["dist"]
     spelled = {_template(name) for name in stored}
     found = [v for r in usual + SINGLETON for v in (stacked(r), r) if v.name in spelled]
     held = {part for r in found for part in r.parts}
     rest = [r if numbered else stacked(r) for r in usual if not held.issuperset(r.parts)]
-    return Dialect("megatron-dist", (*OUTSIDE, *found, *rest), IGNORED, vocab_multiple)
+    return Table("megatron-dist", (*OUTSIDE, *found, *rest), IGNORED, vocab_multiple)
 
 
 def _template(name: str) -> str:

@@ -35,7 +35,9 @@ from surgery.formats.base import (
 )
 from surgery.formats.meta.config import Evidence, is_llama3, read_params, to_json, write_params
 from surgery.formats.meta.table import table
-from surgery.formats.table import Dialect, Rank, Shards, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import Shards
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Lazy
 from surgery.tokenizer import Carried, Tokenizer
@@ -127,7 +129,7 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
     return Reading(found, tuple(notes), details={"embedding cut along": _CUT[seen.embedding]})
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(opened.seen.embedding)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery.formats.table import Dialect, Row, row
+from surgery.formats.table import Row, Table, row
 
 _L = "layers.{l}."
 ROWS: tuple[Row, ...] = (
@@ -41,5 +41,5 @@ EMBEDDING: Mapping[str, tuple[Row, ...]] = {
 IGNORED = ((r"(^|\.)rope\.freqs$", "a buffer that is computed from the rope base"),)
 
 
-def table(embedding: str) -> Dialect:
-    return Dialect("meta", (*EMBEDDING[embedding], *ROWS), IGNORED)
+def table(embedding: str) -> Table:
+    return Table("meta", (*EMBEDDING[embedding], *ROWS), IGNORED)

@@ -24,7 +24,7 @@ from surgery.errors import ConfigError, FileError, LayoutError, UsageError, show
 from surgery.formats.base import Place, main_dtype
 from surgery.formats.neox.config import merge
 from surgery.formats.neox.releases import RELEASES, Evidence
-from surgery.formats.table import Rank
+from surgery.formats.topology import Rank
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Lazy
 

@@ -39,7 +39,9 @@ from surgery.formats.neox.config import read_config
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
-from surgery.formats.table import Dialect, Rank, Stored, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import Stored
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.lazy import Fill, Lazy, Map
 from surgery.tokenizer import Carried, Tokenizer
@@ -91,7 +93,7 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
     return Reading(found.spec, notes, details=details, variant=found.qkv)
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     seen = opened.seen
     _divide(reading.spec, seen.ranks)
     averaged = options.get("replicas") == "average"

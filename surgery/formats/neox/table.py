@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from surgery.formats.table import Dialect, Row, Topology, row
+from surgery.formats.table import Row, Table, row
+from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
 
 
@@ -118,7 +119,7 @@ class Spelling:
     vocab_multiple: int = 1
 
 
-def table(spec: Spec, how: Spelling) -> Dialect:
+def table(spec: Spec, how: Spelling) -> Table:
     """The rows of a variant, under the numbers that this model's layers have."""
     layout, cut, views = QKV[how.qkv]
     sizes = {"t": how.tp, "y": max(spec.kv_heads // how.tp, 1), "x": max(spec.head_dim // spec.group, 1)}
@@ -133,4 +134,4 @@ def table(spec: Spec, how: Spelling) -> Dialect:
     rows += [replace(r, name=f"{how.prefix}{{l}}.{r.name}", first=2) for r in (*LAYER, *qkv, *MLP[how.mlp])]
     if how.averaged:
         rows = [replace(r, averaged=not r.cut and not r.summed) for r in rows]
-    return Dialect("neox", tuple(rows), IGNORED, how.vocab_multiple)
+    return Table("neox", tuple(rows), IGNORED, how.vocab_multiple)

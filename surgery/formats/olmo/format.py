@@ -34,7 +34,8 @@ from surgery.formats.base import (
 from surgery.formats.olmo import files
 from surgery.formats.olmo.config import kept, read_model, write_config
 from surgery.formats.olmo.table import table
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.tokenizer import Carried, Tokenizer
 
 FILES = (Rule(r"data-indices/", "the order of the run's data"),)
@@ -59,7 +60,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, variant=found.block_type, tokenizer=found.tokenizer)
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.variant)
 
 
@@ -71,8 +72,8 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     config = write_config(spec, checkpoint.facts, block, group, identifier)
     if checkpoint.format == "olmo":
         config = kept(checkpoint.config, config)
-    dialect = table("moe" if spec.experts else block)
-    return Draft(config, None, dialect, ONE_RANK, partial(_files, config, group))
+    rows = table("moe" if spec.experts else block)
+    return Draft(config, None, rows, ONE_RANK, partial(_files, config, group))
 
 
 def _files(config: Config, group: int, ranks: Ranks) -> Iterable[OutputFile]:

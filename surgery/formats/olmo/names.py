@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any
 
-from surgery.containers.pickles.described import describe
+from surgery.containers.pickles.describe import describe
 from surgery.errors import FileError, show
 from surgery.tensors.lazy import Lazy
 
 _NAME_LIMIT = 1 << 16  # characters of base64
-_VALUE_LIMIT = 64 << 20  # bytes of a pickled value
 
 Path = tuple[str | int, ...]
 
@@ -57,14 +55,3 @@ def decode_names(tensors: Mapping[str, Lazy], file: str) -> tuple[dict[str, Lazy
             raise FileError(f"two tensors have the name {show(path)}", file=file)
         (pickled if is_pickled else plain)[path] = tensor
     return plain, pickled
-
-
-def describe_value(tensor: Lazy, file: str, name: str) -> Any:
-    """What a pickled value says, as data.  Raises FileError."""
-    if tensor.dtype != "uint8" or len(tensor.shape) != 1 or tensor.nbytes > _VALUE_LIMIT:
-        raise FileError(f"{show(name)} is {tensor!r}, not a short row of bytes", file=file)
-    data = tensor.full().numpy().tobytes()
-    found = describe(data, file=file, member=show(name), storages=False)
-    if found.end != len(data):
-        raise FileError(f"{show(name)} has {len(data) - found.end} bytes after its pickle", file=file)
-    return found.root

@@ -37,9 +37,9 @@ def assemble(name: str, shape: Shape, runs: Sequence[Run], file: str) -> Lazy:
     for start, stop, data in runs:
         if start < stop:
             by_place.setdefault((start, stop), []).append(data)
-    kinds = {data.dtype for _, _, data in runs}
-    if len(kinds) > 1:
-        raise FileError(f"the pieces of {show(name)} have several dtypes: {', '.join(sorted(kinds))}", file=file)
+    dtypes = {data.dtype for _, _, data in runs}
+    if len(dtypes) > 1:
+        raise FileError(f"the pieces of {show(name)} have several dtypes: {', '.join(sorted(dtypes))}", file=file)
     chunks = []
     for (start, stop), copies in by_place.items():
         data = copies[0] if len(copies) == 1 else Same(copies, name)
@@ -48,7 +48,7 @@ def assemble(name: str, shape: Shape, runs: Sequence[Run], file: str) -> Lazy:
             raise FileError(what, file=file)
         chunks.append(Chunk((start,), (stop - start,), partial(_itself, data)))
     size = math.prod(shape)
-    flat = Chunked(name, (size,), kinds.pop() if kinds else "float32", chunks, file)
+    flat = Chunked(name, (size,), dtypes.pop() if dtypes else "float32", chunks, file)
     if len(shape) == 1:
         return flat
     axes = tuple(f"d{i}" for i in range(len(shape)))
@@ -192,18 +192,18 @@ def read_sharded_tensors(folder: Path) -> TensorTable:
 def _joined(name: str, values: Sequence[tuple[str, Any]]) -> Lazy:
     if all(isinstance(value, TensorRecord) for _, value in values):
         return Same([value for _, value in values], name) if len(values) > 1 else values[0][1]
-    shape, kinds, chunks = None, set(), []
+    shape, dtypes, chunks = None, set(), []
     for file, value in values:
         size, shards = _sharded_tensor(name, value, file)
         if shape not in (None, size):
             raise FileError(f"{show(name)} has another shape than on rank 0", file=file)
         shape = size
         for start, tensor in shards:
-            kinds.add(tensor.dtype)
+            dtypes.add(tensor.dtype)
             chunks.append(Chunk(start, tensor.shape, partial(_itself, tensor)))
-    if len(kinds) != 1 or shape is None:
-        raise FileError(f"the pieces of {show(name)} have {len(kinds)} dtypes", file=values[0][0])
-    return Chunked(name, shape, kinds.pop(), chunks, values[0][0])
+    if len(dtypes) != 1 or shape is None:
+        raise FileError(f"the pieces of {show(name)} have {len(dtypes)} dtypes", file=values[0][0])
+    return Chunked(name, shape, dtypes.pop(), chunks, values[0][0])
 
 
 def _sharded_tensor(name: str, value: object, file: str) -> tuple[Shape, list[tuple[Shape, Lazy]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery.formats.table import Dialect, Row, row
+from surgery.formats.table import Row, Table, row
 
 _B = "transformer.blocks.{l}."
 
@@ -55,5 +55,5 @@ IGNORED = (
 )
 
 
-def table(block: str) -> Dialect:
-    return Dialect("olmo", (*ROWS, *ATTENTION[block]), IGNORED)
+def table(block: str) -> Table:
+    return Table("olmo", (*ROWS, *ATTENTION[block]), IGNORED)

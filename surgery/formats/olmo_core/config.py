@@ -2,7 +2,7 @@
 
     found = read_model({"model": {"d_model": 4096, "block": {...}, ...}, "dataset": {...}}, "config.json")
     found.spec, found.variant, found.notes
-    config = write_config(spec, facts, kind="bfloat16", experts="dropless")
+    config = write_config(spec, facts, dtype="bfloat16", experts="dropless")
 
 A config describes blocks, one for all layers, with overrides by layer, or by name in a pattern; what they say is
 compared layer by layer.  Values of None are left out by upstream, so absent keys have upstream's defaults.

@@ -35,7 +35,8 @@ from surgery.formats.olmo.files import find_place, unwrapped
 from surgery.formats.olmo_core.config import Variant, read_model
 from surgery.formats.olmo_core.table import table
 from surgery.formats.olmo_core.write_config import to_json, write_config
-from surgery.formats.table import ONE_RANK, Dialect, Rank, Topology
+from surgery.formats.table import Table
+from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
 
@@ -77,7 +78,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, details, variant, found.tokenizer)
 
 
-def stored_table(opened: Opened, reading: Reading, options: Options) -> Dialect:
+def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.variant)
 
 

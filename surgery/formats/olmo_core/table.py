@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from surgery.errors import ConfigError
 from surgery.formats.olmo_core.config import Variant
-from surgery.formats.table import Dialect, Row, row
+from surgery.formats.table import Row, Table, row
 
 _B = "blocks.{l}."
 _A = _B + "attention."
@@ -90,8 +90,8 @@ NORMS: Mapping[bool, tuple[Row, ...]] = {
 }
 
 
-def table(variant: Variant) -> Dialect:
+def table(variant: Variant) -> Table:
     if variant.interleaved and variant.fused:
         raise ConfigError("complex rotary embeddings with a fused attention are not supported")
     attention = FUSED if variant.fused else NEIGHBOURS if variant.interleaved else HALVES
-    return Dialect("olmo-core", (*ROWS, *attention, *NORMS[variant.interleaved], *EXPERTS[variant.experts]))
+    return Table("olmo-core", (*ROWS, *attention, *NORMS[variant.interleaved], *EXPERTS[variant.experts]))

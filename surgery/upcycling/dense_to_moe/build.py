@@ -27,7 +27,7 @@ from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.dense_to_moe.strategies import Piece, pieces, redrawn_places
 from surgery.upcycling.dense_to_moe.targets import Target, fitted
 from surgery.upcycling.edit_experts.experts import mean
-from surgery.upcycling.proof import Claim
+from surgery.upcycling.proof import Claim, refuse_losses
 
 _PLACE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.|shared\.)?(\w+)$")
 NEURONS = {"gate": 0, "up": 0, "down": 1}  # the dimension of each matrix that its neurons lie along
@@ -105,11 +105,7 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
     layout = resolve(wanted, dense)
     check_router(wanted, layout)
     spec, target = fitted(layout, dense, wanted.target, wanted.normalise)
-    if layout.losses and not wanted.force_lossy:
-        raise UsageError(
-            f"the result would compute another function: {'; '.join(layout.losses)}",
-            hint="--force-lossy allows it; the proof then says how far apart they are",
-        )
+    refuse_losses(layout.losses, wanted.force_lossy)
     found = measured(source, wanted, layout, on)
     cut = {i: pieces(layout, wanted, i, dense.ffn, found) for i in range(dense.layers) if spec.is_moe(i)}
     maker = _Maker((source, *others), spec, layout, wanted, cut, found)

@@ -9,25 +9,27 @@ Values are checked here, one by one; what they mean together is `resolve`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from surgery.errors import UsageError, show, suggest
-from surgery.settings import Checked, about, said, setting
+from surgery.settings import Checked, about, flag, setting
 
 STRATEGIES = ("auto", "copy", "virtual-group", "partition", "drop", "mix")
 SCALES = ("auto", "down", "up-down", "router", "cbrt", "none")
 ORDERS = ("sequential", "random", "clustering", "clustering-up", "co-activation", "gradient")
 ROUTERS = ("normal", "kaiming", "zeros", "kmeans", "prompts", "domains")
 LARGEST = (1 << 16) - 1
+NEEDED = ("experts", "top_k")  # of a mixture in the mlp
+COMMON = ("attention_experts", "attention_top_k", "seed", "force_lossy")  # settings that are for attention experts, too
 
 
 @dataclass(frozen=True)
 class Settings(Checked):
     """One upcycling."""
 
-    experts: int = field(metadata=said("How many experts each layer gets.", low=1, high=LARGEST))
-    top_k: int = field(metadata=said("How many of them a token uses.", low=1, high=LARGEST))
+    experts: int = setting(0, "How many experts each layer gets.", low=0, high=LARGEST, otherwise="none")
+    top_k: int = setting(0, "How many of them a token uses.", low=0, high=LARGEST, otherwise="none")
     strategy: str = setting(
         "auto", "copy: whole copies of the mlp. virtual-group: copies cut into shards that are chosen together. "
         "partition: one mlp cut up (lossy). drop: copies, partly drawn anew (lossy). mix: experts from several models "
@@ -87,16 +89,41 @@ class Settings(Checked):
         "average", "mix: average all that is no expert, or take the first model's.", metavar="HOW",
         choices=("average", "first"),
     )  # fmt: skip
+    attention_experts: int = setting(
+        0, "Make the attention a mixture too: N groups of heads, written as a Hugging Face model with code of its own. "
+        "With or without --experts.", metavar="N", low=0, high=LARGEST, otherwise="none",
+    )  # fmt: skip
+    attention_top_k: int = setting(
+        0, "How many of the groups a token uses.", metavar="K", low=0, high=LARGEST, otherwise="all, which is exact"
+    )
     seed: int = setting(0, "Of everything random; the same bits at any --max-memory.", low=0)
     force_lossy: bool = setting(False, "Allow what does not preserve the function.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_what_goes_together()
         _one_of(self.router_kind[0], ROUTERS, "--router")
         if self.scale_number is None:
             _one_of(self.scale, SCALES, "--scale")
         if self.shared != "dense" and not _number(self.shared, 0, 1 << 31):
             raise UsageError(f"--shared {show(self.shared)} is neither a number of neurons nor dense")
+
+    def _check_what_goes_together(self) -> None:
+        if self.attention_top_k and not self.attention_experts:
+            raise UsageError("--attention-top-k goes with --attention-experts")
+        needed = [flag(f) for f in fields(Settings) if f.name in NEEDED and not getattr(self, f.name)]
+        own = [
+            flag(f) for f in fields(Settings) if f.name not in (*NEEDED, *COMMON) and getattr(self, f.name) != f.default
+        ]
+        if needed and (len(needed) == 1 or own or not self.attention_experts):
+            raise UsageError(
+                f"{', '.join(needed)} {'is' if len(needed) == 1 else 'are'} missing",
+                hint="for example --experts 8 --top-k 2",
+            )
+        if self.attention_experts and self.sources:
+            raise UsageError("--attention-experts and --source do not go together", hint="mix first, then convert that")
+        if self.attention_experts and self.attention != "average":
+            raise UsageError("--attention belongs to --strategy mix, which does not go with --attention-experts")
 
     @property
     def router_kind(self) -> tuple[str, str]:
@@ -119,6 +146,6 @@ def _number(text: str, low: float, high: float) -> bool:
         return False
 
 
-def _one_of(value: str, choices: Sequence[str], flag: str) -> None:
+def _one_of(value: str, choices: Sequence[str], name: str) -> None:
     if value not in choices:
-        raise UsageError(f"{flag} {show(value)} is unknown", hint=suggest(value, choices, "choose from"))
+        raise UsageError(f"{name} {show(value)} is unknown", hint=suggest(value, choices, "choose from"))

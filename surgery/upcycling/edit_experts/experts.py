@@ -19,12 +19,14 @@ from typing import Any
 
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.base import Checkpoint
+from surgery.model.spec import template_of
 from surgery.tensors.gather import Gather, scaled
 from surgery.tensors.lazy import Concat, Lazy, Map, Slice
 from surgery.upcycling.dense_to_moe.noise import Noisy
-from surgery.upcycling.proof import Claim
+from surgery.upcycling.proof import Claim, refuse_losses
 
 Groups = Sequence[tuple[int, ...]]
+OF_EXPERTS = ("layers.{l}.router", "layers.{l}.router.bias")  # one row each
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,7 @@ def changed_experts(
     losses = tuple(_losses(source, layers, k, copies))
     if noise:
         losses += (f"noise: {noise:g} of the weights' standard deviation is added to the copies",)
-    if losses and not force_lossy:
-        raise UsageError(f"the result would compute another function: {'; '.join(losses)}",
-                         hint="--force-lossy allows it; the proof then says how far apart they are")  # fmt: skip
+    refuse_losses(losses, force_lossy)
     scale = spec.router_scale
     if copies > 1 and spec.router_score == "sigmoid" and not spec.top_k_renormalised:
         scale = (scale or 1.0) / copies  # the copies' scores are not divided by anything
@@ -160,7 +160,7 @@ def torn_groups(source: Checkpoint, layers: Mapping[int, Groups], top_k: int) ->
 
 def _part(source: Checkpoint, name: str, layers: Mapping[int, Groups], shrunk: int) -> Lazy:
     """A part of the result.  Copies share the softmax's mass: a bias that is added to it for ranking shrinks along."""
-    if ".experts." not in name and not name.endswith((".router", ".router.bias")):
+    if template_of(name) not in OF_EXPERTS and ".experts." not in name:
         return source.parts[name]
     groups = layers[int(name.split(".")[1])]
     if ".experts." in name:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from surgery.errors import LayoutError
-from surgery.formats.table import Dialect, Rank, Topology, gather, row, spread
+from surgery.formats.table import Table, row
+from surgery.formats.topology import Rank, Topology
+from surgery.formats.weave import gather, spread
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 from tests.test_axes import Memory
@@ -28,7 +30,7 @@ SPEC = Spec(
     moe_layers=(1, 2, 4),
 )
 
-TABLE = Dialect(
+TABLE = Table(
     "woven",
     (
         row("emb", "embed", cut="v", pad="v"),
@@ -130,7 +132,7 @@ def test_fewer_heads_than_ranks_are_copied_and_compared():
         row("layers.{l}.v", "attn.v", cut="g"),
         row("layers.{l}.o", "attn.o", cut="g n"),
     )
-    table = Dialect("d", (*(r for r in TABLE.rows if r.name not in ("layers.{l}.qkv", "layers.{l}.o")), *heads))
+    table = Table("d", (*(r for r in TABLE.rows if r.name not in ("layers.{l}.qkv", "layers.{l}.o")), *heads))
     shards = spread(table, parts, spec, Topology(tp=4))
     assert [shards[Rank(tp=i)]["layers.0.k"].copy for i in range(4)] == [False, True, False, True]
     assert torch.equal(shards[Rank(tp=3)]["layers.0.k"].tensor.full(), parts["layers.0.attn.k"].tensor[4:])
@@ -146,7 +148,7 @@ def test_fewer_heads_than_ranks_are_copied_and_compared():
 def test_stacks_of_layers_and_experts():
     spec = dataclasses.replace(SPEC, moe_layers=())
     parts = random_parts(spec)
-    stacked = Dialect("stacked", (
+    stacked = Table("stacked", (
         row("emb", "embed"), row("n1", "attn_norm", layout="l h"), row("n2", "mlp_norm", layout="l h"),
         row("qkv", "attn.q", "attn.k", "attn.v", layout="l (g * d) h"), row("o", "attn.o", layout="l h (g n d)"),
         row("router", "router", layout="(l e) h"), row("down", "experts.{e}.down", layout="(e m) l h"),
@@ -169,7 +171,7 @@ def test_sums_over_ranks():
     spec = Spec(
         "x", layers=1, width=6, vocab=4, kv_heads=2, group=1, head_dim=2, ffn=4, o_bias=True, glu=False, norm="none"
     )
-    table = Dialect("s", (row("e", "embed"), row("{l}.q", "attn.q", cut="g"), row("{l}.k", "attn.k", cut="g"),
+    table = Table("s", (row("e", "embed"), row("{l}.q", "attn.q", cut="g"), row("{l}.k", "attn.k", cut="g"),
                           row("{l}.v", "attn.v", cut="g"), row("{l}.o", "attn.o", cut="g"), row("h", "lm_head"),
                           row("{l}.b", "attn.o.bias", summed=True), row("{l}.u", "mlp.up", cut="f"),
                           row("{l}.d", "mlp.down", cut="f")))  # fmt: skip
@@ -193,7 +195,7 @@ def test_gaps_and_surplus_are_all_named():
 
 
 def test_a_part_without_a_row_is_an_error():
-    short = Dialect("short", tuple(r for r in TABLE.rows if r.name != "layers.{l}.router"))
+    short = Table("short", tuple(r for r in TABLE.rows if r.name != "layers.{l}.router"))
     with pytest.raises(LayoutError, match=r"short has no place for layers.N.router \(3\)"):
         spread(short, PARTS, SPEC, Topology())
 

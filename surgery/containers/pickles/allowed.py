@@ -1,6 +1,6 @@
-"""The few names that a described pickle may give a meaning to: pure functions of checked arguments.
+"""The names that a pickle may give a meaning to, and nothing else: pure functions of checked arguments.
 
-    KNOWN["torch._utils._rebuild_tensor_v2"](machine, args)     # -> TensorRecord
+    ALLOWED["torch._utils._rebuild_tensor_v2"](machine, args)     # -> TensorRecord
 
 Each takes the machine and the argument tuple of a REDUCE and returns plain data or a record, or None where the
 arguments are not of the usual form (the call then stays an inert `Obj`).  Sources of the argument orders:
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from surgery.containers.pickles.records import (
     STORAGE_DTYPES,
@@ -29,10 +29,20 @@ from surgery.containers.pickles.records import (
 from surgery.errors import show
 from surgery.tensors.lazy import ITEMSIZE
 
-if TYPE_CHECKING:
-    from surgery.containers.pickles.machine import Machine
 
-Known = Callable[["Machine", tuple[Any, ...]], Any]
+class Machine(Protocol):
+    """What these functions ask of the machine that reads the pickle."""
+
+    storages: dict[str, Storage]
+
+    def charge(self, size: int) -> None:
+        """Account for about `size` bytes of objects."""
+
+    def set_items(self, target: object, items: list[Any]) -> None:
+        """target[key] = value for key, value, key, value, ..."""
+
+
+Allowed = Callable[[Machine, tuple[Any, ...]], Any]
 MAX_DIMS = 64
 _LATIN = ("latin1", "latin-1", b"latin1")
 _PLAIN_REBUILD = frozenset(
@@ -60,7 +70,7 @@ def counts(value: object, what: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def torch_kind(value: object) -> str:
+def dtype_of(value: object) -> str:
     """The dtype that a Global names, from a table: nothing is looked up in torch."""
     if isinstance(value, Global) and value.module == "torch" and value.name in ITEMSIZE:
         return value.name
@@ -68,27 +78,25 @@ def torch_kind(value: object) -> str:
     raise BadPickle(f"unknown dtype {named}", "supported: " + ", ".join(sorted(ITEMSIZE)))
 
 
-def _tensor(args: tuple[Any, ...], kind: str | None, metadata: int) -> Any:
+def _tensor(args: tuple[Any, ...], dtype: str | None, metadata: int) -> Any:
     storage, start = args[0], count(args[1], "storage offset of a tensor")
     if not isinstance(storage, Storage):
         raise BadPickle(f"a tensor points to {show(storage)} instead of a storage")
     shape, strides = counts(args[2], "tensor shape"), counts(args[3], "tensor strides")
     if len(shape) != len(strides):
         raise BadPickle(f"a tensor has {len(shape)} dimensions but {len(strides)} strides")
-    kind = kind or storage.dtype
+    dtype = dtype or storage.dtype
     if all(shape):
         last = start + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)])
-        if (last + 1) * ITEMSIZE[kind] > storage.nbytes:
+        if (last + 1) * ITEMSIZE[dtype] > storage.nbytes:
             raise BadPickle(
-                f"tensor of shape {show_ints(shape)} strides {show_ints(strides)} offset {start} ({kind}) needs "
-                f"{show((last + 1) * ITEMSIZE[kind])} bytes but storage {show(storage.key)} has {storage.nbytes}",
+                f"tensor of shape {show_ints(shape)} strides {show_ints(strides)} offset {start} ({dtype}) needs "
+                f"{show((last + 1) * ITEMSIZE[dtype])} bytes but storage {show(storage.key)} has {storage.nbytes}",
                 "the file is damaged or was not written by torch.save",
             )
     if len(args) > metadata and args[metadata] and _is_lazy_view(args[metadata]):
         return None  # its value is not what is stored: keep the call, do not pass it off as a plain tensor
-    record = TensorRecord(storage, kind, start, shape, strides)
-    record.requires_grad = len(args) > 4 and args[4] is True
-    return record
+    return TensorRecord(storage, dtype, start, shape, strides)
 
 
 def show_ints(numbers: tuple[int, ...]) -> str:
@@ -124,7 +132,7 @@ def tensor_v2(m: Machine, args: tuple[Any, ...]) -> Any:
 def tensor_v3(m: Machine, args: tuple[Any, ...]) -> Any:
     """as v2, then the dtype: storages of newer dtypes are untyped, their sizes in bytes"""
     _need(args, 7)
-    return _tensor(args, torch_kind(args[6]), 7)
+    return _tensor(args, dtype_of(args[6]), 7)
 
 
 def parameter(m: Machine, args: tuple[Any, ...]) -> Any:
@@ -132,8 +140,6 @@ def parameter(m: Machine, args: tuple[Any, ...]) -> Any:
     if not args or not isinstance(args[0], TensorRecord):
         return None
     record = args[0]
-    record.is_param = True
-    record.requires_grad = len(args) < 2 or args[1] is True
     if len(args) > 3:
         record.attrs = args[3]
     return record
@@ -145,9 +151,9 @@ def from_type(m: Machine, args: tuple[Any, ...]) -> Any:
         raise BadPickle("a _rebuild_from_type_v2 record is malformed")
     if args[0].path not in _PLAIN_REBUILD:
         return None
-    record = KNOWN[args[0].path](m, args[2])
+    record = ALLOWED[args[0].path](m, args[2])
     if isinstance(record, TensorRecord):
-        record.cls, record.attrs = args[1], args[3]
+        record.attrs = args[3]
         return record
     return None
 
@@ -292,7 +298,7 @@ def _storage_view(root: Storage, view: object) -> Storage:
     return Storage(root.key, root.name, numel, start)
 
 
-KNOWN: dict[str, Known] = {
+ALLOWED: dict[str, Allowed] = {
     "torch._utils._rebuild_tensor": tensor_v1,
     "torch._utils._rebuild_tensor_v2": tensor_v2,
     "torch._utils._rebuild_tensor_v3": tensor_v3,
@@ -311,7 +317,7 @@ KNOWN: dict[str, Known] = {
     "numpy.dtype": numpy_dtype,
 }
 for _core in ("numpy.core", "numpy._core"):
-    KNOWN |= {
+    ALLOWED |= {
         f"{_core}.multiarray.scalar": numpy_scalar,
         f"{_core}.multiarray._reconstruct": numpy_reconstruct,
         f"{_core}.numeric._frombuffer": numpy_frombuffer,
