@@ -16,6 +16,8 @@ from surgery.conversion.convert import convert
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.run_file import make_run, read_run
 from surgery.midtraining.run_folder import read_folder
+from surgery.midtraining.selftests import MOVED, TESTS
+from surgery.midtraining.settings import Train
 from surgery.verification import compare
 from tests import tiny
 
@@ -113,7 +115,7 @@ def test_the_same_settings_give_the_same_numbers(trained, place):
     assert "holds a run already" in invoke("midtrain", str(place / "run.yaml"), fails=True)
 
 
-def test_a_dry_run_measures_and_writes_nothing(place):
+def test_a_dry_run_measures_and_writes_nothing(place, monkeypatch):
     before = sorted(place.rglob("*"))
     found = json.loads(
         invoke("midtrain", str(place / "run.yaml"), "--dry-run", "--json", "--output", str(place / "dry"))
@@ -126,7 +128,9 @@ def test_a_dry_run_measures_and_writes_nothing(place):
     assert found["seconds"] == pytest.approx(25 * found["step_seconds"])
     assert found["rates"][0] == [1, pytest.approx(1.5e-3)] and found["rates"][-1][0] == 25
     assert sorted(place.rglob("*")) == before
+    monkeypatch.setattr("surgery.midtraining.dry_run.free_memory", lambda: 1000)
     text = invoke("midtrain", str(place / "run.yaml"), "--dry-run", "--output", str(place / "dry"))
+    assert "1.0 kB are free besides the weights" in text and "it will not fit" in text
     assert "█" in text and "learning rate, step 1 to 25" in text and "epochs of" in text
 
 
@@ -167,10 +171,17 @@ def test_keys_are_explained_and_have_a_schema(place):
     text = invoke("midtrain", str(place / "run.yaml"), "--explain", "--set", "train.convention=olmo_core")
     assert '  path: "' in text and "# run.yaml" in text and 'decay: "olmo"  # convention olmo_core' in text
     assert make_run(yaml.safe_load(text)) == read_run(place / "run.yaml", ["train.convention=olmo_core"])[0]
+    assert '- to: "hf"  # run.yaml' in text and "every: 20  # run.yaml" in text and 'dtype: "source"\n' in text
     lines = json.loads(invoke("midtrain", str(place / "run.yaml"), "--explain", "--json"))
     assert {"key": "train.clip_norm", "value": 1.0, "origin": ""}.items() <= {line["key"]: line for line in lines}[
         "train.clip_norm"
     ].items()
+    defaults = invoke("midtrain", "--explain", "--set", "export.to=olmo")
+    assert make_run(yaml.safe_load(defaults)).train == Train() and 'to: "olmo"  # --set' in defaults
+    assert all(
+        line.endswith("# to be given") for line in defaults.splitlines() if '"MODEL"' in line or '"PLAN"' in line
+    )
+    assert all(name in defaults for name in (*TESTS, MOVED))
     assert json.loads(invoke("midtrain", "--schema"))["title"] == "Run"
     assert "which run?" in invoke("midtrain", fails=True)
 

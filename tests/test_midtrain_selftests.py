@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from surgery.data.recorded import RecordedBatches
 from surgery.errors import ConfigError, MismatchError, UsageError
 from surgery.midtraining import step
 from surgery.midtraining.experts import EXPERTS, REGISTERED
@@ -144,8 +145,10 @@ def test_a_parameter_that_gets_no_gradient(job):
 def test_ids_beyond_the_vocabulary(job, tmp_path):
     one = job()
     np.savez(tmp_path / "b.npz", input_ids=np.full((20, 6, 24), 264))
-    again = prepare(make_run(settings(one.source.path, tmp_path / "b.npz", tmp_path)))
-    assert fault(again) == "vocabulary: the data hold the id 264, and the model has 264 ids"
+    with pytest.raises(ConfigError, match="the data hold the id 264, and the model has 264 ids"):
+        prepare(make_run(settings(one.source.path, tmp_path / "b.npz", tmp_path)))
+    changed = replace(one, batches=RecordedBatches(tmp_path / "b.npz"))
+    assert fault(changed) == "vocabulary: the data hold the id 264, and the model has 264 ids"
 
 
 def test_a_parameter_that_does_not_move_and_one_that_should_not(job):

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Measure one step and say what the run would be: steps, tokens, epochs, "
               "memory, time, learning rates. Nothing is written.")  # fmt: skip
 @click.option(
-    "--explain", is_flag=True, help="Print the run as a YAML with every key, its value, its meaning, and who set it."
+    "--explain",
+    is_flag=True,
+    help="Print the run as a YAML with every key, its value, its meaning, and who set it; "
+    "without RUN.yaml all defaults.",
 )
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the YAML, for editors.")
 @JSON
@@ -49,8 +52,8 @@ def midtrain_command(
     export: {to: megatron, tp: 2}
 
     \b
+    surgery midtrain --explain                       every key, its default, and what it means
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
-    surgery midtrain run.yaml --explain              every key, its value, and what it means
     surgery midtrain run.yaml                        tests itself, trains, exports
     surgery midtrain run.yaml --set data.seed=666 --output runs/anneal-666
 
@@ -64,11 +67,12 @@ def midtrain_command(
 
         click.echo(json.dumps(Run.model_json_schema(), indent=2))
         return
-    if run is None:
-        raise UsageError("which run? give its YAML", hint="surgery midtrain run.yaml; --help shows one")
-    from surgery.midtraining.run_file import explained, read_run
+    from surgery.midtraining.run_file import default_run, explained, read_run
 
-    wanted, origins = read_run(run, [*sets, *([] if output is None else [f"output={json.dumps(output)}"])])
+    sets = [*sets, *([] if output is None else [f"output={json.dumps(output)}"])]
+    if run is None and not explain:
+        raise UsageError("which run? give its YAML", hint="surgery midtrain run.yaml; --help shows one")
+    wanted, origins = default_run(sets) if run is None else read_run(run, sets)
     if explain:
         from surgery.cli import show_midtraining as show
 

@@ -24,12 +24,17 @@ WIDTH = 100  # of what is explained
 def explanation(lines: Sequence[Line]) -> None:
     """Every key as YAML that could be the run's file: its meaning above it, who set it behind it."""
     out = console()
+    above = ""
     for line in lines:
+        parent, _, name = line.key.rpartition(".")
         indent = "  " * line.key.count(".")
+        first = parent != above and parent.rpartition(".")[2].isdigit()  # key of a section in a list
+        above = parent
         for text in textwrap.wrap(line.meaning, WIDTH - len(indent) - 2, break_on_hyphens=False):
             out.print(Text(f"{indent}# {text}", style="dim"))
         value = "" if line.section else " " + re.sub(r"(?<![\d.])(\d+)e-", r"\1.0e-", json.dumps(line.value))
-        said = Text(f"{indent}{line.key.rpartition('.')[2]}:{value}", style="bold" if line.origin else "")
+        dashed = f"{indent[:-2]}- " if first else indent
+        said = Text(f"{dashed}{name}:{value}", style="bold" if line.origin else "")
         out.print(said.append(f"  # {line.origin}", style="cyan") if line.origin else said)
 
 
@@ -38,7 +43,7 @@ def forecast(found: Forecast) -> None:
     out = console()
     held = sum(found.memory.values())
     trained = "" if found.trained == found.parameters else f", {count(found.trained)} of them are trained"
-    free = "" if found.free is None else f", {human(found.free)} are free"
+    free = "" if found.free is None else f", {human(found.free)} are free besides the weights"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
 
 POINTS = 72  # of the curve of learning rates
+LOADED = ("weights", "masters")  # memory that is taken when the step is measured
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Forecast:
     stages    steps that are alike: first, steps, rows, length, micro_rows, accumulation
     sources   of a plan: name, instances taken and there, epochs; empty for a record
     memory    bytes on a device: weights, masters, gradients, moments, activations, logits
-    free      bytes that were free on the device before, if it tells
+    free      bytes that were free on the device, weights and masters being there; None if it does not tell
     step_seconds, seconds   of the first step, and of all at that speed
     rates     (step, learning rate), evenly over the run
     """
@@ -75,11 +76,15 @@ def foretell(job: Job) -> Forecast:
     unused = getattr(job.batches, "unused", 0)
     if unused:
         notes.append(f"{unused:,} rows at the end of the plan make no whole batch and are not used")
+    memory = _memory(job, kept)
+    if free is not None and sum(n for name, n in memory.items() if name not in LOADED) > free:
+        notes.append("it will not fit: besides the weights it needs more than is free; a smaller train.micro_batch and "
+                     "train.activation_checkpointing need less")  # fmt: skip
     total = seconds * layout.tokens / layout.tokens_of(layout.stages[0])
     return Forecast(
         steps=layout.steps, tokens=layout.tokens, parameters=sum(counts),
         trained=sum(p.numel() for p in job.parameters),
-        stages=tuple(_stages(job)), sources=tuple(_sources(job)), memory=_memory(job, kept), free=free,
+        stages=tuple(_stages(job)), sources=tuple(_sources(job)), memory=memory, free=free,
         step_seconds=seconds, seconds=total, rates=tuple((s, schedule(s)) for s in points), notes=tuple(notes),
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What stands against a run before any weight is read: rates of 0, ids beyond the vocabulary, counters at their end.
 
-check(job.course, wanted.train.schedule, batches, source)     # raises ConfigError with all of it
+check(job.course, batches, source)     # raises ConfigError with all of it
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Iterator, Sequence
 from surgery.data.rows import RowSource
 from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
+from surgery.midtraining.batching import rows_of
 from surgery.midtraining.course import Course
+
+STEPS = 16  # whose ids are compared with the vocabulary
+FOREIGN = "they were made with another tokenizer"
 
 
 def check(course: Course, batches: RowSource, source: Checkpoint) -> None:
     """Raises ConfigError if the run would be in vain, naming every reason."""
-    found = [*_rates(course), *_vocabulary(batches, source)]
+    found = [*_rates(course), *_vocabulary(course, batches, source)]
     if found:
         raise ConfigError("\n  ".join(found))
 
@@ -41,12 +45,20 @@ def _rates(course: Course) -> Iterator[str]:
                "train.schedule reaches 0 too early")  # fmt: skip
 
 
-def _vocabulary(batches: RowSource, source: Checkpoint) -> Iterator[str]:
-    plan = getattr(batches, "plan", None)
+def _vocabulary(course: Course, batches: RowSource, source: Checkpoint) -> Iterator[str]:
+    plan, size = getattr(batches, "plan", None), source.spec.vocab
     wanted = plan.file.vocab_size if plan else None
-    if wanted and wanted > source.spec.vocab:
-        yield (f"the data have a vocabulary of {wanted:,}, the model one of {source.spec.vocab:,}: they were made with "
-               "another tokenizer")  # fmt: skip
+    if wanted and wanted > size:
+        yield f"the data have a vocabulary of {wanted:,}, the model one of {size:,}: {FOREIGN}"
+    elif (largest := largest_id(course, batches)) >= size:
+        yield f"the data hold the id {largest:,}, and the model has {size:,} ids: {FOREIGN}"
+
+
+def largest_id(course: Course, batches: RowSource, rank: int = 0, world: int = 1) -> int:
+    """Of the tokens of some steps, evenly over the run."""
+    layout = course.layout
+    steps = sorted({round(i * (layout.steps - 1) / (STEPS - 1)) for i in range(STEPS)})
+    return max(int(rows_of(batches, layout, step, rank, world).tokens.max()) for step in steps)
 
 
 def spans(steps: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ Paths in the file are relative to its folder.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,12 +50,26 @@ def read_run(path: str | os.PathLike[str], sets: Sequence[str] = ()) -> tuple[Ru
     value = parse_yaml(data, os.fspath(path), "run")
     if not isinstance(value, dict):
         raise ConfigError(f"the run holds {show(value)}, not keys and values", file=path)
-    changed = [apply_set(value, text) for text in sets]
-    full, origins = preset(value)
-    origins = {key: f"convention {name}" for key, name in origins.items()}
-    origins |= {key: os.path.basename(path) for key in _leaves(value)} | dict.fromkeys(changed, "--set")
+    full, origins = _completed(value, sets, os.path.basename(path))
     run = validated(full, Run, file=path, lines=yaml_lines(data))
     return located(run, Path(path).resolve().parent), origins
+
+
+def default_run(sets: Sequence[str] = ()) -> tuple[Run, dict[str, str]]:
+    """A run that says nothing but what has no default, by words in capitals; and where each other key comes from."""
+    value = {"model": {"path": "MODEL"}, "data": {"plan": "PLAN"}, "output": "FOLDER"}
+    full, origins = _completed(value, sets, "to be given")
+    return validated(full, Run), origins
+
+
+def _completed(value: dict[str, Any], sets: Sequence[str], who: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a YAML says, changed by --set, over its convention; and who said each key."""
+    said = dict.fromkeys(_leaves(value), who)
+    for text in sets:
+        key, given = apply_set(value, text)
+        said |= dict.fromkeys(_leaves(given, key), "--set")
+    full, origins = preset(value)
+    return full, {key: f"convention {name}" for key, name in origins.items()} | said
 
 
 def make_run(value: Mapping[str, Any], root: Path = Path()) -> Run:
@@ -62,14 +77,15 @@ def make_run(value: Mapping[str, Any], root: Path = Path()) -> Run:
     return located(validated(preset(value)[0], Run), root.resolve())
 
 
-def apply_set(value: dict[str, Any], text: str) -> str:
-    """Do what `--set a.b=c` says and return the key.  Raises UsageError."""
+def apply_set(value: dict[str, Any], text: str) -> tuple[str, Any]:
+    """Do what `--set a.b=c` says; returns the key and its value.  Raises UsageError."""
     key, equals, given = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(f"--set {show(text)}: write --set train.micro_batch=4")
-    if not put(value, key, parse_yaml(given.encode(), "--set", "value")):
+    said = parse_yaml(given.encode(), "--set", "value")
+    if not put(value, key, said):
         raise UsageError(f"--set {key}: {key.rpartition('.')[0]} is no section")
-    return key
+    return key, said
 
 
 def located(run: Run, root: Path) -> Run:
@@ -86,25 +102,35 @@ def located(run: Run, root: Path) -> Run:
 
 
 def explained(run: Run, origins: Mapping[str, str]) -> Iterator[Line]:
-    """Every key of a run in its order."""
+    """Every key of a run in its order; of a list of sections by number, from 0: export.0.to."""
     yield from _explained(run, "", origins)
 
 
 def _explained(section: BaseModel, prefix: str, origins: Mapping[str, str]) -> Iterator[Line]:
     plain = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
-        key, value = prefix + name, getattr(section, name)
-        if isinstance(value, BaseModel):
-            yield Line(key, None, "", field.description or "", section=True)
-            yield from _explained(value, key + ".", origins)
+        key, value, meaning = prefix + name, getattr(section, name), field.description or ""
+        sections = value if isinstance(value, tuple) and value and isinstance(value[0], BaseModel) else ()
+        if isinstance(value, BaseModel) or sections:
+            yield Line(key, None, "", meaning, section=True)
+            for inner, place in [(value, key)] if not sections else zip(sections, _numbered(key), strict=False):
+                yield from _explained(inner, f"{place}.", origins)
         else:
-            origin = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), "")
-            yield Line(key, plain[name], origin, field.description or "")
+            among = {key, key.replace(".0.", ".")}  # a single section need not be a list
+            origin = next((o for k, o in origins.items() if k in among or k.startswith(f"{key}.")), "")
+            yield Line(key, plain[name], origin, meaning)
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from _leaves(inner, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+def _numbered(key: str) -> Iterator[str]:
+    return (f"{key}.{number}" for number in itertools.count())
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all that is no mapping, and no list of mappings."""
+    inner = value if isinstance(value, dict) else {}
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        inner = dict(enumerate(value))
+    for name, each in inner.items():
+        yield from _leaves(each, f"{prefix}.{name}" if prefix else str(name))
+    if not inner:
+        yield prefix

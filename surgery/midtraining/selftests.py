@@ -24,7 +24,7 @@ from surgery.midtraining.batching import MicroBatch, micro_batches, rows_of
 from surgery.midtraining.evaluation.resting import resting
 from surgery.midtraining.experts import EXPERTS
 from surgery.midtraining.loss import IGNORE, chunked_loss
-from surgery.midtraining.objections import wasted
+from surgery.midtraining.objections import largest_id, wasted
 from surgery.midtraining.optimizer import named
 from surgery.midtraining.precision import Precision
 from surgery.midtraining.routers import BIAS
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 TOKENS = 256  # of a row that is looked at
 ROWS = 2
-STEPS = 16  # whose ids are compared with the vocabulary
 FP32 = Precision("fp32", "")
 # How far two ways to compute the same may lie apart, in standard deviations: in fp32, and with products in bf16.
 EXACT, ROUNDED = 1e-4, 0.1
@@ -149,9 +148,7 @@ def rates(job: Job, part: MicroBatch) -> str:
 def vocabulary(job: Job, part: MicroBatch) -> str:
     """Ids are rows of the embedding, and the tokenizer is the model's; else the model must know the data."""
     size = len(job.model.get_input_embeddings().weight)
-    layout = job.course.layout
-    steps = sorted({round(i * (layout.steps - 1) / (STEPS - 1)) for i in range(STEPS)})
-    largest = max(int(rows_of(job.batches, layout, s, job.world.rank, job.world.size).tokens.max()) for s in steps)
+    largest = largest_id(job.course, job.batches, job.world.rank, job.world.size)
     if largest >= size:
         raise Failed(f"the data hold the id {largest:,}, and the model has {size:,} ids")
     return f"the largest id is {largest:,} of {size:,}; {_tokenizer(job, part, size)}"

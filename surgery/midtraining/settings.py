@@ -283,4 +283,5 @@ class Run(Section):
     device: str = "auto"
     """cpu, cuda or cuda:N; auto: a GPU if there is one."""
     skip_self_tests: Names = ()
-    """Names of tests that are left out at the start; see `surgery midtrain --explain`."""
+    """Tests that are left out: learning_rate, vocabulary, causality, isolation, head, experts, conversion, gradient,
+    update."""
