@@ -24,14 +24,14 @@ from timing import Result, timed
 
 LENGTH, DOCUMENT = 4096, 4000
 SOURCES = {"web": (180_000_000_000, 0.5), "code": (18_000_000_000, 0.3), "math": (11_000_000_000, 0.2)}
-IMPORTS = "import surgery.cli.main, surgery.data.plan, surgery.cli.show_data"
+IMPORTS = "import surgery.cli.main, surgery.data.plans.plan, surgery.cli.show_data"
 
 
 def make(root: Path) -> None:
     """The sources and their mixture."""
     import numpy as np
 
-    from surgery.data.idx import write_index
+    from surgery.data.files.idx import write_index
 
     for name, (tokens, _) in SOURCES.items():
         with open(root / f"{name}.bin", "wb") as file:
@@ -58,10 +58,10 @@ def planning(root: Path, runs: int) -> None:
 def reading(root: Path, megabytes: int, rows: list[int]) -> None:
     import numpy as np
 
-    from surgery.data.batches import Batches
-    from surgery.data.draft import draft_plan
-    from surgery.data.idx import IndexedWriter
-    from surgery.data.plan import write_plan
+    from surgery.data.files.idx import IndexedWriter
+    from surgery.data.plans.batches import Batches
+    from surgery.data.plans.draft import draft_plan
+    from surgery.data.plans.plan import write_plan
 
     for dtype in ("uint16", "int32"):
         rng, size = np.random.default_rng(0), np.dtype(dtype).itemsize

@@ -29,7 +29,7 @@ from pathlib import Path
 from timing import Result, timed
 
 TOGETHER = 64  # documents
-EMPTY = "import numpy, tokenizers, surgery.cli.main, surgery.data.tokenize"
+EMPTY = "import numpy, tokenizers, surgery.cli.main, surgery.data.tokenizing.tokenize"
 
 
 def make(path: Path, megabytes: int) -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from surgery.data import text, tokenize
-from surgery.data.bad_lines import Limit
-from surgery.data.prepare import Choices, settings_for
-from surgery.data.sources import find_sources
-from surgery.data.vocabulary import load_vocabulary
+from surgery.data.tokenizing import text, tokenize
+from surgery.data.tokenizing.bad_lines import Limit
+from surgery.data.tokenizing.prepare import Choices, settings_for
+from surgery.data.tokenizing.sources import find_sources
+from surgery.data.tokenizing.vocabulary import load_vocabulary
 from tests.killing import dies_at, forked, tree
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenize"

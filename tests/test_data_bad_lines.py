@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from surgery.data import text, tokenize
-from surgery.data.bad_lines import Limit
-from surgery.data.prepare import Choices, settings_for
-from surgery.data.sources import find_sources
-from surgery.data.vocabulary import Vocabulary
+from surgery.data.tokenizing import text, tokenize
+from surgery.data.tokenizing.bad_lines import Limit
+from surgery.data.tokenizing.prepare import Choices, settings_for
+from surgery.data.tokenizing.sources import find_sources
+from surgery.data.tokenizing.vocabulary import Vocabulary
 from surgery.errors import FileError, UsageError
 from tests.test_data_tokenize import ANY, DOCUMENTS, DOLMA, MEGATRON, TEXTS, documents, ids, run
 

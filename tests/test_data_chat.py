@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from surgery.data.chat import ChatTemplate, Refused
-from surgery.data.encoder import learnt_tokens
-from surgery.data.prepare import Choices
+from surgery.data.tokenizing.chat import ChatTemplate, Refused
+from surgery.data.tokenizing.encoder import learnt_tokens
+from surgery.data.tokenizing.prepare import Choices
 from surgery.errors import ConfigError, UsageError
 from tests.test_data_tokenize import ANY, GOLDEN, NAIVE, documents, ids, run
 
@@ -219,8 +219,8 @@ def test_conversations_that_are_none(tmp_path, chats):
 
 def test_plain_text_has_no_conversations(tmp_path, chats):
     (tmp_path / "a.txt").write_text("hello")
-    from surgery.data.prepare import check_sources, settings_for
-    from surgery.data.sources import find_sources
+    from surgery.data.tokenizing.prepare import check_sources, settings_for
+    from surgery.data.tokenizing.sources import find_sources
     from tests.test_data_tokenize import VOCABULARY
 
     with pytest.raises(UsageError, match="holds text alone, no messages"):

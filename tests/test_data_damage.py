@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from surgery.data.readers import open_tokens
-from surgery.data.tokens import TokenFile
+from surgery.data.files.readers import open_tokens
+from surgery.data.files.tokens import TokenFile
 from surgery.errors import SurgeryError
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -13,9 +13,9 @@ from backports import zstd
 from click.testing import CliRunner
 
 from surgery.cli.data import data_command
-from surgery.data import mixture
-from surgery.data.batches import Batches
-from surgery.data.plan import open_plan
+from surgery.data.plans import mixture
+from surgery.data.plans.batches import Batches
+from surgery.data.plans.plan import open_plan
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "tests" / "golden" / "tokenize"

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data import idx
-from surgery.data.idx import IndexedWriter, read_index, write_index
+from surgery.data.files import idx
+from surgery.data.files.idx import IndexedWriter, read_index, write_index
 from surgery.errors import ConfigError, FileError
 
 GOLDEN = Path(__file__).parent / "golden" / "data" / "megatron"

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import main
-from surgery.data.idx import read_index
+from surgery.data.files.idx import read_index
 from surgery.data.inspection import inspect_tokens
 from surgery.data.payload_index import index_payload, payloads
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError

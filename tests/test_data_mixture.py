@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data.amounts import amounts
-from surgery.data.apportion import Want, apportion
-from surgery.data.mixture import Mixture, read_mixture
+from surgery.data.plans.amounts import amounts
+from surgery.data.plans.apportion import Want, apportion
+from surgery.data.plans.mixture import Mixture, read_mixture
 from surgery.errors import ConfigError, FileError
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "mixtures"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data import order
-from surgery.data.order import Taken, heldout_of, make_order, passes, sample, split
-from surgery.data.packing import Packed, best_fit, pack
+from surgery.data.plans import order
+from surgery.data.plans.order import Taken, heldout_of, make_order, passes, sample, split
+from surgery.data.plans.packing import Packed, best_fit, pack
 from surgery.errors import ConfigError
 
 sources = st.lists(

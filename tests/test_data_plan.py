@@ -16,13 +16,13 @@ import yaml
 from click.testing import CliRunner
 
 from surgery.cli.data_plan import plan_command, show_command
-from surgery.data.batches import Batches
-from surgery.data.draft import draft_plan
-from surgery.data.idx import IndexedWriter, read_index, write_index
-from surgery.data.order import split
-from surgery.data.plan import Plan, open_plan, write_plan
+from surgery.data.files.idx import IndexedWriter, read_index, write_index
+from surgery.data.plans.batches import Batches
+from surgery.data.plans.draft import draft_plan
+from surgery.data.plans.order import split
+from surgery.data.plans.plan import Plan, open_plan, write_plan
+from surgery.data.plans.text_cache import default_cache
 from surgery.data.rows import IGNORE
-from surgery.data.text_cache import default_cache
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
 
 TEXT = Path(__file__).parent / "golden" / "tokenize"

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data.documents import EndBounds, document_at
-from surgery.data.idx import IndexedWriter, write_index
-from surgery.data.mapped import Held
-from surgery.data.readers import ends_by_id, open_tokens
-from surgery.data.tokens import TokenFile, TokenSource
+from surgery.data.files.documents import EndBounds, document_at
+from surgery.data.files.idx import IndexedWriter, write_index
+from surgery.data.files.mapped import Held
+from surgery.data.files.readers import ends_by_id, open_tokens
+from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.errors import ConfigError, FileError
 
 TEXT = Path(__file__).parent / "golden" / "tokenize"

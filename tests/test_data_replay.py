@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data import megatron_order
-from surgery.data.idx import read_index
-from surgery.data.megatron_batches import open_megatron
-from surgery.data.megatron_order import blend, exhaustive_blend, sample_order, split_documents
-from surgery.data.npy import open_npz
-from surgery.data.olmo_batches import open_olmo
-from surgery.data.olmo_order import CoreSource, core_mixture, core_order, olmo_order, repetitive
-from surgery.data.recorded import RecordedBatches
+from surgery.data.files.idx import read_index
+from surgery.data.files.npy import open_npz
 from surgery.data.rows import IGNORE
+from surgery.data.trainers import megatron_order
+from surgery.data.trainers.megatron_batches import open_megatron
+from surgery.data.trainers.megatron_order import blend, exhaustive_blend, sample_order, split_documents
+from surgery.data.trainers.olmo_batches import open_olmo
+from surgery.data.trainers.olmo_order import CoreSource, core_mixture, core_order, olmo_order, repetitive
+from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, FileError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden" / "data"

@@ -18,13 +18,14 @@ import pytest
 from backports import zstd
 from tokenizers import Tokenizer
 
-from surgery.data import extra, text, tokenize
-from surgery.data.arrange import permutation
-from surgery.data.bad_lines import Limit
-from surgery.data.prepare import Choices, settings_for
-from surgery.data.readers import open_tokens
-from surgery.data.sources import find_sources
-from surgery.data.vocabulary import load_vocabulary
+from surgery.data import extra
+from surgery.data.files.readers import open_tokens
+from surgery.data.tokenizing import text, tokenize
+from surgery.data.tokenizing.arrange import permutation
+from surgery.data.tokenizing.bad_lines import Limit
+from surgery.data.tokenizing.prepare import Choices, settings_for
+from surgery.data.tokenizing.sources import find_sources
+from surgery.data.tokenizing.vocabulary import load_vocabulary
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
 from tests.killing import tree
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.cli.main import main
-from surgery.data.idx import write_index
+from surgery.data.files.idx import write_index
 from surgery.formats.topology import Topology
 from tests import runs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from surgery.data.vocabulary import load_vocabulary
+from surgery.data.tokenizing.vocabulary import load_vocabulary
 from surgery.errors import FileError, SurgeryError, UsageError
 from surgery.midtraining.evaluation.tasks import LINE, find_data, preference
 from surgery.tokenizer.bytes import byte_lengths

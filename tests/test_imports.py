@@ -15,6 +15,11 @@ ROOT = Path(__file__).parent.parent / "surgery"
 LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "writing", "tokenizer", "model",
           "formats", "conversion", "running", "verification", "merging", "upcycling", "data", "midtraining", "jobs",
           "cli")  # fmt: skip
+# the same inside a package that has rungs of its own
+RUNGS = {
+    "data": ("extra", "strict", "files", "tokenizing", "rows", "trainers", "plans", "inspection", "payload_index",
+             "show"),
+}  # fmt: skip
 # library -> the packages (or files) that may import it
 ROOMS = {
     "pickle": (), "_pickle": (), "shelve": (), "marshal": (), "dill": (), "cloudpickle": (),
@@ -72,6 +77,17 @@ def test_ladder(path):
             assert LADDER.index(parts[1]) < LADDER.index(package), f"{where(path)} must not import {name}"
 
 
+@pytest.mark.parametrize("package", RUNGS)
+def test_rungs(package):
+    rungs = RUNGS[package]
+    for path in (ROOT / package).rglob("*.py"):
+        mine = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["surgery", package] and mine != "__init__" and len(parts) > 2 and parts[2] != mine:
+                assert rungs.index(parts[2]) < rungs.index(mine), f"{where(path)} must not import {name}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=where)
 def test_rooms(path):
     for name in imports(path):
@@ -111,7 +127,7 @@ def test_no_heavy_import(code):
 
 
 def test_data_needs_no_torch():
-    assert not loaded("import surgery.data.show, surgery.data.tokenize") & {"torch", "transformers"}
+    assert not loaded("import surgery.data.show, surgery.data.tokenizing.tokenize") & {"torch", "transformers"}
 
 
 def test_inspect_needs_no_torch(tiny_hf):

@@ -71,11 +71,11 @@ def tokenize_command(src: tuple[str, ...], dst: str, as_json: bool, **flags: Any
     """
     from pathlib import Path
 
-    from surgery.data.bad_lines import Limit
-    from surgery.data.prepare import check_sources, settings_for
-    from surgery.data.sources import find_sources
-    from surgery.data.tokenize import tokenize
-    from surgery.data.vocabulary import load_vocabulary
+    from surgery.data.tokenizing.bad_lines import Limit
+    from surgery.data.tokenizing.prepare import check_sources, settings_for
+    from surgery.data.tokenizing.sources import find_sources
+    from surgery.data.tokenizing.tokenize import tokenize
+    from surgery.data.tokenizing.vocabulary import load_vocabulary
     from surgery.writing.staging import check_free
 
     limit, choices = Limit.parse(flags["max_bad"]), _choices(flags)
@@ -108,7 +108,7 @@ def tokenize_command(src: tuple[str, ...], dst: str, as_json: bool, **flags: Any
 
 def _choices(flags: dict[str, Any]) -> Any:
     """The flags that decide the tokens.  Raises UsageError."""
-    from surgery.data.prepare import Choices
+    from surgery.data.tokenizing.prepare import Choices
     from surgery.units import parse_count
 
     names = Choices.__dataclass_fields__.keys() & flags.keys()
@@ -136,7 +136,7 @@ def inspect_command(paths: tuple[str, ...], as_json: bool, **flags: Any) -> None
     import os
 
     from surgery.data.inspection import inspect_tokens, token_files
-    from surgery.data.vocabulary import load_vocabulary
+    from surgery.data.tokenizing.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(flags["tokenizer"]) if flags["tokenizer"] else None
     options = {"dtype": flags["dtype"], "eos": flags["eos"], "vocab_size": flags["vocab_size"]}

@@ -45,8 +45,8 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
 
     needs("pydantic", "planning")
     from surgery.cli import show_data
-    from surgery.data.draft import draft_plan
-    from surgery.data.plan import write_plan
+    from surgery.data.plans.draft import draft_plan
+    from surgery.data.plans.plan import write_plan
     from surgery.writing.progress import progress_bars
     from surgery.writing.staging import check_free
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.console import console
-from surgery.data.draft import Draft
-from surgery.data.plan import Plan
+from surgery.data.plans.draft import Draft
+from surgery.data.plans.plan import Plan
 from surgery.data.rows import RowSource
 from surgery.data.show import Decode
 from surgery.errors import ConfigError, UsageError
@@ -153,9 +153,9 @@ def chosen_rows(text: str | None) -> range | None:
 
 def decoder(batches: RowSource, tokenizer: str | None) -> Decode:
     """Ids to text, by the tokenizer that is given or that of the plan.  Raises UsageError if there is none."""
-    from surgery.data.batches import Batches
-    from surgery.data.text_cache import load_tokenizer
-    from surgery.data.vocabulary import load_vocabulary
+    from surgery.data.plans.batches import Batches
+    from surgery.data.plans.text_cache import load_tokenizer
+    from surgery.data.tokenizing.vocabulary import load_vocabulary
 
     plan = batches.plan if isinstance(batches, Batches) else None
     if tokenizer is None and plan is not None and plan.mixture.tokenizer is not None:

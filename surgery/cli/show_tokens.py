@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from surgery.cli.terminal import say
-from surgery.data.bad_lines import summary
 from surgery.data.inspection import Inspection
-from surgery.data.settings import Settings
-from surgery.data.tokenize import Report
-from surgery.data.vocabulary import Vocabulary
+from surgery.data.tokenizing.bad_lines import summary
+from surgery.data.tokenizing.settings import Settings
+from surgery.data.tokenizing.tokenize import Report
+from surgery.data.tokenizing.vocabulary import Vocabulary
 from surgery.units import human
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from surgery.containers.text import read_json
-from surgery.data.documents import Bounds
-from surgery.data.mapped import Array
-from surgery.data.readers import open_tokens
-from surgery.data.tokenize import NOTE
-from surgery.data.tokens import TokenFile
-from surgery.data.vocabulary import Vocabulary
+from surgery.data.files.documents import Bounds
+from surgery.data.files.mapped import Array
+from surgery.data.files.readers import open_tokens
+from surgery.data.files.tokens import TokenFile
+from surgery.data.tokenizing.tokenize import NOTE
+from surgery.data.tokenizing.vocabulary import Vocabulary
 from surgery.errors import FileError, show
 
 CHUNK = 1 << 22  # tokens or documents looked at at once

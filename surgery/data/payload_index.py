@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.data.idx import CODES, DTYPES, read_index, write_index
+from surgery.data.files.idx import CODES, DTYPES, read_index, write_index
+from surgery.data.files.npy import is_npy
+from surgery.data.files.readers import open_tokens
+from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.data.inspection import lengths_of
-from surgery.data.npy import is_npy
-from surgery.data.readers import open_tokens
-from surgery.data.tokens import MASK_SUFFIX, TokenFile
 from surgery.errors import ConfigError, FileError, OutputError
 
 LINKS = ("auto", "hard", "symbolic")

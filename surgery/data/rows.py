@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from surgery.data.mapped import Array
-from surgery.data.tokens import Passage
+from surgery.data.files.mapped import Array
+from surgery.data.files.tokens import Passage
 
 IGNORE = -100
 

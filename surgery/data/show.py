@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import read_yaml
-from surgery.data import megatron_batches, olmo_batches
-from surgery.data.batches import Batches
-from surgery.data.plan import open_plan
-from surgery.data.plan_file import NAME
-from surgery.data.recorded import RecordedBatches
+from surgery.data.plans.batches import Batches
+from surgery.data.plans.plan import open_plan
+from surgery.data.plans.plan_file import NAME
 from surgery.data.rows import IGNORE, RowSource
+from surgery.data.trainers import megatron_batches, olmo_batches
+from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, UsageError, some
 
 Decode = Callable[[list[int]], str]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.data.rows import Rows
-from surgery.data.vocabulary import load_vocabulary
+from surgery.data.tokenizing.vocabulary import load_vocabulary
 from surgery.midtraining.evaluation.domains import heldout_loss
 from surgery.midtraining.evaluation.opened import CONTEXT, Opened
 from surgery.midtraining.evaluation.suite import Suite

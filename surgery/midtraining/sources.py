@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.data.batches import Batches
-from surgery.data.draft import draft_plan
-from surgery.data.plan import Plan, open_plan, write_plan
-from surgery.data.recorded import RecordedBatches
+from surgery.data.plans.batches import Batches
+from surgery.data.plans.draft import draft_plan
+from surgery.data.plans.plan import Plan, open_plan, write_plan
 from surgery.data.rows import RowSource
+from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError
 from surgery.midtraining.course import rows_per_unit
 from surgery.midtraining.settings import Run

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.data.idx import IndexedWriter
-from surgery.data.megatron_batches import open_megatron
+from surgery.data.files.idx import IndexedWriter
 from surgery.data.payload_index import index_payload
+from surgery.data.trainers.megatron_batches import open_megatron
 from tests.upstream.run import HOME, PROGRAMS, ROOT, install, last
 
 NAME = "megatron-core"

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.data.vocabulary import Vocabulary, load_vocabulary
+from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import UsageError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.operations import to_vocab

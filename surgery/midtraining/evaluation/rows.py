@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.data.batches import Batches
-from surgery.data.plan import open_plan
-from surgery.data.plan_file import NAME
-from surgery.data.readers import open_tokens
+from surgery.data.files.readers import open_tokens
+from surgery.data.files.tokens import TokenSource
+from surgery.data.plans.batches import Batches
+from surgery.data.plans.plan import open_plan
+from surgery.data.plans.plan_file import NAME
 from surgery.data.rows import Rows, isolated, restarting, shifted
-from surgery.data.tokens import TokenSource
 from surgery.errors import UsageError
 
 

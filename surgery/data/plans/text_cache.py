@@ -1,0 +1,98 @@
+"""Sources of text in a mixture: tokenized once, into a cache whose folders are named by content and tokenizer.
+
+    entries = tokenized(entries, source, root, vocabulary, cache)     # jsonl, txt, parquet -> .bin/.idx in the cache
+
+Entries that are token files already pass through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from surgery.data.plans.mixture import Mixture, Source
+from surgery.data.plans.plan_file import Entry, relative
+from surgery.data.plans.plan_sources import TEXT
+from surgery.data.tokenizing.job import VERSION
+from surgery.data.tokenizing.prepare import Choices, settings_for
+from surgery.data.tokenizing.settings import Settings
+from surgery.data.tokenizing.sources import Source as TextSource
+from surgery.data.tokenizing.sources import find_sources, is_url
+from surgery.data.tokenizing.tokenize import NOTE, tokenize
+from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
+from surgery.errors import ConfigError, some
+
+BLOCK = 1 << 20
+Begin = Callable[[str, int | None], Callable[[int], None]]
+
+
+def load_tokenizer(mixture: Mixture, root: Path) -> Vocabulary | None:
+    """The tokenizer of a mixture: a path relative to it, or a name on the hub."""
+    if mixture.tokenizer is None:
+        return None
+    beside = root / os.path.expanduser(mixture.tokenizer)
+    return load_vocabulary(str(beside) if beside.exists() else mixture.tokenizer)
+
+
+def tokenized(
+    entries: Sequence[Entry],
+    source: Source,
+    root: Path,
+    vocabulary: Vocabulary | None,
+    cache: Path | None,
+    begin: Begin = lambda what, total: lambda n: None,
+) -> list[Entry]:
+    """The entries with text replaced by the token files that it became.
+
+    Raises ConfigError if there is text and no tokenizer, FileError if more than a thousandth of its lines are bad.
+    """
+    places = [e.path if is_url(e.path) else str(root / e.path) for e in entries if e.format == TEXT]
+    if not places:
+        if source.messages_key is not None:
+            raise ConfigError(f"{source.name}: messages_key is for text, and its files are tokens already")
+        return list(entries)
+    if source.label_mask is not None:
+        raise ConfigError(f"{source.name}: label_mask is for token files; text has its own", hint="use messages_key")
+    if vocabulary is None:
+        what = f"{source.name}: {some(os.path.basename(p) for p in places)} is text, and the mixture names no tokenizer"
+        raise ConfigError(what, hint="add tokenizer: PATH, or tokenize it first: surgery data tokenize")
+    sources, _ = find_sources(places)
+    settings = settings_for(_choices(source, vocabulary), vocabulary)
+    folder = (cache or default_cache()) / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
+    if not (folder / NOTE).is_file():
+        advance = begin(f"tokenize {source.name}", sum(s.size for s in sources))
+        tokenize(sources, folder, vocabulary, settings, progress=lambda read, documents, tokens: advance(read))
+    files = sorted(str(p) for p in folder.glob("*.bin"))
+    made = [Entry(path=relative(path, root), format="megatron") for path in files]
+    return [e for e in entries if e.format != TEXT] + made
+
+
+def _choices(source: Source, vocabulary: Vocabulary) -> Choices:
+    messages = source.messages_key
+    if messages is None and source.eos is None and "eos" not in vocabulary.special:
+        what = f"{source.name}: the tokenizer does not say which id ends a document"
+        raise ConfigError(what, hint="add eos: ID to the source")
+    eos = None if source.eos is None else str(source.eos)
+    return Choices(text=None if messages else source.text_key, messages=messages, eos=eos, dtype=source.dtype)
+
+
+def default_cache() -> Path:
+    """$SURGERY_CACHE, or a folder where the system keeps caches."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("SURGERY_CACHE") or os.path.join(base, "surgery")) / "tokens"
+
+
+def _digest(sources: Sequence[TextSource], vocabulary: Vocabulary, settings: Settings) -> str:
+    """Of the content of the files, the tokenizer and the settings; not of names."""
+    digest = hashlib.sha256(json.dumps([VERSION, vocabulary.sha256, asdict(settings)], sort_keys=True).encode())
+    for source in sources:
+        content = hashlib.sha256()
+        with source.open() as file:
+            while block := file.read(BLOCK):
+                content.update(block)
+        digest.update(content.digest())
+    return digest.hexdigest()
