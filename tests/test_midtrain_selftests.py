@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from surgery.data.recorded import RecordedBatches
+from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, MismatchError, UsageError
 from surgery.midtraining import step
 from surgery.midtraining.experts import EXPERTS, REGISTERED
