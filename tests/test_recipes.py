@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -146,15 +148,14 @@ def build(folder: Path, heads: int, groups: int) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def quickstart(model: Path, work: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", RECIPES / "quickstart.sh", str(model)],
+        [sys.executable, "-m", "surgery", "run", RECIPES / "quickstart.yaml", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"PATH": path, "WORK": str(work), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(RECIPES.parent)},
     )
 
 
@@ -163,36 +164,42 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     model, work = tmp_path / "a model", tmp_path / "work here"
     build(model, heads=4, groups=2)
     before = tree(model)
-    for name in ("meta", "back"):  # left by an earlier run, of another model
-        (work / name).mkdir(parents=True)
-        (work / name / "stale.safetensors").write_text("old")
-    result = quickstart(model, work, tmp_path)
+    sets = [f"--set={text}" for text in (f"model={model}", "tp=2", "context=2048")]
+    result = run("-v", "--folder", work, *sets, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
-    titles = re.findall(r"^\d+\. .*\n\$ surgery (\w+)", result.stdout, re.MULTILINE)
-    there_and_back = ["inspect", "convert", "inspect", "convert", "verify", "verify", "ask"]
-    assert titles == [*there_and_back, "convert", "convert", "soup", "upcycle", "upcycle", "ask"]
-    assert '$ surgery inspect "a model"' in result.stdout
+    assert re.findall(r"^(\d+)\. ", result.stdout, re.MULTILINE) == [str(n) for n in range(1, 18)]
+    assert "$ surgery inspect 'a model'" in result.stdout
     losses = re.findall(r"^  (\d+\.\d+)  (\S.*)$", result.stdout, re.MULTILINE)
     assert [Path(name).name for _, name in losses] == ["copy-1", "copy-2", "copy-3", "soup"]
     assert f"The lowest of the 4: {min(losses)[1]}" in result.stdout
     assert "for 2 ranks" in result.stdout
     assert sorted(f.name for f in (work / "meta").glob("*.pth")) == ["consolidated.00.pth", "consolidated.01.pth"]
-    assert not list(work.rglob("stale*"))
     assert tree(model) == before
     assert result.stdout.count("proof  exact") == 2
     assert tree(work / "back")["tokenizer.json"] == before["tokenizer.json"]
     old, new = (load_file(folder / "model.safetensors") for folder in (model, work / "back"))
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8)) for name in old)
+    again = run("--folder", work, *sets, "--json", cwd=tmp_path)
+    assert {s["state"] for s in json.loads(again.stdout)["steps"]} == {"unchanged"}
 
 
 def test_the_quickstart_stops_at_a_bad_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    result = quickstart(tmp_path / "empty", tmp_path / "work", tmp_path)
+    result = run("-v", "--set", "model=empty", cwd=tmp_path)
     assert result.returncode != 0
-    assert "error: " in result.stderr
+    assert "error: step look ended with status" in result.stderr
     assert "Traceback" not in result.stderr
     assert "2. " not in result.stdout  # the first step failed, and nothing came after it
+
+
+def test_flags_that_fit_a_model(tmp_path: Path) -> None:
+    build(tmp_path / "a model", heads=9, groups=3)
+    command = [sys.executable, RECIPES / "fitting.py", "a model"]
+    env = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    flags = shlex.split(done.stdout)
+    assert flags == ["--set", f"model={tmp_path / 'a model'}", "--set", "tp=3", "--set", "context=2048"]
 
 
 @pytest.mark.slow
@@ -219,13 +226,19 @@ def test_a_soup_of_disturbed_copies_is_better_than_each(recipe: ModuleType, tmp_
         model = recipe.obtain()
     except recipe.Unavailable as error:
         pytest.skip(str(error))
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", RECIPES / "soup.sh", str(model)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PATH": path, "WORK": str(tmp_path), "TP": "3", "OMP_NUM_THREADS": "1"},
+    run(
+        "--set",
+        f"model={model}",
+        "--json",
+        "--step",
+        "copy",
+        "--step",
+        "copy_meta",
+        "--step",
+        "copy_megatron",
+        cwd=tmp_path,
     )
-    assert re.search(r"The lowest of the 4: \S+/soup/soup$", result.stdout, re.MULTILINE), result.stdout
-    assert {f.name for f in (tmp_path / "soup" / "meta").glob("*.pth")} == {f"consolidated.0{i}.pth" for i in range(3)}
+    done = run("--set", f"model={model}", "-v", "--step", "soup", "--step", "losses", cwd=tmp_path)
+    assert re.search(r"The lowest of the 4: \S+/soup$", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    ranks = {f.name for f in (tmp_path / "runs/quickstart/copy_meta").glob("*.pth")}
+    assert ranks == {f"consolidated.0{i}.pth" for i in range(3)}

@@ -56,9 +56,9 @@ def as_typed(step: Step, shown: Shown) -> str:
 
 
 def environment(step: Step) -> dict[str, str]:
-    """Ours, in which `surgery` and `python` are those that run now, and the step's variables."""
+    """Ours, in which `surgery` and `python` are those that run now, what suits a log, and the step's variables."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **step.env}
+    return {"COLUMNS": "120", **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.env}
 
 
 class Children:
