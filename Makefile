@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-kernels test-upstream test-real lint types pytest format bench venv clean
+.PHONY: help demo test test-fast coverage test-kernels test-upstream test-real test-honesty lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -47,6 +47,9 @@ test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is fo
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.data)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.tokens)
+
+test-honesty: $(VENV)/.ready-dev  ## does `verify` ever call two models the same that are not? (an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.honesty
 
 test-kernels: $(VENV)/.ready-dev  ## Triton's kernels for experts, on the CPU by its interpreter (installs Triton, 1 GB)
 	$(BIN)/pip install -qq --no-deps --no-build-isolation --upgrade --target .cache/kernels \

@@ -27,6 +27,8 @@ from surgery.tensors.files import IO
 from surgery.tensors.lazy import Fill, boxes
 from surgery.verification import Comparison, compare
 from surgery.verification.configs import spec_fields
+from surgery.verification.findings import Verified
+from surgery.verification.report import LogitReport
 from surgery.verification.values import Tally
 from tests import tiny
 
@@ -67,7 +69,7 @@ def check(a: Path | Checkpoint, b: Path | Checkpoint, memory: int = MEMORY) -> C
 
 def printed(result: Comparison) -> str:
     out = io.StringIO()
-    render.show(result, None, Console(file=out, width=200))
+    render.show(Verified(result), Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -358,3 +360,76 @@ def test_command_line(llama: Path, tmp_path: Path) -> None:
     assert data["parts"][0]["values"]["differing"] == 144
     broken = CliRunner().invoke(cli.main, ["verify", str(llama), str(tmp_path / "none")])
     assert broken.exit_code == 1 and "does not exist" in broken.output and "Traceback" not in broken.output
+
+
+# ---------------------------------------------------------------------------------------------- what nobody knows
+
+
+def test_a_key_that_is_not_understood_is_in_the_verdict(llama: Path, tmp_path: Path) -> None:
+    other = changed(llama, tmp_path / "b", config=lambda c: c.update(is_causal=False))
+    same = changed(llama, tmp_path / "c", config=lambda c: c.update(is_causal=False))
+    for pair in ((llama, other), (other, llama)):
+        result = check(*pair)
+        assert not result.same and result.alike and result.same_weights
+        assert result.verdict.startswith("same weights, but not known to be the same model: ")
+        assert "is_causal" in result.verdict and "is_causal" in printed(result)
+    assert check(other, same).verdict == "the same model"  # it says the same on both sides
+    again = changed(llama, tmp_path / "d", config=lambda c: c.update(is_causal=0.5))
+    assert not check(other, again).same
+
+
+def test_what_a_reader_guessed_is_in_the_verdict(llama: Path, tmp_path: Path) -> None:
+    one, other = open_checkpoint(llama), open_checkpoint(llama)
+    result = check(one, replace(other, notes=("the base of the rope is not said; 10000 was taken",)))
+    assert result.same
+    assert result.verdict == ("the same model, if it was read rightly: B: the base of the rope is not said; 10000 was "
+                              "taken")  # fmt: skip
+    assert result.to_json()["notes"][0]["side"] == "b"
+
+
+TOKENS = {"version": "1.0", "model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(264)},
+                                      "merges": [["t1", "t2"], ["t3", "t4"]]}, "added_tokens": []}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t["model"]["merges"].reverse(), "merges of the tokenizer, from number 0 on"),
+        (lambda t: t["model"]["merges"].pop(), "merges of the tokenizer, from number 1 on"),
+        (lambda t: t.update(normalizer={"type": "Lowercase"}), "normalizer of the tokenizer"),
+        (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer of the tokenizer"),
+        (lambda t: t["model"]["vocab"].update(zz=t["model"]["vocab"].pop("t5")), "tokens of the tokenizer (1 ids mean"),
+        (lambda t: t["model"]["vocab"].update(t1=2, t2=1), "ids of the tokenizer (2 tokens"),
+    ],
+)
+def test_another_tokenizer_is_another_model(edit: Callable[[dict], object], words: str, llama: Path, tmp_path: Path):
+    for name in ("a", "b"):
+        tokens = json.loads(json.dumps(TOKENS))
+        if name == "b":
+            edit(tokens)
+        changed(llama, tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokens))
+    result = check(tmp_path / "a", tmp_path / "b")
+    assert not result.same and words in result.verdict
+
+
+def test_merges_may_be_written_in_two_ways_and_a_tokenizer_may_be_missing(llama: Path, tmp_path: Path) -> None:
+    for name, merges in (("a", [["t1", "t2"]]), ("b", ["t1 t2"])):
+        changed(llama, tmp_path / name)
+        tokens = {**TOKENS, "model": {**TOKENS["model"], "merges": merges}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokens))
+    assert check(tmp_path / "a", tmp_path / "b").same
+    result = check(tmp_path / "a", llama)
+    assert result.same and [f.text for f in result.fields] == ["tokenizer: hf and none"]
+
+
+def test_the_last_line_agrees_with_the_logits(llama: Path) -> None:
+    found = check(llama, llama)
+    apart = LogitReport(False, False, (2, 32), 264, 1e-5, 3.56, 1.2, 0.7, 0.4)
+    answer = Verified(found, apart)
+    assert found.same and not answer.same
+    out = io.StringIO()
+    render.show(answer, Console(file=out, width=200))
+    assert out.getvalue().splitlines()[-1].startswith("not the same model, though weights and configs look the same")
+    assert (answer.to_json()["same"], answer.to_json()["verdict"]) == (False, answer.verdict)
+    assert Verified(found).verdict == "the same model"

@@ -22,6 +22,7 @@ from surgery.formats.topology import Topology
 from surgery.running import loading
 from surgery.running import whole as running
 from surgery.running.loading import load
+from surgery.verification.findings import Verified
 from surgery.verification.logits import compare_logits
 from surgery.verification.report import LogitReport
 from surgery.verification.weights import Weights
@@ -312,7 +313,8 @@ def test_tight_memory_gives_the_same_answer(
 def test_what_is_printed(saved: Callable[[str], Path], tmp_path: Path) -> None:
     b = changed(saved("llama"), tmp_path / "b", each(interleave))
     out = io.StringIO()
-    render.show(check(saved("llama"), b), compare_logits(saved("llama"), b), Console(file=out, width=300))
+    answer = Verified(check(saved("llama"), b), compare_logits(saved("llama"), b))
+    render.show(answer, Console(file=out, width=300))
     text = out.getvalue()
     assert "first in layer 0, attention" in text and "attention of layers 0 to 5" in text
     assert "cause: rotary layout of q and k: pairs lie side by side, as Meta stores them (layers 0 to 5)" in text

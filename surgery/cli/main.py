@@ -130,16 +130,19 @@ def inspect_command(
 @main.command("verify")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--logits", is_flag=True, help="Also run both through transformers, layer by layer where they differ.")
+@click.option("--logits", is_flag=True, help="Also run both through transformers, and find out what makes them differ.")
 @with_flags((MAX_MEMORY, OPTIONS, JSON))
 def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) -> None:
     """Are two checkpoints, in any two formats and parallel sizes, the same model?
 
-    Compares part by part and names every difference, then the configs field by field. Exit status 0: the same; 1: not.
+    Compares part by part and names every difference, then the configs field by field. What nobody understands on one
+    side (a key of a config) makes it not the same; what had to be guessed is in the answer, too. The last line is the
+    answer. Exit status 0: the same; 1: not.
     """
     from surgery.conversion.request import default_memory
     from surgery.units import parse_size
     from surgery.verification import compare, open_both
+    from surgery.verification.findings import Verified
 
     given = options_of(flags)
     left, right = open_both(a, b, given)
@@ -152,13 +155,14 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
         from surgery.verification.logits import compare_logits
 
         run = compare_logits(a, b, options=given, max_memory=memory)
+    answer = Verified(result, run)
     if as_json:
-        click.echo(json.dumps(result.to_json() | ({"logits": run.to_json()} if run else {}), indent=2))
+        click.echo(json.dumps(answer.to_json(), indent=2))
     else:
         from surgery.cli import show_verification as render
 
-        render.show(result, run)
-    sys.exit(0 if result.same and (run is None or run.same) else 1)
+        render.show(answer)
+    sys.exit(0 if answer.same else 1)
 
 
 @main.command("formats")

@@ -1,6 +1,6 @@
 """What `surgery verify` prints for people.
 
-show(compare(a, b, max_memory=1 << 28), compare_logits("A", "B"))
+show(Verified(compare(a, b, max_memory=1 << 28), compare_logits("A", "B")))
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from surgery.cli.console import console as terminal
 from surgery.errors import some
 from surgery.model.spec import template_of
 from surgery.units import count, human
-from surgery.verification.compare import Comparison, Part, Side
+from surgery.verification.findings import Part, Side, Verified
 
 if TYPE_CHECKING:
     from surgery.verification.ambiguity import Readings
@@ -25,9 +25,9 @@ FEW = 12  # lines of parts that are printed; --json has all of them
 PLACES = 8
 
 
-def show(result: Comparison, logits: LogitReport | None = None, console: Console | None = None) -> None:
-    """The verdict and every difference; long lists of the same kind are shortened."""
-    out = console or terminal()
+def show(answer: Verified, console: Console | None = None) -> None:
+    """Every difference, then the verdict; long lists of the same kind are shortened."""
+    out, result = console or terminal(), answer.found
     for label, side in (("A", result.a), ("B", result.b)):
         out.print(Text.assemble((f"{label}  ", "dim"), side.path, (f"  {_about(side)}", "dim")))
         out.print(Text(f"   content {side.digest}", style="dim"))
@@ -36,11 +36,11 @@ def show(result: Comparison, logits: LogitReport | None = None, console: Console
         out.print(
             _line(field.text if field.function else f"{field.text} (the logits do not depend on it)", field.function)
         )
-    good = result.same
-    if logits is not None:
-        good = good and logits.same
-        _logits(out, logits)
-    out.print(Text(result.verdict, style="bold green" if good else "bold red"))
+    for remark in result.remarks:
+        out.print(_line(f"note on {remark.text}", remark.unknown))
+    if answer.logits is not None:
+        _logits(out, answer.logits)
+    out.print(Text(answer.verdict, style="bold green" if answer.same else "bold red"))
 
 
 def _about(side: Side) -> str:
@@ -78,13 +78,12 @@ def _logits(out: Console, logits: LogitReport) -> None:
     batch, length = logits.tokens
     told = f"{batch} x {length} tokens in fp32: {logits.verdict}"
     out.print(Text(f"   {told}", style="green" if logits.same else "red"))
-    if logits.same:
-        return
-    out.print(_line(f"KL divergence {logits.kl:.3g} nats; the same best token in {logits.agreement:.0%}", True))
-    if logits.alone:
-        out.print(_line(f"at fault by themselves, given A's inputs: {_alone(logits)}", True))
-    for cause in logits.causes:
-        out.print(Text(f"   cause: {cause.text}", style="bold"))
+    if not logits.same:
+        out.print(_line(f"KL divergence {logits.kl:.3g} nats; the same best token in {logits.agreement:.0%}", True))
+        if logits.alone:
+            out.print(_line(f"at fault by themselves, given A's inputs: {_alone(logits)}", True))
+        for cause in logits.causes:
+            out.print(Text(f"   cause: {cause.text}", style="bold"))
     for note in logits.notes:
         out.print(Text(f"   note: {note}", style="yellow"))
 

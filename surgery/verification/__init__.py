@@ -6,8 +6,9 @@
 compare.py   part by part, then the configs      logits.py    both through transformers, and how far apart
 values.py    how two tensors differ              causes.py    experiments that find out why
 configs.py   specs, facts, tokenizers            trials.py    one change at a time, run again
-report.py    what was found about the logits     weights.py   a loaded model as parts that can be changed
-ambiguity.py which reading of ambiguous files predicts a text
+findings.py  what was found, and the verdict     weights.py   a loaded model as parts that can be changed
+ambiguity.py which reading of ambiguous files    report.py    what was found about the logits
+             predicts a text
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from surgery.arguments import checked
 from surgery.conversion.request import default_memory
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
-from surgery.verification.compare import Comparison, Progress, compare
+from surgery.verification.compare import Progress, compare
+from surgery.verification.findings import Comparison
 
 __all__ = ["Comparison", "compare", "open_both", "verify"]
 

@@ -63,7 +63,7 @@ class Search:
         alone = tuple(Gap(n, running.place(n), g) for n, g in score.alone.items())
         if sizes:
             note = f"no cause was looked for: the models differ in size ({', '.join(sizes)})"
-            return replace(report, alone=alone, notes=(note,))
+            return replace(report, alone=alone, notes=(*report.notes, note))
         causes: list[Cause] = self._rounding(score)
         while not any(c.explains for c in causes) and score.relative > self.tolerance and len(causes) < ROUNDS:
             best = self._best(score)
@@ -76,7 +76,8 @@ class Search:
             score = self._keep(trial)
         if score.relative > self.tolerance and not any(c.explains for c in causes):
             self.notes.append(f"what is left unexplained: the logits still differ by {score.max_diff:.2g}")
-        return replace(report, alone=alone, causes=tuple(causes), tried=self.tried, notes=tuple(self.notes))
+        return replace(report, alone=alone, causes=tuple(causes), tried=self.tried,
+                       notes=(*report.notes, *self.notes))  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ experiments
 

@@ -11,17 +11,17 @@ side only is the exception: that side's embedding is read again, to compare it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from surgery.errors import some
 from surgery.formats.base import Checkpoint
 from surgery.model.spec import layout
 from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
-from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, walk, whole
-from surgery.verification.configs import Field, differences
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, boxes, walk, whole
+from surgery.verification.configs import differences
+from surgery.verification.findings import Comparison, Part, Remark, Side, Surplus
 from surgery.verification.values import Tally, Values
 from surgery.writing.ahead import ahead
 from surgery.writing.stream import block_size
@@ -29,137 +29,8 @@ from surgery.writing.stream import block_size
 if TYPE_CHECKING:
     import torch
 
+NOT_KNOWN = "not understood"  # so say notes on what may change the model unseen
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two checkpoints."""
-
-    path: str
-    format: str
-    family: str
-    parts: int
-    parameters: int
-    bytes: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Surplus:
-    """Rows of the vocabulary that only one side (`a` or `b`) has.
-
-    `harmless`: all zeros, or behind the last token that a tokenizer or config knows of.
-    """
-
-    side: str
-    start: int
-    stop: int
-    zeros: bool
-    harmless: bool
-
-    @property
-    def text(self) -> str:
-        kind = "zeros" if self.zeros else "padding behind the last token" if self.harmless else "not zeros"
-        return f"{self.side.upper()} alone has rows {self.start} to {self.stop - 1} ({kind})"
-
-
-@dataclass(frozen=True)
-class Part:
-    """How a part differs: missing on a `missing` side, by shape, dtype, values, or surplus rows.
-
-    `tied`: it is missing on a side because that side's embedding serves as its head; `values` is then how the two
-    compare.
-    """
-
-    name: str
-    missing: str = ""
-    tied: bool = False
-    shapes: tuple[Shape, Shape] | None = None
-    kinds: tuple[str, str] | None = None
-    values: Values | None = None
-    surplus: Surplus | None = None
-
-    @property
-    def changes(self) -> bool:
-        """Whether the values differ, rather than only how they are stored."""
-        lost = bool(self.missing) and not self.tied
-        wrong_rows = self.surplus is not None and not self.surplus.harmless
-        return lost or self.shapes is not None or self.values is not None or wrong_rows
-
-    @property
-    def text(self) -> str:
-        """One line for people."""
-        said = []
-        if self.tied:
-            said.append(f"{self.missing.upper()} has none, its embedding serves as one")
-        elif self.missing:
-            said.append(f"missing in {self.missing.upper()}")
-        if self.shapes:
-            said.append(f"shape {list(self.shapes[0])} and {list(self.shapes[1])}")
-        if self.kinds:
-            said.append(f"{self.kinds[0]} and {self.kinds[1]}")
-            if self.values is None and not self.missing:
-                said.append("all values are equal")
-        if self.surplus:
-            said.append(self.surplus.text)
-        if self.values:
-            said.append(self.values.text)
-        return f"{self.name}: {', '.join(said)}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found.  `parts` and `fields` hold only what differs."""
-
-    a: Side
-    b: Side
-    parts: tuple[Part, ...]
-    fields: tuple[Field, ...]
-
-    @property
-    def same_weights(self) -> bool:
-        """Whether every value is the same (dtypes and padding may differ)."""
-        return not any(part.changes for part in self.parts)
-
-    @property
-    def same(self) -> bool:
-        """Whether the two are the same model: same values, same dtypes, and nothing that changes the function."""
-        return self.same_weights and not any(f.function for f in self.fields) and not self._kinds()
-
-    def _kinds(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys(p.kinds for p in self.parts if p.kinds))
-
-    @property
-    def verdict(self) -> str:
-        """The answer in one sentence."""
-        config = some([f.name for f in self.fields if f.function])
-        kinds = some([f"{a} and {b}" for a, b in self._kinds()])
-        serious = [p for p in self.parts if p.changes]
-        if serious and all(p.values is not None and p.values.rounded and not p.shapes for p in serious):
-            return f"the same weights but for rounding: {kinds}" + (f"; different config: {config}" if config else "")
-        if serious:
-            parts = f"{len(serious)} part{'s' if len(serious) > 1 else ''}"
-            return f"different: {parts}" + (f", and the config: {config}" if config else "")
-        if config:
-            return f"same weights, different config: {config}" + (f"; different dtype: {kinds}" if kinds else "")
-        if kinds:
-            return f"same weights, different dtype: {kinds}"
-        stored = ["padding of the vocabulary"] if any(p.surplus for p in self.parts) else []
-        stored += ["one of them tied"] if any(p.tied for p in self.parts) else []
-        return "the same model" + (f" (stored differently: {' and '.join(stored)})" if stored else "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data: the verdict, both digests, every difference with its line of text."""
-        return {
-            "same": self.same,
-            "verdict": self.verdict,
-            "same_weights": self.same_weights,
-            "a": asdict(self.a),
-            "b": asdict(self.b),
-            "parts": [{**asdict(p), "changes": p.changes, "text": p.text} for p in self.parts],
-            "config": [{**asdict(f), "text": f.text} for f in self.fields],
-        }
 
 
 def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress | None = None) -> Comparison:
@@ -192,9 +63,8 @@ def compare(a: Checkpoint, b: Checkpoint, *, max_memory: int, progress: Progress
         check_unchanged(side.stamps)
     found = {name: values for name, tally in tallies.items() if (values := tally.values())}
     parts = (_part(name, a, b, found.get(name), name in odd_rows) for name in dict.fromkeys([*a.parts, *b.parts]))
-    return Comparison(
-        _side(a, ledgers[0]), _side(b, ledgers[1]), tuple(p for p in parts if p is not None), differences(a, b)
-    )
+    sides = _side(a, ledgers[0]), _side(b, ledgers[1])
+    return Comparison(*sides, tuple(p for p in parts if p is not None), differences(a, b), _remarks(a, b))
 
 
 def _side(checkpoint: Checkpoint, ledger: Ledger) -> Side:
@@ -311,3 +181,14 @@ def _surplus(a: Checkpoint, b: Checkpoint, rows_a: int, rows_b: int, zeros: bool
     start, stop = sorted((rows_a, rows_b))
     harmless = zeros or (bool(known) and max(known) <= start)
     return Surplus("a" if rows_a > rows_b else "b", start, stop, zeros, harmless)
+
+
+def _remarks(a: Checkpoint, b: Checkpoint) -> tuple[Remark, ...]:
+    """The notes of both readings, but those that cannot make a difference: the same ones, on the same config."""
+    alike = (a.format, a.config) == (b.format, b.config)
+    out = []
+    for note in dict.fromkeys([*a.notes, *b.notes]):
+        side = "both" if note in a.notes and note in b.notes else "a" if note in a.notes else "b"
+        if side != "both" or not alike:
+            out.append(Remark(side, note, NOT_KNOWN in note))
+    return tuple(out)

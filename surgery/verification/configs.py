@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.containers.text import read_json
 from surgery.errors import show
 from surgery.formats.base import Checkpoint
 from surgery.model.fields import NEEDED, SIZE
@@ -107,17 +108,14 @@ def _facts(a: Mapping[str, object], b: Mapping[str, object]) -> Iterator[Field]:
 
 
 def _tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> Iterator[Field]:
-    """Ids first (another id for a word is another model), then the bytes of files that both have."""
+    """Tokens first (another id or another word is another model), then how text is cut, then bytes of other files."""
     if a is None or b is None:
+        if a is not b:
+            yield Field("tokenizer", a and a.kind, b and b.kind, False)
         return
     if a.vocab_size is not None and b.vocab_size is not None and a.vocab_size != b.vocab_size:
         yield Field("tokens of the tokenizer", a.vocab_size, b.vocab_size, False)
-    words_a, words_b = vocabulary(a)[0], vocabulary(b)[0]
-    moved = [t for t in words_a.keys() & words_b.keys() if words_a[t] != words_b[t]]
-    if moved:
-        one = min(moved, key=lambda t: words_a[t])
-        name = f"ids of the tokenizer ({len(moved)} tokens have another one, such as {show(one, 40)})"
-        yield Field(name, words_a[one], words_b[one], True)
+    yield from _words(vocabulary(a)[0], vocabulary(b)[0])
     for role in sorted(a.special.keys() & b.special.keys()):
         if a.special[role] != b.special[role]:
             yield Field(f"{role} token of the tokenizer", a.special[role], b.special[role], False)
@@ -125,6 +123,44 @@ def _tokenizers(a: Tokenizer | None, b: Tokenizer | None) -> Iterator[Field]:
         one, other = _digest(a.files[name]), _digest(b.files[name])
         if one != other:
             yield Field(f"bytes of {name}", one[:16], other[:16], False)
+            if name == "tokenizer.json":
+                yield from _cutting(a.files[name], b.files[name])
+
+
+def _words(a: Mapping[str, int], b: Mapping[str, int]) -> Iterator[Field]:
+    """Tokens that have another id, and ids that are another token."""
+    moved = [t for t in a.keys() & b.keys() if a[t] != b[t]]
+    if moved:
+        one = min(moved, key=lambda t: a[t])
+        name = f"ids of the tokenizer ({len(moved)} tokens have another one, such as {show(one, 40)})"
+        yield Field(name, a[one], b[one], True)
+    texts_a, texts_b = ({i: text for text, i in words.items()} for words in (a, b))
+    renamed = [i for i in texts_a.keys() & texts_b.keys() if texts_a[i] not in b and texts_b[i] not in a]
+    if renamed:
+        one_id = min(renamed)
+        name = f"tokens of the tokenizer ({len(renamed)} ids mean another one, such as {one_id})"
+        yield Field(name, texts_a[one_id], texts_b[one_id], True)
+
+
+def _cutting(a: Path, b: Path) -> Iterator[Field]:
+    """What two tokenizer.json make of a text differently: the normaliser, the rules of cutting, the merges."""
+    one, other = (read_json(path, "tokenizer") for path in (a, b))
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return
+    for key in ("normalizer", "pre_tokenizer"):
+        if one.get(key) != other.get(key):
+            yield Field(f"{key} of the tokenizer", _plain(one.get(key)), _plain(other.get(key)), True)
+    x, y = _merges(one.get("model")), _merges(other.get("model"))
+    if x != y:
+        at = next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+        name = f"merges of the tokenizer, from number {at} on"
+        yield Field(name, x[at] if at < len(x) else None, y[at] if at < len(y) else None, True)
+
+
+def _merges(model: Any) -> list[str]:
+    """The merges of a BPE, as text: "a b" or ["a", "b"] in the file."""
+    found = model.get("merges") if isinstance(model, dict) else None
+    return [m if isinstance(m, str) else " ".join(map(str, m)) for m in found] if isinstance(found, list) else []
 
 
 def _digest(path: Path) -> str:

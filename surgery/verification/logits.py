@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,15 +62,26 @@ def compare_logits(
         say("running B")
         model = load(folder_b)
         report = _report(trace, running.run(model, tokens), tokens, tolerance)
+        report = replace(report, notes=tuple(_stand_in(side) for side in (a, b) if not _is_own(side)))
         check_unchanged({**a.stamps, **b.stamps})
         if report.same:
             return report
         return Search(a, b, folder_b, model, tokens, trace, tolerance, say).explain(report)
 
 
+def _is_own(checkpoint: Checkpoint) -> bool:
+    """Whether transformers reads the files themselves."""
+    return checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files)
+
+
+def _stand_in(checkpoint: Checkpoint) -> str:
+    path, name = checkpoint.path, checkpoint.format
+    return f"{path} ({name}) was run as the Hugging Face model that it converts to, not by a program of its format"
+
+
 def _runnable(checkpoint: Checkpoint, options: Options | None, into: Path, max_memory: int | None) -> Path:
     """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
-    if checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files):
+    if _is_own(checkpoint):
         return running.link(checkpoint.path, checkpoint.files, into)
     mine = own_options(checkpoint.path, options)
     convert(checkpoint.path, into, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False)
