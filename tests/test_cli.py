@@ -132,7 +132,7 @@ def test_convert_and_verify(tmp_path):
     ("words", "status", "text"),
     [
         (["inspect", "no/such/folder"], 1, "does not exist"),
-        (["inspect", META / "params.json"], 1, "is a file"),
+        (["convert", META / "params.json", "x", "--to", "hf"], 1, "a config of a model; the checkpoint is its folder"),
         (["convert", META, "x", "--to", "gguf"], 2, "there is no format 'gguf'"),
         (["convert", META, "x", "--to", "hf", "-O", "sideways"], 2, "write -O NAME=VALUE"),
         (["convert", META, "x", "--to", "hf", "-O", "nothing=1"], 2, "option nothing"),

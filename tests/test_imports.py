@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each package imports only what stands before it; single modules are packages of one.
-LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "writing", "tokenizer", "model",
+LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "recognising", "writing", "tokenizer", "model",
           "formats", "conversion", "running", "verification", "merging", "upcycling", "data", "midtraining", "jobs",
           "cli")  # fmt: skip
 # the same inside a package that has rungs of its own

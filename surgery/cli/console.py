@@ -5,12 +5,16 @@ console().print(Text("name\\x1b[2J"))      # the escape sequence is printed as \
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import IO
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
-from surgery.errors import printable
+from surgery.errors import LONGEST, printable
 
 
 def console(file: IO[str] | None = None, soft_wrap: bool = True) -> Console:
@@ -18,6 +22,26 @@ def console(file: IO[str] | None = None, soft_wrap: bool = True) -> Console:
     out = Console(file=file, highlight=False, soft_wrap=soft_wrap, markup=False, emoji=False)
     out.push_render_hook(_Escaping())
     return out
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Two columns; what is absent or empty is left out.  A line each where it is not a terminal that reads them."""
+
+    pairs: Iterable[tuple[str, object]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        said = [(key, printable(str(value), LONGEST)) for key, value in self.pairs if value not in (None, "", [], {})]
+        if console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            table.add_column(style="dim", no_wrap=True)
+            table.add_column(overflow="fold")
+            for key, text in said:
+                table.add_row(key, Text(text))
+            yield table
+            return
+        width = max((len(key) for key, _ in said), default=0)
+        yield Text("\n".join(f"{key:{width}}  {text}" for key, text in said))
 
 
 class _Escaping(RenderHook):

@@ -19,6 +19,7 @@ from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
+from surgery.cli.inspect import inspect_command
 from surgery.cli.midtrain import midtrain_command
 from surgery.cli.report import report_command
 from surgery.cli.run import run_command
@@ -75,56 +76,6 @@ def main() -> None:
     surgery run recipe.yaml                                 many such steps in their order, each once
     surgery formats meta                                    what can be chosen for a format?
     """
-
-
-@main.command("inspect")
-@click.argument("path", type=click.Path())
-@click.option("--from", "from_", metavar="FORMAT", help="The format, where a folder holds several.")
-@click.option("--tensors", is_flag=True, help="List every part with its shape and dtype.")
-@click.option("--pickles", is_flag=True, help="List the names that pickles mention. None is ever imported.")
-@click.option("--scan", is_flag=True, help="Read all weights once and look for NaN and Inf.")
-@click.option("--try-text", type=click.Path(), metavar="FILE", help="Where the files can be read in several ways: "
-              "which reading predicts this text? Converts and runs each.")  # fmt: skip
-@click.option("--tokenizer", type=click.Path(), help="Of --try-text, where the checkpoint has none.")
-@with_flags((OPTIONS, JSON))
-def inspect_command(
-    path: str,
-    from_: str | None,
-    tensors: bool,
-    pickles: bool,
-    scan: bool,
-    try_text: str | None,
-    tokenizer: str | None,
-    as_json: bool,
-    **flags: Any,
-) -> None:
-    """Say what a checkpoint is, without loading it: format, family, sizes, parameters, dtypes, files, tokenizer."""
-    from surgery.conversion import inspection as inspect
-    from surgery.conversion.request import default_memory
-    from surgery.errors import UsageError
-    from surgery.formats.registry import open_checkpoint
-
-    if tokenizer and not try_text:
-        raise UsageError("--tokenizer goes with --try-text")
-    if try_text:
-        from surgery.cli import show_verification as render
-        from surgery.verification.ambiguity import try_readings
-
-        tried = try_readings(path, try_text, format=from_, options=options_of(flags), tokenizer=tokenizer)
-        click.echo(json.dumps(tried.to_json(), indent=2)) if as_json else render.readings(tried)
-        return
-    checkpoint = open_checkpoint(path, format=from_, options=options_of(flags))
-    found = inspect.describe(checkpoint, tensors=tensors, pickles=pickles)
-    if scan:
-        total = sum(p.nbytes for p in checkpoint.parts.values())
-        with progress_bar("scan", total, as_json) as advance:
-            found["scan"] = inspect.scan(checkpoint, default_memory(), advance)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        from surgery.cli import show
-
-        show.inspection(found)
 
 
 @main.command("verify")
@@ -190,6 +141,7 @@ def ask_command(path: str, question: str, max_new_tokens: int) -> None:
 
 
 for command in (
+    inspect_command,
     convert_command,
     soup_command,
     upcycle_command,

@@ -6,26 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.console import console
+from surgery.cli.console import Rows, console
 from surgery.conversion.report import Plan, Report
 from surgery.errors import LONGEST, printable, some
 from surgery.formats.base import Format
 from surgery.units import count, human
 
 Json = Mapping[str, Any]
-
-
-def _rows(pairs: Iterable[tuple[str, object]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in pairs:
-        if value not in (None, "", [], {}):
-            table.add_row(key, Text(printable(str(value), LONGEST)))
-    return table
 
 
 def _notes(out: Console, notes: Iterable[str]) -> None:
@@ -41,7 +30,7 @@ def inspection(found: Json) -> None:
     parallel = ", ".join(f"{k} {v}" for k, v in found["parallel"].items() if v > 1)
     out.print(Text(found["path"], style="bold"))
     out.print(
-        _rows(
+        Rows(
             [
                 ("format", found["format"] + (f", {parallel}" if parallel else "")),
                 ("family", found["family"]),
@@ -113,7 +102,7 @@ def plan(data: Json) -> None:
     what = data.get("merge") or f"convert {source['path']} ({source['format']} {source['family']})"
     out.print(Text(f"would {what}", style="bold"))
     out.print(
-        _rows(
+        Rows(
             [
                 ("to", data["to"] + (f", {parallel}" if parallel else "")),
                 ("tensors", f"{data['tensors']:,} in {len(data['files'])} files"),
@@ -142,7 +131,7 @@ def report(done: Report) -> None:
         )
     )
     out.print(
-        _rows(
+        Rows(
             [
                 ("wrote", f"{human(done.bytes)} in {done.files} files{resumed}"),
                 ("time", f"{done.seconds:.1f} s, {rate}"),

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.console import console
+from surgery.cli.console import Rows, console
 from surgery.units import count, human
 from surgery.upcycling.proof import Distance, Proof
 from surgery.upcycling.run import Outcome, Prepared
@@ -38,7 +37,7 @@ def plan(data: Json) -> None:
     out.print(Text(f"would change {source['path']} ({source['format']} {source['family']},"
                    f" {count(source['parameters'])} parameters)", style="bold"))  # fmt: skip
     promise = "exact" if data["upcycling"]["exact"] else f"not preserving: {'; '.join(data['upcycling']['losses'])}"
-    out.print(_rows([*_what(data["upcycling"]), ("function", promise),
+    out.print(Rows([*_what(data["upcycling"]), ("function", promise),
                      ("disk", f"{human(data['bytes'])} in {len(data['files'])} files ({data['to']})"),
                      ("memory", f"at most {human(data['max_memory'])}")]))  # fmt: skip
     _notes(out, data["notes"])
@@ -52,7 +51,7 @@ def outcome(done: Outcome) -> None:
     )
     rate = f", {human(report.bytes / report.seconds)}/s" if report.seconds > 0 else ""
     checked = "read back and equal" if report.verified else "not read back (--no-verify)"
-    out.print(_rows([*_what(done.made.to_json()),
+    out.print(Rows([*_what(done.made.to_json()),
                      ("wrote", f"{human(report.bytes)} in {report.seconds:.1f} s{rate}; {checked}"),
                      ("memory", f"{human(report.peak_memory)} at the peak of writing,"
                                 f" {human(report.max_memory)} allowed")]))  # fmt: skip
@@ -78,7 +77,7 @@ def _proof(out: Console, proof: Proof) -> None:
         ),
         ("on", f"{proof.tokens} tokens of {proof.text}, {proof.seconds:.1f} s"),
     ]
-    out.print(_rows(rows))
+    out.print(Rows(rows))
 
 
 def _distance(d: Distance) -> str:
@@ -110,16 +109,6 @@ def _what(data: Json) -> list[tuple[str, object]]:
         ("factors", factors),
         size,
     ]
-
-
-def _rows(pairs: Iterable[tuple[str, object]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in pairs:
-        if value not in (None, ""):
-            table.add_row(key, Text(str(value)))
-    return table
 
 
 def _notes(out: Console, notes: Iterable[str]) -> None:

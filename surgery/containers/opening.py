@@ -123,18 +123,31 @@ def _open_folder(folder: Path) -> TensorTable:
     if os.path.lexists(folder / ".metadata"):
         others = [name for pair in _SINGLE_AND_INDEX for name in pair if os.path.lexists(folder / name)]
         if others:
-            raise FileError(f"holds both .metadata and {others[0]}", file=folder, hint="pass the file itself")
+            hint = "move away what is not wanted"
+            raise FileError(f"holds both .metadata and {others[0]}", file=folder, hint=hint)
         dcp = Dcp(folder)
         return TensorTable(dcp.tensors, (dcp,))
     for single, index in _SINGLE_AND_INDEX:
         found = [name for name in (single, index) if os.path.lexists(folder / name)]
         if len(found) == 2:
-            hint = f"pass {single} or {index} itself"
+            hint = f"move away the one that is not wanted (transformers would read {single})"
             raise FileError(f"holds both {single} and {index}", file=folder, hint=hint)
         if found:
             return open_tensors(folder / found[0])
+    if pieces := shards(folder):
+        return _table([open_file(path) for path in pieces])
     wanted = some((name for pair in _SINGLE_AND_INDEX for name in pair), 9)
     raise FileError("holds no checkpoint that surgery knows", file=folder, hint=f"looked for {wanted}, .metadata")
+
+
+def shards(folder: Path) -> list[Path]:
+    """model-00001-of-0000N.safetensors and so on, in order, of a folder without an index; none if one is missing."""
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        found = sorted(folder.glob(f"{stem}-*-of-*.{end}"))
+        if found and [p.name for p in found] == [f"{stem}-{i:05d}-of-{len(found):05d}.{end}"
+                                                 for i in range(1, len(found) + 1)]:  # fmt: skip
+            return found
+    return []
 
 
 def _open_index(path: Path) -> TensorTable:

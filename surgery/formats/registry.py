@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.arguments import checked
+from surgery.containers import hub
 from surgery.containers.text import read_json
 from surgery.errors import FileError, UsageError, reported, some, suggest
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, run_of
@@ -24,6 +26,8 @@ from surgery.formats.meta import format as meta
 from surgery.formats.neox import format as neox
 from surgery.formats.olmo import format as olmo
 from surgery.formats.olmo_core import format as olmo_core
+from surgery.recognising import describe
+from surgery.recognising.missing import absent
 from surgery.tensors.files import watched
 
 FORMATS: Mapping[str, Format] = {
@@ -34,27 +38,41 @@ FORMATS: Mapping[str, Format] = {
 
 @reported()
 def recognise(path: str | os.PathLike[str]) -> Format:
-    """The format of a folder.  Raises FileError if it is none that we know, or several."""
-    folder = Path(path)
-    if not folder.exists():
-        hint = "a model on a hub has to be downloaded first: hf download NAME --local-dir FOLDER"
-        raise FileError("does not exist", file=folder, hint=hint if str(path).count("/") == 1 else None)
-    if not folder.is_dir():
-        raise FileError(
-            "is a file; a checkpoint is the folder that holds it", file=folder, hint=f"give {folder.parent}"
-        )
-    found = [f for f in FORMATS.values() if f.recognise(folder)]
+    """The format of a folder.  Raises FileError if it is none that we know, or several; it says what lies there."""
+    folder = located(path)
+    found = _recognising(folder)
     if len(found) == 1:
         return found[0]
     if found:
         raise FileError(f"holds checkpoints of several formats: {some(f.name for f in found)}", file=folder,
                         hint="say which with --from")  # fmt: skip
-    inside = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(f.recognise(p) for f in FORMATS.values()))
-    raise FileError(
-        "is no checkpoint of a known format",
-        file=folder,
-        hint=f"it holds some: {some(inside)}" if inside else f"known formats: {', '.join(FORMATS)} (surgery formats)",
-    )
+    there = describe(folder, known)
+    hint = "; ".join(there.next) or f"known formats: {', '.join(FORMATS)} (surgery formats)"
+    raise FileError(f"is no checkpoint of a known format, but {there.what}", file=folder, hint=hint)
+
+
+def known(folder: Path) -> str | None:
+    """The name of the format of a folder (of several, joined by slashes); None if it is no checkpoint."""
+    return "/".join(f.name for f in _recognising(folder)) or None
+
+
+def _recognising(folder: Path) -> list[Format]:
+    return [f for f in FORMATS.values() if f.recognise(folder)] if folder.is_dir() else []
+
+
+def located(path: str | os.PathLike[str]) -> Path:
+    """A path that exists: as it is given, or in the local cache of the hub if it is a name there.
+
+    Raises FileError that says what may have been meant.
+    """
+    place = Path(path)
+    if place.exists():
+        return place
+    text = os.fspath(path)
+    if hub.is_name(text):
+        with contextlib.suppress(FileError):
+            return hub.cached(text)
+    raise absent(path)
 
 
 def named(name: str) -> Format:
@@ -72,7 +90,7 @@ def format_of(path: str | os.PathLike[str], name: str | None = None) -> Format:
     if name is None:
         return recognise(path)
     found = named(name)
-    if not Path(path).is_dir():
+    if not located(path).is_dir():
         raise FileError("is no folder", file=path)
     return found
 
@@ -108,11 +126,11 @@ def open_checkpoint(
 
     Raises SurgeryError if anything about it is broken, unknown, missing or left over.
     """
-    found = format_of(path, format)
+    found, folder = format_of(path, format), located(path)
     given, _ = by_side(options or {}, [found])
     with watched() as stamps:
-        checkpoint = found.open(Path(path), found.with_defaults(given, "read"))
-        details = {**_carried(Path(path)), **checkpoint.details}
+        checkpoint = found.open(folder, found.with_defaults(given, "read"))
+        details = {**_carried(folder), **checkpoint.details}
     return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details, stamps=stamps)
 
 

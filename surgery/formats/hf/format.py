@@ -13,6 +13,7 @@ from typing import Any
 
 from surgery import tokenizer
 from surgery.containers import open_tensors
+from surgery.containers.opening import shards
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError
@@ -35,6 +36,7 @@ from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
 from surgery.formats.hf.table import table
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.wrappers import unwrapped
 from surgery.model.wording import in_words
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
@@ -42,19 +44,24 @@ from surgery.units import parse_size
 
 def locate(folder: Path) -> Place | None:
     weights = [f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
-    here = (folder / "config.json").is_file() and any((folder / name).is_file() for name in weights)
+    here = (folder / "config.json").is_file() and (
+        any((folder / name).is_file() for name in weights) or bool(shards(folder))
+    )
     return Place(folder, folder) if here else None
 
 
 def read(place: Place, options: Options) -> Opened:
     file = place.folder / "config.json"
-    config, tensors = mapping(file, read_json), open_tensors(place.folder)
-    read = [file, *([] if tensors.index is None else [tensors.index])]
+    config, stored = mapping(file, read_json), open_tensors(place.folder)
+    read = [file, *([] if stored.index is None else [stored.index])]
     family = FAMILIES.get(str(config.get("model_type")))
     code = place.folder / family.code if family and family.code else None
     read += [code] if code and code.is_file() else []
-    notes = check_code(code) if code else ()
-    return Opened(config, str(file), {Rank(): tensors}, tensors.containers, tuple(read), notes=notes)
+    tensors, notes = unwrapped(stored)
+    notes += check_code(code) if code else ()
+    if stored.index is None and len(stored.containers) > 1:
+        notes.append("the shards have no index; all of them are there, and no name is in two of them")
+    return Opened(config, str(file), {Rank(): tensors}, stored.containers, tuple(read), notes=tuple(notes))
 
 
 def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:

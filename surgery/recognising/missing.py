@@ -1,0 +1,52 @@
+"""A path that is not there: what it may have been meant to be.
+
+absent("../lama0")          # FileError: does not exist, hint: did you mean ../llama0?
+absent("s3://bucket/model") # FileError: is an address, hint: copy it here first
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from surgery.containers import hub
+from surgery.errors import FileError
+
+MOST = 2000  # names that a wrong one is compared with
+_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]*)://?(.*)$", re.I)
+_COPY = {"s3": "aws s3 cp --recursive {} FOLDER", "gs": "gcloud storage cp -r {} FOLDER",
+         "hf": "hf download {name} --local-dir FOLDER"}  # fmt: skip
+
+
+def absent(path: str | os.PathLike[str]) -> FileError:
+    """The error for a path that does not exist."""
+    text = os.fspath(path)
+    if address := _ADDRESS.match(text):
+        scheme, name = address[1].lower(), address[2].lstrip("/")
+        full = f"{scheme}://{name}"
+        how = _COPY.get(scheme, "download {}").format(full, name=name)
+        return FileError("is an address; surgery reads what lies on this machine", file=full, hint=f"first {how}")
+    if near := _near(Path(text)):
+        return FileError("does not exist", file=text, hint=f"did you mean {near}?")
+    if hub.is_name(text):
+        return FileError("is neither a folder nor in the local cache of the hub", file=text,
+                         hint=f"download it first: hf download {text}")  # fmt: skip
+    if os.path.islink(text):
+        return FileError("is a link to something that does not exist", file=text)
+    whole = Path(os.path.abspath(text))
+    there = next(p for p in whole.parents if p.exists())
+    hint = None if there == whole.parent else f"of this path, {there} exists and {whole.relative_to(there)} does not"
+    return FileError("does not exist", file=text, hint=hint)
+
+
+def _near(path: Path) -> str | None:
+    """An entry of the same folder whose name is close."""
+    parent = path.parent
+    try:
+        names = [entry.name for entry, _ in zip(os.scandir(parent), range(MOST), strict=False)]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, 1, cutoff=0.75)
+    return os.path.normpath(os.path.join(parent, found[0])) if found else None
