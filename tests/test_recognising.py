@@ -59,7 +59,7 @@ FOLDER_CASES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
                f"global_step5/zero_pp_rank_0_{STATE}": {"module": {}}}, ("ZeRO-3", "zero_to_fp32", "llama")),
     "zero": ({"config.json": CONFIG, f"global_step5/{STATE}": {"module": ONE, "ds_version": "0.14"}},
              ("ZeRO-1", "zero_to_fp32", "module.model.norm.weight", "ds_version")),
-    "verl": ({"model_world_size_1_rank_0.pt": ONE, "huggingface/config.json": CONFIG}, ("verl", "model_merger", "llama")),
+    "verl": ({"model_world_size_1_rank_0.pt": ONE, "huggingface/config.json": CONFIG}, ("model_merger", "llama")),
     "fsdp-local": ({"pytorch_model_fsdp_rank0.bin": ONE}, ("FSDP", "full state dict")),
     "torchtune": ({"config.json": CONFIG, "hf_model_0001_0.pt": ONE}, ("torchtune", "pytorch_model.bin")),
     "litgpt": ({"lit_model.pth": ONE, "model_config.yaml": "name: x"}, ("LitGPT", "litgpt convert_from_litgpt")),
@@ -142,7 +142,8 @@ def test_every_kind_of_folder_has_a_case() -> None:
 
 def test_sharded_trainers_and_unfinished_outputs(tmp_path: Path) -> None:
     dcp(tmp_path / "step")
-    assert "model.model.norm.weight" in inspect(tmp_path / "step")[1] and "dcp_to_torch" in inspect(tmp_path / "step")[1]
+    text = inspect(tmp_path / "step")[1]
+    assert "model.model.norm.weight" in text and "dcp_to_torch" in text
     write(tmp_path / "fsdp", {"config.json": CONFIG})
     dcp(tmp_path / "fsdp/pytorch_model_fsdp_0")
     assert describe(tmp_path / "fsdp").kind == "fsdp" and "accelerate merge-weights" in inspect(tmp_path / "fsdp")[1]

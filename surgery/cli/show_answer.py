@@ -43,7 +43,7 @@ def _held(held: Contents) -> list[tuple[str, str]]:
     more = "" if len(names) <= TEMPLATES else f" and {len(names) - TEMPLATES} more (--tensors)"
     left = f" (in {held.files} files; {held.left} more were not opened)" if held.left else ""
     return [
-        ("tensors", f"{len(held.tensors):,}, {count(held.elements)} elements, {dtypes}{left}" if held.tensors else "none"),
+        ("tensors", f"{len(held.tensors):,}, {count(held.elements)} elements {dtypes}{left}" if names else "none"),
         ("names", some(names[:TEMPLATES], TEMPLATES) + more if names else ""),
         ("besides", some(held.entries, 12)),
     ]

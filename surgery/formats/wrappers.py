@@ -26,9 +26,9 @@ _BARE = {
     re.compile(r"(?:layers\.\d+\.|embed_in\.|final_layer_norm\.)"): "gpt_neox.",
 }
 # dictionaries around a model, and modules that hold one: DDP, peft, TRL's heads, Lightning
-_AROUND = ("", "module.", "model.", "state_dict.", "model_state_dict.", "base_model.model.", "pretrained_model.", "net.",
-           "policy.", "actor.")  # fmt: skip
-_STATES = re.compile(r"(?:optimi[sz]ers?|optim|optimizer_states?|optimizer_state_dict|(?:lr_)?schedulers?|ema|rng\w*)\.")
+_AROUND = ("", "module.", "model.", "state_dict.", "model_state_dict.", "base_model.model.", "pretrained_model.",
+           "net.", "policy.", "actor.")  # fmt: skip
+_STATES = re.compile(r"(?:optimi[sz]ers?|optim|optimizer_state\w*|(?:lr_)?schedulers?|ema|rng\w*)\.")
 
 
 def unwrapped(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], list[str]]:

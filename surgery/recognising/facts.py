@@ -89,7 +89,7 @@ def whole_index(path: Path) -> dict[str, str]:
 
 
 def lost(folder: Path) -> str:
-    """The shards that are not there, by the numbers in the names of those that are: model-00001-of-00002.safetensors."""
+    """The shards that are not there, by the numbers in names: model-00001-of-00002.safetensors."""
     there = {m[0]: m for p in folder.iterdir() if (m := _SHARD.fullmatch(p.name))}
     wanted = {f"{m[1]}-{i:0{len(m[2])}d}-of-{m[3]}{m[4]}"
               for m in there.values() for i in range(1, min(int(m[3]), 10_000) + 1)}  # fmt: skip

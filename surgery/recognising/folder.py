@@ -1,7 +1,7 @@
 """The names in a folder, two levels deep: all that telling its kind needs.
 
-    folder = Folder.of(Path("run"))
-    folder.matching("global_step*/*_model_states.pt")      # ["global_step5/mp_rank_00_model_states.pt"]
+folder = Folder.of(Path("run"))
+folder.matching("global_step*/*_model_states.pt")      # ["global_step5/mp_rank_00_model_states.pt"]
 """
 
 from __future__ import annotations

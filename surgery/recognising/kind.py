@@ -49,9 +49,7 @@ class Kind:
             return False
         found = all(any(folder.matching(p) for p in patterns.split("|")) for patterns in self.has)
         return (
-            found
-            and not any(folder.matching(p) for p in self.lacks)
-            and (self.when is None or bool(self.when(folder)))
+            found and not any(folder.matching(p) for p in self.lacks) and (self.when is None or bool(self.when(folder)))
         )
 
     def fits_file(self, path: Path, head: bytes) -> bool:
