@@ -42,7 +42,7 @@ OTHER = {
                              "original_max_position_embeddings": 32})),
     "rope_local": (Rope(55.0),), "learned_positions": (64,), "top_k": (1, 3), "experts": (0, 6), "shared_ffn": (12, 24),
     "layers": (3,), "width": (48,), "vocab": (41,), "kv_heads": (1, 3), "group": (1, 2), "head_dim": (6, 8),
-    "ffn": (32,), "expert_ffn": (16,),
+    "ffn": (32,), "expert_ffn": (16,), "attn_experts": (2,), "attn_top_k": (2,), "attn_scale": (0.5,),
 }  # fmt: skip
 
 
@@ -55,7 +55,9 @@ def variants(base: Spec) -> Iterator[tuple[str, Spec]]:
             continue
         for value in (not old,) if type(old) is bool else OTHER[name]:
             more = {"rope_local": {"windows": (0, 7)}, "clip_after_norm": {"clip_qkv": 2.5},
-                    "shared_gate": {"shared_ffn": 12}, "windows": {"layers": 2}}.get(name, {})  # fmt: skip
+                    "shared_gate": {"shared_ffn": 12}, "windows": {"layers": 2}, "attn_experts": {"attn_top_k": 1},
+                    "attn_top_k": {"attn_experts": 2},
+                    "attn_scale": {"attn_experts": 2, "attn_top_k": 1}}.get(name, {})  # fmt: skip
             if value != old:
                 yield f"{name} {value}", base.replace(**{**more, name: value})
 
