@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import FORMATS, open_checkpoint
 from surgery.model.fields import NAME
+from surgery.model.sparse import Sparse
 from surgery.model.spec import FIELDS, PARTS, Rope, Spec, template_of
 from surgery.tensors.lazy import Fill
 
@@ -43,6 +44,7 @@ OTHER = {
     "rope_local": (Rope(55.0),), "learned_positions": (64,), "top_k": (1, 3), "experts": (0, 6), "shared_ffn": (12, 24),
     "layers": (3,), "width": (48,), "vocab": (41,), "kv_heads": (1, 3), "group": (1, 2), "head_dim": (6, 8),
     "ffn": (32,), "expert_ffn": (16,), "attn_experts": (2,), "attn_top_k": (2,), "attn_scale": (0.5,),
+    "sparse": (Sparse("bigbird", 40, {"window": 5, "globals": 2, "stride": 16}),),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
+from surgery.cli.attention import attention_command
 from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
@@ -148,6 +149,7 @@ for command in (
     experts_command,
     data_command,
     midtrain_command,
+    attention_command,
     eval_command,
     report_command,
     run_command,

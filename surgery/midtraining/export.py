@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ def export(
 ) -> Report:
     """The model as it is after `step` steps.  `dst` appears whole or not at all.  Raises SurgeryError."""
     now = checkpoint_of(job.weights(), job.source, DTYPES.get(wanted.dtype, wanted.dtype), step)
+    if wanted.attention == "full":
+        now = replace(now, spec=now.spec.replace(sparse=None))
     sizes = Topology(tp=wanted.tp, pp=wanted.pp, ep=wanted.ep)
     write = Write(to=wanted.to, topology=sizes, options=wanted.options, command=command, force=force)
     return execute(plan_for(now, write, job={"midtraining": step}), dst)

@@ -21,7 +21,7 @@ from surgery.data.rows import RowSource
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import parallel
-from surgery.midtraining.attention import attention_for
+from surgery.midtraining.attention import attending, attention_for
 from surgery.midtraining.balance import RULES, nudge_biases, translate
 from surgery.midtraining.batching import micro_batches, rows_of
 from surgery.midtraining.clock import Clock
@@ -112,6 +112,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None) -> Job:
     if source.spec.experts:
         keep_compiled_gemms()
     batches = open_batches(run)
+    source, attention_notes = attending(run, source, batches.sequence_length)
     peak, rate_note = peak_rate(train.schedule, source)
     course = Course.of(train, batches, world.size, peak)
     check(course, batches, source)
@@ -136,7 +137,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None) -> Job:
     optimizer = adamw(groups, settings.betas, settings.eps)
     if start.moments:
         put_moments(start.moments, optimizer, model, source)
-    notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *moe_notes)
+    notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *attention_notes, *moe_notes)
     return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes)
 
 

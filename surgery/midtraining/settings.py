@@ -44,9 +44,30 @@ class Model(Section):
     options: dict[str, str] = Field(default_factory=dict)
     """Choices in reading it, as -O of `surgery convert`."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """How transformers computes attention."""
+    """By what transformers computes full attention; which tokens see which is said under `attention`."""
     experts: str = "auto"
     """How experts are computed: loop, grouped_mm, padded, megablocks, scattermoe; auto measures what is quickest."""
+
+
+class Attention(Section):
+    """Which earlier tokens each head sees."""
+
+    kind: Literal[
+        "source", "full", "sliding", "spattention", "local_only", "exclusive_bands", "gapped_bands", "longformer",
+        "bigbird", "reformer",
+    ] = "source"  # fmt: skip
+    """source: as the checkpoint has it; what the others are: `surgery attention show`.  `attention: spattention` says
+    the kind alone."""
+    reference_len: Annotated[int, Field(gt=0)] | None = None
+    """For rows of how many tokens it is made; longer ones then have the same bands; null: the rows of this run."""
+    window: Annotated[int, Field(gt=0)] | None = None
+    """Of sliding, longformer, bigbird and reformer; null, as for the other numbers: by the length."""
+    globals: Annotated[int, Field(gt=0)] | None = None
+    """Tokens at the start that see all, and are seen by all: of longformer and bigbird."""
+    stride: Annotated[int, Field(gt=0)] | None = None
+    """Of bigbird: beyond the window every so many distances."""
+    buckets: Annotated[int, Field(gt=0)] | None = None
+    """Of reformer."""
 
 
 class Init(Section):
@@ -219,6 +240,8 @@ class Export(Section):
     """After so many steps, and at the end; null: only at the end."""
     dtype: Literal["source", "fp32", "bf16", "fp16"] = "source"
     """Of the weights; source: what the checkpoint had."""
+    attention: Literal["source", "full"] = "source"
+    """full: say nothing of sparse attention, for formats and programs that have none; it then is another function."""
     tp: Annotated[int, Field(gt=0)] = 1
     """Tensor-parallel ranks."""
     pp: Annotated[int, Field(ge=0)] = 1
@@ -268,6 +291,8 @@ class Run(Section):
     """What it is trained on."""
     output: str
     """The folder of the run; it must not hold another one."""
+    attention: Annotated[Attention, BeforeValidator(lambda v: {"kind": v} if isinstance(v, str) else v)] = Attention()
+    """Which earlier tokens each head sees."""
     init: Init = Init()
     """What it begins with besides the weights."""
     train: Train = Train()

@@ -23,6 +23,7 @@ from types import MappingProxyType
 
 from surgery.errors import ConfigError
 from surgery.model import fields as about
+from surgery.model.sparse import Sparse
 from surgery.tensors.axes import Axes, parse
 
 
@@ -51,7 +52,7 @@ class Rope:
 # What fields depend on, for their declaration below.
 
 
-def _rope(value: Rope | None) -> str:
+def _said(value: object) -> str:
     return "none" if value is None else str(value)
 
 
@@ -114,9 +115,10 @@ class Spec:
     norm_eps: float = about.choice("norm eps", 1e-5)
     qk_norm: str = about.part("query and key norms", "", about.QK_NORMS)
     # attention
-    rope: Rope | None = about.choice("rope", Rope(), _rope)
-    rope_local: Rope | None = about.choice("rope of layers with a window", None, _rope, _any_window, _local_rope)
+    rope: Rope | None = about.choice("rope", Rope(), _said)
+    rope_local: Rope | None = about.choice("rope of layers with a window", None, _said, _any_window, _local_rope)
     windows: tuple[int, ...] = about.choice("sliding window", (), about.window_words, None, _windows)  # () = all 0
+    sparse: Sparse | None = about.choice("sparse attention", None, _said)
     qkv_bias: bool = about.part("biases of queries, keys and values", False)
     o_bias: bool = about.part("bias of the attention's output", False)
     clip_qkv: float | None = about.choice("clip of q, k and v", None)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.config import choose_family, misfits, write_config
+from surgery.formats.hf.sparse import implementation
 from surgery.formats.hf.table import table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import spread
@@ -80,7 +81,7 @@ def empty_model(
 ) -> Any:
     """The model without memory for its weights, but with its tables of angles.
 
-    `attention_by` and `experts_by` are names of transformers' implementations.
+    `attention_by` and `experts_by` are names of transformers' implementations; sparse attention has its own.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -93,7 +94,10 @@ def empty_model(
     config = AutoConfig.for_model(**written)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(dtype), attn_implementation=attention_by, experts_implementation=experts_by
+            config,
+            dtype=torch_dtype(dtype),
+            attn_implementation=implementation(config, attention_by),
+            experts_implementation=experts_by,
         )
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and not list(module.children()):

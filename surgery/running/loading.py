@@ -18,6 +18,7 @@ from typing import Any
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, show, some
 from surgery.formats.hf.families import FAMILIES
+from surgery.formats.hf.sparse import implementation
 from surgery.tensors.memory import free_memory
 from surgery.units import human
 
@@ -46,7 +47,6 @@ def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
     What the config says of implementations does not count: it may name a kernel of a hub, which is code.  Raises
     ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
     """
-    ways = {"attn_implementation": by, "experts_implementation": by} if by else {}
     own = own_classes(_model_type(folder))
     no_code: dict[str, Any] = {} if own else {"trust_remote_code": False}
     with explained("transformers cannot load the model", folder), quiet():
@@ -54,6 +54,7 @@ def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
 
         config = (own.config if own else AutoConfig).from_pretrained(folder, local_files_only=True, **no_code)
         config._attn_implementation = config._experts_implementation = None
+        ways = {"attn_implementation": implementation(config, by), "experts_implementation": by}
         model, info = (own.model if own else AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
@@ -61,7 +62,7 @@ def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **({} if own else ways),
+            **({} if own else {name: way for name, way in ways.items() if way}),
             **no_code,
         )
     for key, what in (("missing_keys", "are missing"), ("mismatched_keys", "have the wrong shape")):

@@ -17,6 +17,7 @@ from surgery.errors import ConfigError, show
 from surgery.formats.hf.families import EXTRA, FAMILIES, INERT, REFUSED, Family
 from surgery.formats.hf.moe import read_moe, write_moe
 from surgery.formats.hf.rope import read_rope, write_rope
+from surgery.formats.hf.sparse import read_sparse, write_sparse
 from surgery.formats.keys import Keys, read, write
 from surgery.model.spec import Spec
 from surgery.model.wording import in_words
@@ -42,6 +43,9 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     keys = Keys(config, file, absent={**optional, **family.absent}, nulls=True)
     fields = {"family": family.model_type, **read(family.entries, keys), **family.always, **_heads(family, keys)}
     fields["windows"] = _read_windows(family, keys)
+    fields["sparse"] = read_sparse(config, fields["kv_heads"] * fields["group"], file)
+    if fields["sparse"] and family.code:
+        raise ConfigError(f"sparse_attention is set, but a {kind} has attention of its own", file=file)
     fields["rope"], fields["rope_local"] = read_rope(family, keys, bool(fields["windows"]))
     fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
     fields |= read_moe(family, keys, fields)
@@ -141,6 +145,7 @@ def write_config(spec: Spec, facts: Mapping[str, object], dtype: str, model_type
     if family.head_dim:
         config["head_dim"] = spec.head_dim
     config |= _write_windows(family, spec) | write_rope(family, spec) | write_moe(family, spec)
+    config |= write_sparse(spec.sparse)
     config |= {also: config[key] for key, also in family.aliases.items()}
     if {"ffn", "expert_ffn"} <= set(family.keys.values()):
         config["intermediate_size"] = spec.ffn or spec.expert_ffn  # which no layer has if all have experts

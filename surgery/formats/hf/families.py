@@ -241,7 +241,7 @@ INERT = frozenset(
     """.split()
 )
 EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
-          "rope_scaling", "rope_parameters", "original_max_position_embeddings",
+          "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sparse_attention",
           "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
           "use_sliding_window", "max_window_layers", "layer_types", "decoder_sparse_step", "mlp_only_layers",
           "num_local_experts", "num_experts", "num_experts_per_tok",

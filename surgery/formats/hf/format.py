@@ -6,7 +6,7 @@ config.py     config.json <-> Spec (moe.py: of experts)      files.py   the weig
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from surgery.formats.base import (
     Reading,
     mapping,
 )
+from surgery.formats.hf import sparse
 from surgery.formats.hf.config import choose_family, misfits, read_config, write_config
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
@@ -55,10 +56,10 @@ def read(place: Place, options: Options) -> Opened:
     config, stored = mapping(file, read_json), open_tensors(place.folder)
     read = [file, *([] if stored.index is None else [stored.index])]
     family = FAMILIES.get(str(config.get("model_type")))
-    code = place.folder / family.code if family and family.code else None
-    read += [code] if code and code.is_file() else []
+    code = [place.folder / name for name in _code(family.code if family else "", config)]
+    read += [path for path in code if path.is_file()]
     tensors, notes = unwrapped(stored)
-    notes += check_code(code) if code else ()
+    notes += [note for path in code for note in check_code(path)]
     if stored.index is None and len(stored.containers) > 1:
         notes.append("the shards have no index; all of them are there, and no name is in two of them")
     return Opened(config, str(file), {Rank(): tensors}, stored.containers, tuple(read), notes=tuple(notes))
@@ -83,20 +84,30 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     config = write_config(checkpoint.spec, checkpoint.facts, checkpoint.dtype, family)
     if checkpoint.format == "hf" and family == checkpoint.config.get("model_type"):
         config = _kept(checkpoint, config)
-    code = FAMILIES[family].code
+    code, notes = _code(FAMILIES[family].code, config), []
+    if checkpoint.spec.sparse:
+        config |= sparse.auto_map(FAMILIES[family].architecture)
+        notes = [sparse.NOTE]
+    elif code:
+        notes = ["the folder runs code of its own: load it with trust_remote_code=True"]
     files = partial(_files, config, parse_size(options["shard_size"]), code)
-    notes = ("the folder runs code of its own: load it with trust_remote_code=True",) if code else ()
-    return Draft(config, None, table(family), ONE_RANK, files, notes)
+    return Draft(config, None, table(family), ONE_RANK, files, tuple(notes))
 
 
-def _files(config: Config, limit: int, code: str, ranks: Ranks) -> Iterable[OutputFile]:
-    own = [text_file(code, code_of(code))] if code else []
+def _code(of_family: str, config: Config) -> tuple[str, ...]:
+    """The modules that a folder carries."""
+    return (*([of_family] if of_family else []), *(sparse.MODULES if sparse.KEY in config else ()))
+
+
+def _files(config: Config, limit: int, code: Sequence[str], ranks: Ranks) -> Iterable[OutputFile]:
+    own = [text_file(name, code_of(name)) for name in code]
     return [text_file("config.json", to_json(config)), *own, *weight_files(ranks[Rank()], limit)]
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:
     """From Hugging Face to itself, the config stays as it was wherever it means the same."""
-    old = {k: v for k, v in checkpoint.config.items() if k not in ("dtype", "torch_dtype")}
+    anew = ("dtype", "torch_dtype", *((sparse.KEY, "auto_map") if sparse.KEY in checkpoint.config else ()))
+    old = {k: v for k, v in checkpoint.config.items() if k not in anew} | sparse.write_sparse(checkpoint.spec.sparse)
     same = read_config(old, "config.json")[0].differences(checkpoint.spec).keys() <= {"true_vocab"}
     return {**(old if same else {**old, **config}), "torch_dtype": config["torch_dtype"]}
 

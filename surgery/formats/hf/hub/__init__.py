@@ -1,1 +1,1 @@
-"""Models that transformers does not have: each file here is copied beside the weights and runs without this package."""
+"""Modules that are copied beside the weights where transformers has none of the kind, and run without this package."""

@@ -1,0 +1,1 @@
+"""What sparse attention sees: figures of its masks, and pictures."""
