@@ -20,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
-demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=folder-or-hub-id for another)
+demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=...); midtrain a tiny one
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	$(if $(MODEL),flags=$$(python recipes/fitting.py "$(MODEL)") && eval "surgery run recipes/quickstart.yaml -v $$flags",\
-	surgery run recipes/quickstart.yaml -v)
+	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -v
 
 test: lint types pytest  ## set up, then lint, type-check and run every test
 

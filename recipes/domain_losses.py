@@ -2,8 +2,8 @@
 
     python recipes/domain_losses.py plan base=base.hf annealed=a.hf annealed=b.hf soup=soup --soup seeds/soup.json
 
-Models of any format, under names; several of one name are the ingredients of a soup, and are numbered.  The best of them
-counts.  --soup writes down what `surgery report` says of the soup.
+Models of any format, under names; several of one name are numbered: the ingredients of `soup`, which is compared with
+the best of them.  --soup writes down what `surgery report` then says of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ SOUP = "soup"
 
 def heldout(plan: str, model: str) -> dict[str, dict[str, Any]]:
     """`loss` and `bpb` of each domain, in fp32."""
-    found: dict[str, dict[str, Any]] = evaluate(open_for_evaluation(model), Wanted(data=[plan], limit=ROWS))[0]["heldout"]
+    found: dict[str, dict[str, Any]] = evaluate(open_for_evaluation(model), Wanted(data=[plan], limit=ROWS))[0][
+        "heldout"
+    ]
     return found
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,14 +28,18 @@ from surgery.running.chat import answer
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
-@pytest.fixture
-def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("small_model", RECIPES / "small_model.py")
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@pytest.fixture
+def recipe() -> ModuleType:
+    return module("small_model")
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -148,9 +154,9 @@ def build(folder: Path, heads: int, groups: int) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, cwd: Path, recipe: str = "quickstart") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "surgery", "run", RECIPES / "quickstart.yaml", *map(str, arguments)],
+        [sys.executable, "-m", "surgery", "run", RECIPES / f"{recipe}.yaml", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -200,6 +206,52 @@ def test_flags_that_fit_a_model(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     flags = shlex.split(done.stdout)
     assert flags == ["--set", f"model={tmp_path / 'a model'}", "--set", "tp=3", "--set", "context=2048"]
+
+
+# midtraining
+
+
+def corpus(folder: Path) -> Path:
+    """What recipes/corpus.py makes, of a few golden documents."""
+    (folder / "tokenizer").mkdir(parents=True)
+    golden = Path(__file__).parent / "golden" / "tokenize"
+    shutil.copy(golden / "tokenizer.json", folder / "tokenizer")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    lines = b"".join(gzip.decompress(p.read_bytes()) for p in sorted((golden / "documents").glob("*.gz"))).splitlines()
+    for number, domain in enumerate(("code", "math", "prose")):
+        (folder / f"{domain}.jsonl").write_bytes(b"\n".join(lines[number::3]) + b"\n")
+    return folder
+
+
+@pytest.mark.slow
+def test_midtraining_runs_as_written(tmp_path: Path) -> None:
+    """A few steps each: whatever is learnt, the mixture of experts begins where the base ended."""
+    sets = ["--set", f"corpus={corpus(tmp_path / 'corpus')}", "--set", "length=32"]
+    result = run("-v", "--small", "--folder", "work", *sets, cwd=tmp_path, recipe="midtrain")
+    assert result.returncode == 0, result.stdout + result.stderr
+    table = re.search(r"^ +code +math +prose +mean\n((?:.+\n)+)", result.stdout, re.MULTILINE)
+    assert table is not None
+    rows = {
+        name.strip(): losses.split() for name, losses in re.findall(r"^(.+?)((?: +\d+\.\d{4}){4})$", table[1], re.M)
+    }
+    assert list(rows) == ["base", "constant", "annealed 1", "annealed 2", "soup", "upcycled", "upcycled, annealed"]
+    assert rows["upcycled"] == rows["base"] and len({tuple(losses) for losses in rows.values()}) == 6
+    assert "proof  exact" in result.stdout and "than its best ingredient, annealed " in result.stdout
+    report = (tmp_path / "work" / "report.html").read_text()
+    assert "soup against the best ingredient" in report
+    kept = json.loads((tmp_path / "work" / "runs" / "soup.json").read_text())
+    means = [f"{sum(x['loss'] for x in each['heldout'].values()) / 3:.4f}" for each in kept["ingredients"]]
+    assert means == [rows[f"annealed {n}"][-1] for n in (1, 2)]
+
+
+def test_a_corpus_is_cut_into_documents_once_each() -> None:
+    made = module("corpus")
+    long = "".join(f"line {n} of a long text\n" for n in range(2000))
+    found = list(made.documents(["too short", long, long, "x" * 300]))
+    assert found[-1] == "x" * 300 and "".join(found[:-1]).replace("\n", "") == long.replace("\n", "")
+    assert all(made.SHORTEST <= len(text) <= made.LONGEST for text in found)
+    assert "Returns the sum" not in "".join(made.docstrings([RECIPES / "corpus.py"]))
+    assert any("A byte-level BPE tokenizer" in text for text in made.docstrings([RECIPES / "corpus.py"]))
 
 
 @pytest.mark.slow
