@@ -3,7 +3,7 @@
     @checked
     def verify(a, b, *, max_memory=None): ...
 
-    verify("a", 5, max_memory=-1)     # UsageError: b must be a path, not 5; max_memory must be a positive whole number
+    verify("a", 5, max_memory=-1)     # UsageError: b must be a path, not 5; max_memory must be a number of bytes ...
 
 What an argument may be is told by its name, here, so that it means the same in every function; what is a setting says
 so itself.  What the system refuses meanwhile becomes a SurgeryError, too.
@@ -48,6 +48,11 @@ def _or_none(right: Right) -> Right:
     return lambda value: value is None or right(value)
 
 
+def _size(value: object) -> bool:
+    """Bytes, or a text such as "1GB", which whoever takes it reads."""
+    return isinstance(value, str) or _positive(value)
+
+
 PATH = (_path, "a path")
 TOLD = (_or_none(callable), "a function of a number of bytes")
 # argument -> what is right, and how that is called
@@ -57,7 +62,7 @@ KINDS: Mapping[str, tuple[Right, str]] = {
     "format": (lambda value: value is None or isinstance(value, str), "the name of a format"),
     "options": (_or_none(_choices), "a mapping of names to texts"),
     "allow": (_words, "a list of names"), "command": (_words, "a list of words"),
-    "max_memory": (_or_none(_positive), "a positive whole number"),
+    "max_memory": (_or_none(_size), "a number of bytes, or a text such as '1GB'"),
     "progress": TOLD, "proving": TOLD,
 }  # fmt: skip
 

@@ -151,7 +151,7 @@ def test_the_store_keeps_what_it_is_given():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("shared", ["0", "16"])
+@pytest.mark.parametrize("shared", ["0", "16-neurons"])
 def test_with_all_experts_the_function_is_kept(order, shared, dense, tmp_path):
     """Every neuron is in one expert, and only there."""
     target = {"target": "granitemoeshared"} if shared != "0" else {}

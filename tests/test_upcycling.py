@@ -62,7 +62,7 @@ EXACT = [
     *(("llama", t, COPY) for t in LLAMA),
     *(("llama_tied", t, GROUP) for t in LLAMA),
     *(("llama", t, {**COPY, "shared": "0.5"}) for t in SHARING),
-    *(("llama", t, {**GROUP, "shared": "72"}) for t in SHARING if t not in ("glm4_moe", "ernie4_5_moe")),
+    *(("llama", t, {**GROUP, "shared": "72-neurons"}) for t in SHARING if t not in ("glm4_moe", "ernie4_5_moe")),
     *(("llama", t, {**GROUP, "shared": "dense"}) for t in SHARING),
     ("llama", "glm4_moe", {**GROUP, "scale": "router"}),
     ("llama", "mixtral", {**GROUP, "scale": "up-down", "granularity": 4}),
@@ -145,7 +145,7 @@ def test_models_that_cannot_be_upcycled_are_refused(family, tiny_hf):
 
 @pytest.mark.parametrize("settings", [
     {"experts": 2, "top_k": 3}, {"experts": 5, "top_k": 5, "strategy": "partition"},
-    {"experts": 8, "top_k": 2, "shared": "200"},
+    {"experts": 8, "top_k": 2, "shared": "200-neurons"},
     {"experts": 8, "top_k": 2, "dense_layers": (9,)}, {"experts": 8, "top_k": 2, "dense_layers": tuple(range(6))},
     {"experts": 8, "top_k": 4, "granularity": 3},
     {"experts": 9, "top_k": 4, "granularity": 2, "strategy": "virtual-group"},

@@ -21,12 +21,6 @@ from surgery.conversion.request import Write
 
 Flag = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-PARALLEL: tuple[Flag, ...] = (
-    click.option("--tp", type=click.IntRange(1), default=1, help="Tensor-parallel ranks of the output."),
-    click.option("--pp", type=click.IntRange(0), default=1, help="Pipeline stages of the output; 0: none (neox)."),
-    click.option("--vpp", type=click.IntRange(1), default=1, help="Virtual pipeline chunks per stage of the output."),
-    click.option("--ep", type=click.IntRange(1), default=1, help="Expert-parallel ranks of the output."),
-)
 SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of the output, where its format "
                           "has that option. [default: 5GB]")  # fmt: skip
 OPTIONS = click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of a format; see `surgery "
@@ -51,7 +45,7 @@ def flags_of(cls: type, but: Collection[str] = ()) -> tuple[Flag, ...]:
     """A flag for every setting of a request, its own before those that it inherits."""
     owned = [f for c in cls.__mro__ for f in fields(cls) if f.name in vars(c).get("__annotations__", {})]
     chosen = [f for f in dict.fromkeys(owned) if settings.about(f) and f.name not in but]
-    return (*(flag_of(cls, f.name) for f in chosen), *(PARALLEL if issubclass(cls, Write) else ()))
+    return tuple(flag_of(cls, f.name) for f in chosen)
 
 
 def flag_of(cls: type, name: str) -> Flag:
@@ -100,7 +94,7 @@ def values_of(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
             value = _numbers(settings.flag(f), value)
         out[f.name] = value
     if issubclass(cls, Write):
-        out |= {"topology": topology(flags), "options": options_of(flags, out.get("to", Write.to))}
+        out["options"] = options_of(flags, out.get("to", Write.to))
     return out
 
 
@@ -111,13 +105,6 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise UsageError(f"{flag} {text!r}: write numbers, as 0,-1") from None
-
-
-def topology(flags: Mapping[str, Any]) -> Any:
-    """What --tp, --pp, --vpp and --ep say."""
-    from surgery.formats.topology import Topology
-
-    return Topology(tp=flags["tp"], pp=flags["pp"], ep=flags["ep"], vpp=flags["vpp"])
 
 
 def options_of(flags: Mapping[str, Any], to: str | None = None) -> dict[str, str]:

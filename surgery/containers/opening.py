@@ -70,6 +70,10 @@ class TensorTable(Mapping[str, Lazy]):
         """The names that pickles mention."""
         return tuple(sorted({name for container in self.containers for name in container.globals}))
 
+    def __repr__(self) -> str:
+        first = ", ".join(f"{some([name])} {t.dtype}{list(t.shape)}" for name, t in list(self.tensors.items())[:3])
+        return f"{len(self)} tensors: {first}{', ...' if len(self) > 3 else ''}"
+
     def __getitem__(self, name: str) -> Lazy:
         return self.tensors[name]
 

@@ -11,7 +11,6 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Any
 
 from surgery.containers.text import json_text
@@ -114,7 +113,6 @@ def _torch_version() -> str:
 
 def version() -> str:
     """The version of this package; "unknown" if it is not installed."""
-    try:
-        return metadata.version("checkpoint-surgery")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    import surgery
+
+    return str(surgery.__version__)

@@ -1,6 +1,6 @@
 """Requests: what is asked of every command that writes a checkpoint, and of a conversion.
 
-    request = Convert(to="meta", topology=Topology(tp=2), dtype="bf16")
+    request = Convert(to="meta", tp=2, dtype="bf16")
     request.memory                      # bytes: what was asked for, else a quarter of what is free
 
 Fields with a `setting` are flags of the command line as well.
@@ -13,8 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgery.errors import UsageError
 from surgery.formats.topology import ONE_RANK, Topology
 from surgery.settings import Checked, said, setting
+from surgery.units import parse_size
 
 MEMORY = 2 << 30
 DTYPES = ("keep", "bf16", "fp16", "fp32")
@@ -24,13 +26,17 @@ DTYPES = ("keep", "bf16", "fp16", "fp32")
 class Write(Checked):
     """How an output is written.
 
-    topology    the parallel sizes of the output (--tp, --pp, --vpp, --ep)
+    topology    the parallel sizes of the output, where `tp`, `pp`, `vpp` and `ep` do not say them
     options     choices of the formats, of the source's and of the output's (-O)
     command     what was called, for the record in surgery.json
     progress    is told every number of bytes that was written, or read back
     """
 
     to: str = setting("hf", "The format to write; see `surgery formats`.", metavar="FORMAT")
+    tp: int | None = setting(None, "Tensor-parallel ranks of the output.", low=1, otherwise="1")
+    pp: int | None = setting(None, "Pipeline stages of the output; 0: none (neox).", low=0, otherwise="1")
+    vpp: int | None = setting(None, "Virtual pipeline chunks per stage of the output.", low=1, otherwise="1")
+    ep: int | None = setting(None, "Expert-parallel ranks of the output.", low=1, otherwise="1")
     topology: Topology = ONE_RANK
     options: Mapping[str, str] | None = None
     max_memory: int | None = setting(
@@ -45,6 +51,21 @@ class Write(Checked):
     command: Sequence[str] = ()
     progress: Callable[[int], None] | None = None
 
+    def __post_init__(self) -> None:
+        """Sizes may be texts; parallel sizes become the topology."""
+        size: object = self.max_memory
+        if isinstance(size, str):
+            object.__setattr__(self, "max_memory", parse_size(size))
+        super().__post_init__()
+        given = {name: n for name in ("tp", "pp", "vpp", "ep") if (n := getattr(self, name)) is not None}
+        if not given:
+            return
+        if self.topology != ONE_RANK:
+            raise UsageError("parallel sizes are said twice: as topology, and one by one")
+        object.__setattr__(self, "topology", Topology(**given))
+        for name in given:  # what is made of this request by `replace` says them once
+            object.__setattr__(self, name, None)
+
     @property
     def memory(self) -> int:
         """Bytes that weights may take."""
@@ -54,6 +75,14 @@ class Write(Checked):
 def dtype_setting() -> Any:
     """The field `dtype`, of those requests that cast."""
     return setting("keep", "Cast the weights before anything else; by default every bit is kept.", choices=DTYPES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save(Write):
+    """A checkpoint that was opened is written, with other tensors for some of its parts."""
+
+    to: str = setting("", "The format to write.", metavar="FORMAT", otherwise="that which it was read from")
+    parts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ formats are in folders beside this file; `registry.FORMATS` lists them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from surgery import tokenizer
 from surgery.containers.output import copied_file
 from surgery.errors import ConfigError, FileError, UsageError, show, some
 from surgery.formats.account import Rule, beside, inside, summed_up
+from surgery.formats.parts import Parts, rows_html
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.formats.weave import Shards, Stored, gather, spread
@@ -30,6 +31,7 @@ from surgery.model.wording import check_held
 from surgery.tensors.files import Stamp
 from surgery.tensors.lazy import Lazy
 from surgery.tokenizer import Carried, Tokenizer
+from surgery.units import count
 from surgery.writing.replaceable import PROVENANCE as PROVENANCE
 
 if TYPE_CHECKING:
@@ -79,6 +81,21 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
     beside: Mapping[str, Path] = field(default_factory=dict)
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", Parts(self.parts))
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({', '.join(f'{name} {text}' for name, text in self._about())})"
+
+    def _repr_html_(self) -> str:
+        return rows_html(("checkpoint", str(self.path)), self._about()[1:]) + self.parts._repr_html_()  # type: ignore[attr-defined]
+
+    def _about(self) -> list[tuple[str, str]]:
+        parallel = "".join(f", {name} {n}" for name, n in asdict(self.topology).items() if type(n) is int and n > 1)
+        size = f"{count(self.spec.parameters())} in {len(self.parts)} parts, {self.dtype}"
+        return [("path", ascii(str(self.path))), ("format", self.format + parallel), ("family", self.spec.family),
+                ("parameters", size)]  # fmt: skip
 
     @property
     def dtype(self) -> str:

@@ -19,6 +19,7 @@ from surgery.arguments import checked
 from surgery.conversion.request import default_memory
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
+from surgery.units import parse_size
 from surgery.verification.compare import Progress, compare
 from surgery.verification.findings import Comparison
 
@@ -29,15 +30,21 @@ Path = str | os.PathLike[str]
 
 @checked
 def verify(
-    a: Path, b: Path, *, options: Options | None = None, max_memory: int | None = None, progress: Progress | None = None
+    a: Path,
+    b: Path,
+    *,
+    options: Options | None = None,
+    max_memory: int | str | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Are the checkpoints in two folders, in any formats and at any parallel sizes, the same model?
 
-    `options` are reading options of either format, `max_memory` is in bytes, `progress` is told of bytes read.
-    Raises SurgeryError if one cannot be read; a difference is a result, not an error.
+    `options` are reading options of either format, `max_memory` is in bytes, or a text such as "1GB", `progress` is
+    told of bytes read.  Raises SurgeryError if one cannot be read; a difference is a result, not an error.
     """
     left, right = open_both(a, b, options or {})
-    return compare(left, right, max_memory=max_memory or default_memory(), progress=progress)
+    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    return compare(left, right, max_memory=memory or default_memory(), progress=progress)
 
 
 def open_both(a: Path, b: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:

@@ -190,18 +190,30 @@ def _losses(wanted: Settings, strategy: str, g: int, exact: float, gate: float, 
 
 def _shared(wanted: Settings, f: int) -> tuple[int, bool]:
     """Neurons of the shared expert, and whether it is a whole copy of the mlp."""
-    if wanted.shared == "dense":
+    kind, number = wanted.shared_width
+    if kind == "dense":
         return f, True
-    value = float(wanted.shared)
-    count = round(value * f) if value < 1 else int(value)
-    if value >= 1 and count != value:
-        raise UsageError(f"--shared {wanted.shared}: a share below 1, or a whole number of neurons")
+    count = round(number * f) if kind == "share" else int(number)
+    if kind == "experts":
+        count = _as_wide_as(wanted, f, count)
     if count >= f:
         raise UsageError(
-            f"--shared {count} of {f} neurons leaves none for the experts",
+            f"--shared {wanted.shared}: {count} of {f} neurons leave none for the experts",
             hint="--shared dense keeps the whole mlp beside experts that add nothing at first",
         )
     return count, False
+
+
+def _as_wide_as(wanted: Settings, f: int, number: int) -> int:
+    """Neurons of a shared expert that is as wide as a number of the others.  Raises UsageError."""
+    for pieces in dict.fromkeys((wanted.granularity or wanted.top_k, wanted.experts, 1)):
+        count, left = divmod(number * f, pieces + number)
+        if not left:
+            strategy, g = _strategy(wanted, f - count)
+            if {"virtual-group": g, "partition": wanted.experts}.get(strategy, 1) == pieces:
+                return count
+    raise UsageError(f"--shared {wanted.shared}: {f} neurons of the mlp cannot be divided like that",
+                     hint=f"{f} has the divisors {_divisors(f)}; or say how many: --shared N-neurons")  # fmt: skip
 
 
 def _dense(wanted: Settings, layers: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ Values are checked here, one by one; what they mean together is `resolve`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -55,8 +56,9 @@ class Settings(Checked):
         otherwise="down",
     )  # fmt: skip
     shared: str = setting(
-        "0", "Neurons of an expert that is always on: a share (0.5), a number, or dense for the whole mlp beside "
-        "experts that add nothing at first.", metavar="NEURONS",
+        "0", "An expert that is always on (shared, or residual): a share of the mlp (0.5, 50%), N-experts (as wide as "
+        "N of the others), N-neurons, or dense for the whole mlp beside experts that add nothing at first.",
+        metavar="WIDTH",
     )  # fmt: skip
     order: str = setting(
         "sequential", "Which neurons go together: sequential, random, clustering (of the rows of gate; clustering-up: "
@@ -100,13 +102,15 @@ class Settings(Checked):
     force_lossy: bool = setting(False, "Allow what does not preserve the function.")
 
     def __post_init__(self) -> None:
+        share: object = self.shared
+        if type(share) in (int, float):
+            object.__setattr__(self, "shared", repr(share))
         super().__post_init__()
         self._check_what_goes_together()
         _one_of(self.router_kind[0], ROUTERS, "--router")
         if self.scale_number is None:
             _one_of(self.scale, SCALES, "--scale")
-        if self.shared != "dense" and not _number(self.shared, 0, 1 << 31):
-            raise UsageError(f"--shared {show(self.shared)} is neither a number of neurons nor dense")
+        _ = self.shared_width
 
     def _check_what_goes_together(self) -> None:
         if self.attention_top_k and not self.attention_experts:
@@ -130,6 +134,24 @@ class Settings(Checked):
         """ "normal:0.02" -> ("normal", "0.02")."""
         name, _, rest = self.router.partition(":")
         return name, rest
+
+    @property
+    def shared_width(self) -> tuple[str, float]:
+        """ "50%" -> ("share", 0.5); also "experts", "neurons" or "dense" and how many.  Raises UsageError."""
+        if self.shared == "dense":
+            return "dense", 1.0
+        if match := re.fullmatch(r"(\d{1,9})[- ]?(expert|neuron)s?", self.shared):
+            return match[2] + "s", int(match[1])
+        percent = self.shared.endswith("%")
+        text = self.shared.removesuffix("%")
+        if _number(text, 0, 100 if percent else 1):
+            return "share", float(text) / (100 if percent else 1)
+        what = ": of what?" if text.isdigit() else " is no width of an expert"
+        n = text if text.isdigit() else "1"
+        raise UsageError(
+            f"--shared {show(self.shared)}{what}",
+            hint=f"{n}-experts (as wide as {n} of the others), {n}-neurons, a share such as 0.5, or dense",
+        )
 
     @property
     def scale_number(self) -> float | None:
