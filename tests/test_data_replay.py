@@ -1,4 +1,4 @@
-"""The data of other trainers, number for number: Megatron-core, OLMo, OLMo-core, and recorded batches."""
+"""The data of OLMo and OLMo-core, number for number, and recorded batches."""
 
 from __future__ import annotations
 
@@ -12,154 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.data.files.idx import read_index
-from surgery.data.files.npy import open_npz
 from surgery.data.rows import IGNORE
-from surgery.data.trainers import megatron_order
-from surgery.data.trainers.megatron_batches import open_megatron
-from surgery.data.trainers.megatron_order import blend, exhaustive_blend, sample_order, split_documents
 from surgery.data.trainers.olmo_batches import open_olmo
 from surgery.data.trainers.olmo_order import CoreSource, core_mixture, core_order, olmo_order, repetitive
 from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, FileError, UsageError
 
 GOLDEN = Path(__file__).parent / "golden" / "data"
-MEGATRON, OLMO, CORE = GOLDEN / "megatron", GOLDEN / "olmo", GOLDEN / "olmo_core"
+OLMO, CORE = GOLDEN / "olmo", GOLDEN / "olmo_core"
 
 
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
-
-
-CASES = [
-    (name, part, number)
-    for name, parts in (("a_uint16_oneepoch", 3), ("b_int32_epochs", 1))
-    for number, part in enumerate(("train", "valid", "test")[:parts])
-]
-
-
-def asked(case: dict[str, Any], number: int) -> int:
-    """Samples of a part, as the golden's maker asked for them."""
-    samples: int = case["requested_samples"]
-    return (samples, max(2, samples // 10), 3)[number]
-
-
-@pytest.mark.parametrize(("name", "part", "number"), CASES)
-def test_megatrons_indices(name, part, number):
-    case, index = load(MEGATRON / "cases.json")["cases"][name], read_index(MEGATRON / name)
-    documents = split_documents(case["split"], len(index.lengths))[number]
-    with open_npz(MEGATRON / f"{name}.gpt.npz") as want:
-        assert np.array_equal(want[f"{part}.documents"], np.array(documents))
-        order = sample_order(index.lengths, documents, asked(case, number), case["sequence_length"], case["seed"])
-        for field in ("document", "sample", "shuffle"):
-            got = getattr(order, {"document": "documents", "sample": "samples"}.get(field, field))
-            assert (
-                np.array_equal(got, want[f"{part}.{field}_index"]) and got.dtype == want[f"{part}.{field}_index"].dtype
-            )
-
-
-@pytest.mark.parametrize(("name", "part", "number"), CASES)
-def test_megatrons_samples(name, part, number, tmp_path):
-    case = load(MEGATRON / "cases.json")["cases"][name]
-    run = {
-        "data": str(MEGATRON / name), "sequence_length": case["sequence_length"], "samples": asked(case, number),
-        "rows_per_step": 1, "seed": case["seed"], "split": case["split"], "part": part, "pad_id": 999,
-    }  # fmt: skip
-    (tmp_path / "run.yaml").write_text(json.dumps({"megatron": run}))
-    batches = open_megatron(tmp_path / "run.yaml")
-    with open_npz(MEGATRON / f"{name}.gpt.npz") as want:
-        tokens, labels, kept = (want[f"{part}.{field}"] for field in ("tokens", "labels", "loss_mask"))
-        assert len(tokens) > 2 and len(batches) == len(want[f"{part}.shuffle_index"])
-        for i in range(len(tokens)):
-            rows = batches.rows(i)
-            assert rows.tokens[0].tolist() == tokens[i].tolist()
-            assert rows.labels[0].tolist() == np.where(kept[i] == 1, labels[i], IGNORE).tolist()
-
-
-@pytest.mark.parametrize("name", ["w_5_3_2", "w_dolmino", "exhaustive", "real"])
-def test_megatrons_blends(name):
-    want = load(MEGATRON / "blend.json")[name]
-    if want.get("weights"):
-        dataset, sample = blend(want["weights"], want["size"])
-    else:
-        dataset, sample = exhaustive_blend(want["exhaustive_sizes"])
-    shown = len(want["dataset"])
-    assert dataset[:shown].tolist() == want["dataset"] and sample[:shown].tolist() == want["sample"]
-    if "counts" in want:
-        assert np.bincount(dataset).tolist() == want["counts"]
-
-
-CACHES = {
-    "single": {"data": ["multi"], "samples": 30, "split": "100,0,0"},
-    "blend": {"data": [0.7, "a_uint16_oneepoch", 0.3, "multi"], "samples": 150, "split": "100,0,0"},
-    "exhaustive": {"data": ["a_uint16_oneepoch", "multi"], "split": "90,10,0"},
-}
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_the_cache_of_megatron_and_its_settings_give_the_same_run(name, tmp_path):
-    """By the index files that Megatron-core left, and recomputed without them: what its datasets returned."""
-    for file in [*MEGATRON.glob("*.bin"), *MEGATRON.glob("*.idx"), *(MEGATRON / "cache" / name).glob("*")]:
-        shutil.copy(file, tmp_path)
-    want = load(MEGATRON / "cache" / "expected.json")[name]
-    kind = "GPTDataset" if name == "single" else "BlendedDataset"
-    [described] = tmp_path.glob(f"*{kind}-train-description.txt")
-    run = {"sequence_length": 24, "rows_per_step": 1, "seed": 1234, **CACHES[name]}
-    (tmp_path / "run.yaml").write_text(json.dumps({"megatron": run}))
-    cached, computed = open_megatron(described, 1, pad_id=999), open_megatron(tmp_path / "run.yaml", pad_id=999)
-    assert len(cached) == len(computed) == want["samples"]
-    for i in range(len(cached)):
-        a, b = cached.rows(i), computed.rows(i)
-        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.labels, b.labels)
-        assert i >= len(want["tokens"]) or a.tokens[0].tolist() == want["tokens"][i]
-    with pytest.raises(UsageError, match="how many rows a step has"):
-        open_megatron(described)
-
-
-def naive_samples(lengths: list[int], length: int, count: int, extra: int) -> list[list[int]]:
-    """Sample after sample, document after document."""
-    found, document, offset = [[0, 0]], 0, 0
-    for _ in range(count):
-        rest = length + extra
-        while rest:
-            left = lengths[document] - offset
-            rest -= left
-            if rest <= 0:
-                offset += rest + left - extra
-                rest = 0
-            elif document == len(lengths) - 1:
-                offset = lengths[document] - extra
-                break
-            else:
-                document, offset = document + 1, 0
-        found.append([document, offset])
-    return found
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=25), st.integers(2, 11), st.booleans(), st.booleans())
-def test_sample_indices_against_a_loop(lengths, length, extra, drop_last):
-    if sum(lengths) <= length or (not drop_last and not lengths[-1]):
-        return
-    found = megatron_order._samples(np.array(lengths), length, sum(lengths), int(extra), drop_last)
-    assert found.tolist() == naive_samples(lengths, length, len(found) - 1, int(extra))
-
-
-def test_a_split_that_comes_to_no_documents_is_an_error():
-    with pytest.raises(ConfigError, match="0 documents of 0 tokens make no sample"):
-        sample_order(np.full(100, 9, np.int32), split_documents("949,50,1", 100)[2], 3, 8, 1)
-    with pytest.raises(ConfigError, match="not three weights"):
-        split_documents("90;10", 5)
-
-
-def test_a_cache_of_other_data_is_refused(tmp_path):
-    for file in (MEGATRON / "cache" / "single").glob("*"):
-        shutil.copy(file, tmp_path)
-    for suffix in ("bin", "idx"):
-        shutil.copy(MEGATRON / f"b_int32_epochs.{suffix}", tmp_path / f"multi.{suffix}")
-    [described] = tmp_path.glob("*description.txt")
-    with pytest.raises(FileError, match="do not fit"):
-        open_megatron(described, 1)
 
 
 def test_olmos_batches():
@@ -247,6 +111,23 @@ def test_olmo_cores_mixtures(number):
     assert [(p.source, p.path, p.tokens, p.most) for p in parts] == said
 
 
+def test_what_olmo_core_refuses():
+    web, math = CoreSource("web", {"a": 640}, 0.6), CoreSource("math", {"b": 320}, 0.4)
+    assert sum(part.tokens for part in core_mixture([web, math], 500, 64, 16)) == 512
+    for sources, batch, message in (
+        ([web], 64, "target_ratios must sum to 1.0, got 0.6"),
+        ([web, math], 60, "global_batch_size must be multiple of sequence_length"),
+        ([web, CoreSource("math", {"b": 0}, 0.4)], 64, "source: math @ target global ratio: 0.4 :: 0 < 200"),
+        (
+            [web, CoreSource("math", {"b": 320}, 0.4, 2.0, 0.25)],
+            64,
+            "source: math @ target global ratio: 0.4 :: 160 < 200",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            core_mixture(sources, 500, batch, 16)
+
+
 @pytest.mark.parametrize("number", range(6))
 def test_olmo_cores_orders(number):
     want = load(CORE / "expected.json")
@@ -293,18 +174,3 @@ def test_recorded_batches(tmp_path):
         RecordedBatches(tmp_path / "x.npz")
     with pytest.raises(UsageError, match="no step 5"):
         batches.rows(5)
-
-
-def test_a_blend_with_a_tie(tmp_path):
-    """Which of two equal weights comes first hangs on the last bit: Megatron's builder normalizes twice."""
-    want = load(MEGATRON / "tie.json")
-    data = [str(MEGATRON / x) if isinstance(x, str) else x for x in want["data"]]
-    run = {key: want[key] for key in ("samples", "sequence_length", "seed", "split")} | {"data": data}
-    (tmp_path / "run.yaml").write_text(json.dumps({"megatron": {**run, "rows_per_step": 1}}))
-    batches = open_megatron(tmp_path / "run.yaml")
-    rows = [batches.rows(i) for i in range(len(batches))]
-    assert [int(r.source[0]) for r in rows] == want["dataset"]
-    assert [int(r.instance[0]) for r in rows] == want["sample"]
-    weights = [0.5, 0.2, 0.2]
-    once, twice = (blend(w, len(rows))[0].tolist() for w in (weights, megatron_order.normalized(weights)))
-    assert twice == want["dataset"] != once

@@ -91,6 +91,12 @@ def restarting(shape: tuple[int, int], rows: Array, offsets: Array) -> Array:
     return np.cumsum(steps, out=steps).reshape(shape)
 
 
+def restarting_after(tokens: Array, end: int) -> Array:
+    """int64 positions [rows, sequence] that count from 0 again after each token of id `end`."""
+    rows, ends = np.nonzero(tokens[:, :-1] == end)
+    return restarting(tokens.shape, rows, ends + 1)
+
+
 def isolated(labels: Array, rows: Array, offsets: Array) -> Array:
     """Take away, in place, the labels that are the first token of an isolated document: at each (row, offset - 1)."""
     labels[rows, offsets - 1] = IGNORE

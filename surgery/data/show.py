@@ -21,7 +21,9 @@ from surgery.data.plans.batches import Batches
 from surgery.data.plans.plan import open_plan
 from surgery.data.plans.plan_file import NAME
 from surgery.data.rows import IGNORE, RowSource
-from surgery.data.trainers import megatron_batches, olmo_batches
+from surgery.data.trainers import olmo_batches
+from surgery.data.trainers.megatron_cache import DESCRIPTION, open_cache
+from surgery.data.trainers.megatron_run import open_megatron
 from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, UsageError, some
 
@@ -46,11 +48,11 @@ def open_rows(
     if (path / olmo_batches.CONFIG).is_file():
         return olmo_batches.open_olmo(path, rows_per_step)
     if path.is_dir():
-        found = sorted(p.name for p in path.glob("*" + megatron_batches.DESCRIPTION))
+        found = sorted(p.name for p in path.glob("*" + DESCRIPTION))
         hint = f"name one of {some(found)}" if found else f"a plan has {NAME}, a run of OLMo {olmo_batches.CONFIG}"
         raise ConfigError("is no plan and no run that is known", file=path, hint=hint)
-    if path.name.endswith(megatron_batches.DESCRIPTION):
-        return megatron_batches.open_megatron(path, rows_per_step, pad_id)
+    if path.name.endswith(DESCRIPTION):
+        return open_cache(path, rows_per_step, pad_id)
     if path.suffix == ".npz":
         return RecordedBatches(path)
     return _from_yaml(path, rows_per_step, pad_id)
@@ -60,7 +62,7 @@ def _from_yaml(path: Path, rows_per_step: int | None, pad_id: int | None) -> Row
     value = read_yaml(path, "run")
     keys = value if isinstance(value, dict) else {}
     if "megatron" in keys:
-        return megatron_batches.open_megatron(path, rows_per_step, pad_id)
+        return open_megatron(path, rows_per_step, pad_id)
     if "data" in keys and "model" in keys:
         return olmo_batches.open_olmo(path, rows_per_step)
     hint = "make a plan of it first: surgery data plan" if "sources" in keys else None

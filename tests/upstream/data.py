@@ -21,7 +21,7 @@ import numpy as np
 
 from surgery.data.files.idx import IndexedWriter
 from surgery.data.payload_index import index_payload
-from surgery.data.trainers.megatron_batches import open_megatron
+from surgery.data.trainers.megatron_run import open_megatron
 from tests.upstream.run import HOME, PROGRAMS, ROOT, install, last
 
 NAME = "megatron-core"

@@ -75,11 +75,14 @@ def sample_order(
 
     lengths    int32, tokens of every sequence of the index        documents  those that the dataset may use
     samples    how many are asked for; None: one epoch             length     tokens of a sample, less the extra one
-    Raises ConfigError if there are too few tokens for one sample.
+    extra      a sample has one token more, so that every position has a label
+    drop_last  leave out what is too short for a sample at the end
+    Raises ConfigError if there are too few tokens for one sample: of one epoch, if `samples` is None.
     """
     allowed = np.asarray(documents, np.int32)
     per_epoch = int(lengths[allowed].sum(dtype=np.int64))
-    if per_epoch <= length:
+    enough = 2 if samples or not drop_last else length + extra  # Megatron wants two tokens, and repeats them as often
+    if per_epoch < enough:
         what = f"{len(allowed)} documents of {per_epoch} tokens make no sample of {length}"
         raise ConfigError(what, hint="give this split more documents")
     epochs = 1 if samples is None else max(-(-(samples * length + extra) // per_epoch), 1)

@@ -22,7 +22,7 @@ from surgery.containers.text import read_yaml
 from surgery.data.files.mapped import Array, mapped
 from surgery.data.files.readers import UNSIGNED, open_tokens
 from surgery.data.files.tokens import Passage, TokenSource
-from surgery.data.rows import IGNORE, Rows, restarting, share, shifted
+from surgery.data.rows import IGNORE, Rows, restarting_after, share, shifted
 from surgery.data.trainers.olmo_order import olmo_order, repetitive
 from surgery.errors import ConfigError, UsageError, show
 
@@ -69,10 +69,7 @@ class OlmoBatches:
         labels = shifted(tokens, self.files.label_mask(starts, self.sequence_length))
         if self.filter is not None:
             labels[repetitive(tokens, *self.filter)] = IGNORE
-        positions = None
-        if self.eos is not None:
-            rows, ends = np.nonzero(tokens[:, :-1] == self.eos)
-            positions = restarting(tokens.shape, rows, ends + 1)
+        positions = None if self.eos is None else restarting_after(tokens, self.eos)
         return Rows(tokens, labels, positions, np.zeros(len(mine), np.int64), mine)
 
     def passages(self, source: int, instance: int) -> list[Passage]:

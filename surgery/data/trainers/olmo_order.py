@@ -77,8 +77,14 @@ class Part:
 def core_mixture(sources: Sequence[CoreSource], requested: int, batch: int, length: int) -> list[Part]:
     """What OLMo-core takes of every file: `requested` tokens in whole batches of `batch`, instances of `length`.
 
-    Raises ConfigError, in its words, if a source has too few tokens.
+    Raises ConfigError, in its words, if a source has too few tokens, the ratios do not add up to 1, or a batch is no
+    whole number of instances.
     """
+    ratios = float(np.sum([source.ratio for source in sources]))
+    if not np.allclose(ratios, 1.0):
+        raise ConfigError(f"target_ratios must sum to 1.0, got {ratios}")
+    if batch % length:
+        raise ConfigError("global_batch_size must be multiple of sequence_length")
     parts = [part for source in sources for part in _parts(source, requested)]
     want = math.ceil(requested / batch) * (batch // length)
     most = [part.most // length for part in parts]
@@ -99,6 +105,8 @@ def _parts(source: CoreSource, requested: int) -> list[Part]:
     if cap < need:
         what = f"Insufficient tokens for source: {source.name} @ target global ratio: {source.ratio} :: {cap} < {need}"
         raise ConfigError(what, hint="OLMo-core does not take more of the others; `surgery data plan` does")
+    if not have:
+        raise ConfigError(f"{source.name} has no tokens")
     ratios, rest = [], need / have
     while rest > 0:
         ratios.append(min(1.0, rest))
