@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast coverage test-kernels test-upstream test-real test-honesty lint types pytest format bench venv clean
+.PHONY: help demo test test-fast test-kill coverage test-kernels test-upstream test-real test-honesty lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -39,6 +39,10 @@ pytest: $(VENV)/.ready-dev
 
 test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a few seconds each, in two minutes or less
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-kill: $(VENV)/.ready-dev  ## kill a training run 50 times at random, and compare what it comes to, bit for bit
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killable_midtrain random $$(mktemp -d) 50
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killable_midtrain calls $$(mktemp -d) 50
 
 coverage: $(VENV)/.ready-dev  ## every test, and which lines of surgery/ they run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) --cov=surgery --cov-report=term:skip-covered

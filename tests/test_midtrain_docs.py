@@ -54,7 +54,7 @@ def test_the_page(reader):
         done = CliRunner().invoke(main, shlex.split(line, comments=True)[1:], catch_exceptions=False)
         assert done.exit_code == 0, f"{line}: {done.output}"
         said[line.partition("  ")[0]] = done.output
-    assert len(said) == 6
+    assert len(said) == 7
     assert "learning rate, step 1 to 27" in said["surgery midtrain run.yaml --dry-run"]
     run = read_folder(Path("runs/anneal"))
     assert (run.status, run.steps) == ("finished", 27)

@@ -15,6 +15,7 @@ from surgery.errors import ConfigError, FileError, LayoutError
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.loop import prepare
 from surgery.midtraining.optimizer import DECAYS, adamw, grouped
+from surgery.midtraining.parallel import World
 from surgery.midtraining.recorded_rate import peak_rate, recorded_rate
 from surgery.midtraining.run_file import make_run
 from surgery.midtraining.settings import Init
@@ -145,5 +146,5 @@ def test_frozen_parameters_need_no_moments(tiny_hf, tmp_path):
     model = tiny.model("llama")
     model.model.embed_tokens.weight.requires_grad_(False)
     optimizer = adamw(grouped(model, DECAYS["llama"], 0.1), (0.9, 0.95), 1e-8)
-    put_moments(found, optimizer, model, opened)
+    put_moments(found, optimizer, model, opened, World())
     assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())

@@ -59,7 +59,8 @@ def _fail(error: Exception) -> NoReturn:
     say("error: ", err=True, fg="red", bold=True, nl=False)
     say(str(error), err=True)
     signum = getattr(error, "signum", None)
-    sys.exit(128 + signum if signum else 2 if isinstance(error, UsageError) else 1)
+    plain = 128 + signum if signum else 2 if isinstance(error, UsageError) else 1
+    sys.exit(getattr(error, "status", plain))
 
 
 @click.group(cls=Group, context_settings=CONTEXT, invoke_without_command=False)

@@ -121,7 +121,7 @@ class RunLog:
         upto = -1 if resumed is None else resumed
         self.files = {name: JsonLines(self.folder / name, upto) for name in run_folder.LINES}
         (self.folder / run_folder.END).unlink(missing_ok=True)
-        last = self.files[run_folder.METRICS].last
+        self.last = last = self.files[run_folder.METRICS].last  # step that is told already
         self.tokens: int = last.get("tokens", 0)
         self.told: float | None = None  # when the last step was
         if resumed is not None and last.get("step", -1) < resumed:

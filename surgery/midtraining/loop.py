@@ -12,7 +12,7 @@ lies in `parallel.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,18 +24,20 @@ from surgery.midtraining import parallel
 from surgery.midtraining.attention import attending, attention_for
 from surgery.midtraining.balance import RULES, nudge_biases, translate
 from surgery.midtraining.batching import micro_batches, rows_of
+from surgery.midtraining.checkpoint import Saved
 from surgery.midtraining.clock import Clock
 from surgery.midtraining.course import Course
 from surgery.midtraining.experts import fastest_experts, keep_compiled_gemms, use_experts
-from surgery.midtraining.model import load, weights_now
+from surgery.midtraining.model import allocate, build, fill, weights_now
 from surgery.midtraining.objections import check
 from surgery.midtraining.optimizer import DECAYS, adamw, freeze, grouped, named, set_rate
 from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Masters, Precision, choose
 from surgery.midtraining.recorded_rate import peak_rate
 from surgery.midtraining.router_telemetry import RouterTelemetry, summary
-from surgery.midtraining.routers import Fp32Routers, RouterLog, find_mixtures
+from surgery.midtraining.routers import Fp32Routers, Mixture, RouterLog, find_mixtures
 from surgery.midtraining.settings import Run
+from surgery.midtraining.sharding import shard
 from surgery.midtraining.skip_step import Spikes
 from surgery.midtraining.sources import open_batches
 from surgery.midtraining.start import Start, find_start, put_moments
@@ -82,6 +84,8 @@ class Job:
     start: Start
     masters: Masters | None = None
     notes: tuple[str, ...] = ()
+    choices: dict[str, str] = field(default_factory=dict)  # what `auto` came to, for a run that goes on
+    begun: int = 0  # the step that it goes on from
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -101,51 +105,64 @@ Act = Callable[[Job, State], None]
 # ----------------------------------------------------------------------------------------------------------- preparing
 
 
-def prepare(run: Run, progress: Callable[[int], None] | None = None) -> Job:
+def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Saved | None = None) -> Job:
     """Open the source and the data, build the model and its optimizer.
 
-    `progress` is told bytes of weights.  Raises SurgeryError if anything does not fit.
+    `progress` is told bytes of weights.  With a checkpoint of the run, weights and moments are still to be restored
+    from it (`resuming.py`).  Raises SurgeryError if anything does not fit.
     """
-    world = parallel.start(run.device)
-    train = run.train
+    world, train = parallel.start(run.device), run.train
     source = with_family(open_checkpoint(run.model.path, format=run.model.format, options=run.model.options))
     if source.spec.experts:
         keep_compiled_gemms()
-    batches = open_batches(run)
+    with parallel.main_first(world):
+        batches = open_batches(run)
     source, attention_notes = attending(run, source, batches.sequence_length)
-    peak, rate_note = peak_rate(train.schedule, source)
+    peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source)
     course = Course.of(train, batches, world.size, peak)
     check(course, batches, source)
-    start = find_start(run.init, source)
-    precision = choose(train.precision, world.device)
+    start = saved.start if saved else find_start(run.init, source)
+    choices = saved.choices(world.device) if saved else {}
+    found = choose(choices.get("precision", train.precision), world.device)
+    precision = Precision(*parallel.first(world, astuple(found)))
+    choices["precision"] = precision.name
 
     torch.manual_seed(train.seed + world.rank)
     attention = attention_for(run.model.attention, world.device, precision)
-    model, digest = load(source, precision.weights, world.device, attention=attention, dropout=train.dropout,
-                         progress=progress)  # fmt: skip
+    dtype = precision.weights if world.size == 1 else torch.float32
+    model = build(source, dtype, world.device, attention=attention, dropout=train.dropout)
+    mixtures = find_mixtures(model)
+    objective, moe_notes = objective_of(run, mixtures, precision, batches.sources)
+    shard(model, mixtures, world, run.parallel, precision)
+    if saved:
+        allocate(model, world.device)
+    digest = saved.digest if saved else fill(model, source, world, progress)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, int(train.activation_checkpointing))
-    objective, moe_notes = objective_of(run, model, precision, batches.sources)
-    if objective.routers:
+    if mixtures:
         tokens = course.micro * batches.sequence_length
-        moe_notes.append(choose_experts(run.model.experts, model, objective, tokens))
+        before = choices.get("experts") if run.model.experts == "auto" else None
+        choices["experts"], why = choose_experts(run.model.experts, before, model, objective, world, tokens)
+        moe_notes.append(why)
     if train.freeze:
         freeze(model, train.freeze)
     settings = train.optimizer
     groups = grouped(model, DECAYS[settings.decay], settings.weight_decay, settings.no_decay, settings.lr_scale)
-    masters = Masters(groups) if precision.name == "bf16" else None
+    masters = Masters(groups) if dtype != torch.float32 else None
     optimizer = adamw(groups, settings.betas, settings.eps)
     if start.moments:
-        put_moments(start.moments, optimizer, model, source)
+        put_moments(start.moments, optimizer, model, source, world)
     notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *attention_notes, *moe_notes)
-    return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes)
+    return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes, choices,
+               saved.step if saved else 0)  # fmt: skip
 
 
-def objective_of(run: Run, model: Any, precision: Precision, sources: Sequence[str]) -> tuple[Objective, list[str]]:
+def objective_of(
+    run: Run, mixtures: Sequence[Mixture], precision: Precision, sources: Sequence[str]
+) -> tuple[Objective, list[str]]:
     """What is minimised; for a mixture of experts also who listens to its routers, and what coefficients were made."""
     train, moe = run.train, run.moe
     plain = Objective(precision, train.z_loss, train.loss_divisor, train.loss_chunk, run.data.attend_across_documents)
-    mixtures = find_mixtures(model)
     if not mixtures:
         return plain, []
     if moe.fp32_router:
@@ -161,17 +178,19 @@ def objective_of(run: Run, model: Any, precision: Precision, sources: Sequence[s
                    routers=RouterLog(mixtures), telemetry=telemetry), notes  # fmt: skip
 
 
-def choose_experts(wanted: str, model: Any, objective: Objective, tokens: int) -> str:
-    """Run the experts by a backend; says which, and why."""
+def choose_experts(
+    wanted: str, before: str | None, model: Any, objective: Objective, world: World, tokens: int
+) -> tuple[str, str]:
+    """Run the experts by a backend, by the one `before` if the run had chosen it; says which, and why."""
     assert objective.routers
     mixtures = objective.routers.mixtures
-    if wanted != "auto":
-        use_experts(model, mixtures, wanted)
-        return f"experts by {wanted}, as the settings say"
-    with objective.precision.computing(str(mixtures[0].weight.device)):
-        choice = fastest_experts(mixtures[0], tokens)
-    use_experts(model, mixtures, choice.name)
-    return f"experts by {choice}"
+    wanted, why = before or wanted, f"experts by {before or wanted}, as the {'run began' if before else 'settings say'}"
+    if wanted == "auto":
+        with objective.precision.computing(str(mixtures[0].weight.device)):
+            choice = fastest_experts(mixtures[0], tokens)
+        wanted, why = parallel.first(world, [choice.name, f"experts by {choice}"])
+    use_experts(model, mixtures, wanted)
+    return wanted, why
 
 
 def fresh_state(job: Job) -> State:
@@ -198,7 +217,7 @@ def train(job: Job, state: State, log: Log, after: Sequence[Act] = ()) -> None:
         clock.lap("data")
 
         losses = gradients(job.model, parts, job.objective, job.world)
-        norm = parallel.gradient_norm(job.parameters)
+        norm = parallel.gradient_norm(job.world, job.parameters)
         clock.lap("compute")
 
         rate = job.course.schedule(step)

@@ -22,12 +22,15 @@ from surgery.formats.base import RUN, Checkpoint
 from surgery.formats.hf.table import table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
+from surgery.midtraining import parallel
+from surgery.midtraining.parallel import World
+from surgery.midtraining.sharding import Place, at_rest, place_of
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
 from surgery.running.loading import explained, quiet
-from surgery.tensors.fingerprint import Counts, Ledger
+from surgery.tensors.fingerprint import MASK, Counts, Ledger
 from surgery.tensors.in_memory import InMemory
-from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast, inside, lengths
 from surgery.writing.ahead import ahead
 from surgery.writing.stream import block_limit
 
@@ -38,35 +41,60 @@ def load(
     source: Checkpoint, dtype: torch.dtype, device: str, *, attention: str = "sdpa", experts: str = "eager",
     dropout: float = 0.0, progress: Callable[[int], None] | None = None,
 ) -> tuple[Any, str]:  # fmt: skip
-    """The model, ready to be trained, and the digest of the weights that it was filled with.
+    """The model, ready to be trained, and the digest of the weights that it was filled with: `build` and `fill`."""
+    model = build(source, dtype, device, attention=attention, experts=experts, dropout=dropout)
+    return model, fill(model, source, World(device=device), progress)
+
+
+def build(
+    source: Checkpoint, dtype: torch.dtype, device: str, *, attention: str = "sdpa", experts: str = "eager",
+    dropout: float = 0.0,
+) -> Any:  # fmt: skip
+    """The model without memory for its weights, which then can be divided among processes.
 
     Parameters have `dtype`; `attention` and `experts` are transformers' names; `dropout` is that of all places where
-    the family has one.  `progress` is told bytes of the source.
-    Raises ConfigError if transformers has no such model, LayoutError if a part is left over.
+    the family has one.  Raises ConfigError if transformers has no such model.
     """
     if source.spec.attn_experts:
         raise ConfigError("experts of attention heads cannot be trained here", file=source.path)
-    ledger = Ledger()
-    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
     name = str(dtype).removeprefix("torch.")
     with explained("transformers cannot hold the model", source.path), quiet():
-        model = empty_model(tapped, name, Device(device), attention, experts)
+        model = empty_model(source, name, Device(device), attention, experts)
     model.config.use_cache = False
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False  # its balance loss is not ours
     _drop(model, dropout)
+    return model.train()
+
+
+def fill(model: Any, source: Checkpoint, world: World, progress: Callable[[int], None] | None = None) -> str:
+    """Give it memory and the weights of the source; returns their digest.
+
+    A process reads only what it holds.  `progress` is told bytes of the source.  Raises LayoutError if a part of the
+    source is left over, or one of the model.
+    """
+    ledger = Ledger()
+    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
     weights = weights_of(model, tapped)
-    targets = _allocate(model, weights, device)
-    for size, seen in _filled(targets, weights, ledger):
+    for size, seen in filled(allocate(model, world.device), weights, ledger, world):
         ledger.add(seen)
         if progress:
             progress(size)
-    model.tie_weights()
+    _add_up(ledger, world)
     if gaps := ledger.gaps():
         raise LayoutError(f"the model has no place for {some(gaps)}", file=source.path)
     if left := [n for n, p in model.named_parameters() if p.is_meta]:
         raise LayoutError(f"the checkpoint gives no {some(left)}", file=source.path)
-    return model.train(), ledger.content_digest()
+    return ledger.content_digest()
+
+
+def _add_up(ledger: Ledger, world: World) -> None:
+    """Every process gets the counts of all: they are sums."""
+    if world.size > 1:
+        mine = [ledger.counts.get(name, (0, 0)) for name in ledger.parts]
+        wide = torch.tensor([[f - (1 << 64) if f >> 63 else f, n] for f, n in mine])
+        sums = parallel.summing(world)(wide).tolist()
+        ledger.counts = {name: (f & MASK, n) for name, (f, n) in zip(ledger.parts, sums, strict=True)}
 
 
 def _drop(model: Any, share: float) -> None:
@@ -77,37 +105,40 @@ def _drop(model: Any, share: float) -> None:
             module.attention_dropout = share
 
 
-def _allocate(model: Any, weights: Mapping[str, Lazy], device: str) -> dict[str, torch.Tensor]:
-    """Memory for all parameters and kept buffers; a tied one only once."""
+def allocate(model: Any, device: str) -> dict[str, torch.Tensor]:
+    """Memory for all parameters and kept buffers, by name: what this process holds of them, a tied one only once."""
     targets: dict[str, torch.Tensor] = {}
-    own = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in weights)]
-    for name, empty in own:
+    kept = model.state_dict().keys()
+    for name, empty in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in kept)]:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        targets[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        targets[name] = torch.zeros_like(empty, device=device)
         if leaf in owner._buffers:
             owner._buffers[leaf] = targets[name]
         else:
             owner._parameters[leaf] = torch.nn.Parameter(targets[name], requires_grad=empty.requires_grad)
+    model.tie_weights()
     return targets
 
 
-def _filled(
-    targets: Mapping[str, torch.Tensor], weights: Mapping[str, Lazy], ledger: Ledger
+def filled(
+    targets: Mapping[str, torch.Tensor], weights: Mapping[str, Lazy], ledger: Ledger, world: World
 ) -> Iterator[tuple[int, Counts]]:
-    """Fill the targets in a few threads: the bytes of every block, and of which parts they were."""
+    """Fill the targets in a few threads: the bytes of every block, and of which parts they were, as far as it is this
+    process that answers for them."""
 
-    def fill(target: torch.Tensor, lazy: Lazy, box: Box) -> tuple[int, Counts]:
+    def fill(target: torch.Tensor, lazy: Lazy, place: Place, box: Box) -> tuple[int, Counts]:
         with ledger.collect() as seen:
-            data = lazy.read(box)
+            data = lazy.read(inside(box, place.box))
         target[tuple(slice(a, b) for a, b in box)].copy_(data)
-        return data.nbytes, seen
+        return data.nbytes, seen if place.answers else {}
 
     blocks = (
-        partial(fill, targets[name], lazy, box)
-        for name, lazy in weights.items()
-        if name in targets
-        for box in boxes(lazy.shape, ITEMSIZE[lazy.dtype], block_limit(lazy, BLOCK))
+        partial(fill, parallel.local(target), weights[name], place, box)
+        for name, target in targets.items()
+        if name in weights
+        for place in [place_of(world, target)]
+        for box in boxes(tuple(lengths(place.box)), ITEMSIZE[weights[name].dtype], block_limit(weights[name], BLOCK))
     )
     with ahead(blocks) as filled:
         yield from filled
@@ -115,7 +146,8 @@ def _filled(
 
 def weights_now(model: Any, masters: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters and kept buffers by name, in fp32 where there is a master (by the id of its parameter)."""
-    kept = {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    names = at_rest(model).state_dict().keys()
+    kept = {n: b for n, b in model.named_buffers() if n in names}
     return {n: masters.get(id(t), t).detach() for n, t in [*model.named_parameters(), *kept.items()]}
 
 

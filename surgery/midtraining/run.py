@@ -1,4 +1,4 @@
-"""A run from its settings to its folder: prepared, tested, trained, logged, exported.
+"""A run from its settings to its folder: prepared, tested, trained, logged, saved, exported; or gone on with.
 
     done = midtrain(run, command=["surgery", "midtrain", "run.yaml"], views=[Lines(sys.stdout)])
     done.exports                                # folders: output/export/step000001600-hf, ...
@@ -9,32 +9,37 @@ The folder is what run_folder.py describes.
 from __future__ import annotations
 
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from surgery.containers.yaml_writer import to_yaml
-from surgery.errors import OutputError
-from surgery.midtraining import run_folder
-from surgery.midtraining.after_step import Exports, First, Readings
+from surgery.errors import SurgeryError
+from surgery.midtraining import parallel, run_folder
+from surgery.midtraining.after_step import Exports, First, Readings, Saves, average
+from surgery.midtraining.averages import Averages
+from surgery.midtraining.checkpoint import FOLDER
 from surgery.midtraining.compiling import compiled
 from surgery.midtraining.evaluating import Evaluations
 from surgery.midtraining.log import RunLog, View
-from surgery.midtraining.loop import Act, Job, fresh_state, prepare, train
-from surgery.midtraining.router_telemetry import alarms
+from surgery.midtraining.loop import Act, Job, State, fresh_state, prepare, train
+from surgery.midtraining.resuming import previous, restore, said, versions
+from surgery.midtraining.run_folder import claimed
+from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import Result, self_test
 from surgery.midtraining.settings import Run
+from surgery.midtraining.stopping import Requeue, stops
 from surgery.midtraining.throughput import Meter, flops_per_token, peak_flops
+from surgery.midtraining.told import Told
 from surgery.writing.atomic import atomic_file, write_json
 
 FORMAT = "surgery-run-1"
-PACKAGES = ("checkpoint-surgery", "torch", "transformers", "numpy", "safetensors")
+EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -53,38 +58,6 @@ class Done:
         return {**asdict(self), "folder": str(self.folder), "exports": [str(path) for path in self.exports]}
 
 
-@dataclass
-class Told:
-    """The log of a run, which also knows how fast it goes and what was said last."""
-
-    log: RunLog
-    meter: Meter
-    at: float = field(default_factory=time.perf_counter)  # when the last step was told
-    tokens: int = 0
-    loss: float = 0.0
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    exports: list[Path] = field(default_factory=list)
-
-    def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
-        now = time.perf_counter()
-        elsewhere = max(0.0, now - self.at - times["seconds"])
-        self.meter.add(metrics["tokens"] - self.tokens, times["seconds"], elsewhere)
-        self.at, self.tokens, self.loss = now, metrics["tokens"], metrics["loss"]
-        parts = {**times["parts"], "elsewhere": elsewhere}
-        self.log.step(metrics, {**times, **self.meter.rates(), "parts": parts})
-
-    def event(self, step: int, level: str, text: str) -> None:
-        self.log.event(step, level, text)
-
-    def evaluation(self, record: Mapping[str, Any]) -> None:
-        self.log.evaluation(record)
-
-    def routing(self, step: int, reading: Mapping[str, Any]) -> None:
-        self.reading = reading
-        for text in alarms(dict(reading)):
-            self.log.event(step, "alarm", text)
-
-
 def midtrain(
     run: Run,
     *,
@@ -93,60 +66,98 @@ def midtrain(
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] | None = None,
 ) -> Done:
-    """Do all of a run.  `say` is told what is decided and tested on the way; `progress` bytes of weights.
+    """Do all of a run, or what is left of it.  `say` is told what is decided and tested on the way; `progress` bytes of
+    weights.
 
-    Raises OutputError if the folder holds a run, MismatchError if a self-test fails, SurgeryError for whatever else
-    does not fit.
+    Raises OutputError if the folder holds something to which this run cannot belong, MismatchError if a self-test
+    fails, Requeue if a signal ends it, SurgeryError for whatever else does not fit.
     """
-    folder = Path(run.output)
-    if run_folder.is_run(folder):
-        raise OutputError("holds a run already", file=folder, hint="choose another output, or move it away")
-    job = prepare(run, progress)
-    for note in job.notes:
-        say(note)
-    results = self_test(job, lambda r: say(f"self-test {r.name}: {r.detail}"))
-    say(compile_for(job, results))
-    log = begin(job, folder, results, command, views(job))
-    told = Told(log, Meter(flops_per_token(job.source.spec, job.course.layout.length), _peak(job), job.world.size))
-    state = fresh_state(job)
+    folder, world = Path(run.output), parallel.start(run.device)
+    say = say if world.main else lambda text: None
+    with claimed(folder) if world.main else nullcontext(), stops(world) as came:
+        saved = previous(run, world, say)
+        job = prepare(run, progress, saved)
+        told = Told(None, Meter(flops_per_token(job.source.spec, job.course.layout.length), _peak(job), world.size))
+        state = fresh_state(job) | kept_besides(job, told)
+        if saved:
+            restore(job, state, saved, progress)
+        for note in (*job.notes, *(said(job, saved) if saved else ())):
+            say(note)
+        results = self_test(job, lambda r: say(f"self-test {r.name}: {r.detail}"))
+        say(compile_for(job, results))
+        if world.main:
+            told.log = begin(job, folder, results, command, views(job))
+            told.tokens, told.loss = state["progress"].tokens, told.log.last.get("loss", 0.0)
+        return trained(job, state, told, results, folder, command, came)
+
+
+def trained(
+    job: Job, state: State, told: Told, results: list[Result], folder: Path, command: Sequence[str], came: list[int]
+) -> Done:
+    """Take the steps that are left, and do what is due after each."""
+    progress = state["progress"]
+    saver = Saver(folder / FOLDER, job.world, job.run.checkpoint, parallel.group(job.world))
     try:
-        evaluations = Evaluations(job, told)
-        evaluations.at(0, tokens=0)
-        after: list[Act] = [First(job, told, results), evaluations, Exports(told, command)]
-        if job.objective.routers:
-            after.insert(1, Readings(job, told))
-        train(job, state, told, after)
+        evaluations, exports = Evaluations(job, told), Exports(told, folder / EXPORT, command, came)
+        if job.begun:
+            told.event(job.begun, "note", f"resumed from step {job.begun}")
+            exports.missing(job, state)
+        else:
+            evaluations.at(0, tokens=0)
+        readings: list[Act] = [state["readings"]] if "readings" in state else []
+        train(job, state, told, [First(job, told, results), *readings, average, evaluations, exports,
+                                 Saves(told, saver, came)])  # fmt: skip
+        saver.wait()
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        log.end("stopped" if stopped else "failed", state["progress"].step, str(error).partition("\n")[0])
+        stopped = isinstance(error, (Requeue, KeyboardInterrupt))
+        with suppress(SurgeryError, OSError):  # what ended the run is what is told, also where the disk is full
+            if job.world.size == 1:
+                saver.wait()
+        with suppress(SurgeryError, OSError):
+            told.end("stopped" if stopped else "failed", progress.step, str(error).partition("\n")[0])
         raise
-    log.end("finished", state["progress"].step)
-    return Done(folder, state["progress"].step, told.tokens, state["spikes"].skipped, told.loss, told.meter.seconds,
+    told.end("finished", progress.step)
+    return Done(folder, progress.step, progress.tokens, state["spikes"].skipped, told.loss, told.meter.seconds,
                 tuple(told.exports))  # fmt: skip
 
 
+def kept_besides(job: Job, told: Told) -> State:
+    """What a run keeps besides what every loop has."""
+    found: State = {}
+    if job.objective.routers:
+        found["readings"] = Readings(job, told)
+    if job.run.average.last or job.run.average.ema:
+        found["averages"] = Averages(job.run.average, job.weights(), job.course.layout.steps)
+    return found
+
+
 def compile_for(job: Job, results: Sequence[Result]) -> str:
-    """Compile the layers where it pays, by the time that the test of the gradient took."""
+    """Compile the layers where it pays, by the time that the test of the gradient took; a run that goes on does as it
+    did."""
     took = next((r.seconds for r in results if r.name == "gradient"), 0.0)
-    seconds = took * job.course.layout.steps * job.course.accumulation(0)
-    return compiled(job.model, job.run.train.compile, device=job.world.device, seconds=seconds,
-                    dense=not job.objective.routers)  # fmt: skip
+    seconds = parallel.first(job.world, took * job.course.layout.steps * job.course.accumulation(0))
+    wanted = job.run.train.compile
+    if wanted == "auto" and "compile" in job.choices:
+        wanted = job.choices["compile"] == "yes"
+    note = compiled(job.model, wanted, device=job.world.device, seconds=seconds, dense=not job.objective.routers)
+    job.choices["compile"] = "yes" if note else "no"
+    return note
 
 
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
 def begin(job: Job, folder: Path, results: Sequence[Result], command: Sequence[str], views: Sequence[View]) -> RunLog:
-    """Write what the run is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write what the run is; of a run that goes on only what may have changed."""
     with atomic_file(folder / run_folder.CONFIG) as file:
         file.write(to_yaml(job.run.model_dump(mode="json")))
-    write_json(folder / run_folder.RUN, facts(job, folder, command))
-    write_json(folder / run_folder.SELFTESTS, [asdict(r) for r in results])
+    if not job.begun:
+        write_json(folder / run_folder.RUN, facts(job, folder, command))
+        write_json(folder / run_folder.SELFTESTS, [asdict(r) for r in results])
     if (plan := getattr(job.batches, "plan", None)) is not None:
         sources = [s.model_dump(mode="json") for s in plan.file.sources]
         write_json(folder / run_folder.PLAN, {"sources": sources, "notes": list(plan.file.notes)})
-    return RunLog(folder, views)
+    return RunLog(folder, views, job.begun or None)
 
 
 def facts(job: Job, folder: Path, command: Sequence[str]) -> dict[str, Any]:
@@ -159,7 +170,7 @@ def facts(job: Job, folder: Path, command: Sequence[str]) -> dict[str, Any]:
         "name": folder.name,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": {"name": device_name(job.world.device), "count": job.world.size},
         "model": model,
         "steps": layout.steps,

@@ -22,6 +22,8 @@ experts.jsonl   now and then: step, and a reading of `router_telemetry.py`: laye
                 choices), together [layer][expert][expert] (share of the first one's tokens), by_source {name: load},
                 weight_drift [layer] ...
 events.jsonl    step, level ("note" or "alarm"), text: skipped steps, alarms of routers, resumptions
+checkpoints/    what a run that was stopped goes on from: see checkpoint.py
+export/         models that were exported: stepNNNNNNNNN-FORMAT, -last and -ema of running means
 end.json        status ("finished", "stopped" or "failed"), step, reason; missing while the run is going on
 soup.json       of a folder with several runs in it: ingredients [{name, heldout}], soup {heldout}, kept (a name)
 
@@ -30,15 +32,18 @@ Steps count from 1; step 0 is the model before the run.  Numbers that are not fi
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import read_json
-from surgery.errors import FileError, UsageError
+from surgery.errors import FileError, OutputError, UsageError
+from surgery.writing.locking import NO_LOCKS
 
 RUN, PLAN, SELFTESTS, END, SOUP = "run.json", "plan.json", "selftests.json", "end.json", "soup.json"
 CONFIG = "config.resolved.yaml"
@@ -109,6 +114,32 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
 
 def is_run(folder: Path) -> bool:
     return (folder / RUN).is_file() or (folder / METRICS).is_file()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder that no other run works in meanwhile; if it was made for that and nothing came into it, it goes again.
+
+    Raises OutputError if another run does.  On file systems that have no locks, nothing keeps two runs apart.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "wait for it, or choose another output"
+            raise OutputError("another run is at work here", file=folder, hint=hint) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(fd)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:

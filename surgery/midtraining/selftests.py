@@ -21,7 +21,7 @@ import torch
 
 from surgery.errors import MismatchError, UsageError, some
 from surgery.midtraining.batching import MicroBatch, micro_batches, rows_of
-from surgery.midtraining.evaluation.resting import resting
+from surgery.midtraining.evaluation.resting import generators, resting
 from surgery.midtraining.experts import EXPERTS
 from surgery.midtraining.loss import IGNORE, chunked_loss
 from surgery.midtraining.objections import largest_id, wasted
@@ -71,7 +71,8 @@ def self_test(job: Job, tell: Tell = silent) -> list[Result]:
         hint = f"tests: {', '.join(TESTS)}, {MOVED}"
         raise UsageError(f"skip_self_tests: there is no test {some(unknown)}", hint=hint)
     part = sample(job)
-    return [_run(name, partial(test, job, part), tell) for name, test in TESTS.items() if name not in skip]
+    with torch.random.fork_rng(devices=generators()):
+        return [_run(name, partial(test, job, part), tell) for name, test in TESTS.items() if name not in skip]
 
 
 def _run(name: str, test: Callable[[], str], tell: Tell) -> Result:
@@ -261,6 +262,8 @@ def _computed(
 
 def conversion(job: Job, part: MicroBatch) -> str:
     """The loaded model's loss is that of the source, run layer by layer straight from its files in fp32."""
+    if job.begun:
+        return "not needed: the weights are those of a checkpoint, whose digests have been compared"
     tokens = part.tokens[:1, :64].contiguous()
     row = replace(part, tokens=tokens, labels=_next(tokens), positions=None)
     logits = forward(job.source, tokens.cpu(), "float32", Device(job.world.device)).logits

@@ -231,6 +231,41 @@ class Moe(Section):
         return self
 
 
+class Parallel(Section):
+    """How a model is divided among processes; all see rows of their own."""
+
+    fsdp: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """So many processes share a copy of weights, gradients and moments; auto: all of them, over `replicate`."""
+    replicate: Annotated[int, Field(gt=0)] = 1
+    """Copies: one a node keeps most of the traffic inside the nodes, for more memory."""
+    ep: Annotated[int, Field(gt=0)] = 1
+    """So many processes have experts of their own and send each other tokens; it divides fsdp."""
+
+
+class Checkpoint(Section):
+    """What a run that was stopped goes on from."""
+
+    every: Annotated[int, Field(gt=0)] | None = 1000
+    """After so many steps, and after the last one; null: only where a signal stops the run."""
+    keep_last: Annotated[int, Field(gt=0)] = 2
+    """How many stay; older ones are removed."""
+    keep_every: Annotated[int, Field(gt=0)] | None = None
+    """Those whose step it divides stay for good."""
+    in_background: bool = True
+    """Go on training while it is written: a copy of weights and moments lies in memory meanwhile."""
+
+
+class Average(Section):
+    """Means of the weights on the way, kept beside them and exported at the end: for soups, or instead of a decay."""
+
+    last: Annotated[int, Field(gt=1)] | None = None
+    """The mean of so many points at the end of the run."""
+    ema: Annotated[Real, Field(gt=0, lt=1)] | None = None
+    """A mean that forgets: at every point it is ema times itself plus (1 - ema) times the weights."""
+    every: Annotated[int, Field(gt=0)] = 1
+    """Steps from one point to the next; the last step is one."""
+
+
 class Export(Section):
     """A model that is written, through the converter."""
 
@@ -290,7 +325,7 @@ class Run(Section):
     data: Data
     """What it is trained on."""
     output: str
-    """The folder of the run; it must not hold another one."""
+    """The folder of the run; it must not hold another one.  Processes on several machines must see the same."""
     attention: Annotated[Attention, BeforeValidator(lambda v: {"kind": v} if isinstance(v, str) else v)] = Attention()
     """Which earlier tokens each head sees."""
     init: Init = Init()
@@ -299,6 +334,16 @@ class Run(Section):
     """How."""
     moe: Moe = Moe()
     """Losses of the routers; without effect on a dense model."""
+    parallel: Parallel = Parallel()
+    """How the model is divided among processes; without effect on one."""
+    checkpoint: Checkpoint = Checkpoint()
+    """What a run that was stopped goes on from."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the newest good checkpoint in the run's folder, if there is one, and then from nothing else:
+    model and init are not consulted for weights or moments; never: refuse a folder that holds a run; must: refuse to
+    begin anew."""
+    average: Average = Average()
+    """Means of the weights on the way."""
     export: Annotated[tuple[Export, ...], BeforeValidator(_listed)] = (Export(),)
     """What is written of the model, once or several times: {to: megatron, tp: 2, every: 500}."""
     evaluation: Evaluation = Evaluation()

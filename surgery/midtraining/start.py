@@ -24,7 +24,9 @@ from surgery.formats.hf.table import table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
 from surgery.midtraining.optimizer import named
+from surgery.midtraining.parallel import World, local
 from surgery.midtraining.settings import Init
+from surgery.midtraining.sharding import place_of
 from surgery.running.layerwise import weights_of
 from surgery.tensors.lazy import Lazy
 
@@ -78,8 +80,10 @@ def open_moments(path: Path, source: Checkpoint, step: int | None = None) -> Mom
     return Moments(parts, int(tensors["step"].full()) if step is None else step, path)
 
 
-def put_moments(moments: Moments, optimizer: torch.optim.Optimizer, model: Any, source: Checkpoint) -> None:
-    """Make them the state of an AdamW that has taken no step."""
+def put_moments(
+    moments: Moments, optimizer: torch.optim.Optimizer, model: Any, source: Checkpoint, world: World
+) -> None:
+    """Make them the state of an AdamW that has taken no step; each process takes what it holds."""
     woven = {kind: weights_of(model, replace(source, parts=parts)) for kind, parts in moments.parts.items()}
     for name, parameter in named(optimizer):
         state = optimizer.state[parameter]
@@ -87,4 +91,4 @@ def put_moments(moments: Moments, optimizer: torch.optim.Optimizer, model: Any, 
         for kind, lazies in woven.items():
             state[kind] = torch.empty_like(parameter, memory_format=torch.preserve_format)
             with torch.no_grad():
-                state[kind].copy_(lazies[name].full())
+                local(state[kind]).copy_(lazies[name].read(place_of(world, parameter).box))

@@ -24,6 +24,7 @@ from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
 from surgery.midtraining.router_telemetry import RouterTelemetry
 from surgery.midtraining.routers import RouterLog
+from surgery.midtraining.sharding import trunk
 
 PARTS = ("loss", "ce", "z", "balance", "router_z")
 
@@ -90,6 +91,6 @@ def hidden_states(model: Any, part: MicroBatch, across: bool = False) -> torch.T
     across   True: tokens see earlier documents of their row, by a mask of ones, which turns isolation off
     """
     mask = torch.ones_like(part.tokens) if across and part.positions is not None else None
-    out = model.base_model(input_ids=part.tokens, position_ids=part.positions, attention_mask=mask, use_cache=False)
+    out = trunk(model)(input_ids=part.tokens, position_ids=part.positions, attention_mask=mask, use_cache=False)
     hidden: torch.Tensor = out.last_hidden_state
     return hidden

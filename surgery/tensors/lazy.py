@@ -99,6 +99,11 @@ def lengths(box: Box) -> list[int]:
     return [b - a for a, b in box]
 
 
+def inside(box: Box, outer: Box) -> Box:
+    """A box of what lies in the box `outer`, as a box of the whole."""
+    return tuple((a + at, b + at) for (a, b), (at, _) in zip(box, outer, strict=True))
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     import torch
 

@@ -30,7 +30,7 @@ from surgery.errors import FileError, LayoutError, OutputError, some
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import AGAIN, IO, Stamp, check_unchanged, usable_path
 from surgery.tensors.fingerprint import Counts, Ledger
-from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, lengths, walk, whole
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, inside, lengths, walk, whole
 from surgery.tensors.memory import Peak, keep_blocks
 from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
@@ -227,7 +227,7 @@ def boxes_from(shape: Shape, itemsize: int, limit: int, start: int) -> Iterator[
     """As `lazy.boxes`, but only what lies behind the first `start` elements (row-major)."""
     for rest in _rests(shape, start):
         for box in boxes(tuple(lengths(rest)), itemsize, limit):
-            yield tuple((a + at, b + at) for (a, b), (at, _) in zip(box, rest, strict=True))
+            yield inside(box, rest)
 
 
 def _rests(shape: Shape, start: int) -> Iterator[Box]:

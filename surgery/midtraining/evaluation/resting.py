@@ -31,14 +31,15 @@ def resting(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.random.fork_rng(devices=_devices()), torch.no_grad():
+        with torch.random.fork_rng(devices=generators()), torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
 
 
-def _devices() -> list[int]:
+def generators() -> list[int]:
+    """The GPUs whose random generators are in use."""
     import torch
 
     return [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
