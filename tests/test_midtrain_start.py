@@ -58,6 +58,21 @@ def test_the_rate_at_which_olmo_2_began_to_anneal(source):
     assert recorded_rate(source("olmo", config=OLMO2)) is None
 
 
+def test_the_rate_of_a_run_of_surgery(tiny_hf, tmp_path):
+    """By the step that the export is of, whatever its format says of an older run."""
+    run, export = tmp_path / "run", tmp_path / "run" / "export" / "step000000002-hf"
+    shutil.copytree(tiny_hf("llama"), export)
+    older = {"log_history": [{"learning_rate": 0.5}]}
+    (export / "trainer_state.json").write_text(json.dumps(older))
+    lines = [{"step": step, "lr": rate} for step, rate in ((1, 3e-4), (2, 2e-4), (3, 1e-4))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recorded_rate(open_checkpoint(export)) == (2e-4, "step 2 of the run run")
+    shutil.move(export, run / "export" / "step000000004-hf")
+    assert recorded_rate(open_checkpoint(run / "export" / "step000000004-hf")) is None
+    shutil.move(run / "export", tmp_path / "elsewhere")
+    assert recorded_rate(open_checkpoint(tmp_path / "elsewhere" / "step000000004-hf"))[0] == 0.5
+
+
 def test_the_rate_at_which_megatron_goes_on(source):
     args = {"lr": 3e-4, "min_lr": 3e-5, "lr_decay_style": "cosine", "lr_decay_iters": 2000, "lr_warmup_iters": 200}
     rate, _ = recorded_rate(source("megatron", config=args, details={"iteration": 1100}))
