@@ -2,33 +2,40 @@
 
     checkpoint = with_adapter(open_checkpoint("base"), Path("adapter"))     # adapter_config.json, adapter_model.*
 
-Understood: rank and alpha patterns, rsLoRA, fan_in_fan_out, whole modules (modules_to_save).  Everything else that
-would change the weights (DoRA, embeddings, trained biases, other adapters) is an error.  peft `tuners/lora/`.
+The result computes what `PeftModel` does (`tuners/lora/layer.py`): linear layers, embeddings and heads, modules and
+biases that are stored whole, longer vocabularies.  A tied model whose embedding or head alone was changed comes out
+with both.  What would change the weights in another way (DoRA, PiSSA, repeated layers) is an error, see `lora_config`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from surgery import tokenizer
 from surgery.containers import open_tensors
-from surgery.containers.text import read_json
 from surgery.errors import ConfigError, FileError, show, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf.table import table
+from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
+from surgery.merging.lora_config import MERGE, LoraConfig, locate_adapter, read_lora
 from surgery.merging.view import hf_family, view
-from surgery.tensors.lazy import Box, Lazy
+from surgery.model.spec import Spec
+from surgery.tensors.lazy import Box, Lazy, Same
 
 if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
+TURNED = ("gpt2",)  # families whose linear layers store their weights the other way round (Conv1D)
+_LOW_RANK = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(\.weight)?")
+_WHOLE = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)")
+_BASE = re.compile(r"(.+)\.base_layer\.(weight|bias)")
 
 
 class LowRank(Lazy):
@@ -54,58 +61,138 @@ class LowRank(Lazy):
         return (self.src.read(box).to(wide) + delta * self.scale).to(self.torch_dtype)
 
 
+@dataclass
+class _Stored:
+    """The adapter's tensors by module: a and b, whole tensors by name, and the base's own that peft stores beside."""
+
+    low: dict[str, dict[str, Lazy]] = field(default_factory=dict)
+    whole: dict[str, Lazy] = field(default_factory=dict)
+    base: dict[str, Lazy] = field(default_factory=dict)
+    embedded: set[str] = field(default_factory=set)  # modules whose a and b are an embedding's
+
+    def modules(self) -> set[str]:
+        return {*self.low, *(name.rpartition(".")[0] for name in (*self.whole, *self.base))}
+
+
 def with_adapter(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The model with a LoRA adapter merged into it.  Raises SurgeryError naming what is not understood."""
-    config = read_json(folder / "adapter_config.json", "adapter config")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError("is no LoRA adapter", file=folder / "adapter_config.json")
-    for key in ("use_dora", "use_qalora", "alora_invocation_tokens", "target_parameters", "megatron_config"):
-        if config.get(key):
-            raise ConfigError(f"{key} is set, which is not understood", file=folder / "adapter_config.json",
-                              hint="merge the adapter with peft first (merge_and_unload)")  # fmt: skip
+    folder = locate_adapter(folder)
+    config = read_lora(folder)
     names = [n for n in ("adapter_model.safetensors", "adapter_model.bin") if (folder / n).is_file()]
     if not names:
         raise FileError("holds no adapter_model.safetensors", file=folder)
-    stored = open_tensors(folder / names[0])
-    rows = table(hf_family(checkpoint), [n.removeprefix(PREFIX) for n in stored])
+    stored = _read(open_tensors(folder / names[0]), folder)
+    rows = table(hf_family(checkpoint), [f"{module}.weight" for module in stored.modules()])
     tensors = view(checkpoint, rows)
-    left = set(stored)
-    for name in stored:
-        if match := re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_A(\.default)?\.weight", name):
-            module, other = match[1], name.replace(".lora_A", ".lora_B")
-            target = module + ".weight"
-            if target not in tensors or other not in stored:
-                raise ConfigError(f"{show(name)} changes {show(target)}, which the model does not have", file=folder)
-            tensors[target] = _low_rank(tensors[target], stored[name], stored[other], module, config, folder)
-            left -= {name, other}
-        elif name.removeprefix(PREFIX).replace(".modules_to_save.default", "") in tensors and ".lora_" not in name:
-            target = name.removeprefix(PREFIX).replace(".modules_to_save.default", "")
-            tensors[target] = stored[name]
-            left.discard(name)
-    if left:
-        raise ConfigError(f"the adapter holds what is not understood: {some(sorted(left))}", file=folder)
-    parts = gather(rows, {Rank(): tensors}, checkpoint.spec, ONE_RANK).parts
+    _check_modules(stored, tensors, config, _module(rows, "lm_head"))
+    tied = _untie(checkpoint, tensors, stored, rows, config)
+    tensors |= stored.whole
+    for module, pair in stored.low.items():
+        turned = module in stored.embedded or (hf_family(checkpoint) in TURNED and module != _module(rows, "lm_head"))
+        tensors[f"{module}.weight"] = _low_rank(tensors[f"{module}.weight"], pair, module, turned, config)
+    spec = _resized(checkpoint, tensors, rows).replace(tied=tied)
+    parts = gather(rows, {Rank(): tensors}, spec, ONE_RANK).parts
+    found = tokenizer.find(folder) if spec.vocab != checkpoint.spec.vocab else None
     files = (*checkpoint.files, folder / names[0])
-    return replace(checkpoint, parts=parts, files=files)
+    return replace(checkpoint, spec=spec, parts=parts, files=files, tokenizer=found or checkpoint.tokenizer)
 
 
-def _low_rank(src: Lazy, a: Lazy, b: Lazy, module: str, config: Mapping[str, Any], folder: Path) -> LowRank:
-    """One module's change.  peft: the scale is alpha / r, or alpha / sqrt(r)."""
-    rank = a.shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    turned = bool(config.get("fan_in_fan_out"))
-    shape = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 and b.shape[1] == rank else None
-    if shape is None or (shape[::-1] if turned else shape) != src.shape:
+def _read(tensors: Mapping[str, Lazy], folder: Path) -> _Stored:
+    """What is stored, by what it does.  Raises ConfigError naming all that is not understood, or there twice."""
+    out, odd = _Stored(), []
+    for full, tensor in tensors.items():
+        name = full.removeprefix(PREFIX)
+        if name == full:
+            odd.append(full)
+        elif match := _LOW_RANK.fullmatch(name):
+            module, embedding, letter, weight = match.groups()
+            pair = out.low.setdefault(module, {})
+            if letter in pair or bool(embedding) == bool(weight) or len(tensor.shape) != 2:
+                odd.append(full)
+            pair[letter] = tensor
+            out.embedded |= {module} if embedding else set()
+        elif match := _BASE.fullmatch(name):
+            out.base[f"{match[1]}.{match[2]}"] = tensor
+        elif ".original_module." in name:  # peft's copy of what a whole module replaces
+            continue
+        elif match := _WHOLE.fullmatch(name):  # of what was resized, peft stores both spellings
+            target = f"{match[1]}.{match[2]}"
+            out.whole[target] = Same((out.whole[target], tensor), full) if target in out.whole else tensor
+        else:
+            odd.append(full)
+    odd += [f"{module}.lora_{'B' if 'A' in pair else 'A'}, which is missing" for module, pair in out.low.items()
+            if len(pair) != 2]  # fmt: skip
+    if odd:
+        raise ConfigError(f"the adapter holds what is not understood: {some(sorted(odd))}", file=folder, hint=MERGE)
+    return out
+
+
+def _module(rows: Table, part: str) -> str:
+    """The module that holds the embedding or the head."""
+    name = next((r.name for r in rows.rows if r.parts == (part,) and not r.optional), "")
+    return name.removesuffix(".weight")
+
+
+def _check_modules(stored: _Stored, tensors: Mapping[str, Lazy], config: LoraConfig, head: str) -> None:
+    """Raise ConfigError unless what is stored is what peft would apply, to modules that the model has."""
+    modules = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")} | {head}
+    wrong = [f"{show(m)}, which the model does not have" for m in sorted(stored.modules() - modules)]
+    wrong += [f"{show(m)}, which target_modules leaves out" for m in stored.low
+              if m in modules and not config.targets(m, m == head) and not (config.tied and m == head)]  # fmt: skip
+    for name in stored.whole:
+        module, _, kind = name.rpartition(".")
+        kept = (config.tied and module == head) or config.saves(module)
+        if module in modules and not kept and (kind != "bias" or config.biases == "none"):
+            wrong.append(f"{show(name)}, which modules_to_save does not name")
+    if wrong:
+        raise ConfigError(f"the adapter changes {some(wrong)}", file=config.file, hint=MERGE)
+    if config.drawn:
+        drawn = [m for m in sorted(modules - stored.low.keys() - {head}) if len(tensors[f"{m}.weight"].shape) == 2
+                 and config.targets(m)]  # fmt: skip
+        if drawn:
+            what = f"init_lora_weights is false, and nothing is stored of {some(drawn)}, which peft draws at random"
+            raise ConfigError(what, file=config.file, hint=MERGE)
+
+
+def _untie(checkpoint: Checkpoint, tensors: dict[str, Lazy], stored: _Stored, rows: Table, config: LoraConfig) -> bool:
+    """Put the base's own tensors in place; whether the head still is the embedding.
+
+    One tensor until now, both are in `tensors` afterwards unless they stay one, as `ensure_weight_tying` says.
+    """
+    embed, head = _module(rows, "embed"), _module(rows, "lm_head")
+    tensors |= stored.base
+    if not checkpoint.spec.tied:
+        return False
+    changed = {embed, head} & stored.modules()
+    shared = stored.base.get(f"{embed}.weight") or stored.base.get(f"{head}.weight") or tensors[f"{embed}.weight"]
+    if changed:
+        tensors[f"{embed}.weight"] = shared
+        tensors[f"{head}.weight"] = shared
+    stays = not changed or (config.tied and embed in stored.modules())
+    if changed and stays:  # the head's own are the embedding's once more
+        stored.low.pop(head, None)
+        stored.whole.pop(f"{head}.weight", None)
+        tensors.pop(f"{head}.weight")
+    return stays
+
+
+def _low_rank(src: Lazy, pair: Mapping[str, Lazy], module: str, turned: bool, config: LoraConfig) -> LowRank:
+    """One module's change."""
+    a, b = pair["A"], pair["B"]
+    shape = (b.shape[0], a.shape[1])
+    if not a.shape[0] or a.shape[0] != b.shape[1] or (shape[::-1] if turned else shape) != src.shape:
         raise ConfigError(f"the adapter of {module} is {list(b.shape)} x {list(a.shape)}, the weight {list(src.shape)}",
-                          file=folder)  # fmt: skip
-    if type(alpha) not in (int, float):
-        raise ConfigError(f"lora_alpha is {show(alpha)}", file=folder)
-    return LowRank(src, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), turned)
+                          file=config.file)  # fmt: skip
+    return LowRank(src, a, b, config.scale(module, a.shape[0]), turned)
 
 
-def _pattern(patterns: Any, module: str, default: Any) -> Any:
-    """The entry of a pattern whose key a module's name ends in."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def _resized(checkpoint: Checkpoint, tensors: Mapping[str, Lazy], rows: Table) -> Spec:
+    """The spec with the vocabulary of the adapter's embedding and head.  Raises ConfigError where they disagree."""
+    spec = checkpoint.spec
+    found = {n: tensors[n].shape[0] for p in ("embed", "lm_head") if (n := f"{_module(rows, p)}.weight") in tensors
+             and tensors[n].shape}  # fmt: skip
+    if len(counts := set(found.values())) > 1:
+        said = " and ".join(f"{count} in {name}" for name, count in found.items())
+        raise ConfigError(f"the adapter makes another vocabulary, of {said} rows", file=checkpoint.path)
+    (count,) = counts
+    return spec if count == spec.vocab else spec.replace(vocab=count, true_vocab=None)

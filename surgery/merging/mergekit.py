@@ -23,7 +23,7 @@ from surgery.errors import ConfigError, UsageError, show
 from surgery.formats.base import PROVENANCE
 from surgery.formats.hf.families import FAMILIES
 from surgery.merging.recipe import Recipe
-from surgery.merging.references import locate
+from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
 from surgery.writing.scratch import scratch
 
@@ -34,7 +34,7 @@ def reason_for_mergekit(recipe: Recipe, to: str) -> str:
     if recipe.modules not in ((), ("default",)):
         why = f"the modules {', '.join(recipe.modules)} are known to mergekit only"
     for model in recipe.models():
-        config = locate(model.model) / "config.json"
+        config = model_folder(model) / "config.json"
         if not why and config.is_file():
             kind = read_json(config, "config.json").get("model_type")
             if kind not in FAMILIES:

@@ -17,6 +17,7 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import open_checkpoint, own_options
 from surgery.merging.adapters import with_adapter
+from surgery.merging.lora_config import FILE
 from surgery.merging.reader import Place, Reference
 from surgery.tensors.files import watched
 
@@ -33,9 +34,17 @@ def locate(place: Place) -> Path:
     return hub.cached(place.path, place.revision)
 
 
+def model_folder(reference: Reference) -> Path:
+    """The folder of the model, without its adapter.  Raises ConfigError if an adapter stands where a model should."""
+    folder = locate(reference.model)
+    if (folder / FILE).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{reference.model} is an adapter, not a model", hint=f"write BASE+{reference.model}")
+    return folder
+
+
 def open_reference(reference: Reference, options: Options | None = None) -> Checkpoint:
     """A model as the merge names it, its adapter applied.  Raises SurgeryError."""
-    folder = locate(reference.model)
+    folder = model_folder(reference)
     with watched() as stamps:
         checkpoint = open_checkpoint(folder, options=own_options(folder, options))
         if reference.lora is not None:

@@ -26,7 +26,7 @@ from surgery.merging.derive import derive
 from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
 from surgery.merging.recipe import Recipe, parse_recipe, read_recipe
-from surgery.merging.references import Opened, locate, open_all
+from surgery.merging.references import Opened, model_folder, open_all
 from surgery.merging.request import Soup
 from surgery.settings import taking
 from surgery.writing import stream
@@ -65,7 +65,7 @@ def read(config: Config) -> Recipe:
 @contextmanager
 def prepared(recipe: Recipe, request: Soup) -> Iterator[Plan]:
     """The plan of a merge; it can be executed while the context is open.  Raises SurgeryError."""
-    target, formats = named(request.to), [recognise(locate(model.model)) for model in recipe.models()]
+    target, formats = named(request.to), [recognise(model_folder(model)) for model in recipe.models()]
     reading, writing = by_side(request.options or {}, formats, target)
     opened = open_all(recipe.models(), reading)
     engine = Engine(request.threads or cores(), request.memory, compiled_loops())
