@@ -27,7 +27,7 @@ def cached(name: str, revision: str | None = None) -> Path:
         commit = ref.read_text(errors="replace").strip()
     snapshot = folder / "snapshots" / commit
     if "/" in commit or not snapshot.is_dir():
-        hint = f"download it first: hf download {name}"
+        hint = f"download it first: hf download {name}" + (f" --revision {revision}" if revision else "")
         raise FileError("is neither a folder nor in the local cache of the hub", file=name, hint=hint)
     return snapshot
 

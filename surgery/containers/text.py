@@ -124,15 +124,15 @@ def read_tracker(path: str | os.PathLike[str]) -> str:
     return text if text == "release" else f"iter_{int(text):07d}"
 
 
-def read_yaml(path: str | os.PathLike[str], what: str = "YAML file") -> Any:
+def read_yaml(path: str | os.PathLike[str], what: str = "YAML file", aliases: bool = False) -> Any:
     """The value of a YAML file of plain scalars, lists and maps.  Raises FileError.
 
-    No tags, aliases, merge keys or repeated keys.  Scalars are read as PyYAML's SafeLoader reads them, but 1e-05 is
-    a number and dates stay text.
+    No tags or repeated keys, and aliases and merge keys only if allowed.  Scalars are read as PyYAML's SafeLoader reads
+    them, but 1e-05 is a number and dates stay text.
     """
     from surgery.containers.yaml_loader import parse_yaml
 
-    return parse_yaml(read_small(path, YAML_LIMIT, what), os.fspath(path), what)
+    return parse_yaml(read_small(path, YAML_LIMIT, what), os.fspath(path), what, aliases)
 
 
 def json_text(value: object) -> bytes:

@@ -1,6 +1,7 @@
 """PyYAML's SafeLoader without what makes YAML dangerous or ambiguous in a config.
 
 parse_yaml(b"lr: 1e-05", "train.yaml", "config")       # {"lr": 1e-05}
+parse_yaml(b"a: &x {b: 1}\nc: {<<: *x}", "merge.yaml", "config", aliases=True)["c"]     # {"b": 1}
 yaml_lines(b"a:\n  b: 1")                               # {(): 1, ("a",): 1, ("a", "b"): 2}
 """
 
@@ -74,23 +75,46 @@ class _Loader(_Base):
         raise _Bad(f"tag {show(node.tag)} is not supported", node.start_mark)
 
 
+class _Aliased(_Loader):
+    """Aliases and merge keys as well: a mapping's own keys win over merged ones, earlier merged ones over later."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        own = [pair for pair in node.value if pair[0].tag != PLAIN + "merge"]
+        said = {key.value for key, _ in own}
+        for key, value in node.value:
+            for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if key.tag == PLAIN + "merge":
+                    if not isinstance(merged, yaml.MappingNode):
+                        raise _Bad("<< takes a mapping or a list of them", key.start_mark)
+                    self.flatten_mapping(merged)
+                    own += [pair for pair in merged.value if pair[0].value not in said]
+                    said |= {k.value for k, _ in merged.value}
+        node.value = own
+
+
 _Loader.add_implicit_resolver(PLAIN + "float", FLOAT, list("-+0123456789"))
 _Loader.add_constructor(PLAIN + "float", _Loader.construct_finite)
 _Loader.add_constructor(None, _Loader.construct_unknown)
 
 
-def parse_yaml(data: bytes, file: str, what: str) -> Any:
-    """The value of YAML text.  Raises FileError."""
+def parse_yaml(data: bytes, file: str, what: str, aliases: bool = False) -> Any:
+    """The value of YAML text; with `aliases`, which may repeat what they name as far as NODE_LIMIT allows.
+
+    Raises FileError.
+    """
     try:
         text = data.decode()
-        _check_events(text)
-        return yaml.load(text, Loader=_Loader)
+        _check_events(text, aliases)
+        if aliases:
+            _check_size(yaml.compose(text, Loader=_Base), {})
+        return yaml.load(text, Loader=_Aliased if aliases else _Loader)
     except _Bad as error:
         byte = getattr(error.mark, "index", None)
         raise FileError(f"{what}: {error.what}", file=file, byte=byte) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = show(getattr(error, "problem", None) or "it cannot be parsed")
+        said = str(getattr(error, "problem", None) or "it cannot be parsed")
+        problem = "it holds several documents (---)" if "another document" in said else show(said)
         raise FileError(f"{what} is not valid YAML: {problem}", file=file, byte=mark and mark.index) from None
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
@@ -116,13 +140,28 @@ def yaml_lines(data: bytes) -> dict[tuple[str | int, ...], int]:
     return found
 
 
-def _check_events(text: str) -> None:
+def _check_size(node: Any, sizes: dict[int, int | None]) -> int:
+    """How many values a node is when every alias is written out."""
+    if id(node) not in sizes:
+        sizes[id(node)] = None
+        below = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = [n for pair in below for n in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = 1 + sum(_check_size(n, sizes) for n in nodes)
+    size = sizes[id(node)]
+    if size is None:
+        raise _Bad("an alias within what it names", node.start_mark)
+    if size > NODE_LIMIT:
+        raise _Bad(f"more than {NODE_LIMIT} values, with its aliases written out", node.start_mark)
+    return size
+
+
+def _check_events(text: str, aliases: bool) -> None:
     """Aliases, depth and size, seen before anything is built."""
     nodes = depth = 0
     for event in yaml.parse(text, Loader=_Base):
         nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
             raise _Bad("aliases (*name) are not supported", event.start_mark)
         if nodes > NODE_LIMIT:
             raise _Bad(f"more than {NODE_LIMIT} values", event.start_mark)

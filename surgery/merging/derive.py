@@ -29,6 +29,7 @@ def derive(recipe: Recipe, opened: Opened, arithmetic: str, engine: Engine, scra
     alignment = Alignment.build(recipe, opened, scratch) if recipe.vocabulary else None
     what = "config" if alignment else "config and tokenizer"
     notes = [f"{what} of {recipe.donor}, {'the base model' if recipe.base else 'the first model named'}", *notes]
+    notes += recipe.notes
     donor = opened[recipe.donor]
     spec, parts, told = assemble(recipe, opened, arithmetic, engine, alignment)
     made = replace(donor, spec=spec, parts=parts)

@@ -42,6 +42,8 @@ def out_layers(recipe: Recipe, opened: Opened) -> list[Layer]:
                               hint="say with slices which layers to merge")  # fmt: skip
         n = counts.pop()
         out += [Layer(s, i, i / (n - 1) if n > 1 else 1.0) for i in range(n)]
+    if not out:
+        raise LayoutError("no slice has a layer", hint="layer_range is [first, behind the last]")
     return out
 
 

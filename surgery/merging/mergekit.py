@@ -78,7 +78,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
                               hint=why) from error  # fmt: skip
         names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
         files = [copied_file(name, out / name) for name in names]
-        notes = [f"merged by mergekit, not by surgery: {why}"]
+        notes = [f"merged by mergekit, not by surgery: {why}", *recipe.notes]
         record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": notes}
         files.append(text_file(PROVENANCE, json_text(record)))
         done = stream.write(

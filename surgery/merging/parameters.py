@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.errors import ConfigError, show
 from surgery.merging.contract import Parameter
+from surgery.merging.methods.registry import PARAMETERS
 from surgery.merging.reader import Reader
 
 Settings = Mapping[str, Any]
@@ -23,10 +24,10 @@ _FALSE = ("0", "false", "f", "no", "n", "off")
 
 
 def read_settings(value: Any, known: Iterable[str], r: Reader, at: str) -> Settings:
-    """`parameters` with known names, every filter and gradient of a right form."""
+    """`parameters` with known names, every filter and gradient of a right form; those of other methods are noted."""
     if value is None:
         return {}
-    given = r.mapping(value, at, known)
+    given = r.mapping(value, at, known, PARAMETERS)
     for name, setting in given.items():
         _check(setting, r, f"{at}.{name}", 0)
     return dict(given)

@@ -46,19 +46,25 @@ class Reader:
 
     def __init__(self, file: str) -> None:
         self.file = file
+        self.notes: list[str] = []
 
     def fail(self, at: str, what: str, hint: str | None = None) -> ConfigError:
         return ConfigError(f"{at + ': ' if at else ''}{what}", file=self.file, hint=hint)
 
-    def mapping(self, value: Any, at: str, known: Iterable[str]) -> Mapping[str, Any]:
-        """A mapping with known keys only; a wrong one is an error with the nearest right one."""
-        names = list(known)
+    def mapping(self, value: Any, at: str, known: Iterable[str], unused: Iterable[str] = ()) -> Mapping[str, Any]:
+        """A mapping with known keys only; a wrong one is an error with the nearest right one.
+
+        `unused` are keys that mergekit takes and does not use here: they are left out, and a note says so.
+        """
+        names, idle = list(known), set(unused)
         if not isinstance(value, dict):
             raise self.fail(at, f"is {show(value)}, not a mapping with {', '.join(names)}")
         for key in value:
-            if key not in names:
-                raise self.fail(at, f"{show(key)} is no key here", suggest(key, names))
-        return value
+            if key not in names and key in idle:
+                self.notes.append(f"{at + ': ' if at else ''}{key} has no effect here, as in mergekit")
+            elif key not in names:
+                raise self.fail(at, f"{show(key)} is no key here", suggest(key, [*names, *sorted(idle)]))
+        return {key: entry for key, entry in value.items() if key in names}
 
     def items(self, value: Any, at: str) -> list[Any]:
         if not isinstance(value, list) or not value:

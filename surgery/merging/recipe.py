@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import read_yaml
-from surgery.errors import show, suggest
+from surgery.errors import show, some, suggest
 from surgery.merging.contract import Method
-from surgery.merging.methods.registry import METHODS
+from surgery.merging.methods.registry import METHODS, PARAMETERS
 from surgery.merging.parameters import Settings, read_settings
 from surgery.merging.reader import Reader, Reference
 
@@ -81,6 +81,7 @@ class Recipe:
     align: str | None
     text: str
     modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def donor(self) -> Reference:
@@ -102,13 +103,14 @@ _TOP = ("models", "slices", "modules", "merge_method", "base_model", "dtype", "o
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """The recipe in a YAML file.  Raises FileError and ConfigError."""
     text = Path(path).read_text(errors="replace") if os.path.isfile(path) else ""
-    return parse_recipe(read_yaml(path, "merge configuration"), os.fspath(path), text)
+    return parse_recipe(read_yaml(path, "merge configuration", aliases=True), os.fspath(path), text)
 
 
 def parse_recipe(data: Any, file: str = "merge configuration", text: str = "") -> Recipe:
     """The recipe in a mapping as YAML gives it.  Raises ConfigError naming the key that is wrong."""
     r = Reader(file)
-    top = r.mapping(data, "", _TOP)
+    _other_kinds(r, data)
+    top = r.mapping(data, "", _TOP, ("name",))
     method = top.get("merge_method")
     if not isinstance(method, str) or method not in METHODS:
         raise r.fail("merge_method", f"is {show(method)}", suggest(method, METHODS))
@@ -149,9 +151,19 @@ def parse_recipe(data: Any, file: str = "merge configuration", text: str = "") -
         align=r.choice(top.get("align"), "align", ALIGN),
         text=text or _written(top),
         modules=modules,
+        notes=tuple(r.notes),
     )
     _contract(r, recipe)
     return recipe
+
+
+def _other_kinds(r: Reader, data: Any) -> None:
+    """Raise ConfigError for what is right elsewhere."""
+    given = data if isinstance(data, dict) else {}
+    if "experts" in given or "gate_mode" in given:
+        raise r.fail("", "this makes a mixture of experts, as mergekit-moe does", "surgery upcycle --strategy mix")
+    if lost := [key for key in given if key in PARAMETERS]:
+        raise r.fail("", f"{some(lost)}: it stands at the top", "move it under parameters")
 
 
 def _written(data: Mapping[str, Any]) -> str:
@@ -206,7 +218,7 @@ def _slice(r: Reader, item: Any, at: str, chosen: Method) -> OutputSlice:
             raise r.fail(where, "model is missing")
         span = given.get("layer_range")
         ints = isinstance(span, list) and len(span) == 2 and all(type(x) is int for x in span)
-        if not isinstance(span, list) or not ints or not 0 <= span[0] < span[1]:
+        if not isinstance(span, list) or not ints or not 0 <= span[0] <= span[1]:
             raise r.fail(where + ".layer_range", f"{span!r:.40} is no [first, behind the last]")
         settings = read_settings(given.get("parameters"), chosen.input_names(), r, where + ".parameters")
         sources.append(Source(r.reference(given["model"], where), (span[0], span[1]), settings))

@@ -89,3 +89,5 @@ _ALL = (
     *_task_methods(),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = MappingProxyType({m.name: m for m in _ALL})
+# what may stand in any recipe, used by its method or not; embed_slerp is an old name of what `tokenizer` decides
+PARAMETERS = frozenset({p.name for m in _ALL for p in m.parameters} | {"embed_slerp"})
