@@ -249,6 +249,17 @@ def test_a_broken_file_loses_all_its_lines_and_no_other(tmp_path):
         assert sorted(documents(tmp_path / "out")) == sorted(ids(t) for t in texts if t)
 
 
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_packed_file_of_no_byte_is_broken(suffix, tmp_path):
+    """What a broken copy leaves; an empty file that was packed has a header."""
+    (tmp_path / f"a.jsonl.{suffix}").touch()
+    with pytest.raises(FileError, match="1 broken file"):
+        run(tmp_path, tmp_path / "out", MEGATRON)
+    pack = {"gz": gzip.compress, "zst": zstd.compress}[suffix]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(b""))
+    assert run(tmp_path, tmp_path / "out", MEGATRON).total.lines == 0
+
+
 def test_a_line_without_end_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "BLOCK", 1 << 10)
     monkeypatch.setattr(text, "LONGEST", 1 << 14)

@@ -165,6 +165,7 @@ def test_every_wrong_key_is_named_with_its_line(tmp_path):
     [
         ("- 1", "not keys and values"),
         ("sequence_length: 8\nsources: []", "sources are missing"),
+        ("sequence_length: 8\nsources: {}", "line 2: sources is <dict>: input should be a list"),
         ("sources: [{name: a, paths: a, weight: 1}]", "sequence_length is missing"),
         ("sequence_length: 8\nsources: [{name: a, paths: [], weight: 1}]", "paths"),
         (
@@ -180,6 +181,16 @@ def test_mixtures_that_are_none(tmp_path, text, says):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises((ConfigError, FileError), match=says):
         read_mixture(tmp_path / "m.yaml")
+
+
+def test_a_holdout_is_a_share_or_a_number(tmp_path):
+    text = "sequence_length: 8\nholdout: {}\nsources: [{{name: a, paths: x, weight: 1}}]\n"
+    for value, want in (("0.25", 0.25), ("3", 3), ("2.0", 2)):
+        (tmp_path / "mix.yaml").write_text(text.format(value))
+        assert read_mixture(tmp_path / "mix.yaml").holdout == want
+    (tmp_path / "mix.yaml").write_text(text.format("1.5"))
+    with pytest.raises(ConfigError, match=r"line 2: .*a share below 1, or a whole number"):
+        read_mixture(tmp_path / "mix.yaml")
 
 
 def test_numbers_as_people_write_them(tmp_path):

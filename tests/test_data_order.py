@@ -134,6 +134,12 @@ def test_one_document_to_an_instance():
     assert [packed.pieces(i).tolist() for i in range(len(packed))] == [[[0, 5]], [[5, 15]], [[30, 33]]]
 
 
+@pytest.mark.parametrize("take", [2**50, 2**61, 10**30])
+def test_an_order_that_no_memory_holds(take):
+    with pytest.raises(ConfigError, match=f"an order of {take:,} instances needs .* of memory"):
+        make_order([Taken("a", 5, 0, take)], 0, 0)
+
+
 def test_memory_is_that_of_the_order_and_some_blocks():
     taken = [Taken("web", 20_000_000, 1000, 1_500_000), Taken("math", 400_000, 0, 1_500_000)]
     tracemalloc.start()

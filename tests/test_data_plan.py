@@ -421,6 +421,9 @@ def test_the_commands(data):
     text = run("show", data / "plan", "--step", 3, "--rows", "1:3")
     assert "step 3 of 8: 5 rows" in text and "row 1 " in text and "row 2 " in text and "row 3 " not in text
     assert f"web #{rows.instance[1]}" in text or f"math #{rows.instance[1]}" in text
+    with pytest.raises(UsageError, match="none of the rows that are asked for") as caught:
+        run("show", data / "plan", "--step", 3, "--rows", "5:9")
+    assert caught.value.hint == "it has 0 to 4"
 
 
 def test_show_decodes_and_refuses_another_tokenizer(tmp_path):

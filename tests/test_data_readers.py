@@ -18,7 +18,8 @@ from surgery.data.files.idx import IndexedWriter, write_index
 from surgery.data.files.mapped import Held
 from surgery.data.files.readers import ends_by_id, open_tokens
 from surgery.data.files.tokens import TokenFile, TokenSource
-from surgery.errors import ConfigError, FileError
+from surgery.data.inspection import inspect_tokens
+from surgery.errors import ConfigError, FileError, UsageError
 
 TEXT = Path(__file__).parent / "golden" / "tokenize"
 OLMO = Path(__file__).parent / "golden" / "data" / "olmo"
@@ -137,6 +138,34 @@ def test_folders_of_datasets(tmp_path):
     masked.save_to_disk(tmp_path / "m")
     [file] = open_tokens(tmp_path / "m", mask="kept")
     assert file.mask is not None and file.mask.array.tolist() == [0, 1]
+
+
+def test_what_is_not_there_or_lacks_its_index(tmp_path):
+    with pytest.raises(FileError, match=r"x\.npy: there is no such file or folder"):
+        open_tokens(tmp_path / "x.npy", dtype="uint16")
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "bare.bin")
+    with pytest.raises(ConfigError, match=r"has no \.idx beside it") as caught:
+        open_tokens(tmp_path / "bare.bin")
+    assert caught.value.hint is not None and "surgery data index bare.bin" in caught.value.hint
+    for dtype in ("foo", "float32", "<u2"):
+        with pytest.raises(UsageError, match=f"there is no dtype '{dtype}'"):
+            open_tokens(tmp_path / "bare.bin", "dolma", dtype=dtype)
+
+
+def test_files_without_a_document(tmp_path):
+    """They are read as what they are: empty."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 2]]}).filter(lambda row: False)
+    table.save_to_disk(str(tmp_path / "table"))
+    (tmp_path / "part.npy").touch()
+    (tmp_path / "part.csv.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "part.ds").touch()
+    (tmp_path / "part.ds.index").touch()
+    for name in ("table", "part.npy", "part.ds"):
+        [file] = open_tokens(tmp_path / name)
+        assert file.tokens == 0 and file.bounds is not None and len(file.bounds) == 0
+        [found] = inspect_tokens(tmp_path / name)
+        assert (found.tokens, found.documents, found.longest) == (0, 0, None)
 
 
 def test_label_masks_beside_files_and_named(tmp_path):

@@ -120,6 +120,13 @@ def _choices(flags: dict[str, Any]) -> Any:
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--tokenizer", metavar="PATH", help="Check the ids against its vocabulary, and show how the text begins.")
 @click.option("--vocab-size", type=click.IntRange(1), help="Check the ids against so many.")
+@click.option(
+    "--format",
+    type=click.Choice(["auto", "megatron", "dolma", "datatrove", "npy", "datasets"]),
+    default="auto",
+    show_default=True,
+    help="Of files whose names do not tell it.",
+)
 @click.option("--dtype", metavar="NAME", help="Of ids without a header, where nothing beside the file tells it.")
 @click.option("--eos", type=click.IntRange(0), metavar="ID", help="The id that ends documents, where no index does.")
 @JSON
@@ -139,7 +146,7 @@ def inspect_command(paths: tuple[str, ...], as_json: bool, **flags: Any) -> None
     from surgery.data.tokenizing.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(flags["tokenizer"]) if flags["tokenizer"] else None
-    options = {"dtype": flags["dtype"], "eos": flags["eos"], "vocab_size": flags["vocab_size"]}
+    options = {name: flags[name] for name in ("format", "dtype", "eos", "vocab_size")}
     size = sum(os.path.getsize(file) for path in paths for file in token_files(path) if os.path.isfile(file))
     with progress_bar("inspect", size, as_json) as advance:
         found = [

@@ -87,6 +87,8 @@ def contents(
     held = batches.rows(step)
     names = [batches.sources[s] for s in held.source]
     chosen = [row for row in range(len(held)) if rows is None or row in rows]
+    if not chosen:
+        raise UsageError("none of the rows that are asked for is in the step", hint=f"it has 0 to {len(held) - 1}")
     wanted = [row for row in chosen if source in (None, names[row])][:most]
     return {
         "step": step,

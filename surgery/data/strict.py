@@ -84,7 +84,8 @@ def _problem(error: Any, model: type[BaseModel], lines: Mapping[Place, int]) -> 
     elif error["type"] == "value_error":
         says = f"{where}: {error['msg'].removeprefix('Value error, ')}"
     else:
-        says = f"{where} is {show(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        message = error["msg"].replace("valid tuple", "list").replace("valid dictionary", "mapping of keys to values")
+        says = f"{where} is {show(error['input'])}: {message[0].lower()}{message[1:]}"
     return f"line {lines[path]}: {says}" if path in lines else says
 
 

@@ -56,7 +56,8 @@ def _open(path: Path, mask: str | None) -> list[TokenFile]:
 
     file = File(path)
     try:
-        batches = pa.ipc.open_stream(pa.memory_map(file.path)).read_all().to_batches()
+        table = pa.ipc.open_stream(pa.memory_map(file.path)).read_all()
+        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], table.schema)]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise FileError(f"is no readable Arrow file: {show(str(error))}", file=path) from None
     return [_batch(path, batch, mask) for batch in batches]

@@ -27,6 +27,7 @@ from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.errors import ConfigError, FileError, UsageError, show
 from surgery.tensors.files import File, read_small
 
+INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}  # dolma and datatrove know no others
 CHUNK = 1 << 22  # tokens looked at at once
 WINDOWS, WINDOW = 16, 4096  # how many places of a file are looked at for ids beyond the vocabulary, and how far
@@ -67,6 +68,8 @@ def open_tokens(
     found = recognise(path) if format == "auto" else format
     if found not in OPENERS:
         raise UsageError(f"there is no format {format!r}", hint=f"known: auto, {', '.join(OPENERS)}")
+    if dtype is not None and dtype not in INTEGERS:
+        raise UsageError(f"there is no dtype {show(dtype)} of token ids", hint=f"known: {', '.join(INTEGERS)}")
     files = OPENERS[found](path, Ways(dtype, eos, mask, ends))
     for file in files:
         if dtype is not None and file.ids.dtype != np.dtype(dtype):
@@ -76,12 +79,14 @@ def open_tokens(
 
 
 def recognise(path: Path) -> str:
-    """The name of a format.  Raises ConfigError if it is none that is known."""
+    """The name of a format.  Raises ConfigError if it is none that is known, FileError if there is nothing."""
     if path.is_dir():
         if is_dataset(path):
             return "datasets"
         hint = f"name its files, for example {path.name}/*.bin"
         raise ConfigError("is no folder of `datasets`", file=path, hint=hint)
+    if not path.exists():
+        raise FileError("there is no such file or folder", file=path)
     if path.suffix == ".npy":
         return "npy" if is_npy(path) else "dolma"
     for suffix, name in ((".idx", "megatron"), (".bin", "megatron"), (".ds", "datatrove")):
@@ -107,6 +112,9 @@ def check_vocabulary(file: TokenFile, vocab_size: int | None) -> None:
 
 
 def _megatron(path: Path, ways: Ways) -> list[TokenFile]:
+    if path.suffix == ".bin" and path.is_file() and not path.with_suffix(".idx").exists():
+        hint = f"make one: surgery data index {path.name} --dtype NAME --eos ID"
+        raise ConfigError("has no .idx beside it, which tells its dtype and its documents", file=path, hint=hint)
     index = read_index(path)
     told = Told(IndexBounds(index), index.tokens, index.dtype.name, (index.path,))
     return [_file(index.payload, "megatron", mapped(index.payload, index.dtype), told, ways)]
@@ -183,7 +191,8 @@ def _told_by(file: Path, ends: Column, payload: Path) -> Told:
             raise FileError(what, file=file, hint="it is damaged")
         last = int(chunk[-1])
     size, rest = divmod(File(payload).size, last or 1)
-    return Told(EndBounds(ends), last, None if rest else UNSIGNED.get(size), (file,))
+    proven = None if rest else UNSIGNED.get(size or 1)  # without tokens, any dtype is right
+    return Told(EndBounds(ends), last, proven, (file,))
 
 
 def _last(ends: Column) -> int:

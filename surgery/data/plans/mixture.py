@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from surgery.data.strict import Count, Real, Strict, read_model
 
@@ -32,7 +32,15 @@ def _listed(value: Any) -> Any:
 
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v := _listed(v), list) else v)]
-Holdout = Annotated[Count | Real, Field(ge=0)]
+
+
+def _share_or_number(value: int | float) -> int | float:
+    if value > 1 and value != int(value):
+        raise ValueError("give a share below 1, or a whole number of instances")
+    return value
+
+
+Holdout = Annotated[Count | Real, Field(ge=0), AfterValidator(_share_or_number)]
 
 
 class Budget(Strict):

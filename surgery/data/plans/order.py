@@ -19,6 +19,7 @@ import numpy as np
 from surgery.data.files.mapped import Array
 from surgery.errors import ConfigError
 from surgery.tensors.random import key_of
+from surgery.units import human
 
 BITS = 40
 BLOCK = 1 << 20
@@ -41,9 +42,8 @@ def heldout_of(have: int, heldout: int) -> Array:
 
 
 def make_order(sources: Sequence[Taken], seed: int, sample_seed: int) -> Array:
-    """uint64 [sum of take].  Raises ConfigError if a source has a billion instances or more."""
-    out = np.empty(sum(s.take for s in sources), np.uint64)
-    filled = 0
+    """uint64 [sum of take].  Raises ConfigError if it needs too much memory, or a source has a billion instances."""
+    out, filled = _room(sum(s.take for s in sources)), 0
     for number, source in enumerate(sources):
         if source.have > MOST:
             what = f"{source.name} has {source.have:,} instances, and one source can have {MOST:,}"
@@ -58,6 +58,14 @@ def make_order(sources: Sequence[Taken], seed: int, sample_seed: int) -> Array:
     assert filled == len(out)
     np.random.Generator(np.random.PCG64(seed)).shuffle(out)
     return out
+
+
+def _room(count: int) -> Array:
+    try:
+        return np.empty(count, np.uint64)
+    except (MemoryError, ValueError, OverflowError):  # the last two are NumPy's for what no machine can hold
+        what = f"an order of {count:,} instances needs {human(8 * count)} of memory, more than there is"
+        raise ConfigError(what, hint="lower the budget, or raise sequence_length") from None
 
 
 def split(entries: Array) -> tuple[Array, Array]:

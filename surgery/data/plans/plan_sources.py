@@ -23,7 +23,7 @@ from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
 from surgery.data.plans.plan_file import Entry, relative
-from surgery.data.tokenizing.sources import is_url, kind_of
+from surgery.data.tokenizing.sources import files_below, is_url, kind_of
 from surgery.errors import ConfigError, FileError, some
 
 SUFFIXES = (".bin", ".npy", ".ds")
@@ -56,7 +56,7 @@ def _named(given: str, root: Path, name: str) -> list[str]:
         return [given]
     path = root / os.path.expanduser(given)
     if path.is_dir() and not is_dataset(path):
-        inside = sorted(p for p in path.rglob("*") if p.is_file())
+        inside = list(files_below(path, (".",)))
         found = [p for p in inside if p.suffix in SUFFIXES] or [p for p in inside if kind_of(p.name)]
     else:
         found = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]

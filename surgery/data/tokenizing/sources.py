@@ -25,6 +25,7 @@ from surgery.tensors.files import File
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
 PACKINGS = {".gz": "gzip", ".zst": "zstd"}
 KNOWN = ".jsonl, .json, .ndjson or .txt, each with or without .gz or .zst, and .parquet"
+HIDDEN = (".", "_")  # names of files and folders that are left out begin so
 OURS = ("tokens.json", "bad_lines.jsonl")  # what `tokenize` writes beside the tokens
 STAMPS = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag", "created")  # of fsspec's systems
 
@@ -91,7 +92,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
 def _in_files(place: str) -> Iterator[Source | str]:
     """Of a path or a pattern: sources, and the names of what is none."""
     if os.path.isdir(place):
-        paths: Iterable[str] = (str(p) for p in sorted(Path(place).rglob("*")) if p.is_file())
+        paths: Iterable[str] = map(str, files_below(Path(place), HIDDEN))
     elif os.path.lexists(place) or not glob.has_magic(place):
         paths = [place]
         if kind_of(place) is None:
@@ -99,8 +100,22 @@ def _in_files(place: str) -> Iterator[Source | str]:
     else:
         paths = sorted(p for p in glob.glob(place, recursive=True) if os.path.isfile(p))
     for path in paths:
-        kind = None if os.path.basename(path).startswith((".", "_")) else kind_of(path)
+        kind = None if os.path.basename(path).startswith(HIDDEN) else kind_of(path)
         yield os.path.relpath(path, place) if kind is None else Source(path, *kind, File(path).size, _stamp(path))
+
+
+def files_below(folder: Path, hidden: tuple[str, ...], above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """What is no folder, in the order of the paths, also behind links; of `hidden` folders their own path alone."""
+    above |= {os.path.realpath(folder)}
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError as error:
+        raise FileError(f"cannot be read: {error.strerror}", file=folder) from None
+    for path in inside:
+        if not path.is_dir() or path.name.startswith(hidden):
+            yield path
+        elif os.path.realpath(path) not in above:  # else a link leads back up
+            yield from files_below(path, hidden, above)
 
 
 def _stamp(path: str) -> str:

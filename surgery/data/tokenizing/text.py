@@ -99,6 +99,8 @@ def check(source: Source, keys: Sequence[str]) -> Damage | None:
                 for start, batch, _ in _batches(source, raw, keys, 0):
                     line = start + batch.num_rows + 1
         elif source.packing:
+            if not source.size:
+                return Damage(line, f"broken {source.packing}: not even a header")
             with source.open() as raw, _told_apart(source):
                 stream: Any = _unpacked(source, raw)
                 while chunk := stream.read1(BLOCK):  # `read` would lose what comes before the damage
