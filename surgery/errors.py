@@ -43,6 +43,11 @@ class SurgeryError(Exception):
         self.what, self.member, self.byte, self.hint = what, member, byte, hint
         self.file = None if file is None else os.fspath(file)
 
+    def to_json(self) -> dict[str, object]:
+        """What `--json` prints of it."""
+        return {"kind": type(self).__name__, "what": printable(self.what, LONGEST), "file": self.file,
+                "member": self.member, "byte": self.byte, "hint": self.hint}  # fmt: skip
+
     def __str__(self) -> str:
         place = "" if self.file is None else ascii(self.file)[1:-1]
         if self.member is not None:

@@ -38,6 +38,7 @@ class About:
 
     low, high   the least and the largest number     choices     all values that a text can have
     metavar     what stands for the value in help    otherwise   the default in words, where it does not say it itself
+    aliases     other texts for some of the choices
     flag        the flag's name, where it is not that of the field
     many        whether the flag may be given several times, one value each
     """
@@ -50,6 +51,7 @@ class About:
     otherwise: str = ""
     flag: str = ""
     many: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def setting(default: Any, help: str, **about: Any) -> Any:
@@ -91,6 +93,9 @@ class Checked:
         for name, (kind, _) in types_of(type(self)).items():
             if get_origin(kind) is tuple and isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
+        for f in fields(self):  # type: ignore[arg-type]
+            if (found := about(f)) and (meant := found.aliases.get(str(getattr(self, f.name)))):
+                object.__setattr__(self, f.name, meant)
         wrong = [problem for f in fields(self) if (problem := _problem(self, f))]  # type: ignore[arg-type]
         if wrong:
             texts, hints = zip(*wrong, strict=True)

@@ -7,6 +7,7 @@ parse_count("50B") == 50_000_000_000        # of tokens
 
 from __future__ import annotations
 
+import math
 import re
 
 from surgery.errors import UsageError
@@ -35,6 +36,12 @@ def parse_count(text: str) -> int:
     if number < 1 or rest:
         raise UsageError(f"{text[:40]!r} is no whole number", hint="write for example 4096, 500M or 50e9")
     return number
+
+
+def divisors(n: int, *others: int) -> str:
+    """The parts that numbers can be divided into alike, as a hint says them: divisors(8) == "1, 2, 4 or 8"."""
+    found = [str(d) for d in range(1, min(math.gcd(n, *others), 4096) + 1) if math.gcd(n, *others) % d == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 
 def human(nbytes: float) -> str:

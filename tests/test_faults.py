@@ -39,7 +39,7 @@ def run(*words):
         {"dst": "a\0b"}, {"dst": ""}, {"dst": None}, {"dst": b"out"}, {"src": 5}, {"src": None}, {"src": "a\0b"},
         {"to": None}, {"to": ["hf"]}, {"to": "evil"}, {"from_": 1}, {"dtype": "evil"}, {"dtype": None},
         {"dtype": 16}, {"vocab_size": -1}, {"vocab_size": 0}, {"vocab_size": "9"}, {"vocab_size": 2.5},
-        {"max_memory": -1}, {"max_memory": 0}, {"max_memory": "1GB"}, {"max_memory": True}, {"tokenizer": 5},
+        {"max_memory": -1}, {"max_memory": 0}, {"max_memory": "lots"}, {"max_memory": True}, {"tokenizer": 5},
         {"tokenizer": "a\0b"}, {"options": 5}, {"options": {"shard_size": 5}}, {"options": ["shard_size=5"]},
         {"options": {1: "x"}}, {"topology": 2}, {"topology": {"tp": 2}}, {"allow": "qkv_bias"}, {"allow": [1]},
         {"allow": 3}, {"progress": 1}, {"force": "no"}, {"sync": None}, {"command": "surgery convert"},
@@ -82,7 +82,7 @@ def test_so_do_the_other_functions(call, tiny_hf, tmp_path):
 
 
 def test_every_wrong_argument_is_named_at_once():
-    with pytest.raises(UsageError, match=r"src must be a path, not 5; .*max_memory must be a positive whole number"):
+    with pytest.raises(UsageError, match=r"src must be a path, not 5; .*max_memory must be a number of bytes"):
         surgery.convert(5, "out", to="hf", max_memory=-1)
 
 
@@ -246,7 +246,7 @@ def test_a_signal_leaves_no_temporary_model(signum, tiny_hf, tmp_path):
             with scratch("logits") as folder:
                 assert list((tmp_path / "tmp").iterdir()) == [folder]
     else:
-        assert process.returncode == (1 if signum == signal.SIGINT else 128 + signum)
+        assert process.returncode == 128 + signum
         assert "Traceback" not in said
     assert not list((tmp_path / "tmp").iterdir())
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON
 
 MOST = 1 << 28  # pairs of a mask
@@ -22,7 +23,7 @@ def attention_command() -> None:
     """What sparse attention sees."""
 
 
-@attention_command.command("show")
+@attention_command.command("show", cls=Command)
 @click.argument("kinds", nargs=-1, metavar="[KIND]...")
 @click.option("--n", "length", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a row.")
 @click.option("--heads", type=click.IntRange(1), default=16, show_default=True, help="Heads of a layer.")

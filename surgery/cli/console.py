@@ -14,12 +14,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from surgery.cli.command import quiet
 from surgery.errors import LONGEST, printable
 
 
 def console(file: IO[str] | None = None, soft_wrap: bool = True) -> Console:
     """On standard output, or on `file`; long lines are left to the terminal to wrap, or cut by what is printed."""
-    out = Console(file=file, highlight=False, soft_wrap=soft_wrap, markup=False, emoji=False)
+    out = Console(file=file, quiet=quiet(), highlight=False, soft_wrap=soft_wrap, markup=False, emoji=False)
     out.push_render_hook(_Escaping())
     return out
 

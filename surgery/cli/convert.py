@@ -11,12 +11,13 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
 from surgery.conversion.request import Convert
 from surgery.writing.progress import progress_bar
 
 
-@click.command("convert")
+@click.command("convert", cls=Command)
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @with_flags(flags_of(Convert), (SHARD_SIZE, OPTIONS, DRY_RUN, JSON))

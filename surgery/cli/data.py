@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import FORCE, JSON, SYNC, with_flags
 from surgery.cli.terminal import say
 from surgery.cli.tokenize_flags import TOKENIZE
@@ -47,7 +48,7 @@ def data_command() -> None:
     """
 
 
-@data_command.command("tokenize")
+@data_command.command("tokenize", cls=Command)
 @click.argument("src", nargs=-1, required=True)
 @click.argument("dst", type=click.Path())
 @with_flags(TOKENIZE, (FORCE, SYNC, JSON))
@@ -116,7 +117,7 @@ def _choices(flags: dict[str, Any]) -> Any:
     return Choices(**{n: flags[n] for n in names} | {"max_size": None if size is None else parse_count(size)})
 
 
-@data_command.command("inspect")
+@data_command.command("inspect", cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--tokenizer", metavar="PATH", help="Check the ids against its vocabulary, and show how the text begins.")
 @click.option("--vocab-size", type=click.IntRange(1), help="Check the ids against so many.")
@@ -160,7 +161,7 @@ def inspect_command(paths: tuple[str, ...], as_json: bool, **flags: Any) -> None
         show_tokens.inspected(found)
 
 
-@data_command.command("index")
+@data_command.command("index", cls=Command)
 @click.argument("paths", nargs=-1, required=True, type=click.Path())
 @click.option("--to", type=click.Path(), metavar="DIR", help="Put index and link there. [default: beside the payload]")
 @click.option("--dtype", metavar="NAME", help="Of the ids, where nothing beside the file tells it.")

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import FORCE, JSON, with_flags
 
 ROWS_SHOWN = 4
 
 
-@click.command("plan")
+@click.command("plan", cls=Command)
 @click.argument("mixture", type=click.Path())
 @click.argument("dst", required=False, type=click.Path())
 @click.option("--seed", type=click.IntRange(0), help="Of the order, in place of the mixture's.")
@@ -61,7 +62,7 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
     click.echo(json.dumps(found, indent=2)) if as_json else show_data.plan(found)
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("plan", type=click.Path())
 @click.option("--step", type=click.IntRange(0), required=True, metavar="N", help="Steps count from 0.")
 @click.option(

@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON, OPTIONS, options_of, with_flags
 from surgery.writing.progress import item_bars, progress_bars
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("model", required=False, type=click.Path())
 @click.option("--tasks", multiple=True, metavar="NAMES", help="Tasks, separated by commas: arc_easy, "
               "arc_easy/rc_5shot, 'minerva_math_*'. Repeatable.")  # fmt: skip

@@ -54,19 +54,40 @@ def flag_of(cls: type, name: str) -> Flag:
     found = settings.about(f)
     assert found
     name, kind = settings.flag(f), settings.types_of(cls)[f.name][0]
-    more: dict[str, Any] = {"default": None, "metavar": found.metavar or None, "help": found.help + _otherwise(f)}
+    plain = {int: "N", float: "X"}.get(kind) if not found.choices else None
+    more: dict[str, Any] = {"default": None, "metavar": found.metavar or plain, "help": found.help + _otherwise(f)}
+    if found.metavar == "FORMAT":
+        more["shell_complete"] = formats
     if kind is bool:
         return click.option(f"{name}/--no-{name[2:]}" if f.default is True else name, f.name, **more, is_flag=True)
     if found.many:
         more |= {"default": (), "multiple": True}
     elif found.choices and not found.metavar:
-        more["type"] = click.Choice(found.choices)
+        more["type"] = _Choice(found.choices, found.aliases)
     elif kind is int and found.metavar != "SIZE":
         low, high = (None if n is None else int(n) for n in (found.low, found.high))
         more["type"] = click.IntRange(low, high)
     elif kind is float:
         more["type"] = float
     return click.option(name, f.name, **more)
+
+
+class _Choice(click.Choice[str]):
+    """A choice that has other names as well."""
+
+    def __init__(self, choices: Sequence[str], aliases: Mapping[str, str]) -> None:
+        super().__init__(choices)
+        self.aliases = aliases
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(self.aliases.get(value, value), param, ctx)
+
+
+def formats(ctx: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """The names of formats that begin like this, for a shell that completes them."""
+    from surgery.formats.registry import FORMATS
+
+    return [name for name in FORMATS if name.startswith(begun)]
 
 
 def _otherwise(f: Field[Any]) -> str:

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.flags import JSON, OPTIONS, options_of, with_flags
+from surgery.cli.command import Command
+from surgery.cli.flags import JSON, OPTIONS, formats, options_of, with_flags
 from surgery.writing.progress import progress_bar
 
 if TYPE_CHECKING:
     from surgery.formats.base import Checkpoint
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("path", type=click.Path())
-@click.option("--from", "from_", metavar="FORMAT", help="The format, where a folder holds several.")
+@click.option(
+    "--from", "from_", metavar="FORMAT", shell_complete=formats, help="The format, where a folder holds several."
+)
 @click.option("--tensors", is_flag=True, help="List every part, or every tensor of a file, with its shape and dtype.")
 @click.option("--pickles", is_flag=True, help="List the names that pickles mention. None is ever imported.")
 @click.option("--scan", is_flag=True, help="Read all weights once and look for NaN and Inf.")

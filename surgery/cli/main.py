@@ -11,23 +11,27 @@ import json
 import os
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from surgery.cli.attention import attention_command
+from surgery.cli.command import LOG, Command
 from surgery.cli.convert import convert_command
 from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
-from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
+from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, formats, options_of, with_flags
 from surgery.cli.inspect import inspect_command
 from surgery.cli.midtrain import midtrain_command
 from surgery.cli.report import report_command
 from surgery.cli.run import run_command
 from surgery.cli.soup import soup_command
-from surgery.cli.terminal import Stopped, lenient_streams, say, stoppable
+from surgery.cli.terminal import ASIDE, Stopped, lenient_streams, say, stoppable, talking
 from surgery.cli.upcycle import experts_command, upcycle_command
 from surgery.writing.progress import progress_bar
+
+if TYPE_CHECKING:
+    from surgery.errors import SurgeryError
 
 atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -36,28 +40,49 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 class Group(click.Group):
     """Turns every SurgeryError into one message and an exit status: 2 for flags, 1 for everything else."""
 
+    command_class = Command
+
     def invoke(self, ctx: click.Context) -> Any:
-        from surgery.errors import SurgeryError, reported
+        from surgery.errors import SurgeryError, UsageError, reported
 
         lenient_streams()
-        try:
-            with stoppable(), reported():
-                return super().invoke(ctx)
-        except SurgeryError as error:
-            _fail(error)
-        except Stopped as stopped:
-            say(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
-            raise
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        as_json = "--json" in ctx.args
+        with talking():
+            try:
+                with stoppable(), reported():
+                    return super().invoke(ctx)
+            except SurgeryError as error:
+                _fail(error, as_json)
+            except click.exceptions.NoArgsIsHelpError:
+                raise
+            except click.UsageError as wrong:
+                words = wrong.ctx.command_path.split()[1:] if wrong.ctx else []
+                _fail(UsageError(wrong.format_message(), hint=" ".join(["surgery", *words, "--help"])), as_json)
+            except Stopped as stopped:
+                say(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
+                raise
+            except KeyboardInterrupt:
+                say("stopped by SIGINT", err=True)
+                sys.exit(128 + signal.SIGINT)
+            except BrokenPipeError:
+                return _unread()
 
 
-def _fail(error: Exception) -> NoReturn:
+def _unread() -> NoReturn:
+    """Nobody reads what is printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def _fail(error: SurgeryError, as_json: bool) -> NoReturn:
     from surgery.errors import UsageError
 
+    if as_json:
+        click.echo(json.dumps({"error": error.to_json()}, indent=2))
     say("error: ", err=True, fg="red", bold=True, nl=False)
     say(str(error), err=True)
+    LOG.error("%s", error, extra={ASIDE: True})
+    LOG.debug("it comes from", exc_info=error)
     signum = getattr(error, "signum", None)
     plain = 128 + signum if signum else 2 if isinstance(error, UsageError) else 1
     sys.exit(getattr(error, "status", plain))
@@ -119,7 +144,7 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
 
 
 @main.command("formats")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=formats)
 @JSON
 def formats_command(name: str | None, as_json: bool) -> None:
     """List the formats, or the options of one, with their meaning and defaults."""

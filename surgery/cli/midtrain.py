@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON
 from surgery.cli.terminal import say
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
 
 
-@click.command("midtrain")
+@click.command("midtrain", cls=Command)
 @click.argument("run", metavar="RUN.yaml", type=click.Path(), required=False)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key of the YAML, or add one: "
               "train.micro_batch=4. Repeatable.")  # fmt: skip

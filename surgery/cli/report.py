@@ -9,10 +9,11 @@ import json
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @click.argument("runs", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", type=click.Path(), help="The file to write. [default: report.html in the folder of the "
               "first run]")  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON, with_flags
 
 SET = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Change a variable or the path of an "
@@ -24,7 +25,7 @@ FROM = click.option("--from", "start", multiple=True, metavar="NAME", help="Only
                     "Repeatable.")  # fmt: skip
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @click.argument("recipe", type=click.Path())
 @with_flags((STEP, FROM))
 @click.option("--dry-run", is_flag=True, help="Show the steps, what would be run and why, bytes and minutes where they "

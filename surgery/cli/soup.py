@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
 from surgery.cli.terminal import say
 from surgery.merging.request import Choosing, Soup
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.merging.recipe import Recipe
 
 
-@click.command("soup")
+@click.command("soup", cls=Command)
 @click.argument("config", type=click.Path())
 @click.argument("dst", type=click.Path())
 @with_flags(flags_of(Soup), flags_of(Choosing), (SHARD_SIZE, OPTIONS, DRY_RUN, JSON))

@@ -7,6 +7,7 @@ with stoppable():      # SIGTERM and SIGHUP end what runs here as an exception d
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -17,7 +18,11 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import LOG, quiet
 from surgery.errors import printable
+from surgery.writing.progress import PROGRESS
+
+ASIDE = "aside"  # marks records for a log file that are printed in another way
 
 
 class Stopped(SystemExit):
@@ -30,7 +35,33 @@ class Stopped(SystemExit):
 
 def say(text: str, err: bool = False, **style: Any) -> None:
     """Print text for people, in a style of click's; what is not printable in it is escaped."""
+    if quiet() and not err:
+        return
     click.secho(printable(text), err=err, **style)
+
+
+@contextmanager
+def talking() -> Iterator[None]:
+    """Print what the logger `surgery` is told, to stderr, while a command runs."""
+    level, handlers = LOG.level, list(LOG.handlers)
+    LOG.setLevel(logging.INFO)
+    LOG.addHandler(_Printed())
+    try:
+        yield
+    finally:
+        LOG.setLevel(level)
+        for handler in LOG.handlers[len(handlers) :]:
+            LOG.removeHandler(handler)
+            handler.close()
+
+
+class _Printed(logging.Handler):
+    """Records as lines; not those that are for a log file, nor those of progress where there are bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, ASIDE) or (hasattr(record, PROGRESS) and sys.stderr.isatty()):
+            return
+        say(self.format(record), err=True)
 
 
 def lenient_streams() -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
 from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
@@ -26,7 +27,7 @@ COLLAPSE = click.option("--collapse", metavar="MODE", is_flag=False, flag_value=
                         "by-router (weighted by use on a text).")  # fmt: skip
 
 
-@click.command("upcycle")
+@click.command("upcycle", cls=Command)
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @with_flags(flags_of(Upcycle), (COLLAPSE, *MORE))
@@ -55,7 +56,7 @@ def upcycle_command(src: str, dst: str, **flags: Any) -> None:
     return _finish(lambda on: run.prepare(src, request, on), dst, request, flags)
 
 
-@click.command("experts")
+@click.command("experts", cls=Command)
 @click.argument("src", type=click.Path())
 @click.argument("dst", type=click.Path())
 @with_flags(flags_of(Edit, but=("layers",)), MORE)

@@ -47,7 +47,8 @@ def parse_json(data: bytes, file: str, what: str = "JSON", base: int = 0) -> Any
     except json.JSONDecodeError as error:
         at = base + len(error.doc[: error.pos].encode())
         hint = "the file is truncated or damaged" if error.pos + 1 >= len(error.doc) else None
-        raise FileError(f"{what} is not valid JSON: {error.msg}", file=file, byte=at, hint=hint) from None
+        place = f", line {error.lineno}, column {error.colno}" if not base and error.lineno > 1 else ""
+        raise FileError(f"{what} is not valid JSON{place}: {error.msg}", file=file, byte=at, hint=hint) from None
     if nesting(value) > DEPTH_LIMIT:
         raise FileError(f"{what} is nested deeper than {DEPTH_LIMIT} levels", file=file)
     if b"\\u" in data and not _encodable(value):

@@ -109,17 +109,21 @@ def parse_yaml(data: bytes, file: str, what: str, aliases: bool = False) -> Any:
             _check_size(yaml.compose(text, Loader=_Base), {})
         return yaml.load(text, Loader=_Aliased if aliases else _Loader)
     except _Bad as error:
-        byte = getattr(error.mark, "index", None)
-        raise FileError(f"{what}: {error.what}", file=file, byte=byte) from None
+        raise FileError(f"{what}{_place(error.mark)}: {error.what}", file=file) from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        place = _place(getattr(error, "problem_mark", None))
         said = str(getattr(error, "problem", None) or "it cannot be parsed")
         problem = "it holds several documents (---)" if "another document" in said else show(said)
-        raise FileError(f"{what} is not valid YAML: {problem}", file=file, byte=mark and mark.index) from None
+        raise FileError(f"{what} is not valid YAML{place}: {problem}", file=file) from None
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError):
         raise FileError(f"{what} holds a scalar that cannot be read", file=file) from None
+
+
+def _place(mark: Any) -> str:
+    """Where people look for it: line and column, from 1."""
+    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
 def yaml_lines(data: bytes) -> dict[tuple[str | int, ...], int]:

@@ -9,6 +9,7 @@ like any other checkpoint, read, and must give the same digests, before it appea
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -30,10 +31,12 @@ from surgery.model.wording import in_words
 from surgery.settings import taking
 from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import SOURCE, Ledger
+from surgery.units import human
 from surgery.writing import stream
 from surgery.writing.readback import Spoilt
 from surgery.writing.staging import check_free, data_of
 
+LOG = logging.getLogger(__name__)
 Prove = Callable[[Checkpoint], Mapping[str, Any]]
 Path_ = str | os.PathLike[str]
 
@@ -153,6 +156,7 @@ def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, 
 
     def close(written: stream.Written) -> list[OutputFile]:
         digest, began = _digests(plan), time.monotonic()
+        LOG.debug("wrote all files of %s; reading them back: %s", dst, bool(write.verify or prove))
         again = _again(plan, dst) if write.verify or prove else None
         if write.verify and again:
             _read_back(plan, again, dst, progress)
@@ -163,9 +167,12 @@ def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, 
         return [text_file(PROVENANCE, provenance(plan, report[0], proof))]
 
     job = {"surgery": version(), "source": identity(plan.source), **plan.job}
+    LOG.debug("writing %s as %s: %d files, %s, with %s of memory", dst, plan.to.name, len(plan.output.files),
+              human(plan.bytes), human(plan.max_memory))  # fmt: skip
     done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
                         progress=progress, force=write.force, durable=write.sync, threads=plan.threads,
                         closing=close, compare=write.verify)  # fmt: skip
+    LOG.debug("published %s after %.1f s", dst, done.seconds)
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,

@@ -20,6 +20,7 @@ from surgery.units import parse_size
 
 MEMORY = 2 << 30
 DTYPES = ("keep", "bf16", "fp16", "fp32")
+ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,10 @@ class Write(Checked):
         if isinstance(size, str):
             object.__setattr__(self, "max_memory", parse_size(size))
         super().__post_init__()
+        if self.to:
+            from surgery.formats.registry import named
+
+            object.__setattr__(self, "to", named(self.to).name)
         given = {name: n for name in ("tp", "pp", "vpp", "ep") if (n := getattr(self, name)) is not None}
         if not given:
             return
@@ -74,7 +79,8 @@ class Write(Checked):
 
 def dtype_setting() -> Any:
     """The field `dtype`, of those requests that cast."""
-    return setting("keep", "Cast the weights before anything else; by default every bit is kept.", choices=DTYPES)
+    return setting("keep", "Cast the weights before anything else; by default every bit is kept.", choices=DTYPES,
+                   aliases=ALIASES)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -30,10 +31,18 @@ from surgery.recognising import describe
 from surgery.recognising.missing import absent
 from surgery.tensors.files import watched
 
+LOG = logging.getLogger(__name__)
 FORMATS: Mapping[str, Format] = {
     f.name: f
     for f in (hf.FORMAT, meta.FORMAT, olmo.FORMAT, olmo_core.FORMAT, megatron.FORMAT, megatron_dist.FORMAT, neox.FORMAT)
 }
+
+
+# other names that people give to formats
+ALIASES: Mapping[str, str] = {
+    "huggingface": "hf", "transformers": "hf", "llama": "meta", "gpt-neox": "neox", "gptneox": "neox",
+    "megatron-lm": "megatron", "mcore": "megatron", "torch-dist": "megatron-dist", "dist": "megatron-dist",
+}  # fmt: skip
 
 
 @reported()
@@ -76,7 +85,9 @@ def located(path: str | os.PathLike[str]) -> Path:
 
 
 def named(name: str) -> Format:
-    """A format by its name.  Raises UsageError if there is none of that name."""
+    """A format by its name, or another that people give it.  Raises UsageError if there is none of that name."""
+    plain = name.lower().replace("_", "-").replace("hugging-face", "huggingface")
+    name = ALIASES.get(plain, plain if plain in FORMATS else name)
     if name not in FORMATS:
         raise UsageError(f"there is no format {name!r}", hint=suggest(name, FORMATS, "known formats"))
     return FORMATS[name]
@@ -131,6 +142,8 @@ def open_checkpoint(
     with watched() as stamps:
         checkpoint = found.open(folder, found.with_defaults(given, "read"))
         details = {**_carried(folder), **checkpoint.details}
+    LOG.debug("opened %s: %s %s, %d parts in %d files", folder, checkpoint.format, checkpoint.spec.family,
+              len(checkpoint.parts), len(checkpoint.files))  # fmt: skip
     return replace(checkpoint, notes=tuple(dict.fromkeys(checkpoint.notes)), details=details, stamps=stamps)
 
 

@@ -60,9 +60,9 @@ class Topology:
                 raise LayoutError(f"stages of {list(self.stages)} layers do not make {layers} layers on {slots} stages")
             return self.stages
         if layers % slots:
-            raise LayoutError(
-                f"cannot divide {layers} layers among {slots} pipeline stages", hint="choose another --pp"
-            )
+            fit = [str(pp) for pp in range(1, layers // self.vpp + 1) if layers % (pp * self.vpp) == 0]
+            raise LayoutError(f"cannot divide {layers} layers among {slots} pipeline stages",
+                              hint=f"--pp {', '.join(fit)}" if fit else "choose another --vpp")  # fmt: skip
         return (layers // slots,) * slots
 
     @cache  # noqa: B019  a frozen record of a few numbers: asked once per tensor, kept by the few topologies there are

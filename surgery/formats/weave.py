@@ -29,6 +29,7 @@ from surgery.model.spec import AXES, FIELDS, PARTS, Spec
 from surgery.tensors.axes import STAR, Axes, Named, flat, shape_of
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Fill, Lazy, Map, Same
+from surgery.units import divisors
 
 _MATRIX: Axes = (("row",), ("column",))
 Parts = Mapping[str, Lazy]
@@ -124,7 +125,7 @@ def shard(r: Row, whole: Named, rank: int, tp: int) -> Stored:
         return Stored(_claimed(r, whole), rank > 0)
     n = math.prod(whole.sizes[a] for a in r.cut.split())
     if n % tp and (r.cut != "g" or tp % n):
-        raise LayoutError(_indivisible(r, n, tp))
+        raise _Indivisible(r, n, tp)
     if n < tp:
         return Stored(_claimed(r, whole.take(r.cut, rank * n // tp, rank * n // tp + 1)), rank % (tp // n) > 0)
     return Stored(_claimed(r, whole.take(r.cut, rank * n // tp, (rank + 1) * n // tp)))
@@ -164,7 +165,7 @@ def unshard(r: Row, pieces: Sequence[Lazy], sizes: Mapping[str, int], name: str)
     names = r.cut.split()
     n = math.prod(sizes[a] for a in names)
     if n % tp and (r.cut != "g" or tp % n):
-        raise LayoutError(_indivisible(r, n, tp))
+        raise _Indivisible(r, n, tp)
     local = {**sizes, **dict.fromkeys(names, 1), names[0]: max(n // tp, 1)}
     copies = max(tp // n, 1)  # neighbours that hold the same key/value head
     groups = [pieces[i : i + copies] for i in range(0, tp, copies)]
@@ -180,9 +181,13 @@ def _named(name: str, data: Lazy, axes: Axes, sizes: Mapping[str, int]) -> Named
         raise LayoutError(f"{name} {error.what}") from None
 
 
-def _indivisible(r: Row, n: int, tp: int) -> str:
-    what = " x ".join(_counted(axis) for axis in r.cut.split())
-    return f"cannot divide {n} {what} of {r.name} among {tp} ranks"
+class _Indivisible(LayoutError):
+    """An axis of a row has `n` entries (`counted`), which the ranks cannot share."""
+
+    def __init__(self, r: Row, n: int, tp: int) -> None:
+        self.n, self.name = n, r.name
+        self.counted = f"{n} {' x '.join(_counted(axis) for axis in r.cut.split())}"
+        super().__init__(f"cannot divide {self.counted} of {r.name} among {tp} ranks")
 
 
 def _counted(axis: str) -> str:
@@ -202,7 +207,7 @@ def spread(table: Table, parts: Parts, spec: Spec, topology: Topology) -> dict[R
     """What each rank's files hold, all lazy.  Raises LayoutError with every row that does not fit."""
     out: dict[Rank, dict[str, Stored]] = {rank: {} for rank in topology.ranks()}
     sizes = padded_sizes(table, spec, topology)
-    errors: list[str] = []
+    errors, hints, undivided = list[str](), list[str | None](), list[_Indivisible]()
     written: set[str] = set()
     for r, bind in table.live(spec, topology):
         if r.optional:
@@ -215,15 +220,29 @@ def spread(table: Table, parts: Parts, spec: Spec, topology: Topology) -> dict[R
                 mine = _of_rank(r, whole, home.rank.ep, topology)
                 piece = shard(r, mine, home.piece, home.pieces)
                 out[home.rank][home.name] = piece._replace(copy=piece.copy or r.copy or not home.first)
+        except _Indivisible as error:
+            undivided.append(error)
         except LayoutError as error:
             errors.append(error.what)
+            hints.append(error.hint)
         if not r.copy:
             written.update(_part_names(r, bind, spec))
     homeless = [name for name in spec.part_names() if name not in written]
     if homeless:
         errors.append(f"{table.name} has no place for {some(collapsed(homeless))}")
-    _raise(errors)
+    if undivided:
+        errors = [*_undivided(undivided, topology.tp), *errors]
+        hints.insert(0, f"--tp {divisors(*(error.n for error in undivided))}")
+    _raise(errors, next(filter(None, hints), None))
     return out
+
+
+def _undivided(found: Sequence[_Indivisible], tp: int) -> list[str]:
+    """What cannot be divided, each with the names of its rows."""
+    names: dict[str, list[str]] = {}
+    for error in found:
+        names.setdefault(error.counted, []).append(error.name)
+    return [f"cannot divide {counted} of {some(collapsed(rows))} among {tp} ranks" for counted, rows in names.items()]
 
 
 def gather(table: Table, shards: Shards, spec: Spec, topology: Topology) -> Gathered:
@@ -329,7 +348,8 @@ def _homes(r: Row, bind: Bind, spec: Spec, topology: Topology) -> Iterator[_Home
     if "l" in bind:
         pp, chunk, local["l"] = topology.places(spec.layers)[bind["l"]]
     if r.of_experts and spec.experts % topology.ep:
-        raise LayoutError(f"cannot divide {spec.experts} experts among {topology.ep} ranks", hint="choose another --ep")
+        raise LayoutError(f"cannot divide {spec.experts} experts among {topology.ep} ranks",
+                          hint=f"--ep {divisors(spec.experts)}")  # fmt: skip
     owner = None
     if "e" in bind:
         owner, local["e"] = divmod(bind["e"], spec.experts // topology.ep)
@@ -368,8 +388,8 @@ def _part_names(r: Row, bind: Bind, spec: Spec) -> Iterator[str]:
             yield part.format(**bind, **dict(zip(free, values, strict=True)))
 
 
-def _raise(errors: Sequence[str]) -> None:
+def _raise(errors: Sequence[str], hint: str | None = None) -> None:
     if errors:
         unique = list(dict.fromkeys(errors))
         rest = f"\n  and {len(unique) - 8} more" if len(unique) > 8 else ""
-        raise LayoutError("\n  ".join(unique[:8]) + rest)
+        raise LayoutError("\n  ".join(unique[:8]) + rest, hint=hint)

@@ -1,4 +1,4 @@
-"""The progress bar of long work: bytes, rate and remaining time, on a terminal only.
+"""The progress of long work: a bar with bytes, rate and remaining time; without a terminal, a line now and then.
 
 with progress_bar("convert", total, quiet=False) as advance:
     advance(4096)
@@ -8,11 +8,12 @@ with progress_bars(quiet=False) as begin:
     write(4096)
 
 with counting_bar("tokenize", total, ("documents", "tokens"), quiet=False) as advance:
-    advance(4096, 3, 997)           # bytes, documents, tokens; without a terminal, a line every half minute
+    advance(4096, 3, 997)           # bytes, documents, tokens
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from typing import Protocol
 
 from surgery import units
 
+LOG = logging.getLogger("surgery.progress")
+PROGRESS = "progress"  # marks records of the logger that a terminal shows as bars
 EVERY = 30.0  # seconds between two lines where there is no terminal
 Counting = Callable[..., None]
 
@@ -33,16 +36,22 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Advance]:
-    """A bar with bytes, rate and remaining time on a terminal; nothing elsewhere."""
+    """A bar with bytes, rate and remaining time on a terminal; elsewhere a line every `EVERY` seconds."""
     with progress_bars(quiet) as begin:
         yield begin(what, total)
 
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]:
-    """Bars for pieces of work that follow one another; one is seen at a time.  A total of None is not known."""
-    if quiet or not sys.stderr.isatty():
+    """Bars for pieces of work that follow one another; one is seen at a time.  A total of None is not known.
+
+    The logger `surgery.progress` is told as well, every `EVERY` seconds: a log file, and stderr if it is no terminal.
+    """
+    if quiet or not LOG.isEnabledFor(logging.INFO):
         yield lambda what, total: lambda n, text=None: None
+        return
+    if not sys.stderr.isatty():
+        yield _Lines
         return
     from rich.console import Console
     from rich.progress import (
@@ -62,7 +71,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]
         shown: list[TaskID] = []
 
         def begin(what: str, total: int | None) -> Advance:
-            task = bars.add_task(what, start=False, total=total, visible=False)
+            task, lines = bars.add_task(what, start=False, total=total, visible=False), _Lines(what, total)
 
             def advance(n: int, text: str | None = None, /) -> None:
                 if shown[-1:] != [task]:
@@ -71,6 +80,7 @@ def progress_bars(quiet: bool) -> Iterator[Callable[[str, int | None], Advance]]
                     bars.start_task(task)
                     shown.append(task)
                 bars.update(task, advance=n, description=what if text is None else text)
+                lines(n, text)
 
             return advance
 
@@ -85,7 +95,7 @@ def counting_bar(what: str, total: int, counted: Sequence[str], quiet: bool) -> 
     """
     counts = [0] * len(counted)
     with progress_bars(quiet) as begin:
-        bar = begin(what, total) if quiet or sys.stderr.isatty() else _Lines(what, total)
+        bar = begin(what, total)
 
         def advance(size: int, *more: int) -> None:
             counts[:] = [a + b for a, b in zip(counts, more, strict=True)]
@@ -96,9 +106,9 @@ def counting_bar(what: str, total: int, counted: Sequence[str], quiet: bool) -> 
 
 
 class _Lines:
-    """Plain lines in the place of a bar."""
+    """Lines in the place of a bar, to the logger.  What the first call says was done before."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int | None) -> None:
         self.what, self.total, self.done = what, total, 0
         self.before: int | None = None
         self.begun = self.said = time.monotonic()
@@ -107,11 +117,18 @@ class _Lines:
         self.done += n
         self.before = self.done if self.before is None else self.before
         now = time.monotonic()
-        if now - self.said >= EVERY:
-            self.said, rate = now, (self.done - self.before) / (now - self.begun)
-            left = f", {(self.total - self.done) / rate / 60:.0f} min left" if rate else ""
-            share = self.done / max(1, self.total)
-            print(f"{text or self.what}, {share:.1%}, {units.human(rate)}/s{left}", file=sys.stderr, flush=True)
+        if now - self.said < EVERY:
+            return
+        self.said, rate = now, (self.done - self.before) / (now - self.begun)
+        share, left = units.human(self.done), ""
+        if self.total:
+            share = f"{self.done / self.total:.1%}"
+            left = f", {max(0, self.total - self.done) / rate / 60:.0f} min left" if rate else ""
+        _tell(f"{text or self.what}, {share}, {units.human(rate)}/s{left}")
+
+
+def _tell(text: str) -> None:
+    LOG.info("%s", text, extra={PROGRESS: True})
 
 
 @contextmanager
@@ -120,6 +137,7 @@ def item_bars(quiet: bool) -> Iterator[Callable[[str, int], Callable[[int], None
 
     Without a terminal they are lines on stderr every `EVERY` seconds.
     """
+    quiet = quiet or not LOG.isEnabledFor(logging.INFO)
     if quiet or not sys.stderr.isatty():
         yield lambda what, total: (lambda n: None) if quiet else _counted(what, total)
         return
@@ -144,6 +162,6 @@ def _counted(what: str, total: int) -> Callable[[int], None]:
         done += n
         if time.monotonic() - said >= EVERY:
             said = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            _tell(f"{what}: {done:,} of {total:,}")
 
     return advance

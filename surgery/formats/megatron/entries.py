@@ -20,6 +20,7 @@ from surgery.formats.megatron.files import chosen_iteration
 from surgery.formats.table import Table
 from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
+from surgery.units import divisors
 
 # what is known of the entries of a checkpoint that are no tensors of the model
 ENTRIES: tuple[Rule, ...] = (
@@ -95,7 +96,7 @@ def check_heads(spec: Spec, tp: int) -> None:
     """Raise LayoutError for key/value heads that Megatron would have to copy."""
     if spec.kv_heads % tp:
         raise LayoutError(f"cannot divide {spec.kv_heads} key/value heads among {tp} ranks, and Megatron copies none",
-                          hint="choose another --tp")  # fmt: skip
+                          hint=f"--tp {divisors(spec.kv_heads)}")  # fmt: skip
 
 
 def run_details(root: Mapping[Any, Any], args: Mapping[str, Any]) -> dict[str, object]:

@@ -45,6 +45,7 @@ from surgery.formats.weave import Stored
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.lazy import Fill, Lazy, Map
 from surgery.tokenizer import Carried, Tokenizer
+from surgery.units import divisors
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,7 @@ def _divide(spec: Spec, tp: int) -> None:
     """Raise LayoutError unless every rank has whole key/value heads, as GPT-NeoX demands."""
     if spec.kv_heads % tp or spec.ffn % tp:
         what = f"{spec.kv_heads} key/value heads" if spec.kv_heads % tp else f"an ffn width of {spec.ffn}"
-        raise LayoutError(f"cannot divide {what} among {tp} ranks", hint="choose another --tp")
+        raise LayoutError(f"cannot divide {what} among {tp} ranks", hint=f"--tp {divisors(spec.kv_heads, spec.ffn)}")
 
 
 def _details(found: files.Found, stored: files.Stored) -> dict[str, object]:
