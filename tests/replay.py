@@ -1,7 +1,8 @@
 """Repeat a run of another trainer, `python -m tests.replay CASE OUT`: the case becomes a run's settings, and no more.
 
 CASE holds case.json (what the trainer was told), init/ (a Hugging Face folder), batches.npz, and perhaps
-init_optimizer.safetensors; OUT gets curve.jsonl (step, lr, ce, z, grad_norm, aux, loss, tokens) and model.safetensors.
+init_optimizer.safetensors; OUT gets curve.jsonl (every number
+of a step: lr, ce, z, grad_norm, aux, loss, rewards of preferences) and model.safetensors.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ import torch
 
 from surgery.midtraining.export import export
 from surgery.midtraining.loop import fresh_state, prepare, train
+from surgery.midtraining.reference import with_reference
 from surgery.midtraining.run_file import make_run
 
-CONVENTIONS = {"transformers": "hf", "olmo_core": "olmo_core", "olmo": "olmo"}  # by the program's first word
+CONVENTIONS = {
+    "transformers": "hf",
+    "trl": "hf",
+    "olmo_core": "olmo_core",
+    "olmo": "olmo",
+}  # by the program's first word
 NAMES = {"LinearWithWarmup": "linear", "CosWithWarmup": "cosine", "WSD": "wsd", "linear": "linear", "cosine": "cosine",
          "constant": "constant", "constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}  # fmt: skip
 SHAPES = {"linear": "linear", "cosine": "cosine", "1-sqrt": "sqrt"}
@@ -34,26 +41,30 @@ def settings(case: Path, out: Path) -> dict[str, Any]:
     moments = case / "init_optimizer.safetensors"
     return {
         "model": {"path": str(case / "init"), "experts": "loop"},
-        "data": {"recorded": str(batches(case, told, out)), "attend_across_documents": not told["isolate_documents"]},
+        "data": {
+            "recorded": str(batches(case, told, out)),
+            "attend_across_documents": not told.get("isolate_documents", True),
+        },
         "output": str(out),
         "init": {"optimizer": str(moments), "optimizer_step": optimizer["initial_step"]}
         if optimizer.get("initial_step")
         else {"optimizer": "fresh"},
         "train": {
             "convention": CONVENTIONS[told["program"].replace(".", " ").split()[0]],
-            "micro_batch": told["micro_batch"],
+            "micro_batch": told["micro_batch"] if "micro_batch" in told else 2 * told["batch"],
             "schedule": schedule(told["schedule"], told["steps"]),
             "optimizer": {
                 "betas": optimizer["betas"],
                 "eps": optimizer["eps"],
                 "weight_decay": optimizer["weight_decay"],
                 "decay": "all",
-                "no_decay": [n for n in optimizer["no_decay"] if not (tied and n == "lm_head.weight")],
+                "no_decay": [n for n in optimizer.get("no_decay", []) if not (tied and n == "lm_head.weight")],
             },
             "clip_norm": told["clip"] or None,
-            "z_loss": told["z_loss"],
+            "z_loss": told.get("z_loss", 0.0),
             "precision": "fp32",
         },
+        "objective": {"name": "dpo", "beta": told["beta"]} if told.get("kind") == "dpo" else "tokens",
         "moe": {"balance": loss.get("aux_coef") or 0.0, "router_z": loss.get("router_z_coef") or 0.0},
         "device": "cpu",
     }
@@ -63,7 +74,7 @@ def batches(case: Path, told: Mapping[str, Any], out: Path) -> Path:
     """The case's batches; with positions that begin anew behind every EOS, where it isolates documents without them."""
     path = case / "batches.npz"
     with np.load(path) as arrays:
-        if not told["isolate_documents"] or "position_ids" in arrays:
+        if not told.get("isolate_documents") or "position_ids" in arrays:
             return path
         ids = arrays["input_ids"]
         begun = np.zeros(ids.shape, np.int64)
@@ -98,8 +109,9 @@ class Curve:
         self.file = file.open("w")
 
     def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
-        kept = {key: metrics[key] for key in ("step", "lr", "ce", "z", "grad_norm", "loss", "tokens")}
-        self.file.write(json.dumps({**kept, "aux": metrics.get("balance", 0.0)}) + "\n")
+        kept = {key: value for key, value in metrics.items() if type(value) in (int, float)}
+        aux = metrics.get("balance", 0.0)
+        self.file.write(json.dumps({**kept, "aux": aux, "aux_loss": aux}) + "\n")
 
     def routing(self, step: int, reading: Mapping[str, Any]) -> None:
         """Not in the curve."""
@@ -112,7 +124,7 @@ def replay(case: Path, out: Path) -> None:
     """Run the loop on a case."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    job = prepare(make_run(settings(case, out)))
+    job = with_reference(prepare(make_run(settings(case, out))))
     curve = Curve(out / "curve.jsonl")
     train(job, fresh_state(job), curve)
     curve.file.close()

@@ -15,6 +15,7 @@ GOLDEN = Path(__file__).parent / "golden" / "training"
 CASES = sorted(p.parent.name for p in GOLDEN.glob("*/case.json"))
 RELATIVE = {"lr": 1e-9, "grad_norm": 2e-5}
 ABSOLUTE = {"ce": 5e-6, "z": 1e-7}
+TRL = {"loss": 5e-6, "rewards/chosen": 5e-6, "rewards/rejected": 5e-6, "aux_loss": 5e-6}  # of fine-tuning besides
 WEIGHTS = 1e-5
 
 
@@ -23,8 +24,9 @@ def apart(case: Path, out: Path) -> dict[str, float]:
     wanted, found = ([json.loads(x) for x in (p / "curve.jsonl").read_text().splitlines()] for p in (case, out))
     assert [x["step"] for x in found] == [x["step"] for x in wanted]
     far: dict[str, float] = {}
+    limits = RELATIVE | ABSOLUTE | (TRL if case.name.startswith("trl_") else {})
     for a, b in zip(found, wanted, strict=True):
-        for name, limit in (RELATIVE | ABSOLUTE).items():
+        for name, limit in limits.items():
             if name in b:
                 scale = abs(b[name]) if name in RELATIVE and b[name] else 1.0
                 far[name] = max(far.get(name, 0.0), abs(a[name] - b[name]) / scale / limit)

@@ -29,6 +29,8 @@ class Rows:
     positions  int64 [rows, sequence], from 0 on in every document that is isolated; None: documents are not isolated
     source     int64 [rows], a number in `sources` of who gave them
     instance   int64 [rows], its number in that source
+    padding    bool [rows, sequence], where tokens only fill up and no router need care; None: nowhere
+    reference  float64 [rows], the frozen reference's log-probability of the labels, of preferences
     """
 
     tokens: Array
@@ -36,6 +38,8 @@ class Rows:
     positions: Array | None
     source: Array
     instance: Array
+    padding: Array | None = None
+    reference: Array | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -24,6 +24,8 @@ from surgery.data.rows import IGNORE, Rows, RowSource
 from surgery.errors import ConfigError
 from surgery.midtraining.amounts import Amount
 
+MAYBE = ("positions", "padding", "reference")  # what rows may lack
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -129,8 +131,9 @@ def rows_of(source: RowSource, layout: Layout, step: int, rank: int = 0, world: 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
     positions = None if parts[0].positions is None else np.concatenate([p.positions for p in parts])
-    rest = (np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "instance"))
-    return Rows(np.concatenate([p.tokens for p in parts]), np.concatenate([p.labels for p in parts]), positions, *rest)
+    names = ["source", "instance", *(n for n in ("padding", "reference") if getattr(parts[0], n) is not None)]
+    rest = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+    return Rows(np.concatenate([p.tokens for p in parts]), np.concatenate([p.labels for p in parts]), positions, **rest)
 
 
 def _cut(rows: Rows, length: int) -> Rows:
@@ -142,14 +145,15 @@ def _cut(rows: Rows, length: int) -> Rows:
         begun = np.maximum.accumulate(np.where(positions == 0, np.arange(length), 0), axis=1)
         positions = np.arange(length) - begun
     source, instance = rows.source.repeat(pieces), rows.instance.repeat(pieces)
-    return Rows(rows.tokens.reshape(-1, length), rows.labels.reshape(-1, length), positions, source, instance)
+    padding = None if rows.padding is None else rows.padding.reshape(-1, length)
+    return Rows(rows.tokens.reshape(-1, length), rows.labels.reshape(-1, length), positions, source, instance, padding)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Some rows on a device: tokens, labels, positions (None: each row is one document), source [rows].
 
-    learnt   how many labels count
+    learnt   how many labels count        padding, reference   as in Rows
     """
 
     tokens: torch.Tensor
@@ -157,16 +161,18 @@ class MicroBatch:
     positions: torch.Tensor | None
     source: torch.Tensor
     learnt: int
+    padding: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 
 def micro_batches(rows: Rows, size: int, device: str) -> Iterator[MicroBatch]:
     """`size` rows at a time, on the device."""
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        positions = None if rows.positions is None else _tensor(rows.positions[part], device)
+        cut = {name: None if (whole := getattr(rows, name)) is None else _tensor(whole[part], device) for name in MAYBE}
         yield MicroBatch(
-            _tensor(rows.tokens[part], device), _tensor(rows.labels[part], device), positions,
-            _tensor(rows.source[part], device), int((rows.labels[part] != IGNORE).sum()),
+            _tensor(rows.tokens[part], device), _tensor(rows.labels[part], device),
+            source=_tensor(rows.source[part], device), learnt=int((rows.labels[part] != IGNORE).sum()), **cut,
         )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ class Course:
         layout = lay_out(len(batches), batches.rows_per_step, length, train.batch_tokens or {},
                          train.sequence_length or {}, train.length)  # fmt: skip
         schedule = schedule_of(train.schedule, layout, peak)
-        return cls(layout, schedule, _micro(train, layout, world), world)
+        return cls(layout, schedule, _micro(train, layout, world, getattr(batches, "group", 1)), world)
 
     def micro_rows(self, step: int) -> int:
         """Rows of a micro-batch of a step, counted from 0: more where they are shorter."""
@@ -52,20 +52,25 @@ def rows_per_unit(train: Train, length: int) -> int | None:
     return unit_rows(train.batch_tokens, length) if train.batch_tokens else None
 
 
-def _micro(train: Train, layout: Layout, world: int) -> int:
+def _micro(train: Train, layout: Layout, world: int, group: int) -> int:
+    """Rows of a micro-batch; `group` of them belong together."""
     for stage in layout.stages:
         rows = stage.units * layout.rows
-        if layout.rows % world:
+        if layout.rows % (world * group):
             raise ConfigError(f"a batch of {rows} rows cannot be divided among {world} processes",
                               hint="choose another train.batch_tokens, or other processes")  # fmt: skip
-        if train.micro_batch and (rows // world) % train.micro_batch:
-            fitting = [n for n in range(1, rows // world + 1) if (rows // world) % n == 0]
+        if train.micro_batch and ((rows // world) % train.micro_batch or train.micro_batch % group):
+            fitting = [n for n in range(group, rows // world + 1, group) if (rows // world) % n == 0]
+            pairs = ", and pairs stay together" if group == 2 else ""
             what = f"a device's {rows // world} rows of a batch are no whole number of micro-batches of "
-            raise ConfigError(f"{what}{train.micro_batch}", hint=f"train.micro_batch: {', '.join(map(str, fitting))}")
+            raise ConfigError(
+                f"{what}{train.micro_batch}{pairs}", hint=f"train.micro_batch: {', '.join(map(str, fitting))}"
+            )
     if train.micro_batch:
         return train.micro_batch
     mine = layout.rows // world
-    return max(n for n in range(1, mine + 1) if mine % n == 0 and (n == 1 or n * layout.length <= MICRO_TOKENS))
+    fitting = [n for n in range(group, mine + 1, group) if mine % n == 0]
+    return max(n for n in fitting if n == group or n * layout.length <= MICRO_TOKENS)
 
 
 def schedule_of(wanted: Wanted, layout: Layout, peak: float) -> Schedule:

@@ -33,6 +33,7 @@ from surgery.midtraining.objections import check
 from surgery.midtraining.optimizer import DECAYS, adamw, freeze, grouped, named, set_rate
 from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Masters, Precision, choose
+from surgery.midtraining.preference import preference_of
 from surgery.midtraining.recorded_rate import peak_rate
 from surgery.midtraining.router_telemetry import RouterTelemetry, summary
 from surgery.midtraining.routers import Fp32Routers, Mixture, RouterLog, find_mixtures
@@ -162,7 +163,8 @@ def objective_of(
 ) -> tuple[Objective, list[str]]:
     """What is minimised; for a mixture of experts also who listens to its routers, and what coefficients were made."""
     train, moe = run.train, run.moe
-    plain = Objective(precision, train.z_loss, train.loss_divisor, train.loss_chunk, run.data.attend_across_documents)
+    plain = Objective(precision, train.z_loss, train.loss_divisor, train.loss_chunk, run.data.attend_across_documents,
+                      preference=preference_of(run.objective))  # fmt: skip
     if not mixtures:
         return plain, []
     if moe.fp32_router:

@@ -66,6 +66,10 @@ class Routed:
     experts: Tensor
     scores: str
 
+    def where(self, kept: Tensor) -> Routed:
+        """Of the tokens that are `kept`, bool [T]."""
+        return Routed(self.logits[kept], self.experts[kept], self.scores)
+
     def probabilities(self) -> Tensor:
         """fp32 [T, E]: the scores of every token, made to sum to one."""
         scores = SCORES[self.scores](self.logits)

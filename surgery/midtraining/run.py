@@ -28,6 +28,7 @@ from surgery.midtraining.compiling import compiled
 from surgery.midtraining.evaluating import Evaluations
 from surgery.midtraining.log import RunLog, View
 from surgery.midtraining.loop import Act, Job, State, fresh_state, prepare, train
+from surgery.midtraining.reference import with_reference
 from surgery.midtraining.resuming import previous, restore, said, versions
 from surgery.midtraining.run_folder import claimed
 from surgery.midtraining.saving import Saver
@@ -76,7 +77,7 @@ def midtrain(
     say = say if world.main else lambda text: None
     with claimed(folder) if world.main else nullcontext(), stops(world) as came:
         saved = previous(run, world, say)
-        job = prepare(run, progress, saved)
+        job = with_reference(prepare(run, progress, saved))
         told = Told(None, Meter(flops_per_token(job.source.spec, job.course.layout.length), _peak(job), world.size))
         state = fresh_state(job) | kept_besides(job, told)
         if saved:

@@ -105,6 +105,26 @@ class Data(Section):
         return self
 
 
+class Goal(Section):
+    """What is minimised."""
+
+    name: Literal["tokens", "dpo"] = "tokens"
+    """tokens: the loss of every label; dpo: preferences, of data with chosen and rejected completions.
+    `objective: dpo` says the name alone."""
+    beta: Positive = 0.1
+    """Of dpo: how dear it is to leave the reference."""
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """Of dpo: which loss; docs/fine-tuning.md has them."""
+    label_smoothing: Annotated[Real, Field(ge=0, lt=0.5)] = 0.0
+    """Of dpo with sigmoid: the share of pairs that are taken to be the wrong way round."""
+
+    @model_validator(mode="after")
+    def _smooths(self) -> Goal:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing goes with loss: sigmoid, not with {self.loss}")
+        return self
+
+
 class Schedule(Section):
     """The learning rate of every step; it counts from the start of this run, whatever came before."""
 
@@ -332,6 +352,8 @@ class Run(Section):
     """What it begins with besides the weights."""
     train: Train = Train()
     """How."""
+    objective: Annotated[Goal, BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)] = Goal()
+    """What is minimised."""
     moe: Moe = Moe()
     """Losses of the routers; without effect on a dense model."""
     parallel: Parallel = Parallel()

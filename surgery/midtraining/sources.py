@@ -21,8 +21,14 @@ PLAN = "plan"  # in the run's folder
 
 def open_batches(run: Run) -> RowSource:
     """Raises SurgeryError if the data are not what the settings say."""
-    if run.data.recorded:
-        return _recorded(run)
+    batches = _recorded(run) if run.data.recorded else _of_plan(run)
+    if (getattr(batches, "group", 1) == 2) != (run.objective.name == "dpo"):
+        what = "the data are pairs of completions, and" if run.objective.name != "dpo" else "the data are no pairs, but"
+        raise ConfigError(f"{what} the objective is {run.objective.name}", hint="objective: dpo goes with pairs")
+    return batches
+
+
+def _of_plan(run: Run) -> RowSource:
     plan = open_plan(run.data.plan) if run.data.plan else _planned(run)
     return Batches(plan, rows_per_unit(run.train, plan.mixture.sequence_length))
 

@@ -3,6 +3,8 @@
     losses = gradients(model, rows, objective, world=world)
     losses["loss"], losses["ce"]                       # floats, of all ranks; gradients lie in the parameters
 
+With a `preference` rows are pairs, what is minimised is a loss of pairs, and its figures stand in place of `ce`.
+
 The model is called without an attention mask and without a cache: only so do positions that begin anew isolate the
 documents of a row.
 """
@@ -22,11 +24,12 @@ from surgery.midtraining.batching import MicroBatch
 from surgery.midtraining.loss import DIVISORS, chunked_loss
 from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
+from surgery.midtraining.preference import FIGURES, Preference, completion_logps
 from surgery.midtraining.router_telemetry import RouterTelemetry
 from surgery.midtraining.routers import RouterLog
 from surgery.midtraining.sharding import trunk
 
-PARTS = ("loss", "ce", "z", "balance", "router_z")
+TOKENS, ROUTERS = ("ce", "z"), ("balance", "router_z")  # the terms of a loss of tokens, and those of mixtures
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,15 @@ class Objective:
     balance: float = 0.0
     router_z: float = 0.0
     rule: Rule = RULES["ours"]
+    preference: Preference | None = None  # None: every label is to be predicted
     routers: RouterLog | None = field(default=None, compare=False)  # None: a dense model
     telemetry: RouterTelemetry | None = field(default=None, compare=False)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The names of a step's losses and figures."""
+        of_labels = ("dpo", *FIGURES) if self.preference else TOKENS
+        return ("loss", *of_labels, *(ROUTERS if self.routers else ()))
 
 
 def gradients(model: Any, parts: Sequence[MicroBatch], objective: Objective, world: World) -> dict[str, float]:
@@ -53,36 +63,54 @@ def gradients(model: Any, parts: Sequence[MicroBatch], objective: Objective, wor
     mine = [float(sum(p.learnt for p in parts)), float(sum(p.tokens.numel() for p in parts))]
     labels, tokens = (int(n) for n in parallel.total(world, mine))
     divisor = DIVISORS[objective.divisor](labels, tokens)
-    sums = torch.zeros(len(PARTS), device=world.device)
+    if objective.preference:
+        divisor = int(parallel.total(world, [float(sum(len(p.tokens) for p in parts))])[0]) // 2
+    sums = torch.zeros(len(objective.terms), device=world.device)
     for i, part in enumerate(parts):
         with parallel.micro_batch(model, last=i + 1 == len(parts)):
             terms = _terms(model, part, objective, world, max(divisor, 1), len(parts), labels)
             terms[0].backward()
             sums += torch.stack([term.detach().float() for term in terms])
-    values = dict(zip(PARTS, parallel.total(world, sums.tolist()), strict=True))
-    kept = PARTS if objective.routers else PARTS[:3]
-    return {**{name: values[name] for name in kept}, "labels": labels, "tokens": tokens}
+    values = dict(zip(objective.terms, parallel.total(world, sums.tolist()), strict=True))
+    return {**values, "labels": labels, "tokens": tokens}
 
 
 def _terms(
     model: Any, part: MicroBatch, objective: Objective, world: World, divisor: int, count: int, labels: int
 ) -> list[torch.Tensor]:
-    """The scalars of `PARTS`, of one micro-batch; the first has a gradient."""
+    """The scalars of `objective.terms`, of one micro-batch; the first has a gradient."""
     with objective.precision.computing(world.device):
         with objective.routers or nullcontext():
             hidden = hidden_states(model, part, objective.across)
         head = model.get_output_embeddings().weight
-        loss, ce, z = chunked_loss(hidden, head, part.labels, divisor, z_coef=objective.z_loss, chunk=objective.chunk)
-    balance = router_z = torch.zeros((), device=loss.device)
+        loss, *terms = _of_labels(hidden, head, part, objective, divisor)
     if objective.routers:
         routed = objective.routers.take()
+        source = part.source.repeat_interleave(part.tokens.shape[1])
+        if part.padding is not None:
+            real = ~part.padding.reshape(-1)
+            routed, source = tuple(r.where(real) for r in routed), source[real]
         rule, ranks, reduce = objective.rule, world.size, parallel.summing(world)
         balance = balance_loss(routed, rule, micro_batches=count, ranks=ranks, labels=labels, reduce=reduce)
         router_z = router_z_loss(routed, rule, micro_batches=count, ranks=ranks, labels=labels)
         loss = loss + objective.balance * balance + objective.router_z * router_z
         if objective.telemetry:
-            objective.telemetry.add(routed, part.source.repeat_interleave(part.tokens.shape[1]))
-    return [loss, ce, z, balance, router_z]
+            objective.telemetry.add(routed, source)
+        terms += [balance, router_z]
+    return [loss, *terms]
+
+
+def _of_labels(
+    hidden: torch.Tensor, head: torch.Tensor, part: MicroBatch, objective: Objective, divisor: int
+) -> list[torch.Tensor]:
+    """The loss of a micro-batch's labels or pairs, which has a gradient, and what is told of it."""
+    if objective.preference is None:
+        terms = chunked_loss(hidden, head, part.labels, divisor, z_coef=objective.z_loss, chunk=objective.chunk)
+        return list(terms)
+    logps, lengths = completion_logps(hidden, head, part.labels, objective.chunk)
+    reference = torch.zeros_like(logps) if part.reference is None else part.reference.to(logps.dtype)
+    loss, figures = objective.preference.terms(logps, reference, lengths)
+    return [loss / divisor, loss / divisor, *(figures / divisor)]
 
 
 def hidden_states(model: Any, part: MicroBatch, across: bool = False) -> torch.Tensor:

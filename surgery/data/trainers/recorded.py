@@ -8,6 +8,8 @@ input_ids     [step, micro, row, token], or [step, row, token]
 labels        aligned with input_ids as Hugging Face's are: -100 or the id itself
 label_mask    1 where the token may be a label        attention_mask   0 where it is padding
 position_ids  from 0 on in every document             index            numbers of the instances
+completion_mask  of preferences: 1 for the tokens of completions; the first half of the rows of a micro-batch are chosen
+              ones, the second half those that were rejected, in the same order
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from surgery.data.rows import IGNORE, Rows, share, shifted
 from surgery.errors import FileError, UsageError
 
 IDS, POSITIONS, INDEX = "input_ids", "position_ids", "index"
-LABELS, MASKS = "labels", ("label_mask", "attention_mask", "completion_mask")
+SEEN, PAIRS = "attention_mask", "completion_mask"
+LABELS, MASKS = "labels", ("label_mask", SEEN, PAIRS)
 
 
 class RecordedBatches:
@@ -51,6 +54,11 @@ class RecordedBatches:
             self._mask = _mask(arrays, self._ids, self.path)
             self._positions = _like(arrays, POSITIONS, shape, self.path)
             self._index = _like(arrays, INDEX, shape[:2], self.path)
+            seen = _like(arrays, SEEN, shape, self.path)
+            self._padding = None if seen is None or seen.all() else seen == 0
+            self.group = 2 if PAIRS in arrays else 1  # rows that belong together
+            if self.micro[1] % self.group:
+                raise FileError(f"a micro-batch has {self.micro[1]} rows, which are no pairs", file=path)
 
     @property
     def sequence_length(self) -> int:
@@ -67,12 +75,19 @@ class RecordedBatches:
         """A rank's share of a step."""
         if not 0 <= step < len(self):
             raise UsageError(f"there is no step {step}", hint=f"steps count from 0 to {len(self) - 1}")
-        mine = share(self.rows_per_step, rank, world)
+        mine = self._order()[share(self.rows_per_step // self.group, rank, world)].reshape(-1)
         labels = shifted(self._ids[step], self._mask[step])[mine]
         positions = None if self._positions is None else self._positions[step][mine]
         numbers = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step)
         instance = (numbers if self._index is None else self._index[step])[mine]
-        return Rows(self._ids[step][mine], labels, positions, np.zeros(len(instance), np.int64), instance)
+        padding = None if self._padding is None else self._padding[step][mine]
+        return Rows(self._ids[step][mine], labels, positions, np.zeros(len(instance), np.int64), instance, padding)
+
+    def _order(self) -> Array:
+        """int64 [groups, rows of a group]: each chosen row beside its rejected one."""
+        micro, rows = self.micro
+        numbers = np.arange(micro * rows).reshape(micro, self.group, rows // self.group)
+        return numbers.transpose(0, 2, 1).reshape(-1, self.group)
 
     def passages(self, source: int, instance: int) -> list[Passage]:
         """The record itself."""
