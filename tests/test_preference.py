@@ -144,6 +144,32 @@ def test_frozen_routers_stay_and_the_run_says_how_it_goes(tmp_path):
     assert steps[0]["length/chosen"] > 1
 
 
+def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
+    class Stops:
+        def event(self, record: Any) -> None:
+            pass
+
+        evaluation = experts = event
+
+        def step(self, metrics: Any, times: Any) -> None:
+            if metrics["step"] == 6:
+                raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    told = {}
+    for name in ("whole", "stopped"):
+        run = make_run({**settings(tmp_path / name, length=8), "checkpoint": {"every": 4}})
+        if name == "stopped":
+            with pytest.raises(KeyboardInterrupt):
+                midtrain(run, views=lambda job: [Stops()])
+        midtrain(run)
+        lines = (tmp_path / name / METRICS).read_text().splitlines()
+        told[name] = {m["step"]: (m["loss"], m["rewards/margin"], m["grad_norm"]) for m in map(json.loads, lines)}
+    assert told["whole"] == told["stopped"] and len(told["whole"]) == 8
+
+
 def test_the_reference_is_kept_and_belongs_to_its_model(tmp_path):
     job = prepare(make_run(settings(tmp_path / "run", length=4)))
     first = with_reference(job)

@@ -60,11 +60,8 @@ def with_reference(job: Job) -> Job:
     if not path.is_file():
         if job.begun:
             raise FileError("is missing, and the model has been trained since", file=path, hint="begin the run anew")
-        if job.world.main:
-            _write(path, _computed(job), job.digest)
-        else:
-            _computed(job)
-        parallel.total(job.world, [0.0])  # until it is there
+        logps = _computed(job)
+        parallel.together(job.world, lambda: _write(path, logps, job.digest), main=True)
     return replace(job, batches=cast(RowSource, Referred(job.batches, _read(path, job))))
 
 
