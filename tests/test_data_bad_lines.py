@@ -257,7 +257,7 @@ def test_a_packed_file_of_no_byte_is_broken(suffix, tmp_path):
         run(tmp_path, tmp_path / "out", MEGATRON)
     pack = {"gz": gzip.compress, "zst": zstd.compress}[suffix]
     (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(b""))
-    assert run(tmp_path, tmp_path / "out", MEGATRON).total.lines == 0
+    assert run(tmp_path, tmp_path / "whole", MEGATRON).total.lines == 0
 
 
 def test_a_line_without_end_is_an_error(tmp_path, monkeypatch):
