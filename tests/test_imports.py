@@ -31,6 +31,7 @@ ROOMS = {
     "rich": ("cli", "writing/progress.py", "midtraining/panel.py"),
     "plotly": ("midtraining/report/page.py",),
     "lm_eval": ("midtraining/evaluation/harness.py",),
+    "ray": ("conversion/workers.py",),
     "wandb": ("midtraining/trackers.py",),
     "pydantic": ("data", "midtraining"),
 }  # fmt: skip

@@ -31,7 +31,7 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     from pathlib import Path
 
     from surgery.cli import show
-    from surgery.conversion.convert import execute, prepare
+    from surgery.conversion.convert import carried_out, prepare, task_of
     from surgery.writing.staging import check_free
 
     request = Convert(**values_of(Convert, flags), command=["surgery", *sys.argv[1:]])
@@ -42,5 +42,5 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         return
     check_free(Path(dst), request.force)
     with progress_bar("convert", plan.bytes_to_write, as_json) as advance:
-        report = execute(plan, dst, progress=advance)
+        report = carried_out(plan, dst, request, task_of(src, dst, request), advance)
     click.echo(json.dumps(asdict(report), indent=2)) if as_json else show.report(report)

@@ -22,6 +22,7 @@ from surgery.cli.data import data_command
 from surgery.cli.eval import eval_command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, formats, options_of, with_flags
 from surgery.cli.inspect import inspect_command
+from surgery.cli.launch import launch_command
 from surgery.cli.midtrain import midtrain_command
 from surgery.cli.report import report_command
 from surgery.cli.run import run_command
@@ -101,6 +102,7 @@ def main() -> None:
     surgery upcycle SmolLM2 moe --experts 64 --top-k 8      dense -> mixture of experts, with a proof
     surgery midtrain run.yaml                               continue its pretraining, write it in any format
     surgery run recipe.yaml                                 many such steps in their order, each once
+    surgery launch recipe.yaml --scheduler slurm            the same as jobs of a cluster
     surgery formats meta                                    what can be chosen for a format?
     """
 
@@ -179,5 +181,6 @@ for command in (
     eval_command,
     report_command,
     run_command,
+    launch_command,
 ):
     main.add_command(command)

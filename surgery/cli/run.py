@@ -55,7 +55,7 @@ def run_command(recipe: str, dry_run: bool, verbose: bool, as_json: bool, **flag
 
     A step is done when its record says so, what it reads, its command, its config and the version of surgery are the
     same, and its outputs are still what they were: by content, whatever their times. Stop it or kill it at any point
-    and run it again: what is done is not repeated.
+    and run it again: what is done is not repeated. `surgery launch` submits the same recipe to a cluster.
     """
     from surgery.errors import UsageError
     from surgery.jobs.graph import graph_of

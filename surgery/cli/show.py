@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from surgery.cli.console import Rows, console
-from surgery.conversion.report import Plan, Report
+from surgery.conversion.report import Plan, Report, Share
 from surgery.errors import LONGEST, printable, some
 from surgery.formats.base import Format
 from surgery.units import count, human
@@ -117,9 +117,12 @@ def plan(data: Json) -> None:
     _notes(out, data["notes"])
 
 
-def report(done: Report) -> None:
+def report(done: Report | Share) -> None:
     """`surgery convert`."""
     out = console()
+    if isinstance(done, Share):
+        rest = ", ".join(map(str, done.missing)) or "none, and another process puts them together"
+        return out.print(f"share {done.index} of {done.count} is written; still missing: {rest}")
     parallel = "".join(f", {k} {v}" for k, v in done.topology.items())
     rate = f"{human(done.bytes / done.seconds)}/s" if done.seconds > 0 else ""
     checked = f"read back and equal ({done.verify_seconds:.1f} s)" if done.verified else "not read back (--no-verify)"

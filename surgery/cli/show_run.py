@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from surgery.jobs.forecast import Line
+    from surgery.jobs.queue import Line as Job
 
 COLOURS = {"running": "cyan", "done": "green", "unchanged": "dim", "failed": "red", "stopped": "yellow"}
 
@@ -126,6 +127,24 @@ def _more(status: Status, shown: dict[str, int]) -> None:
         new = new[: new.rfind(b"\n") + 1]
     shown[status.step.id] += len(new)
     say(new.decode(errors="replace"), nl=False)
+
+
+def jobs(found: Sequence[Job]) -> None:
+    """`surgery launch status`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from surgery.cli.console import console
+
+    out = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("step", "", "job", "queue", "time", ""):
+        out.add_column(name, no_wrap=True, overflow="ellipsis")
+    for line in found:
+        state = Text(line.state, style=COLOURS.get(line.state.split(",")[0], ""))
+        out.add_row(
+            line.step, state, line.job, line.queue, spell(line.seconds) if line.seconds else "", Text(line.says)
+        )
+    console().print(out)
 
 
 def forecast(found: Sequence[Line]) -> None:

@@ -19,7 +19,7 @@ from surgery.merging.request import Choosing, Soup
 from surgery.writing.progress import progress_bar
 
 if TYPE_CHECKING:
-    from surgery.conversion.report import Report
+    from surgery.conversion.report import Report, Share
     from surgery.merging.recipe import Recipe
 
 
@@ -92,7 +92,7 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
     return best, tried.to_json()
 
 
-def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report:
+def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report | Share:
     """Merge, by surgery or by mergekit."""
     from surgery.merging import run
     from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
@@ -103,4 +103,4 @@ def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report:
         run.prepared(recipe, request) as plan,
         progress_bar("merge", plan.bytes_to_write, quiet) as advance,
     ):
-        return run.carry_out(recipe, plan, dst, advance)
+        return run.carry_out(recipe, plan, dst, request, advance)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.containers.output import OutputFile, text_file
 from surgery.conversion import allow
-from surgery.conversion.report import Plan, Report, provenance, version
-from surgery.conversion.request import Convert, Write
+from surgery.conversion.report import Plan, Report, Share, provenance, version
+from surgery.conversion.request import Convert, Divided, Write
+from surgery.conversion.workers import ENGINES, Task
 from surgery.errors import ConfigError, OutputError, UsageError, show, some
 from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
@@ -33,12 +34,15 @@ from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.units import human
 from surgery.writing import stream
+from surgery.writing.locking import BUSY
 from surgery.writing.readback import Spoilt
-from surgery.writing.staging import check_free, data_of
+from surgery.writing.shards import Shard, others
+from surgery.writing.staging import check_free, data_of, has_begun
 
 LOG = logging.getLogger(__name__)
 Prove = Callable[[Checkpoint], Mapping[str, Any]]
 Path_ = str | os.PathLike[str]
+D = TypeVar("D", bound=Divided)
 
 
 @taking(Convert)
@@ -51,7 +55,16 @@ def convert(src: Path_, dst: Path_, request: Convert) -> Report:
     nothing half-written is left under `dst`.
     """
     check_free(Path(dst), request.force)
-    return execute(prepare(src, request), dst)
+    return whole(carried_out(prepare(src, request), dst, request, task_of(src, dst, request)))
+
+
+def task_of(src: Path_, dst: Path_, request: Convert) -> Task:
+    """What each of several processes does."""
+    return partial(_share, os.fspath(src), os.fspath(dst), request_of_share(request))
+
+
+def _share(src: str, dst: str, request: Convert, shard: Shard, progress: stream.Progress) -> None:
+    write_share(prepare(src, request), dst, shard, progress)
 
 
 def prepare(src: Path_, request: Convert) -> Plan:
@@ -142,8 +155,10 @@ def _lost_facts(source: Checkpoint, target: Format) -> list[str]:
     )
 
 
-def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, prove: Prove | None = None) -> Report:
-    """Carry out a plan.
+def execute(
+    plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, prove: Prove | None = None, shards: int = 0
+) -> Report:
+    """Carry out a plan; of `shards` shares that other processes wrote, only what is missing is written.
 
     `progress` takes the place of the request's.  `prove` is shown the complete output, opened, before it is published:
     what it answers joins surgery.json, and if it raises, the output does not appear.
@@ -166,17 +181,71 @@ def execute(plan: Plan, dst: Path_, *, progress: stream.Progress | None = None, 
         report.append(_report(plan, dst, written, digest, seconds))
         return [text_file(PROVENANCE, provenance(plan, report[0], proof))]
 
-    job = {"surgery": version(), "source": identity(plan.source), **plan.job}
     LOG.debug("writing %s as %s: %d files, %s, with %s of memory", dst, plan.to.name, len(plan.output.files),
               human(plan.bytes), human(plan.max_memory))  # fmt: skip
-    done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job, ledger=plan.ledger,
+    done = stream.write(plan.output.files, dst, max_memory=plan.max_memory, job=job_of(plan), ledger=plan.ledger,
                         progress=progress, force=write.force, durable=write.sync, threads=plan.threads,
-                        closing=close, compare=write.verify)  # fmt: skip
+                        closing=close, compare=write.verify, shards=shards)  # fmt: skip
     LOG.debug("published %s after %.1f s", dst, done.seconds)
     first = report[0]
     peak, seconds = (first.peak_memory, first.seconds) if prove else (done.peak, done.seconds)  # those of writing
     return replace(first, bytes=done.bytes, seconds=seconds, read_bytes=done.read_bytes, peak_memory=peak,
                    notes=(*first.notes, *done.notes))  # fmt: skip
+
+
+def carried_out(
+    plan: Plan, dst: Path_, request: Divided, task: Task, progress: stream.Progress | None = None
+) -> Report | Share:
+    """Carry out a plan by as many processes as the request says, or one share of it.  `task` writes a share."""
+    dst = Path(dst)
+    refuse_overlap(plan.source.path, dst)
+    if request.shard:
+        return _one_share(plan, dst, Shard.parse(request.shard), progress)
+    if request.workers > 1 and not has_begun(dst):  # once putting together has begun, one process ends it
+        todo = [Shard(i, request.workers) for i in range(request.workers)]
+        ENGINES[request.engine](task, todo, dst, progress or (lambda n: None))
+    return execute(plan, dst, progress=progress, shards=request.workers if request.workers > 1 else 0)
+
+
+def whole(done: Report | Share) -> Report:
+    """Raises UsageError for a share, whose missing ones nobody waits for."""
+    if isinstance(done, Share):
+        raise UsageError(f"share {done.index} of {done.count} is written, and no output yet",
+                         hint="surgery convert --shard, or workers=N, which waits for all")  # fmt: skip
+    return done
+
+
+def request_of_share(request: D) -> D:
+    """The request of one of several processes: its part of the memory."""
+    return replace(request, max_memory=max(1, request.memory // request.workers), progress=None, workers=1)
+
+
+def write_share(plan: Plan, dst: Path_, shard: Shard, progress: stream.Progress | None = None) -> None:
+    """Write one share of a plan beside the output.  Raises SurgeryError."""
+    threads = plan.threads or max(1, min(4, (os.cpu_count() or 1) // shard.count))
+    stream.write_shard(plan.output.files, Path(dst), shard, max_memory=plan.max_memory, job=job_of(plan),
+                       ledger=plan.ledger, progress=progress, durable=plan.write.sync, threads=threads)  # fmt: skip
+
+
+def _one_share(plan: Plan, dst: Path, shard: Shard, progress: stream.Progress | None) -> Report | Share:
+    """Write a share, and put all of them together if it is the last one."""
+    if not has_begun(dst):
+        write_share(plan, dst, shard, progress)
+        missing = others(dst, shard, plan.output.files)
+        if missing:
+            published = os.path.lexists(dst) and not plan.write.force  # by another that was as late
+            return Share(shard.index, shard.count, () if published else tuple(other.index for other in missing))
+    try:
+        return execute(plan, dst, progress=progress, shards=shard.count)
+    except OutputError as error:
+        if error.what != BUSY:
+            raise
+        return Share(shard.index, shard.count, ())
+
+
+def job_of(plan: Plan) -> dict[str, Any]:
+    """What tells this output from any other."""
+    return {"surgery": version(), "source": identity(plan.source), **plan.job}
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:
@@ -212,8 +281,11 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
 
 
 def identity(source: Checkpoint) -> list[Any]:
-    """What tells whether the source is still the same when a killed run is repeated."""
-    return [[os.path.realpath(path), *stamp] for path, stamp in sorted(source.stamps.items())]
+    """What tells whether the source is still the same when a killed run is repeated.
+
+    The number of the device is not in it: every machine that mounts a file system has its own.
+    """
+    return [[os.path.realpath(path), *stamp[1:]] for path, stamp in sorted(source.stamps.items())]
 
 
 def _digests(plan: Plan) -> tuple[str | None, str]:

@@ -57,6 +57,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Share `index` of `count` is written; `missing`: the numbers of those that are not.
+
+    Without any missing, another process that was as late puts them together.
+    """
+
+    index: int
+    count: int
+    missing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a conversion did.  Digests are of the model's parts: equal for the same weights in any format."""
 

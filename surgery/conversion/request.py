@@ -77,6 +77,26 @@ class Write(Checked):
         return self.max_memory or default_memory()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Divided(Write):
+    """An output that several processes may write."""
+
+    workers: int = setting(1, "Processes that write; each has its part of the memory.", metavar="N", low=1, high=4096)
+    engine: str = setting(
+        "processes", "What runs them: processes of this machine, or a Ray cluster (RAY_ADDRESS).",
+        choices=("processes", "ray"),
+    )  # fmt: skip
+    shard: str | None = setting(
+        None, "Write only share I of N, from 0, of the files, in any order and on any machine; the last one puts all "
+        "together.", metavar="I/N",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shard and self.workers > 1:
+            raise UsageError("--shard and --workers exclude each other")
+
+
 def dtype_setting() -> Any:
     """The field `dtype`, of those requests that cast."""
     return setting("keep", "Cast the weights before anything else; by default every bit is kept.", choices=DTYPES,
@@ -92,7 +112,7 @@ class Save(Write):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert(Write):
+class Convert(Divided):
     """A conversion."""
 
     to: str = field(metadata=said("The format to write; see `surgery formats`.", metavar="FORMAT"))

@@ -4,7 +4,7 @@
 
 Killed at any point it leaves one of three things: no record of this key, and the step is run; a record that says
 "running" beside an output of a command that writes whole or not at all, which is then complete; or one beside something
-else, which is made anew.
+else, with which the command goes on if it can (midtrain), and which is made anew if not.
 """
 
 from __future__ import annotations

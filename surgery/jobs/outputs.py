@@ -10,10 +10,11 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import OutputError
+from surgery.errors import OutputError, SurgeryError
 from surgery.jobs.digests import Digests
 from surgery.jobs.expand import OUT
 from surgery.jobs.keys import Verdict, holds
@@ -22,7 +23,7 @@ from surgery.jobs.step import Step
 from surgery.writing.atomic import sync_folder
 
 WHOLE = {"convert", "soup", "upcycle", "experts", "data tokenize", "data plan"}  # outputs appear whole or not at all
-COSTLY = {"midtrain"}  # what an earlier run of these made is never removed
+RESUMES = {"midtrain"}  # they grow in place and are gone on with; what an earlier run of these made is never removed
 
 
 def command_of(step: Step) -> str:
@@ -39,9 +40,20 @@ def partials(step: Step) -> dict[str, Path]:
 
 def is_complete(step: Step, record: Record, parts: Mapping[str, Any]) -> bool:
     """Whether a run that was cut short had made everything, and only could not say so."""
-    appear = command_of(step) in WHOLE or step.outputs.keys() == partials(step).keys()
+    command = command_of(step)
+    appear = command in WHOLE or step.outputs.keys() == partials(step).keys()
+    appear = appear or (command in RESUMES and _has_finished(step))
     there = bool(step.outputs) and all(os.path.lexists(t.path) for t in step.outputs.values())
     return record.state in ("running", "stopped") and record.key == key_of(parts) and appear and there
+
+
+def _has_finished(step: Step) -> bool:
+    """Whether a training run came to its end."""
+    from surgery.midtraining.run_folder import read_folder
+
+    with suppress(SurgeryError, KeyError):
+        return read_folder(step.outputs[OUT].path).status == "finished"
+    return False
 
 
 def make_way(step: Step, verdict: Verdict, digests: Digests, tell: Callable[[str], None]) -> None:
@@ -58,7 +70,10 @@ def make_way(step: Step, verdict: Verdict, digests: Digests, tell: Callable[[str
                 "move it away, or let the step write elsewhere; `surgery run --accept` takes it for the step's output"
             )
             raise OutputError(f"exists already, and step {step.id} did not make it", file=thing.path, hint=hint)
-        if command in COSTLY or (record.state == "done" and not holds(step, name, record, digests)):
+        same = verdict.parts is not None and record.key == key_of(verdict.parts)
+        if command in RESUMES and same and record.state != "done":
+            continue
+        if command in RESUMES or (record.state == "done" and not holds(step, name, record, digests)):
             tell(f"{thing.path.name} is kept as {set_aside(thing.path).name}")
         else:
             remove(thing.path)

@@ -43,7 +43,7 @@ def _torchrun(step: Step) -> list[str]:
         return shlex.split(given)
     if step.resources.nodes > 1:
         raise UsageError(
-            f"step {step.id} needs {step.resources.nodes} nodes", hint=f"run it in a job on them, with ${TORCHRUN} set"
+            f"step {step.id} needs {step.resources.nodes} nodes", hint="surgery launch submits it as a job"
         )
     many = str(step.resources.processes)
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", many]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from surgery.conversion.request import Write
+from surgery.conversion.request import Divided
 from surgery.errors import UsageError
 from surgery.settings import Checked, setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class Soup(Write):
+class Soup(Divided):
     """How a merge is computed and written."""
 
     threads: int | None = setting(None, "Threads that compute.", metavar="N", low=1, otherwise="all cores")

@@ -12,13 +12,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import text_file
 from surgery.containers.text import json_text
-from surgery.conversion.convert import execute, plan_for
-from surgery.conversion.report import Plan, Report
+from surgery.conversion.convert import carried_out, plan_for, request_of_share, whole, write_share
+from surgery.conversion.report import Plan, Report, Share
 from surgery.errors import OutputError, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import by_side, named, recognise
@@ -32,6 +33,7 @@ from surgery.settings import taking
 from surgery.writing import stream
 from surgery.writing.ahead import cores
 from surgery.writing.scratch import scratch
+from surgery.writing.shards import Shard
 from surgery.writing.staging import check_free
 
 RECORD = "soup.json"
@@ -52,7 +54,7 @@ def soup(config: Config, dst: str | os.PathLike[str], request: Soup) -> Report:
     if why := reason_for_mergekit(recipe, request.to):
         return by_mergekit(recipe, Path(dst), why, request)
     with prepared(recipe, request) as plan:
-        return carry_out(recipe, plan, dst)
+        return whole(carry_out(recipe, plan, dst, request))
 
 
 def read(config: Config) -> Recipe:
@@ -84,11 +86,20 @@ def prepared(recipe: Recipe, request: Soup) -> Iterator[Plan]:
 
 
 def carry_out(
-    recipe: Recipe, plan: Plan, dst: str | os.PathLike[str], progress: stream.Progress | None = None
-) -> Report:
-    """Write what `prepared` planned, while its context is open."""
+    recipe: Recipe, plan: Plan, dst: str | os.PathLike[str], request: Soup, progress: stream.Progress | None = None
+) -> Report | Share:
+    """Write what `prepared` planned, while its context is open, or one share of it."""
     refuse_overlap(plan.source, Path(dst))
-    return replace(execute(plan, dst, progress=progress), source=summary(recipe))
+    threads = max(1, (request.threads or cores()) // request.workers)
+    task = partial(_share, recipe, os.fspath(dst), replace(request_of_share(request), threads=threads))
+    done = carried_out(plan, dst, request, task, progress)
+    return done if isinstance(done, Share) else replace(done, source=summary(recipe))
+
+
+def _share(recipe: Recipe, dst: str, request: Soup, shard: Shard, progress: stream.Progress) -> None:
+    """What each of several processes does."""
+    with prepared(recipe, request) as plan:
+        write_share(plan, dst, shard, progress)
 
 
 def summary(recipe: Recipe) -> str:

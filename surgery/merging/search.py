@@ -98,9 +98,10 @@ class Tried:
             beside = self.log.absolute().parent
             with scratch("soup", beside) as temporary:
                 folder = temporary / "candidate"
-                hf = replace(self.request, to="hf", topology=ONE_RANK, options=None, verify=False, sync=False)
+                hf = replace(self.request, to="hf", topology=ONE_RANK, options=None, verify=False, sync=False,
+                             workers=1, shard=None)  # fmt: skip
                 with run.prepared(recipe, hf) as plan:
-                    run.carry_out(recipe, plan, folder)
+                    run.carry_out(recipe, plan, folder, hf)
                 value = loss_of(folder, self.text, self.choosing.tokens, self.choosing.device)
             self.losses[key] = value
             self.merged += 1

@@ -17,6 +17,7 @@ from surgery.errors import OutputError
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+BUSY = "another run is writing this output"
 
 
 def locked(hidden: Path) -> tuple[int, int]:
@@ -63,7 +64,7 @@ def _hold(lock: int, hidden: Path) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OutputError("another run is writing this output", file=hidden, hint="wait for it to end") from None
+        raise OutputError(BUSY, file=hidden, hint="wait for it to end") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

@@ -236,6 +236,11 @@ def hidden_of(dst: Path) -> Path:
     return dst.with_name(f".{dst.name}.surgery-partial") if dst.name else dst
 
 
+def has_begun(dst: Path) -> bool:
+    """Whether a run has begun to write it and has not ended."""
+    return (hidden_of(usable_path(dst)) / journal.NAME).exists()
+
+
 def data_of(dst: Path) -> Path:
     """Where the output that will become `dst` grows until it is published."""
     return hidden_of(usable_path(dst)) / "data"

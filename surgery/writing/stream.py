@@ -36,6 +36,7 @@ from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import State
 from surgery.writing.readback import proven, unproven
+from surgery.writing.shards import Shard, adopt, discard_shards
 from surgery.writing.sink import Begin, Block, Sink, Step, boot_id, os_errors
 from surgery.writing.staging import Staging
 
@@ -76,6 +77,7 @@ def write(
     threads: int | None = None,
     closing: Callable[[Written], Sequence[OutputFile]] | None = None,
     compare: bool = True,
+    shards: int = 0,
 ) -> Written:
     """Write `files` as the folder `dst`, which appears when all of it is on disk.
 
@@ -87,6 +89,7 @@ def write(
     threads   that make blocks, besides this one, which writes them (None: one per core, at most 4)
     closing   small files that depend on the outcome, such as digests; asked for when all else is written
     compare   read back whatever the ledger's parts do not prove, and compare it byte for byte
+    shards    take what this many calls of `write_shard` have written; what they have not is written here
 
     Raises OutputError if `dst` exists and may not be replaced, is full or cannot be written; Interrupted on SIGINT and
     SIGTERM; LayoutError if the ledger has gaps; Spoilt if other bytes are read back than were written; FileError if a
@@ -104,12 +107,11 @@ def write(
         kept = unproven(files, ledger)
         identity = _identity(files, job, ledger, durable, sources)
         journal, state, tally.notes = stage.begin(identity, partial(State, sizes={f.name: f.size for f in files}))
+        if shards:
+            jobs = _shard_jobs(files, job, ledger, durable, shards)
+            adopt(stage, journal, state, {Shard(i, shards): jobs[i] for i in range(shards)}, files)
         sink = Sink(stage, journal, state, ledger, tally.count, CHECKPOINT * block, kept)
-        with sink:
-            tally.resumed = sink.resumed(files)
-            _check_space(dst, tally.total - tally.resumed)
-            tally.count(tally.resumed)
-            _take(_steps(files, state, ledger, block), threads, sink, dst)
+        _fill(files, sink, tally, ledger, block, threads)
         _check_complete(ledger, dst)
         check_unchanged(sources)
         everything = list(files)
@@ -120,7 +122,60 @@ def write(
                 sink.write_small(file)
         check_unchanged(sources)
         stage.publish({f.name for f in everything})
+        if shards:
+            discard_shards(dst)
         return tally.written(everything)
+
+
+def write_shard(
+    files: Sequence[OutputFile],
+    dst: Path,
+    shard: Shard,
+    *,
+    max_memory: int,
+    job: Mapping[str, Any],
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+    durable: bool = True,
+    threads: int | None = None,
+) -> Written:
+    """Write those of `files` that are one process's share, beside `dst`; `write(..., shards=N)` puts shares together.
+
+    The arguments are those of `write`, and so are the errors.  A share that is complete is left alone.
+    """
+    dst = usable_path(dst)
+    keep_blocks()
+    _check_names(files)
+    mine, block = shard.share(files), block_size(max_memory)
+    sources, place = _sources(mine), shard.place(dst)
+    tally = _Tally(place, sum(f.size for f in mine), progress)
+    with os_errors(place, tally.missing), Staging.open(place, False, durable) as stage:
+        identity = _shard_jobs(files, job, ledger, durable, shard.count)[shard.index]
+        sizes = {f.name: f.size for f in mine}
+        journal, state, tally.notes = stage.begin(identity, partial(State, sizes=sizes))
+        sink = Sink(stage, journal, state, ledger, tally.count, CHECKPOINT * block, unproven(files, ledger))
+        _fill(mine, sink, tally, ledger, block, threads)
+        check_unchanged(sources)
+    return tally.written(mine)
+
+
+def _shard_jobs(
+    files: Sequence[OutputFile], job: Mapping[str, Any], ledger: Ledger | None, durable: bool, count: int
+) -> list[str]:
+    """What tells each share of this output from any other."""
+    shares = ((i, Shard(i, count).share(files)) for i in range(count))
+    return [_identity(mine, {**job, "shard": [i, count]}, ledger, durable, _sources(mine)) for i, mine in shares]
+
+
+def _fill(
+    files: Sequence[OutputFile], sink: Sink, tally: _Tally, ledger: Ledger | None, block: int, threads: int | None
+) -> None:
+    """Write what is not written yet."""
+    with sink:
+        tally.resumed = sink.resumed(files)
+        _check_space(tally.dst, tally.total - tally.resumed)
+        tally.count(tally.resumed)
+        _take(_steps(files, sink.state, ledger, block), threads, sink, tally.dst)
 
 
 class _Tally:
@@ -258,7 +313,7 @@ def _identity(
     ]
     parts = None if ledger is None else sorted((n, k, list(s)) for n, (k, s) in ledger.parts.items())
     boot = None if durable else boot_id()
-    read = sorted(sources.items())
+    read = sorted((path, stamp[1:]) for path, stamp in sources.items())  # without the device: each machine has its own
     text = json.dumps([dict(job), plan, parts, boot, read], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

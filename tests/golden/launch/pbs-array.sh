@@ -1,0 +1,27 @@
+#!/bin/bash
+#PBS -N r.train
+#PBS -o /place/scripts/train-^array_index^.out
+#PBS -j oe
+#PBS -P llm
+#PBS -q gpu
+#PBS -J 0-1
+#PBS -l select=2:ncpus=32:ngpus=8:mpiprocs=8:mem=488282mb
+#PBS -l walltime=36:00:00
+#PBS -r y
+#PBS -p 100
+
+# train
+set -uo pipefail
+cd /place
+module load cuda/12.8 hpcx
+source ~/venv/bin/activate
+export NCCL_DEBUG=WARN
+steps=(train-42 train-666)
+step=${steps[$PBS_ARRAY_INDEX]}
+head=$(head -n 1 "$PBS_NODEFILE")
+number=${PBS_JOBID%%[.[]*}
+export SURGERY_TORCHRUN="mpirun --map-by ppr:1:node apptainer exec --nv image.sif python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=$number --rdzv-endpoint=$head:$((29500 + number % 1000))"
+# Before the time limit the step gets TERM and stops in order; `timeout` then ends with 124.
+timeout --signal=TERM 129000 apptainer exec --nv image.sif python3 -m surgery run /place/runs/r --step "$step"; code=$?
+if [[ $code -eq 124 ]]; then qrerun "$PBS_JOBID" || echo "jobs may not rerun themselves here: let resources.chain be 2 or more"; fi
+exit "$code"
