@@ -23,7 +23,16 @@ help:  ## this list
 demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=...); midtrain a tiny one
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	$(if $(MODEL),flags=$$(python recipes/fitting.py "$(MODEL)") && eval "surgery run recipes/quickstart.yaml -v $$flags",\
-	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -v
+	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -v \
+	$(if $(KEEP),,&& rm -rf runs/quickstart/copy* runs/quickstart/moe*) && $(said)
+
+# what is left after the demo, and what to type next
+define said
+printf '%s\n' '' "Results are in runs/quickstart (models) and runs/midtrain (report.html): \
+$$(du -shc runs/quickstart runs/midtrain | tail -n 1 | cut -f 1).  $(if $(KEEP),,Copies and mixtures are removed; KEEP=1 keeps them.)" \
+  'Next:  source $(VENV)/bin/activate' '       surgery inspect runs/quickstart/soup' \
+  '       surgery convert runs/quickstart/soup runs/mine --to neox' '       surgery --help'
+endef
 
 test: lint types pytest  ## set up, then lint, type-check and run every test
 
@@ -88,8 +97,8 @@ define install
 		[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or newer is needed; name it with PYTHON=..." >&2; exit 1; }; \
 		echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned packages (once; some minutes on a slow connection)"
-	@$(BIN)/pip install -qq "$$(grep -m1 '^torch==' constraints.txt)" -c constraints.txt
-	@$(BIN)/pip install -qq -e '.[$(1)]' -c constraints.txt
+	@$(BIN)/pip install "$$(grep -m1 '^torch==' constraints.txt)" -c constraints.txt
+	@$(BIN)/pip install -e '.[$(1)]' -c constraints.txt
 	@touch $@
 endef
 

@@ -116,6 +116,13 @@ def test_make_test_checks_everything_and_ci_calls_it() -> None:
 
 @pytest.mark.parametrize("model", ["", "some folder/model", "owner/name"])
 def test_make_demo_hands_the_model_over(model: str) -> None:
-    last = make("--dry-run", "demo", f"MODEL={model}").splitlines()[-1]
-    assert "surgery run recipes/quickstart.yaml -v" in last
-    assert (f'python recipes/fitting.py "{model}"' in last) == bool(model)
+    text = make("--dry-run", "demo", f"MODEL={model}")
+    assert "surgery run recipes/quickstart.yaml -v" in text
+    assert (f'python recipes/fitting.py "{model}"' in text) == bool(model)
+
+
+def test_make_demo_ends_with_what_is_next_and_leaves_little() -> None:
+    text = make("--dry-run", "demo")
+    assert "source .venv/bin/activate" in text and "surgery inspect runs/quickstart/soup" in text
+    removed = "rm -rf runs/quickstart/copy* runs/quickstart/moe*"
+    assert removed in text and removed not in make("--dry-run", "demo", "KEEP=1")
