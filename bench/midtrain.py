@@ -100,6 +100,7 @@ def ours(place: Path, name: str, precision: str, compile: bool) -> Callable[[Tur
         run = make_run({
             "model": {"path": str(place / name)}, "data": {"recorded": str(place / f"{name}.npz")},
             "output": str(place / "out"), "device": "cpu", "init": {"optimizer": "fresh"},
+            "moe": {"balance": 0, "router_z": 0},  # Trainer has no loss of routers unless it is told
             "train": {"convention": "hf", "schedule": {"name": "constant", "start_lr": 1e-3}, "precision": precision,
                       "optimizer": {"betas": [0.9, 0.999], "weight_decay": 0.0}},
         })  # fmt: skip

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,10 @@ from surgery.midtraining.loop import prepare
 from surgery.midtraining.optimizer import DECAYS, adamw, grouped
 from surgery.midtraining.parallel import World
 from surgery.midtraining.recorded_rate import peak_rate, recorded_rate
+from surgery.midtraining.run import midtrain
 from surgery.midtraining.run_file import make_run
+from surgery.midtraining.run_folder import read_folder
+from surgery.midtraining.selftests import MOVED, TESTS
 from surgery.midtraining.settings import Init
 from surgery.midtraining.settings import Schedule as Wanted
 from surgery.midtraining.start import FILE, find_start, put_moments
@@ -163,3 +167,36 @@ def test_frozen_parameters_need_no_moments(tiny_hf, tmp_path):
     optimizer = adamw(grouped(model, DECAYS["llama"], 0.1), (0.9, 0.95), 1e-8)
     put_moments(found, optimizer, model, opened, World())
     assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("family", "export"), [("llama", {"to": "megatron", "tp": 2}), ("olmoe", {"to": "hf"})])
+def test_a_second_run_from_what_the_first_exported_goes_on_as_one_run_would(family, export, tmp_path):
+    """Rate and moments are inherited, whatever the format: the numbers are those of one run over all batches."""
+    tiny.save(family, tmp_path / "model", l=2, h=48, f=40, m=16, v=512)  # which Megatron pads no more
+    whole = record(tmp_path / "whole.npz", masked=True, packed=True)
+    for name, part in (("a", slice(0, 8)), ("b", slice(8, 20))):
+        with np.load(whole) as arrays:
+            np.savez(tmp_path / f"{name}.npz", **{key: values[part] for key, values in arrays.items()})
+
+    def go(name: str, model: Path, batches: str, **more: object) -> list[dict[str, float]]:
+        value = settings(model, tmp_path / f"{batches}.npz", tmp_path / name, skip_step=None)
+        value["train"]["schedule"] = {"name": "constant", "start_lr": more.pop("rate", "inherit")}
+        midtrain(make_run({**value, "export": [], "skip_self_tests": [*TESTS, MOVED], **more}))
+        return [{k: m[k] for k in ("loss", "ce", "grad_norm", "lr")} for m in read_folder(tmp_path / name).metrics]
+
+    once = go("once", tmp_path / "model", "whole", rate=1e-3)
+    go("first", tmp_path / "model", "a", rate=1e-3, export={**export, "dtype": "fp32"})
+    exported = tmp_path / "first" / "export" / f"step000000008-{export['to']}"
+    second = go("second", exported, "b")
+    assert second == once[8:]
+    anew = go("anew", exported, "b", init={"optimizer": "fresh"})
+    assert anew[0] == second[0] and anew[1:] != second[1:]
+    saved = str(tmp_path / "first" / "checkpoints" / "step000000008")
+    opened = open_checkpoint(exported)
+    assert find_start(Init(optimizer=saved), opened).note == "Adam's moments are those of step000000008, after 8 steps"
+    larger = replace(opened, spec=replace(opened.spec, vocab=640))
+    assert "start at zero, as those of step000000008 do not fit: " in find_start(Init(), larger).note
+    with pytest.raises(LayoutError):
+        find_start(Init(optimizer=saved), larger)
+    shutil.rmtree(saved)
+    assert find_start(Init(), opened).note.startswith("Adam's moments start at zero: there is no")

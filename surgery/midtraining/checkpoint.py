@@ -31,7 +31,6 @@ from surgery.data.strict import Strict, validated
 from surgery.errors import FileError, SurgeryError, show, some
 from surgery.midtraining import parallel
 from surgery.midtraining.parallel import World
-from surgery.midtraining.start import Start
 from surgery.tensors.files import File
 from surgery.tensors.lazy import Concat, Lazy
 
@@ -120,8 +119,8 @@ class Saved:
         return str(self.trainer.lineage["model"])
 
     @property
-    def start(self) -> Start:
-        return Start(None, f"weights and moments are those of {FOLDER}/{self.folder.name}, from which the run goes on")
+    def note(self) -> str:
+        return f"weights and moments are those of {FOLDER}/{self.folder.name}, from which the run goes on"
 
     @cached_property
     def tensors(self) -> Mapping[str, Lazy]:

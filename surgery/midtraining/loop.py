@@ -122,7 +122,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source)
     course = Course.of(train, batches, world.size, peak)
     check(course, batches, source)
-    start = saved.start if saved else find_start(run.init, source)
+    start = Start(None, saved.note) if saved else find_start(run.init, source)
     choices = saved.choices(world.device) if saved else {}
     found = choose(choices.get("precision", train.precision), world.device)
     precision = Precision(*parallel.first(world, astuple(found)))

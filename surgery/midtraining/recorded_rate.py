@@ -8,19 +8,17 @@ Nothing is guessed: a key that is missing or has another form makes the rate unk
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from surgery.containers.text import read_json
 from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
-from surgery.midtraining.run_folder import is_run, read_folder
+from surgery.midtraining.run_folder import read_folder, run_of
 from surgery.midtraining.schedule import SHAPES, Schedule
 from surgery.midtraining.settings import Schedule as Wanted
 
 Found = tuple[float, str]
-EXPORT = re.compile(r"step(\d{9,})-")  # the name of a folder
 
 
 class Unknown(Exception):
@@ -50,14 +48,15 @@ def recorded_rate(source: Checkpoint) -> Found | None:
 
 
 def _own(source: Checkpoint) -> Found | None:
-    """An export of `surgery midtrain` is RUN/export/stepNNN-FORMAT, and the metrics of the run have its rate."""
-    run, step = source.path.absolute().parent.parent, EXPORT.match(source.path.name)
-    if not step or not is_run(run):
+    """The metrics of the run of surgery that has exported it."""
+    found = run_of(source.path)
+    if not found:
         return None
-    rates = [line.get("lr") for line in read_folder(run).metrics if line.get("step") == int(step[1])]
+    run, step = found
+    rates = [line.get("lr") for line in read_folder(run).metrics if line.get("step") == step]
     if not rates or type(rates[-1]) is not float:
         raise Unknown
-    return rates[-1], f"step {int(step[1]):,} of the run {run.name}"
+    return rates[-1], f"step {step:,} of the run {run.name}"
 
 
 def _hf(source: Checkpoint) -> Found:

@@ -35,6 +35,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ RUN, PLAN, SELFTESTS, END, SOUP = "run.json", "plan.json", "selftests.json", "en
 CONFIG = "config.resolved.yaml"
 METRICS, TIMES, EVALS, EXPERTS, EVENTS = "metrics.jsonl", "times.jsonl", "evals.jsonl", "experts.jsonl", "events.jsonl"
 LINES = (METRICS, TIMES, EVALS, EXPERTS, EVENTS)
+EXPORTED = re.compile(r"step(\d{9,})-")
 LINE_LIMIT, CONFIG_LIMIT = 1 << 26, 1 << 20  # bytes
 Record = dict[str, Any]
 
@@ -140,6 +142,12 @@ def claimed(folder: Path) -> Iterator[None]:
         if made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def run_of(export: Path) -> tuple[Path, int] | None:
+    """The run that a model was exported by, and after which step; None if its folder does not lie in one."""
+    run, step = export.absolute().parent.parent, EXPORTED.match(export.name)
+    return (run, int(step[1])) if step and is_run(run) else None
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:
