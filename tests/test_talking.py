@@ -12,6 +12,7 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer, models
 
 from surgery.cli.command import REST, SECTIONS, Command
 from surgery.cli.main import main
@@ -172,3 +173,27 @@ def test_every_setting_of_an_upcycling_is_a_flag() -> None:
 
     text = run("upcycle", "--help").output
     assert all(flag(f) in text for f in fields(Upcycle) if about(f))
+
+
+def test_a_tokenizer_for_every_command_that_asks_for_one(tiny_hf, tmp_path) -> None:
+    """The note of an output without one names a flag; the command has it."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(264)}, unk_token="w0"))
+    (tmp_path / "words").mkdir()
+    tokenizer.save(str(tmp_path / "words/tokenizer.json"))
+    recipe = tmp_path / "m.yaml"
+    recipe.write_text(f"merge_method: linear\nmodels:\n  - {{model: {tiny_hf('llama')}, parameters: {{weight: 1}}}}\n")
+    sizes = ("--experts", 4, "--top-k", 2, "--verify-tokens", 0)
+    for i, words in enumerate((("convert", tiny_hf("llama")), ("soup", recipe), ("upcycle", tiny_hf("llama"), *sizes))):
+        assert (
+            "(--tokenizer PATH adds one)"
+            in run(words[0], *words[1:2], tmp_path / f"{i}a", *words[2:], "--to", "hf").output
+        )
+        done = run(*words[:2], tmp_path / f"{i}b", *words[2:], "--to", "hf", "--tokenizer", tmp_path / "words")
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / f"{i}b/tokenizer.json").is_file()
+
+
+def test_what_was_written_is_called_kept_only_if_it_was(tiny_hf, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    text = run("convert", tiny_hf("llama"), tmp_path / "file/out", "--to", "meta").output
+    assert "error:" in text and "is kept" not in text

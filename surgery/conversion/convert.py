@@ -94,7 +94,7 @@ def _plan(source: Checkpoint, request: Convert, reading: Options, writing: Optio
             parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
             source = replace(source, parts=parts)
         source = to_dtype(source, DTYPES[request.dtype])
-    asked = {"read": reading, "tokenizer": request.tokenizer and str(request.tokenizer), "dtype": request.dtype,
+    asked = {"read": reading, "dtype": request.dtype,
              "allow": sorted(request.allow), "vocab_size": request.vocab_size, "cut": cut}  # fmt: skip
     derived = cut or request.vocab_size is not None
     return plan_for(source, request, options=writing, job=asked, derived=derived, ledger=ledger)
@@ -116,12 +116,15 @@ def plan_for(
     """
     target, ledger = named(write.to), ledger or Ledger()
     check_flags(target, write.topology)
+    if write.tokenizer is not None:
+        source = with_tokenizer(source, write.tokenizer)
     given = dict((write.options or {}) if options is None else options)
     by_side(given, [], target)
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
     output = target.plan(tapped, write.topology, target.with_defaults(given, "write"))
     notes = tuple(dict.fromkeys([*source.notes, *_lost_facts(source, target), *output.notes]))
-    everything = {**(job or {}), "to": write.to, "topology": asdict(write.topology), "write": given}
+    everything = {**(job or {}), "to": write.to, "topology": asdict(write.topology), "write": given,
+                  "tokenizer": write.tokenizer and os.fspath(write.tokenizer)}  # fmt: skip
     return Plan(source, output, target, write, given, ledger, write.memory, notes, everything, derived)
 
 

@@ -44,6 +44,9 @@ class Write(Checked):
         None, "Memory for weights, e.g. 512MiB; the result is the same.", metavar="SIZE", low=1,
         otherwise="a quarter of what is free, at most 2GiB",
     )  # fmt: skip
+    tokenizer: str | os.PathLike[str] | None = setting(
+        None, "Take the tokenizer from this file or folder instead.", metavar="PATH"
+    )
     force: bool = setting(
         False, "Replace an existing output or checkpoint, once the new one is complete; never a folder of other files."
     )
@@ -121,9 +124,6 @@ class Convert(Divided):
     )
     dtype: str = dtype_setting()
     vocab_size: int | None = setting(None, "Cut padding rows of the vocabulary, or add rows of zeros.", low=1)
-    tokenizer: str | os.PathLike[str] | None = setting(
-        None, "Take the tokenizer from this file or folder instead.", metavar="PATH"
-    )
     allow: Collection[str] = setting(
         (), "Leave this out if the target cannot hold it; refused where the logits depend on it. NAME: qkv_bias, "
         "o_bias, mlp_bias, router_bias, norm_bias (only zeros), norm_weight (only ones), windows (none shorter than "

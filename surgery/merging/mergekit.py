@@ -52,6 +52,9 @@ def reason_for_mergekit(recipe: Recipe, to: str) -> str:
 
 def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
     """Let mergekit do the whole merge.  Raises ConfigError with what mergekit says if it refuses."""
+    if request.tokenizer is not None:
+        raise UsageError(f"mergekit does this merge, and takes no --tokenizer: {why}",
+                         hint="tokenizer: in the YAML, or surgery convert afterwards")  # fmt: skip
     import yaml
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache

@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import OutputFile, Region
-from surgery.errors import SHORT, OutputError, shortage
+from surgery.errors import ADVICE, SHORT, OutputError, shortage
 from surgery.tensors.files import kept_open
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.writing.journal import Journal, Line, State
-from surgery.writing.staging import Staging
+from surgery.writing.staging import Staging, hidden_of
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 BACKLOG = 64  # files that may wait for their fsync
 BEHIND = 2  # blocks that may wait for their CRC
+NOTHING = "nothing was written"
 RESUME = "what was written is kept: run the same command again to go on from there"
 
 
@@ -277,13 +278,20 @@ def os_errors(dst: Path, missing: Callable[[], int] | None = None) -> Iterator[N
     except OSError as error:
         if error.errno in FULL:
             what = "the disk is full" + (f": {missing()} more bytes are needed" if missing else "")
-            raise OutputError(what, file=dst, hint=f"make room; {RESUME}") from None
+            raise OutputError(what, file=dst, hint=_hint(dst, "make room")) from None
         what = f"cannot be written: {error.strerror or type(error).__name__}"
-        raise OutputError(what, file=dst, hint=RESUME) from None
+        raise OutputError(what, file=dst, hint=_hint(dst, ADVICE.get(error.errno or 0, NOTHING))) from None
     except (MemoryError, RuntimeError) as error:
         if (lacking := shortage(error)) is None:
             raise
-        raise OutputError(lacking, file=dst, hint=f"{SHORT}; {RESUME}") from error
+        raise OutputError(lacking, file=dst, hint=_hint(dst, SHORT)) from error
+
+
+def _hint(dst: Path, otherwise: str) -> str:
+    """What to do; and that a run can be resumed, if it has written anything."""
+    if not os.path.lexists(hidden_of(dst)):
+        return otherwise
+    return RESUME if otherwise == NOTHING else f"{otherwise}; {RESUME}"
 
 
 def boot_id() -> str:
