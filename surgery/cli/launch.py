@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.cli.flags import JSON, with_flags
 from surgery.cli.run import FOLDER, FROM, SET, SMALL, STEP
 from surgery.cli.terminal import say
@@ -19,7 +20,7 @@ from surgery.cli.terminal import say
 SELFTEST = Path("runs/launch-selftest")
 
 
-@click.command("launch")
+@click.command("launch", cls=Command)
 @click.argument("words", nargs=-1, metavar="RECIPE | status RECIPE", type=click.Path())
 @click.option("--scheduler", type=click.Choice(["slurm", "pbs"]), help="[default: what launch.yaml says]")
 @click.option("--site", type=click.Path(), metavar="FILE", help="Account, partition, modules, container and the like. "
