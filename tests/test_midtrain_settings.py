@@ -40,7 +40,7 @@ moe: {rule: olmo_core, coefficients_of: megatron}
     with pytest.raises(ConfigError) as error:
         read_run(path)
     for said in ("line 2: key 'pth' is not known; did you mean 'path'?", "line 2: model.path is missing",
-                 "line 3: data: give exactly one of plan, mixture and recorded, not plan and recorded",
+                 "line 3: data: give exactly one of plan, mixture, recorded and sources, not plan and recorded",
                  "line 6: train.micro_batch is 0", "line 7: train.batch_tokens: {'1M': '2M'} does not say",
                  "line 8: key 'schedul' is not known; did you mean 'schedule'?",
                  "line 9: train.optimizer.betas.1 is 1.2", "line 9: train.optimizer.decay is 'lama'",

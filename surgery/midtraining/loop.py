@@ -40,7 +40,7 @@ from surgery.midtraining.routers import Fp32Routers, Mixture, RouterLog, find_mi
 from surgery.midtraining.settings import Run
 from surgery.midtraining.sharding import shard
 from surgery.midtraining.skip_step import Spikes
-from surgery.midtraining.sources import open_batches
+from surgery.midtraining.sources import open_batches, said_of
 from surgery.midtraining.start import Start, find_start, put_moments
 from surgery.midtraining.step import Objective, gradients
 from surgery.running.layerwise import with_family
@@ -153,7 +153,8 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     optimizer = adamw(groups, settings.betas, settings.eps)
     if start.moments:
         put_moments(start.moments, optimizer, model, source, world)
-    notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *attention_notes, *moe_notes)
+    notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *said_of(run, batches),
+             *attention_notes, *moe_notes)  # fmt: skip
     return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes, choices,
                saved.step if saved else 0)  # fmt: skip
 

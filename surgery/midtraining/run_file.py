@@ -26,7 +26,7 @@ from surgery.midtraining.conventions import preset, put
 from surgery.midtraining.settings import Run
 from surgery.tensors.files import read_small
 
-PATHS = ("model.path", "data.plan", "data.mixture", "data.recorded", "evaluation.task_data")
+PATHS = ("model.path", "data.plan", "data.mixture", "data.recorded", "data.chat_template", "evaluation.task_data")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,16 @@ def located(run: Run, root: Path) -> Run:
             fields = {"optimizer"}
         given = {f: str(root / getattr(section, f)) for f in fields if getattr(section, f)}
         sections[name] = section.model_copy(update=given)
+    data, beside = sections["data"], root / (run.data.tokenizer or "")
+    paths = [{"paths": tuple(_located(p, root) for p in source.paths)} for source in data.sources]
+    sources = tuple(s.model_copy(update=given) for s, given in zip(data.sources, paths, strict=True))
+    tokenizer = str(beside) if data.tokenizer and beside.exists() else data.tokenizer
+    sections["data"] = data.model_copy(update={"sources": sources, "tokenizer": tokenizer})
     return run.model_copy(update={**sections, "output": str(root / run.output)})
+
+
+def _located(path: str, root: Path) -> str:
+    return path if "://" in path else str(root / os.path.expanduser(path))
 
 
 def explained(run: Run, origins: Mapping[str, str]) -> Iterator[Line]:

@@ -81,8 +81,46 @@ class Init(Section):
     """How many steps the moments have seen; null: as their file says."""
 
 
+class Dialogue(Section):
+    """Files of conversations, of prompts with completions, or of preferences."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+    """What it is called in logs."""
+    paths: Names
+    """Files, folders or patterns: .jsonl, .json of lines, .parquet."""
+    messages: str | None = None
+    """The column of conversations; null: messages or conversations, whichever there is."""
+    prompt: str | None = None
+    """The column of prompts."""
+    completion: str | None = None
+    """The column of completions."""
+    chosen: str | None = None
+    """Of preferences: the column of chosen completions."""
+    rejected: str | None = None
+    """And that of rejected ones."""
+    epochs: Positive = 1.0
+    """How often it is seen."""
+    holdout: Annotated[Real, Field(ge=0)] = 0.0
+    """Rows that are kept out for evaluation: a share below 1, or a number."""
+
+
 class Data(Section):
-    """Where rows of tokens come from: exactly one of plan, mixture and recorded."""
+    """Where rows of tokens come from: exactly one of plan, mixture, recorded, and sources of a kind."""
+
+    kind: Literal["tokens", "sft", "dpo"] = "tokens"
+    """sft: conversations, of which the assistant's tokens are learnt; dpo: preferences; both in sources."""
+    sources: Annotated[tuple[Dialogue, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] = ()
+    """Of sft and dpo: the files and their columns."""
+    sequence_length: Annotated[int, Field(gt=1)] = 2048
+    """Of sft and dpo: tokens of a row."""
+    tokenizer: str | None = None
+    """Of sft and dpo: its folder; null: the model's."""
+    chat_template: str | None = None
+    """Of sft and dpo: a file with one; null: the tokenizer's."""
+    packing: Literal["best_fit", "document"] = "best_fit"
+    """Of sft: several conversations to a row, isolated from each other, or one."""
+    batch: Annotated[int, Field(gt=0)] | None = None
+    """Of sft: rows of a step, if train.batch_tokens does not say it; of dpo: pairs of a step."""
 
     plan: str | None = None
     """A folder that `surgery data plan` made."""
@@ -98,11 +136,18 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one(self) -> Data:
-        given = [name for name in ("plan", "mixture", "recorded") if getattr(self, name)]
+        given = [name for name in ("plan", "mixture", "recorded", "sources") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of plan, mixture and recorded, not {' and '.join(given) or 'none'}")
-        if self.seed is not None and not self.mixture:
-            raise ValueError("seed goes with mixture: a plan has its order")
+            said = " and ".join(given) or "none"
+            raise ValueError(f"give exactly one of plan, mixture, recorded and sources, not {said}")
+        if (self.kind == "tokens") == bool(self.sources):
+            raise ValueError("sources go with kind: sft or kind: dpo, and these with sources")
+        if self.seed is not None and not (self.mixture or self.sources):
+            raise ValueError("seed goes with mixture or sources: a plan has its order")
+        own = ("sequence_length", "tokenizer", "chat_template", "packing", "batch")
+        changed = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
+        if self.kind == "tokens" and changed:
+            raise ValueError(f"{changed[0]} goes with kind: sft or kind: dpo")
         return self
 
 

@@ -5,6 +5,7 @@ batches = open_batches(run, world=8)          # offers what data/rows.py calls a
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from surgery.data.plans.batches import Batches
@@ -14,6 +15,7 @@ from surgery.data.rows import RowSource
 from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError
 from surgery.midtraining.course import rows_per_unit
+from surgery.midtraining.dialogue import NOTES, draft_conversations, pairs_of
 from surgery.midtraining.settings import Run
 
 PLAN = "plan"  # in the run's folder
@@ -21,11 +23,20 @@ PLAN = "plan"  # in the run's folder
 
 def open_batches(run: Run) -> RowSource:
     """Raises SurgeryError if the data are not what the settings say."""
-    batches = _recorded(run) if run.data.recorded else _of_plan(run)
+    record = pairs_of(run) if run.data.kind == "dpo" else run.data.recorded
+    batches = _recorded(run, record) if record else _of_plan(run)
     if (getattr(batches, "group", 1) == 2) != (run.objective.name == "dpo"):
         what = "the data are pairs of completions, and" if run.objective.name != "dpo" else "the data are no pairs, but"
         raise ConfigError(f"{what} the objective is {run.objective.name}", hint="objective: dpo goes with pairs")
     return batches
+
+
+def said_of(run: Run, batches: RowSource) -> list[str]:
+    """What was left out of the data of fine-tuning."""
+    if run.data.kind == "dpo":
+        found: list[str] = json.loads((Path(run.output) / NOTES).read_text())
+        return found
+    return list(batches.plan.file.notes) if run.data.kind == "sft" and isinstance(batches, Batches) else []
 
 
 def _of_plan(run: Run) -> RowSource:
@@ -35,14 +46,17 @@ def _of_plan(run: Run) -> RowSource:
 
 def _planned(run: Run) -> Plan:
     """The plan of the mixture, made the first time and found again by a run that goes on."""
-    assert run.data.mixture
     place = Path(run.output) / PLAN
-    return open_plan(place) if place.is_dir() else write_plan(draft_plan(run.data.mixture, seed=run.data.seed), place)
+    if place.is_dir():
+        return open_plan(place)
+    if run.data.kind == "sft":
+        return write_plan(draft_conversations(run), place)
+    assert run.data.mixture
+    return write_plan(draft_plan(run.data.mixture, seed=run.data.seed), place)
 
 
-def _recorded(run: Run) -> RowSource:
-    assert run.data.recorded
-    batches = RecordedBatches(run.data.recorded)
+def _recorded(run: Run, path: str | Path) -> RowSource:
+    batches = RecordedBatches(path)
     unit = batches.rows_per_step * batches.sequence_length
     if odd := [n for n in (run.train.batch_tokens or {}).values() if n % unit]:
         raise ConfigError(f"train.batch_tokens: {odd[0]:,}, but a recorded batch has {unit:,} tokens")

@@ -86,8 +86,12 @@ class Batches:
         shape = (len(source), self.sequence_length)
         tokens, cuts = np.empty(shape, np.int64), [(source[:0], source[:0])]
         mask: Array | None = None
+        padding: Array | None = None
         for number in np.unique(source):
             at = np.flatnonzero(source == number)
+            if isinstance(self.plan.instances[number], Packed):
+                padding = np.zeros(shape, bool) if padding is None else padding
+                padding[at] = self._padding(int(number), instance[at])
             read = self._packed if isinstance(self.plan.instances[number], Packed) else self._cut
             kept, rows, offsets = read(int(number), instance[at], tokens, at)
             cuts.append((at[rows], offsets))
@@ -96,9 +100,16 @@ class Batches:
                 mask[at] = kept
         labels = shifted(tokens, mask)
         if not self.plan.mixture.isolate:
-            return Rows(tokens, labels, None, source, instance)
+            return Rows(tokens, labels, None, source, instance, padding)
         rows, offsets = (np.concatenate([cut[i] for cut in cuts]) for i in (0, 1))
-        return Rows(tokens, isolated(labels, rows, offsets), restarting(shape, rows, offsets), source, instance)
+        return Rows(tokens, isolated(labels, rows, offsets), restarting(shape, rows, offsets), source, instance,
+                    padding)  # fmt: skip
+
+    def _padding(self, number: int, instance: Array) -> Array:
+        """Where packed instances are filled up, bool [instances, sequence]."""
+        pieces = (self.plan.instances[number].pieces(int(i)) for i in instance)
+        filled = np.array([(p[:, 1] - p[:, 0]).sum() for p in pieces])
+        return np.arange(self.sequence_length) >= filled[:, None]
 
     def _cut(self, number: int, instance: Array, out: Array, at: Array) -> Read:
         """Instances that lie in the stream as they are."""

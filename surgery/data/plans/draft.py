@@ -77,13 +77,20 @@ def draft_plan(
     """
     given = {"seed": seed, "rows_per_step": rows_per_step, "strict": strict or None}
     mixture = read_mixture(path).model_copy(update={k: v for k, v in given.items() if v is not None})
-    root = Path(os.path.abspath(path)).parent
+    return draft_of(mixture, Path(os.path.abspath(path)).parent, cache, begin)
+
+
+def draft_of(
+    mixture: Mixture, root: Path, cache: Path | None = None, begin: Begin = lambda what, total: lambda n: None
+) -> Draft:
+    """The same of a mixture whose paths are relative to `root`."""
     vocabulary = load_tokenizer(mixture, root)
     size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
     check_pad(mixture, size)
+    template = root / mixture.chat_template if mixture.chat_template else None
     opened = []
     for source in mixture.sources:
-        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin)
+        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin, template)
         advance = begin(f"open {source.name}", sum(stored_size(e, root) for e in entries))
         tokens = open_entries(source.name, entries, root, size, progress=advance)
         check_bounds(tokens, mixture)
@@ -132,7 +139,11 @@ def _source_notes(opened: Opened, mixture: Mixture) -> list[str]:
     name, length, notes = opened.tokens.name, mixture.sequence_length, []
     if opened.tokens.masked:
         notes.append(f"{name}: a label mask says what is learnt")
-    if mixture.packing == "document" and (lost := opened.tokens.tokens - held(opened.instances, length)):
+    lost = opened.tokens.tokens - held(opened.instances, length) if mixture.packing != "concatenate" else 0
+    if lost and mixture.long == "turn":
+        notes.append(f"{name}: conversations longer than {length:,} tokens end after the last answer that fits, or are "
+                     f"left out if none does; {lost:,} tokens are lost")  # fmt: skip
+    elif lost:
         notes.append(f"{name}: documents longer than {length:,} tokens are cut off; {lost:,} tokens are lost")
     if (share := _filled(opened, mixture)) < FULL:
         notes.append(f"{name}: {1 - share:.0%} of its instances is padding, which counts towards the budget")

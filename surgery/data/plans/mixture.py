@@ -72,7 +72,8 @@ class Source(Strict):
     eos            the id that ends documents: looked for in files without an index of them, appended to text
     label_mask     a file for each of `paths` (in order of their names), a column of a dataset, or "none"
     text_key       the key of the text in jsonl and parquet; or
-    messages_key   that of conversations, of which only the assistant's tokens are learnt
+    messages_key   that of conversations, of which only the assistant's tokens are learnt; or
+    prompt_key, completion_key   those of prompts and completions, which alone are learnt
     """
 
     name: Name
@@ -89,12 +90,16 @@ class Source(Strict):
     label_mask: Paths | None = None
     text_key: str = "text"
     messages_key: str | None = None
+    prompt_key: str | None = None
+    completion_key: str | None = None
 
     @model_validator(mode="after")
     def _one_amount(self) -> Source:
         given = [name for name in ("weight", "tokens", "multiplier") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"{self.name} needs exactly one of weight, tokens, multiplier; it has {given or 'none'}")
+        if (self.prompt_key is None) != (self.completion_key is None) or (self.prompt_key and self.messages_key):
+            raise ValueError(f"{self.name}: prompt_key and completion_key go together, and exclude messages_key")
         return self
 
 
@@ -103,6 +108,9 @@ class Mixture(Strict):
 
     packing        concatenate: instances are cut from the documents as they follow one another; best_fit: documents
                    that fit are not split; document: one to an instance, cut off where it is longer
+    long           what becomes of documents that packing cannot take whole: split them, or, of conversations, end
+                   them after the last answer that fits (turn), of packing best_fit and document
+    chat_template  a file with one, in place of the tokenizer's
     isolate        documents do not see each other: positions restart, and no first token is a label
     pad_id         fills up instances that packing leaves short; never a label
     rows_per_step  of the global batch; it can be chosen when training starts
@@ -118,6 +126,8 @@ class Mixture(Strict):
     sample_seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     rows_per_step: Annotated[int, Field(gt=0)] | None = None
     packing: Packing = "concatenate"
+    long: Literal["split", "turn"] = "split"
+    chat_template: str | None = None
     isolate: bool = True
     pad_id: Annotated[int, Field(ge=0)] = 0
     strict: bool = False

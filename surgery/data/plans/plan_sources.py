@@ -23,6 +23,7 @@ from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
 from surgery.data.plans.plan_file import Entry, relative
+from surgery.data.plans.turns import whole_turns
 from surgery.data.tokenizing.sources import files_below, is_url, kind_of
 from surgery.errors import ConfigError, FileError, some
 
@@ -147,6 +148,8 @@ def divide(source: TokenSource, mixture: Mixture) -> Instances:
         return Cut(source.tokens, mixture.sequence_length)
     edges = [_edges(file, int(first)) for file, first in zip(source.files, source.firsts, strict=False)]
     starts, ends = (np.concatenate([e[i] for e in edges] or [np.zeros(0, np.int64)]) for i in (0, 1))
+    if mixture.long == "turn":
+        ends = whole_turns(source, starts, ends, mixture.sequence_length)
     return pack(starts, ends, mixture.sequence_length, mixture.packing)
 
 

@@ -45,6 +45,7 @@ def tokenized(
     vocabulary: Vocabulary | None,
     cache: Path | None,
     begin: Begin = lambda what, total: lambda n: None,
+    template: Path | None = None,
 ) -> list[Entry]:
     """The entries with text replaced by the token files that it became.
 
@@ -52,8 +53,9 @@ def tokenized(
     """
     places = [e.path if is_url(e.path) else str(root / e.path) for e in entries if e.format == TEXT]
     if not places:
-        if source.messages_key is not None:
-            raise ConfigError(f"{source.name}: messages_key is for text, and its files are tokens already")
+        if source.messages_key or source.prompt_key:
+            key = "messages_key" if source.messages_key else "prompt_key"
+            raise ConfigError(f"{source.name}: {key} is for text, and its files are tokens already")
         return list(entries)
     if source.label_mask is not None:
         raise ConfigError(f"{source.name}: label_mask is for token files; text has its own", hint="use messages_key")
@@ -61,7 +63,7 @@ def tokenized(
         what = f"{source.name}: {some(os.path.basename(p) for p in places)} is text, and the mixture names no tokenizer"
         raise ConfigError(what, hint="add tokenizer: PATH, or tokenize it first: surgery data tokenize")
     sources, _ = find_sources(places)
-    settings = settings_for(_choices(source, vocabulary), vocabulary)
+    settings = settings_for(_choices(source, vocabulary, template), vocabulary)
     folder = (cache or default_cache()) / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
     if not (folder / NOTE).is_file():
         advance = begin(f"tokenize {source.name}", sum(s.size for s in sources))
@@ -71,13 +73,16 @@ def tokenized(
     return [e for e in entries if e.format != TEXT] + made
 
 
-def _choices(source: Source, vocabulary: Vocabulary) -> Choices:
+def _choices(source: Source, vocabulary: Vocabulary, template: Path | None) -> Choices:
     messages = source.messages_key
     if messages is None and source.eos is None and "eos" not in vocabulary.special:
         what = f"{source.name}: the tokenizer does not say which id ends a document"
         raise ConfigError(what, hint="add eos: ID to the source")
     eos = None if source.eos is None else str(source.eos)
-    return Choices(text=None if messages else source.text_key, messages=messages, eos=eos, dtype=source.dtype)
+    chat = messages or source.prompt_key
+    return Choices(text=None if chat else source.text_key, messages=messages, prompt=source.prompt_key,
+                   completion=source.completion_key, eos=eos, dtype=source.dtype,
+                   template=str(template) if template and chat else None)  # fmt: skip
 
 
 def default_cache() -> Path:

@@ -22,6 +22,7 @@ from surgery.errors import show
 
 BOM = b"\xef\xbb\xbf"
 LONGEST_NAME = 1000
+ROLES = {"human": "user", "gpt": "assistant"}  # what ShareGPT calls them
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,18 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     """A conversation: at least one message, each with a role."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise _Wrong(bad_lines.CHAT, f"{show(value)}, no list of messages")
+    value = [_message(message) for message in value]
     if any(not isinstance(message.get("role"), str) for message in value):
         raise _Wrong(bad_lines.CHAT, "a message without a role")
     return value
+
+
+def _message(said: dict[str, Any]) -> dict[str, Any]:
+    """A message with a role and its content, also where it is spelt as ShareGPT and OpenHermes do."""
+    if "role" in said or not {"from", "value"} <= said.keys():
+        return said
+    rest = {k: v for k, v in said.items() if k not in ("from", "value")}
+    return {"role": ROLES.get(said["from"], said["from"]), "content": said["value"], **rest}
 
 
 def _more(held: Mapping[str, Any]) -> dict[str, Any]:
