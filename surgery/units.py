@@ -13,8 +13,8 @@ import re
 from surgery.errors import UsageError
 
 
-def parse_size(text: str) -> int:
-    """Bytes.  Raises UsageError if the text is no size."""
+def parse_size(text: str, least: int = 1) -> int:
+    """Bytes.  Raises UsageError if the text is no size, or one below `least`."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([kKMGT]?)(i?)[bB]?", text.strip())
     nbytes = 0
     if match:
@@ -22,6 +22,8 @@ def parse_size(text: str) -> int:
         nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if nbytes < 1:
         raise UsageError(f"{text[:40]!r} is no size", hint="write for example 5GB or 512MiB")
+    if nbytes < least:
+        raise UsageError(f"{text} is {human(nbytes)}, too little", hint=f"at least {human(least)}, for example 5GB")
     return nbytes
 
 

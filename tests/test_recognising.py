@@ -248,6 +248,21 @@ def test_advice_never_goes_in_a_circle(kind: str, tmp_path: Path) -> None:
     raise AssertionError(seen)
 
 
+def test_the_advice_for_an_adapter_works(tiny_hf, tmp_path: Path) -> None:
+    model = tiny_hf("llama")
+    wide = load_file(model / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"].shape
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"],
+              "base_model_name_or_path": str(model)}  # fmt: skip
+    write(tmp_path / "lora", {"adapter_config.json": json.dumps(config), "adapter_model.safetensors": {
+        name.format("A"): torch.ones(2, wide[1]), name.format("B"): torch.ones(wide[0], 2)}})  # fmt: skip
+    advice = describe(tmp_path / "lora").next[0]
+    (tmp_path / "merge.yaml").write_text(advice[advice.index("`") + 1 : advice.rindex("`")])
+    done = CliRunner().invoke(main, ["soup", str(tmp_path / "merge.yaml"), str(tmp_path / "out"), "--to", "hf"])
+    assert done.exit_code == 0, done.output
+    assert not same(tmp_path / "out", model)
+
+
 # ------------------------------------------------------------------------------- names around the model's
 
 WRAPPED = {

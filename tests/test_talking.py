@@ -14,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 from tokenizers import Tokenizer, models
 
+import surgery
 from surgery.cli.command import REST, SECTIONS, Command
 from surgery.cli.main import main
+from surgery.errors import UsageError
 from surgery.formats.registry import FORMATS, named
 from surgery.settings import about, flag
 from surgery.upcycling.request import Upcycle
@@ -197,3 +199,17 @@ def test_what_was_written_is_called_kept_only_if_it_was(tiny_hf, tmp_path) -> No
     (tmp_path / "file").write_text("x")
     text = run("convert", tiny_hf("llama"), tmp_path / "file/out", "--to", "meta").output
     assert "error:" in text and "is kept" not in text
+
+
+@pytest.mark.parametrize(("size", "words"), [("1KB", "at least 65.5 kB"), ("1", "at least 65.5 kB")])
+def test_too_little_memory_is_refused_with_the_least(size: str, words: str, tiny_hf, tmp_path) -> None:
+    same = ("verify", tiny_hf("llama"), tiny_hf("llama"))
+    for command in (("convert", tiny_hf("llama"), tmp_path / "a", "--to", "meta"), same):
+        done = run(*command, "--max-memory", size)
+        assert done.exit_code == 2 and words in done.output
+    with pytest.raises(UsageError, match="at least"):
+        surgery.convert(tiny_hf("llama"), tmp_path / "a", to="meta", max_memory=1024)
+
+
+def test_a_shard_of_a_few_bytes_is_refused(tiny_hf, tmp_path) -> None:
+    assert "at least 1.0 kB" in run("convert", tiny_hf("llama"), tmp_path / "a", "--to", "hf", "--shard-size", 5).output

@@ -5,6 +5,7 @@ console().print(Text("name\\x1b[2J"))      # the escape sequence is printed as \
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO
@@ -43,6 +44,14 @@ class Rows:
             return
         width = max((len(key) for key, _ in said), default=0)
         yield Text("\n".join(f"{key:{width}}  {text}" for key, text in said))
+
+
+def notes(out: Console, said: Iterable[str], label: str = "note") -> None:
+    """Each on lines of its own, which a terminal breaks between words."""
+    for note in said:
+        text = f"  {label}: {printable(note, LONGEST)}"
+        lines = textwrap.wrap(text, out.width, subsequent_indent="    ") if out.is_terminal else [text]
+        out.print(Text("\n".join(lines), style="yellow"))
 
 
 class _Escaping(RenderHook):

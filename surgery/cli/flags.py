@@ -110,7 +110,7 @@ def values_of(cls: type, flags: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kind = settings.types_of(cls)[f.name][0]
         if found.metavar == "SIZE":
-            value = parse_size(value)
+            value = parse_size(value, int(found.low or 1))
         elif get_origin(kind) is tuple and isinstance(value, str):
             value = _numbers(settings.flag(f), value)
         out[f.name] = value

@@ -119,14 +119,14 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
     side (a key of a config) makes it not the same; what had to be guessed is in the answer, too. The last line is the
     answer. Exit status 0: the same; 1: not.
     """
-    from surgery.conversion.request import default_memory
+    from surgery.conversion.request import LEAST, default_memory
     from surgery.units import parse_size
     from surgery.verification import compare, open_both
     from surgery.verification.findings import Verified
 
     given = options_of(flags)
     left, right = open_both(a, b, given)
-    memory = parse_size(flags["max_memory"]) if flags["max_memory"] else default_memory()
+    memory = parse_size(flags["max_memory"], LEAST) if flags["max_memory"] else default_memory()
     total = sum(p.nbytes for c in (left, right) for p in c.parts.values())
     with progress_bar("verify", total, as_json) as advance:
         result = compare(left, right, max_memory=memory, progress=advance)

@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
-from surgery.cli.console import Rows, console
+from surgery.cli.console import Rows, console, notes
 from surgery.conversion.report import Plan, Report, Share
-from surgery.errors import LONGEST, printable, some
+from surgery.errors import some
 from surgery.formats.base import Format
 from surgery.units import count, human
 
 Json = Mapping[str, Any]
-
-
-def _notes(out: Console, notes: Iterable[str]) -> None:
-    for note in notes:
-        out.print(Text(f"  note: {printable(note, LONGEST)}", style="yellow"))
 
 
 def inspection(found: Json) -> None:
@@ -53,7 +47,7 @@ def inspection(found: Json) -> None:
             ]
         )
     )
-    _notes(out, found["notes"])
+    notes(out, found["notes"])
     for name, part in found.get("parts", {}).items():
         out.print(Text(f"  {name:44s} {part['dtype']:9s} {part['shape']}"))
 
@@ -114,7 +108,7 @@ def plan(data: Json) -> None:
     )
     for name, size in data["files"].items():
         out.print(Text(f"  {name:44s} {human(size):>9s}"))
-    _notes(out, data["notes"])
+    notes(out, data["notes"])
 
 
 def report(done: Report | Share) -> None:
@@ -145,7 +139,7 @@ def report(done: Report | Share) -> None:
             ]
         )
     )
-    _notes(out, done.notes)
+    notes(out, done.notes)
 
 
 def formats_data(chosen: Iterable[Format]) -> dict[str, Any]:

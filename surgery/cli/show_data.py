@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.console import console
+from surgery.cli.console import console, notes
 from surgery.data.plans.draft import Draft
 from surgery.data.plans.plan import Plan
 from surgery.data.rows import RowSource
@@ -88,8 +88,7 @@ def plan(data: Json) -> None:
     steps = f", {data['steps']:,} steps of {rows:,} rows and {data['left_over']:,} left over" if rows else ""
     what = f"{data['instances']:,} instances of {length:,} tokens: {count(data['tokens'])} tokens{steps}"
     out.print(Text(what, style="bold"))
-    for note in data["notes"]:
-        out.print(Text(f"  note: {note}", style="yellow"))
+    notes(out, data["notes"])
     if data["plan"]:
         out.print(Text(f"{data['plan']}: seed {data['seed']}, fingerprint {data['fingerprint'][:16]}"))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from surgery.cli.console import console
+from surgery.cli.console import console, notes
 from surgery.midtraining.dry_run import Forecast
 from surgery.midtraining.panel import BLOCKS, clock
 from surgery.midtraining.run import Done
@@ -64,8 +64,7 @@ def forecast(found: Forecast) -> None:
     for line in curve([rate for _, rate in found.rates], HEIGHT):
         out.print(Text(line))
     out.print(Text(f"{'':10}learning rate, step 1 to {found.steps:,}", style="dim"))
-    for note in found.notes:
-        out.print(Text(f"  note: {note}", style="yellow"))
+    notes(out, found.notes)
 
 
 def curve(values: Sequence[float], height: int) -> list[str]:

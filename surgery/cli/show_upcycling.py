@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from surgery.cli.console import Rows, console
+from surgery.cli.console import Rows, console, notes
 from surgery.units import count, human
 from surgery.upcycling.proof import Distance, Proof
 from surgery.upcycling.run import Outcome, Prepared
@@ -40,7 +40,7 @@ def plan(data: Json) -> None:
     out.print(Rows([*_what(data["upcycling"]), ("function", promise),
                      ("disk", f"{human(data['bytes'])} in {len(data['files'])} files ({data['to']})"),
                      ("memory", f"at most {human(data['max_memory'])}")]))  # fmt: skip
-    _notes(out, data["notes"])
+    notes(out, data["notes"])
 
 
 def outcome(done: Outcome) -> None:
@@ -55,7 +55,7 @@ def outcome(done: Outcome) -> None:
                      ("wrote", f"{human(report.bytes)} in {report.seconds:.1f} s{rate}; {checked}"),
                      ("memory", f"{human(report.peak_memory)} at the peak of writing,"
                                 f" {human(report.max_memory)} allowed")]))  # fmt: skip
-    _notes(out, report.notes)
+    notes(out, report.notes)
     if done.proof:
         _proof(out, done.proof)
 
@@ -109,8 +109,3 @@ def _what(data: Json) -> list[tuple[str, object]]:
         ("factors", factors),
         size,
     ]
-
-
-def _notes(out: Console, notes: Iterable[str]) -> None:
-    for note in notes:
-        out.print(Text(f"  note: {note}", style="yellow"))

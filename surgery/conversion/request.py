@@ -19,6 +19,7 @@ from surgery.settings import Checked, said, setting
 from surgery.units import parse_size
 
 MEMORY = 2 << 30
+LEAST = 1 << 16  # bytes that weights may be allowed: below that a run is all calls and no work
 DTYPES = ("keep", "bf16", "fp16", "fp32")
 ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
@@ -41,7 +42,7 @@ class Write(Checked):
     topology: Topology = ONE_RANK
     options: Mapping[str, str] | None = None
     max_memory: int | None = setting(
-        None, "Memory for weights, e.g. 512MiB; the result is the same.", metavar="SIZE", low=1,
+        None, "Memory for weights, e.g. 512MiB; the result is the same.", metavar="SIZE", low=LEAST,
         otherwise="a quarter of what is free, at most 2GiB",
     )  # fmt: skip
     tokenizer: str | os.PathLike[str] | None = setting(
@@ -59,7 +60,7 @@ class Write(Checked):
         """Sizes may be texts; parallel sizes become the topology."""
         size: object = self.max_memory
         if isinstance(size, str):
-            object.__setattr__(self, "max_memory", parse_size(size))
+            object.__setattr__(self, "max_memory", parse_size(size, LEAST))
         super().__post_init__()
         if self.to:
             from surgery.formats.registry import named

@@ -26,8 +26,8 @@ def _unfinished(folder: Folder) -> bool:
 
 LORA = Kind("lora", "a LoRA adapter", has=("adapter_config.json", "adapter_model.*"), facts=facts.adapter,
             weights=("adapter_model.safetensors", "adapter_model.bin"), next=(
-                "add it to its model: a YAML with `models: [{{model: {base}+{path}}}]` and `merge_method: linear`, "
-                "then surgery soup YAML OUT",))  # fmt: skip
+                "add it to its model: surgery soup YAML OUT, with the YAML `{{merge_method: passthrough, "
+                "models: [{{model: {base}+{path}}}]}}`",))  # fmt: skip
 FOLDERS = (
     Kind("empty", "an empty folder", when=lambda folder: not folder.names),
     Kind("unfinished", "an output of surgery that is not finished", when=_unfinished,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 
 from surgery.arguments import checked
-from surgery.conversion.request import default_memory
+from surgery.conversion.request import LEAST, default_memory
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
 from surgery.units import parse_size
@@ -43,7 +43,7 @@ def verify(
     told of bytes read.  Raises SurgeryError if one cannot be read; a difference is a result, not an error.
     """
     left, right = open_both(a, b, options or {})
-    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    memory = parse_size(max_memory, LEAST) if isinstance(max_memory, str) else max_memory
     return compare(left, right, max_memory=memory or default_memory(), progress=progress)
 
 

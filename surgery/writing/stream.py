@@ -32,6 +32,7 @@ from surgery.tensors.files import AGAIN, IO, Stamp, check_unchanged, usable_path
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, inside, lengths, walk, whole
 from surgery.tensors.memory import Peak, keep_blocks
+from surgery.units import human
 from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import State
@@ -351,7 +352,7 @@ def _check_space(dst: Path, need: int) -> None:
     free = free_space(dst)
     if need > free:
         raise OutputError(
-            f"{need} bytes are needed and {free} are free: {need - free} are missing",
+            f"{human(need)} are needed and {human(free)} are free: {human(need - free)} are missing",
             file=dst,
             hint="make room, or choose a destination on another disk",
         )

@@ -90,7 +90,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
         notes = [sparse.NOTE]
     elif code:
         notes = ["the folder runs code of its own: load it with trust_remote_code=True"]
-    files = partial(_files, config, parse_size(options["shard_size"]), code)
+    files = partial(_files, config, parse_size(options["shard_size"], 1000), code)
     return Draft(config, None, table(family), ONE_RANK, files, tuple(notes))
 
 

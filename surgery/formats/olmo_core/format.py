@@ -92,7 +92,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     config = write_config(spec, checkpoint.facts, checkpoint.dtype, experts, identifier)
     if checkpoint.format == "olmo-core":
         config = {**checkpoint.config, "model": config["model"]}
-    files = partial(_files, config, parse_size(options["shard_size"]))
+    files = partial(_files, config, parse_size(options["shard_size"], 1000))
     return Draft(config, None, table(Variant(experts=experts)), ONE_RANK, files, tuple(notes))
 
 
