@@ -23,7 +23,7 @@ help:  ## this list
 demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it speak (MODEL=...); midtrain a tiny one
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	$(if $(MODEL),flags=$$(python recipes/fitting.py "$(MODEL)") && eval "surgery run recipes/quickstart.yaml -v $$flags",\
-	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -v \
+	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -j 2 && sed 1d runs/midtrain/steps/losses.log \
 	$(if $(KEEP),,&& rm -rf runs/quickstart/copy* runs/quickstart/moe*) && $(said)
 
 # what is left after the demo, and what to type next

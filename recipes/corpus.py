@@ -21,7 +21,7 @@ from pathlib import Path
 VOCABULARY = 2048
 LONGEST = 20_000  # characters of a document
 SHORTEST = 200
-MOST = 3_000_000  # characters of a domain
+MOST = 2_000_000  # characters of a domain
 MATH = ("sympy", "mpmath")
 PROSE = ("networkx", "numpy", "torch", "transformers")
 
