@@ -68,6 +68,19 @@ def test_ids_and_masks_as_trl_makes_them(name, workers, tmp_path, chats):
     assert report.total.learnt == sum(sum(c["assistant_mask"]) for c in CONVERSATIONS)
 
 
+def test_the_last_character_of_an_answer_is_learnt_to_its_end(tmp_path):
+    """transformers takes one token of the last marked character, even of an emoji that has four."""
+    source = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    (tmp_path / "t.jinja").write_text(source + "{% else %}[{{ m.content }}]{% endif %}{% endfor %}")
+    path = write(tmp_path / "a.jsonl", [{"messages": [ASK, {"role": "assistant", "content": "mi \U0001f600"}, ASK]}])
+    run(path, tmp_path / "out", Choices(messages="messages", template=str(tmp_path / "t.jinja")))
+    [tokens], [mask] = documents(tmp_path / "out"), masks(tmp_path / "out")
+    learnt = [i for i, m in enumerate(mask) if m]
+    assert learnt == list(range(learnt[0], learnt[-1] + 1))
+    assert NAIVE.decode([tokens[i] for i in learnt], skip_special_tokens=False) == "mi \U0001f600"
+    assert NAIVE.decode(tokens[: learnt[0]]) == NAIVE.decode(tokens[learnt[-1] + 1 :]) == "[ka vu?]"
+
+
 def test_parquet_and_dolma_and_shards_and_shuffling(tmp_path, chats):
     rows = [c["messages"] for c in CONVERSATIONS]
     pq.write_table(pa.table({"messages": rows}), tmp_path / "a.parquet")

@@ -40,7 +40,7 @@ from surgery.writing.sink import os_errors
 from surgery.writing.staging import Staging
 
 NOTE = "tokens.json"
-CHECKPOINT = 5.0  # seconds between two lines of the journal
+CHECKPOINT = 1.0  # seconds between two lines of the journal
 PATIENCE = 20  # ... and at least so many times as long as the last one took
 LEAST = 4 << 20  # bytes of input that are worth another process
 Progress = Callable[[int, int, int], None]
