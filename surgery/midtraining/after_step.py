@@ -19,7 +19,7 @@ import torch
 
 from surgery.midtraining import parallel, run_folder
 from surgery.midtraining.evaluation.resting import resting
-from surgery.midtraining.export import export
+from surgery.midtraining.export import export, gathered
 from surgery.midtraining.resuming import random_state, tensors_of, trainer_of
 from surgery.midtraining.router_telemetry import drift, snapshot
 from surgery.midtraining.routers import Routed
@@ -105,7 +105,7 @@ class Exports:
 
     def __call__(self, job: Job, state: State) -> None:
         for dst, wanted, mean in self._due(job, state):
-            if not self.came:
+            if not parallel.highest(job.world, len(self.came)):
                 self._export(job, state, dst, wanted, mean)
 
     def missing(self, job: Job, state: State) -> None:
@@ -124,14 +124,22 @@ class Exports:
         return [(self.folder / f"{name}{w.to}{mean and '-'}{mean}", w, mean) for w in found for mean in means]
 
     def _export(self, job: Job, state: State, dst: Path, wanted: Any, mean: str) -> None:
-        weights = state["averages"].weights(mean) if mean else job.weights()
-        try:
-            export(job, wanted, dst, state["progress"].step, self.command, force=True, weights=weights)
-        except Interrupted as stopped:
-            self.came.append(stopped.signum)
+        weights, step = state["averages"].weights(mean) if mean else job.weights(), state["progress"].step
+        with gathered(job, weights, self.folder) as whole:
+
+            def work() -> int:
+                try:
+                    export(job, wanted, dst, step, self.command, force=True, weights=whole)
+                except Interrupted as stopped:
+                    return stopped.signum
+                return 0
+
+            signum = parallel.together(job.world, work, main=True)[0]
+        if signum:
+            self.came.append(signum)
             return
         self.told.exports.append(dst)
-        self.told.event(state["progress"].step, "note", f"exported to {self.folder.name}/{dst.name}")
+        self.told.event(step, "note", f"exported to {self.folder.name}/{dst.name}")
 
 
 class Saves:

@@ -1,9 +1,18 @@
-"""Write the model of a run in any format, through the converter: export(job, run.export[0], Path("export/step500"))."""
+"""Write the model of a run in any format, through the converter: export(job, run.export[0], Path("export/step500")).
+
+Where several processes hold the model, all of them first write what they hold, and the first one exports that:
+
+    with gathered(job, job.weights(), folder) as whole:
+        if job.world.main:
+            export(job, wanted, dst, step, weights=whole)
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +24,36 @@ from surgery.conversion.report import Report
 from surgery.conversion.request import Write
 from surgery.formats.operations import DTYPES
 from surgery.formats.topology import Topology
+from surgery.midtraining import parallel
+from surgery.midtraining.checkpoint import shard_name, stitched
 from surgery.midtraining.model import checkpoint_of
+from surgery.midtraining.saving import held, write_checkpoint
 from surgery.midtraining.settings import Export
+from surgery.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
 
+GATHERED = ".gathered"
+Weights = Mapping[str, torch.Tensor] | Mapping[str, Lazy]
+
+
+@contextmanager
+def gathered(job: Job, weights: Mapping[str, torch.Tensor], folder: Path) -> Iterator[Weights]:
+    """Whole weights: of one process as they lie in memory, of several through files in `folder`, for the first process
+    to read.  Raises OutputError if they cannot be written."""
+    if job.world.size == 1:
+        yield weights
+        return
+    place = folder / GATHERED
+    written = write_checkpoint(place, job.world, 0, held(job.world, weights, copied=False), None)
+    yield stitched([written / shard_name(rank) for rank in range(job.world.size)]) if job.world.main else {}
+    parallel.together(job.world, lambda: shutil.rmtree(place, ignore_errors=True), main=True)
+
 
 def export(
     job: Job, wanted: Export, dst: Path, step: int | None = None, command: Sequence[str] = (), force: bool = False,
-    weights: Mapping[str, torch.Tensor] | None = None,
+    weights: Weights | None = None,
 ) -> Report:  # fmt: skip
     """The model as it is after `step` steps, or other `weights` of it, such as a mean.
 

@@ -152,14 +152,17 @@ def weights_now(model: Any, masters: Mapping[int, torch.Tensor]) -> dict[str, to
 
 
 def checkpoint_of(
-    weights: Mapping[str, torch.Tensor], source: Checkpoint, dtype: str = "source", step: int | None = None
+    weights: Mapping[str, torch.Tensor] | Mapping[str, Lazy],
+    source: Checkpoint,
+    dtype: str = "source",
+    step: int | None = None,
 ) -> Checkpoint:
     """Weights of a model by its names, as a checkpoint like the one that it came from: its config and its tokenizer.
 
     dtype   "source": what each part had in `source`; or torch's name of one
     step    how far this run has come; what `source` says of its own run is left out then
     """
-    held: dict[str, Lazy] = {n: InMemory(t) for n, t in weights.items()}
+    held: dict[str, Lazy] = {n: InMemory(t) if isinstance(t, torch.Tensor) else t for n, t in weights.items()}
     found = gather(table(source.spec.family, held), {Rank(): held}, source.spec, ONE_RANK)
     parts = {n: cast(p, source.parts[n].dtype if dtype == "source" else dtype) for n, p in found.parts.items()}
     details = {k: v for k, v in source.details.items() if k not in RUN}

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.errors import MismatchError, UsageError, some
+from surgery.midtraining import parallel
 from surgery.midtraining.batching import MicroBatch, micro_batches, rows_of
 from surgery.midtraining.evaluation.resting import generators, resting
 from surgery.midtraining.experts import EXPERTS
 from surgery.midtraining.loss import IGNORE, chunked_loss
 from surgery.midtraining.objections import largest_id, wasted
 from surgery.midtraining.optimizer import named
+from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
 from surgery.midtraining.routers import BIAS
 from surgery.midtraining.step import gradients, hidden_states
@@ -72,18 +74,23 @@ def self_test(job: Job, tell: Tell = silent) -> list[Result]:
         raise UsageError(f"skip_self_tests: there is no test {some(unknown)}", hint=hint)
     part = sample(job)
     with torch.random.fork_rng(devices=generators()):
-        return [_run(name, partial(test, job, part), tell) for name, test in TESTS.items() if name not in skip]
+        wanted = {name: partial(test, job, part) for name, test in TESTS.items() if name not in skip}
+        return [_run(name, test, tell, job.world) for name, test in wanted.items()]
 
 
-def _run(name: str, test: Callable[[], str], tell: Tell) -> Result:
+def _run(name: str, test: Callable[[], str], tell: Tell, world: World) -> Result:
+    """What the test says in the first process; it fails in all of them if it does in one."""
     begun = time.perf_counter()
     try:
-        result = Result(name, True, test(), time.perf_counter() - begun)
+        said, failed = test(), ""
     except Failed as failure:
-        tell(Result(name, False, str(failure), time.perf_counter() - begun))
-        hint = f"nothing was trained; to go on in spite of it: skip_self_tests: [{name}]"
-        raise MismatchError(f"self-test {name}: {failure}", hint=hint) from None
+        said = failed = str(failure)
+    worst = next((text for text in parallel.everyone(world, failed) if text), "")
+    result = Result(name, not worst, worst or said, time.perf_counter() - begun)
     tell(result)
+    if worst:
+        hint = f"nothing was trained; to go on in spite of it: skip_self_tests: [{name}]"
+        raise MismatchError(f"self-test {name}: {worst}", hint=hint)
     return result
 
 
@@ -277,15 +284,22 @@ def conversion(job: Job, part: MicroBatch) -> str:
 def gradient(job: Job, part: MicroBatch) -> str:
     """A gradient reaches everything that is trained."""
     gradients(job.model, [part], replace(job.objective, telemetry=None), job.world)
-    found = dict(named(job.optimizer))
-    none = [n for n, p in found.items() if p.grad is None or not bool(p.grad.any())]
-    odd = [n for n, p in found.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    found = {name: p.grad for name, p in named(job.optimizer)}
+    here = {name: torch.zeros(0) if g is None else parallel.local(g) for name, g in found.items()}
+    reached = _anywhere(job, {name: bool(g.any()) for name, g in here.items()})
+    odd = _anywhere(job, {name: not bool(g.isfinite().all()) for name, g in here.items()})
     job.optimizer.zero_grad()
-    if none:
+    if none := [name for name in found if name not in reached]:
         raise Failed(f"no gradient reaches {len(none)} parameters: {some(none)}")
     if odd:
         raise Failed(f"the gradients of {len(odd)} parameters are not finite: {some(odd)}")
     return f"one reaches all {len(found)} parameters"
+
+
+def _anywhere(job: Job, holds: Mapping[str, bool]) -> list[str]:
+    """The names of which it holds in any process: each has a part of what is divided."""
+    counts = parallel.total(job.world, [float(each) for each in holds.values()])
+    return [name for name, count in zip(holds, counts, strict=True) if count]
 
 
 TESTS: Mapping[str, Callable[[Job, MicroBatch], str]] = {
@@ -305,8 +319,8 @@ MOVED = "update"  # made after the first step
 
 
 def fingerprints(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A number for the bits of every tensor, to see later whether it has changed."""
-    return {name: _bits(tensor) for name, tensor in weights.items()}
+    """A number for the bits of every tensor, or of what this process holds of it, to see later whether it has changed."""
+    return {name: _bits(parallel.local(tensor)) for name, tensor in weights.items()}
 
 
 def _bits(tensor: torch.Tensor) -> int:
@@ -320,11 +334,12 @@ def moved(job: Job, before: Mapping[str, int], tell: Tell = silent) -> Result:
 
     def test() -> str:
         now, trained = fingerprints(job.weights()), {n for n, p in job.model.named_parameters() if p.requires_grad}
+        changed = set(_anywhere(job, {name: now[name] != before[name] for name in before}))
         frozen = {n for n, p in job.model.named_parameters() if not (p.requires_grad or n.endswith(BIAS))}
-        if still := sorted(n for n in trained if now[n] == before[n]):
+        if still := sorted(trained - changed):
             raise Failed(f"{len(still)} parameters did not change in the first step: {some(still)}")
-        if slipped := sorted(n for n in frozen if now[n] != before[n]):
+        if slipped := sorted(frozen & changed):
             raise Failed(f"{len(slipped)} frozen parameters changed: {some(slipped)}")
         return f"{len(trained)} parameters have changed" + (f", {len(frozen)} frozen ones have not" if frozen else "")
 
-    return _run(MOVED, test, tell)
+    return _run(MOVED, test, tell, job.world)
