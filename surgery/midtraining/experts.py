@@ -116,7 +116,7 @@ def fastest_experts(mixture: Mixture, tokens: int, rounds: int = ROUNDS) -> Choi
     fastest of `rounds` counts, after one to warm up.  Tokens choose anew every time, as in training: a backend that met
     its shapes again would seem faster than it is.  Memory: one more layer of experts, and their gradient.
     """
-    module = _stand_in(mixture.experts)
+    module = stand_in(mixture.experts)
     device, dtype = module.down_proj.device, module.down_proj.dtype
     refused = {n: why for n, b in EXPERTS.items() if device.type in b.devices and (why := b.refuses(module))}
     names = [n for n, b in EXPERTS.items() if device.type in b.devices and n not in refused]
@@ -140,7 +140,7 @@ def fastest_experts(mixture: Mixture, tokens: int, rounds: int = ROUNDS) -> Choi
     return Choice(min(times, key=lambda n: times[n]), shape.replace("torch.", ""), times, refused)
 
 
-def _stand_in(module: Any) -> Any:
+def stand_in(module: Any) -> Any:
     """All that a backend asks of the module, with random parameters that are whole, be its own sharded or not."""
     twin: Any = torch.nn.Module()
     twin.__dict__.update(vars(module), _parameters={})

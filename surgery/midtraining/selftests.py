@@ -23,8 +23,9 @@ from surgery.errors import MismatchError, UsageError, some
 from surgery.midtraining import parallel
 from surgery.midtraining.batching import MicroBatch, micro_batches, rows_of
 from surgery.midtraining.evaluation.resting import generators, resting
-from surgery.midtraining.experts import EXPERTS
+from surgery.midtraining.experts import EXPERTS, stand_in
 from surgery.midtraining.loss import IGNORE, chunked_loss
+from surgery.midtraining.mesh import apart
 from surgery.midtraining.objections import largest_id, wasted
 from surgery.midtraining.optimizer import named
 from surgery.midtraining.parallel import World
@@ -42,6 +43,7 @@ ROWS = 2
 FP32 = Precision("fp32", "")
 # How far two ways to compute the same may lie apart, in standard deviations: in fp32, and with products in bf16.
 EXACT, ROUNDED = 1e-4, 0.1
+MESH = 1e-4  # gradients of several processes and of one, relative to their norm
 LOSS = {"fp32": 1e-4, "autocast": 0.03, "bf16": 0.03}  # and two losses, relatively
 
 
@@ -243,7 +245,12 @@ def experts(job: Job, part: MicroBatch) -> str:
         _hidden(job, part, False)
     finally:
         handle.remove()
-    ours, plain = (_computed(job, module, given[0], run) for run in (module, partial(EXPERTS["loop"].run, module)))
+    (x, chosen, weights), run = given[0], module
+    if job.world.size > 1:  # the module's own weights are divided: others of its shapes, whole
+        module = stand_in(module)
+        chosen, run = chosen % module.num_experts, partial(EXPERTS[job.choices["experts"]].run, module)
+    by = (run, partial(EXPERTS["loop"].run, module))
+    ours, plain = (_computed(job, module, (x, chosen, weights), each) for each in by)
     apart = {name: float(_apart(a[None], plain[name][None]).max()) for name, a in ours.items()}
     worst = max(apart, key=lambda name: apart[name])
     if not apart[worst] <= (EXACT if job.objective.precision.name == "fp32" else ROUNDED):
@@ -296,6 +303,17 @@ def gradient(job: Job, part: MicroBatch) -> str:
     return f"one reaches all {len(found)} parameters"
 
 
+def mesh(job: Job, part: MicroBatch) -> str:
+    """A small copy of the model, divided as the model is, has the gradients of one process."""
+    if job.world.size == 1:
+        return "not needed: there is one process"
+    found = apart(job)
+    worst = max(found, key=lambda name: found[name])
+    if not found[worst] <= MESH:
+        raise Failed(f"{worst} of a small copy of the model differs from that of one process by {found[worst]:.2g}")
+    return f"{len(found)} gradients and losses of a small copy are those of one process, up to {found[worst]:.1e}"
+
+
 def _anywhere(job: Job, holds: Mapping[str, bool]) -> list[str]:
     """The names of which it holds in any process: each has a part of what is divided."""
     counts = parallel.total(job.world, [float(each) for each in holds.values()])
@@ -310,6 +328,7 @@ TESTS: Mapping[str, Callable[[Job, MicroBatch], str]] = {
     "head": head,
     "experts": experts,
     "conversion": conversion,
+    "mesh": mesh,
     "gradient": gradient,
 }
 MOVED = "update"  # made after the first step
@@ -319,7 +338,7 @@ MOVED = "update"  # made after the first step
 
 
 def fingerprints(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A number for the bits of every tensor, or of what this process holds of it, to see later whether it has changed."""
+    """A number for the bits of every tensor, or of what is here of it, to see later whether it has changed."""
     return {name: _bits(parallel.local(tensor)) for name, tensor in weights.items()}
 
 
