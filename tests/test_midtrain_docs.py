@@ -51,11 +51,14 @@ def test_the_page(reader):
         Path(name).write_text(text)
     said = {}
     for line in "".join(blocks("sh")).splitlines():
+        line = line.replace("--nproc 8", "--nproc 2")
         done = CliRunner().invoke(main, shlex.split(line, comments=True)[1:], catch_exceptions=False)
         assert done.exit_code == 0, f"{line}: {done.output}"
         said[line.partition("  ")[0]] = done.output
-    assert len(said) == 7
+    assert len(said) == 9
     assert "learning rate, step 1 to 27" in said["surgery midtrain run.yaml --dry-run"]
+    foretold = said["surgery midtrain run.yaml --dry-run --nproc 2 --nnodes 2"]
+    assert foretold.count("torchrun --nnodes 2 ") == 2 and "1 x 2 rows on a device" in foretold
     run = read_folder(Path("runs/anneal"))
     assert (run.status, run.steps) == ("finished", 27)
     losses = [e["heldout"]["prose"]["loss"] for e in run.evals]

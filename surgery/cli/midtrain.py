@@ -8,6 +8,7 @@ Only click is imported here; everything else when it is used, so that `--help` i
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(), metavar="DIR", help="The run's folder, instead of the YAML's `output`.")
 @click.option("--dry-run", is_flag=True, help="Measure one step and say what the run would be: steps, tokens, epochs, "
               "memory, time, learning rates. Nothing is written.")  # fmt: skip
+@click.option("--nproc", type=click.IntRange(1), metavar="N", help="Train in N processes of this host, or on N of its "
+              "GPUs; with --dry-run, count for them.")  # fmt: skip
+@click.option("--nnodes", type=click.IntRange(1), metavar="N", help="With --dry-run: count for N hosts, and print the "
+              "torchrun line for each.")  # fmt: skip
 @click.option(
     "--explain",
     is_flag=True,
@@ -39,7 +44,15 @@ if TYPE_CHECKING:
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the YAML, for editors.")
 @JSON
 def midtrain_command(
-    run: str | None, sets: Sequence[str], output: str | None, dry_run: bool, explain: bool, schema: bool, as_json: bool
+    run: str | None,
+    sets: Sequence[str],
+    output: str | None,
+    dry_run: bool,
+    nproc: int | None,
+    nnodes: int | None,
+    explain: bool,
+    schema: bool,
+    as_json: bool,
 ) -> None:
     """Train a checkpoint of any format further, and write it in any format.
 
@@ -56,6 +69,8 @@ def midtrain_command(
     surgery midtrain --explain                       every key, its default, and what it means
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
     surgery midtrain run.yaml                        tests itself, trains, exports
+    surgery midtrain run.yaml                        again: goes on where it was stopped
+    surgery midtrain run.yaml --nproc 2              in two processes, or on two GPUs
     surgery midtrain run.yaml --set data.seed=666 --output runs/anneal-666
 
     Before the first step the run tests itself on its own model, data and device: does the future leak, do documents,
@@ -80,18 +95,36 @@ def midtrain_command(
         lines = list(explained(wanted, origins))
         click.echo(json.dumps([vars(line) for line in lines], indent=2)) if as_json else show.explanation(lines)
     elif dry_run:
-        _foretell(wanted, as_json)
+        _foretell(wanted, as_json, *_words(run, sets, as_json), nproc=nproc or 1, nnodes=nnodes or 1)
+    elif nnodes:
+        raise UsageError("--nnodes goes with --dry-run: on several hosts torchrun starts the processes")
+    elif nproc and nproc > 1 and "WORLD_SIZE" not in os.environ:
+        from surgery.midtraining.launching import launch
+
+        sys.exit(launch(_words(run, sets, as_json), nproc))
     else:
         _train(wanted, as_json)
 
 
-def _foretell(wanted: Any, as_json: bool) -> None:
+def _words(run: str | None, sets: Sequence[str], as_json: bool) -> list[str]:
+    """Of the command that each process runs."""
+    return ["midtrain", str(run), *(word for each in sets for word in ("--set", each)), *["--json"] * as_json]
+
+
+def _foretell(wanted: Any, as_json: bool, *words: str, nproc: int, nnodes: int) -> None:
     from surgery.cli import show_midtraining as show
     from surgery.midtraining.dry_run import foretell
+    from surgery.midtraining.launching import torchrun
     from surgery.midtraining.loop import prepare
 
-    forecast = foretell(prepare(wanted))
-    click.echo(json.dumps(forecast.to_json(), indent=2)) if as_json else show.forecast(forecast)
+    forecast = foretell(prepare(wanted), nproc * nnodes)
+    lines = torchrun(words, nproc, nnodes) if nproc * nnodes > 1 else []
+    if as_json:
+        click.echo(json.dumps({**forecast.to_json(), "torchrun": lines}, indent=2))
+        return
+    show.forecast(forecast)
+    for line in lines:
+        click.echo(line)
 
 
 def _train(wanted: Any, as_json: bool) -> None:
@@ -103,6 +136,8 @@ def _train(wanted: Any, as_json: bool) -> None:
         views=lambda job: _views(job, as_json),
         say=lambda text: say(text, err=True) if text else None,
     )
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
     else:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.midtraining.batching import micro_batches, rows_of
+from surgery.midtraining.course import Course
 from surgery.midtraining.loss import CHUNK
 from surgery.midtraining.objections import spans, wasted
 from surgery.midtraining.optimizer import set_rate
+from surgery.midtraining.sharding import Sizes
 from surgery.midtraining.step import gradients
 from surgery.tensors.memory import free_memory
 
@@ -60,8 +62,14 @@ class Forecast:
         return asdict(self)
 
 
-def foretell(job: Job) -> Forecast:
-    """Measure the first micro-batch, and count the rest."""
+def foretell(job: Job, processes: int = 1) -> Forecast:
+    """Measure the first micro-batch, and count the rest; for so many processes, of which this is one.
+
+    Raises ConfigError if batch or model cannot be divided among them.
+    """
+    if processes > job.world.size:
+        course = Course.of(job.run.train, job.batches, processes, job.course.schedule.peak)
+        job = replace(job, course=course)
     layout, schedule = job.course.layout, job.course.schedule
     free = _free(job.world.device)
     kept, seconds = _measured(job)
@@ -76,7 +84,11 @@ def foretell(job: Job) -> Forecast:
     unused = getattr(job.batches, "unused", 0)
     if unused:
         notes.append(f"{unused:,} rows at the end of the plan make no whole batch and are not used")
-    memory = _memory(job, kept)
+    memory = _memory(job, kept, Sizes.of(job.run.parallel, processes).fsdp if processes > 1 else 1)
+    if processes > 1:
+        notes.append(
+            f"{processes} processes are counted, one was measured: what they say to each other is not in the time"
+        )
     if free is not None and sum(n for name, n in memory.items() if name not in LOADED) > free:
         notes.append("it will not fit: besides the weights it needs more than is free; a smaller train.micro_batch and "
                      "train.activation_checkpointing need less")  # fmt: skip
@@ -110,14 +122,16 @@ def _sources(job: Job) -> Iterator[dict[str, Any]]:
                "epochs": taken / source.have if source.have else 0.0}  # fmt: skip
 
 
-def _memory(job: Job, kept: int) -> dict[str, int]:
+def _memory(job: Job, kept: int, shared: int) -> dict[str, int]:
+    """`shared`: how many processes divide weights, gradients and moments."""
     own = sum(p.numel() * p.element_size() for p in job.model.parameters())
     trained = sum(p.numel() * p.element_size() for p in job.parameters)
     masters = sum(m.numel() * 4 for _, m in job.masters.pairs) if job.masters else 0
     vocabulary = job.model.get_output_embeddings().weight.shape[0]
     tokens = job.course.micro * job.course.layout.length
     chunk = job.objective.chunk or max(1, CHUNK.get(job.world.device, CHUNK["cuda"]) // vocabulary)
-    return {"weights": own, "masters": masters, "gradients": trained, "moments": 2 * trained, "activations": kept,
+    divided = {"weights": own, "masters": masters, "gradients": trained, "moments": 2 * trained}
+    return {**{name: size // shared for name, size in divided.items()}, "activations": kept,
             "logits": min(chunk, tokens) * vocabulary * 4 * 2}  # fmt: skip
 
 

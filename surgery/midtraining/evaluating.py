@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.data.rows import Rows
 from surgery.data.tokenizing.vocabulary import load_vocabulary
+from surgery.midtraining import parallel
 from surgery.midtraining.evaluation.domains import heldout_loss
 from surgery.midtraining.evaluation.opened import CONTEXT, Opened
+from surgery.midtraining.evaluation.resting import Ranks
 from surgery.midtraining.evaluation.suite import Suite
 from surgery.midtraining.evaluation.tasks import find_data
 
@@ -32,6 +34,7 @@ class Evaluations:
     def __init__(self, job: Job, told: Told) -> None:
         """Raises FileError or UsageError if tasks are named that are not there, or need a tokenizer that is not."""
         self.job, self.told, self.wanted = job, told, job.run.evaluation
+        self.ranks = Ranks(job.world.rank, job.world.size, parallel.summing(job.world))
         source = job.source
         vocabulary = load_vocabulary(str(source.path)) if source.tokenizer else None
         self.opened = Opened(source, job.model, job.digest, source.spec.context or CONTEXT, vocabulary)
@@ -51,9 +54,9 @@ class Evaluations:
         record: dict[str, Any] = {"step": step, "tokens": tokens}
         with self.job.objective.precision.computing(self.job.world.device):
             if self.domains:
-                record["heldout"] = heldout_loss(self.job.model, self.domains, self.opened.lengths)
+                record["heldout"] = heldout_loss(self.job.model, self.domains, self.opened.lengths, ranks=self.ranks)
             if self.suite:
-                record["tasks"] = self.suite.run(self.job.model)
+                record["tasks"] = self.suite.run(self.job.model, ranks=self.ranks)
         if len(record) > 2:
             self.told.evaluation(record)
 

@@ -62,9 +62,9 @@ def shard(model: Any, mixtures: Sequence[Mixture], world: World, wanted: Paralle
 
     Raises ConfigError for sizes that do not fit, or a family whose experts transformers cannot divide.
     """
-    sizes = Sizes.of(wanted, world.size)
     if world.size == 1:
         return
+    sizes = Sizes.of(wanted, world.size)
     kind = world.device.partition(":")[0]
     dense = init_device_mesh(kind, (sizes.replicate, sizes.fsdp, 1), mesh_dim_names=("replicate", "fsdp", "tp"))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

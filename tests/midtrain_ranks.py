@@ -1,0 +1,154 @@
+"""Runs in several processes, forked from one that has imported torch but runs no thread: see test_midtrain_ranks.py.
+
+    python -m tests.midtrain_ranks FOLDER          # prints, as JSON, how far each run lies from one process
+
+Each run has 20 steps of a tiny mixture of experts with masks and packed rows; the chains are stopped by a signal on the
+way, and go on in another number of processes, or divided in another way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.fsdp
+import transformers.distributed
+import transformers.modeling_layers  # noqa: F401
+from safetensors.torch import load_file
+
+from surgery.errors import MismatchError
+from surgery.midtraining import after_step, mesh, sharding
+from surgery.midtraining.checkpoint import newest
+from surgery.midtraining.parallel import World
+from surgery.midtraining.run import midtrain
+from surgery.midtraining.run_file import make_run
+from surgery.midtraining.stopping import Requeue
+from tests import tiny
+from tests.killing import forked
+from tests.test_midtrain_loop import record, settings
+
+KEYS = ("loss", "ce", "balance", "router_z", "grad_norm")
+EP = {"parallel": {"ep": 2}}
+# name: stages, each so many processes, up to which step, with which settings
+CHAINS: dict[str, list[tuple[int, int, dict[str, Any]]]] = {
+    "fsdp": [(2, 20, {})],
+    "replicate": [(2, 20, {"parallel": {"replicate": 2}})],
+    "ep": [(2, 20, EP)],
+    "ep, stopped": [(2, 7, EP), (2, 20, EP)],
+    "2 -> 1 -> 2": [(2, 7, {}), (1, 12, {}), (2, 20, {})],
+    "ep -> fsdp -> ep": [(2, 6, EP), (2, 13, {}), (2, 20, EP)],
+}
+
+
+def ranks(count: int, job: Callable[[], None]) -> None:
+    """Do the job in so many processes that find each other; raises if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        if count > 1:
+            told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in told.items()}, MASTER_ADDR="127.0.0.1")
+        torch.set_num_threads(1)
+        try:
+            job()
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+    left = {forked(lambda rank=rank: one(rank)) for rank in range(count)}
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        if status:
+            time.sleep(1)
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+            raise SystemExit(f"a process ended with status {status}")
+
+
+def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any]) -> None:
+    """Of one stage: stopped by a signal to the first process alone, unless it is the last one."""
+    real = after_step.Saves.__call__
+
+    def call(self: Any, job: Any, state: Any) -> None:
+        if state["progress"].step == until and job.world.main:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self, job, state)
+
+    value = settings(folder / "model", folder / "batches.npz", folder / name, micro_batch=1 if count > 1 else 2)
+    value |= {"checkpoint": {"every": 5}, "average": {"last": 3}, "train": value["train"] | {"z_loss": 1e-3}, **more}
+    after_step.Saves.__call__ = call
+    try:
+        midtrain(make_run(value))
+    except Requeue:
+        assert until < 20
+
+
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def apart(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
+    assert [m["step"] for m in one] == [m["step"] for m in other]
+    return max(abs(a[key] - b[key]) / abs(a[key]) for a, b in zip(one, other, strict=True) for key in KEYS)
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    saved = newest(folder / name / "checkpoints", World()).saved
+    assert saved and saved.step == 20
+    found = {n: t.full() for n, t in saved.tensors.items() if not n.startswith(("rng.", "readings."))}
+    exported = next((folder / name / "export").glob("*-hf"))
+    return found | {f"export.{n}": t for n, t in load_file(exported / "model.safetensors").items()}
+
+
+def planted(folder: Path) -> None:
+    """What the test of the mesh says where every gradient is half of what it should be."""
+    real = sharding.shard
+
+    def shard(*args: Any) -> None:
+        real(*args)
+        for module in args[0].modules():
+            if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                module.set_gradient_divide_factor(2.0)
+
+    mesh.shard = shard
+    try:
+        train(folder, "planted", 2, 20, EP)
+    except MismatchError as error:
+        (folder / f"said-{os.environ['RANK']}").write_text(str(error))
+
+
+def main(folder: Path) -> dict[str, Any]:
+    ranks(1, lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16, e=8),
+                      record(folder / "batches.npz", masked=True, packed=True)))  # fmt: skip
+    ranks(1, lambda: train(folder, "one", 1, 20, {}))
+    said: dict[str, Any] = {}
+    one, whole = lines(folder, "one"), weights(folder, "one")
+    for name, stages in CHAINS.items():
+        for count, until, more in stages:
+            ranks(count, lambda c=count, u=until, m=more, n=name: train(folder, n, c, u, m))
+        found = weights(folder, name)
+        assert found.keys() == whole.keys()
+        far = {n: float((t - whole[n]).norm() / whole[n].norm().clamp(min=1e-30)) for n, t in found.items()}
+        said[name] = {"metrics": apart(one, lines(folder, name)), "state": max(far.values())}
+    same = [(folder / name / "metrics.jsonl").read_bytes() for name in ("ep", "ep, stopped")]
+    a, b = weights(folder, "ep"), weights(folder, "ep, stopped")
+    said["the same bits"] = same[0] == same[1] and all(torch.equal(a[n], b[n]) for n in a)
+    ranks(2, lambda: planted(folder))
+    said["planted"] = [(folder / f"said-{rank}").read_text() for rank in range(2)]
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,86 @@
+"""Several processes are one: divided by FSDP2, by copies, by experts; gone on with otherwise; started and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from surgery.errors import ConfigError
+from surgery.midtraining.launching import torchrun
+from surgery.midtraining.mesh import small
+from surgery.midtraining.run_folder import read_folder
+from surgery.midtraining.settings import Parallel
+from surgery.midtraining.sharding import Sizes
+from surgery.model.spec import Spec
+from tests import tiny
+from tests.test_midtrain_loop import record, settings
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_however_the_model_is_divided(tmp_path):
+    words = [sys.executable, "-m", "tests.midtrain_ranks", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said.pop("the same bits")
+    for text in said.pop("planted"):
+        assert "self-test mesh: " in text and "of a small copy of the model differs from that of one process" in text
+    assert len(said) == 6
+    assert {name: far for name, far in said.items() if far["metrics"] > 1e-6 or far["state"] > 1e-5} == {}
+
+
+@pytest.mark.slow
+def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
+    tiny.save("llama", tmp_path / "model", l=2, h=48, f=40)
+    record(tmp_path / "batches.npz", masked=False, packed=False)
+    value = settings(tmp_path / "model", tmp_path / "batches.npz", tmp_path / "out", micro_batch=1)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(value | {"skip_self_tests": ["mesh"], "export": []}))
+    words = [sys.executable, "-m", "surgery", "midtrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 1):
+        time.sleep(0.01)
+    run.send_signal(signal.SIGUSR1)
+    told, _ = run.communicate(timeout=300)
+    assert run.returncode == 75, told
+    stopped = read_folder(tmp_path / "out")
+    assert stopped.status == "stopped" and 1 < stopped.step < 20
+    assert (tmp_path / "out" / "checkpoints" / f"step{stopped.step:09d}" / "MANIFEST.json").is_file()
+    again = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.count("20 steps, ") == 1
+    assert [m["step"] for m in read_folder(tmp_path / "out").metrics] == list(range(1, 21))
+
+
+def test_sizes_of_the_mesh():
+    assert Sizes.of(Parallel(), 8) == Sizes(1, 8, 1)
+    assert Sizes.of(Parallel(replicate=2, ep=4), 8) == Sizes(2, 4, 4)
+    for wrong in (Parallel(replicate=3), Parallel(fsdp=4), Parallel(replicate=2, ep=8)):
+        with pytest.raises(ConfigError):
+            Sizes.of(wrong, 8)
+
+
+def test_a_small_copy_keeps_what_the_mesh_divides():
+    spec = Spec(family="olmoe", layers=16, width=2048, vocab=50304, kv_heads=16, group=1, head_dim=128,
+                experts=64, expert_ffn=1024, top_k=8)  # fmt: skip
+    found = small(spec, 8)
+    assert (found.layers, found.experts, found.top_k, found.expert_ffn) == (2, 16, 8, 48)
+    assert found.experts % 8 == 0 and found.width < 100
+    assert small(spec.replace(moe_layers=(1, 3)), 4).moe_layers == (1,)
+
+
+def test_lines_for_two_hosts():
+    start = "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500 --rdzv-id $JOB_ID "
+    rest = "--nproc-per-node 8 --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 600 -m surgery midtrain "
+    assert torchrun(["midtrain", "my run.yaml"], 8, 2) == [f"{start}{rest}'my run.yaml'"] * 2
+    assert torchrun(["midtrain", "r.yaml"], 2, 1)[0].startswith("torchrun --standalone --nproc-per-node 2 ")
