@@ -421,5 +421,5 @@ class Run(Section):
     device: str = "auto"
     """cpu, cuda or cuda:N; auto: a GPU if there is one."""
     skip_self_tests: Names = ()
-    """Tests that are left out: learning_rate, vocabulary, causality, isolation, head, experts, conversion, gradient,
-    update."""
+    """Tests that are left out: learning_rate, vocabulary, causality, isolation, head, experts, conversion, mesh,
+    gradient, update."""
