@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,9 +107,39 @@ def test_nothing_unpickles(path):
             assert node.func.id not in ("eval", "exec", "compile", "__import__"), f"line {node.lineno}"
 
 
+WALKS = (
+    "tensors",
+    "containers",
+    "writing",
+    "tokenizer",
+    "model",
+    "formats",
+    "conversion",
+    "running",
+    "verification",
+    "merging",
+    "upcycling",
+    "data",
+)  # packages whose docstring names every file
+
+
 def test_every_package_says_what_it_is():
-    for folder in {path.parent for path in FILES}:
-        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+    for folder in sorted({path.parent for path in FILES}):
+        told = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert told, folder
+        if where(folder).split("/")[0] in WALKS:
+            files = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+            missing = [name for name in files if not re.search(rf"\b{name}\b", told)]
+            assert not missing or len(files) == 1, (folder, missing)
+
+
+@pytest.mark.parametrize("path", FILES, ids=where)
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno:
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 def loaded(code: str) -> set[str]:

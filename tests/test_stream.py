@@ -686,3 +686,18 @@ def test_without_fsync_a_new_boot_starts_afresh(source, tmp_path, monkeypatch):
     done = write(plan(source), tmp_path / "out", max_memory=memory, job={}, durable=False)
     assert done.resumed_bytes == 0
     assert done.notes
+
+
+def test_time_is_linear_in_the_number_of_tensors(tmp_path):
+    """4 times as many take about 4 times as long (with anything done per tensor for all before it: 16 times)."""
+
+    def seconds(n, run=0):
+        ledger, one = Ledger(), InMemory(torch.ones(1))
+        file = region_file("many.bin", *(ledger.tap(f"part{i}", one) for i in range(n)))
+        began = time.process_time()
+        write([file], tmp_path / f"{n}-{run}", max_memory=1 << 20, job={}, ledger=ledger, durable=False)
+        return time.process_time() - began
+
+    seconds(100)
+    few = min(seconds(4_000, run) for run in range(2))
+    assert seconds(16_000) < 8 * few

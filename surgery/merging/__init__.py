@@ -10,4 +10,6 @@ vocabulary.py  models with different tokenizers    tokens.py        the tokenize
 run.py         from YAML to checkpoint             search.py        greedy soups and search over weights
 methods/       every method by name                engine/          blocks, threads, memory
 mergekit.py    what is mergekit's alone
+request.py     what can be asked of a merge        assemble.py      each tensor with its sources
+view.py        models under HF's names             derive.py        the merge as a lazy checkpoint
 """

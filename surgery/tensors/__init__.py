@@ -5,4 +5,5 @@ axes.py      named axes and layout patterns                         files.py    
 chunked.py   a tensor of several boxes                              gather.py       rows picked and scaled
 memory.py    peak memory, recycled buffers                          fingerprint.py  digests that need no order
 hashing.py   splitmix64                                             random.py       numbers by their place
+in_memory.py a tensor in memory
 """

@@ -12,6 +12,7 @@ whatever was guessed or could not be carried.
     files.py          find and describe        sentencepiece.py   its protobuf -> tokenizer.json
     carry.py          write                    tiktoken.py        rank file <-> tokenizer.json
     bpe.py            merges, and the document tokenizer.json
+    bytes.py          how much text a token stands for
 """
 
 from surgery.tokenizer.carry import Carried, carry, for_hf, for_meta

@@ -6,4 +6,5 @@ dense_to_moe/   settings, strategies, routers, targets       edit_experts/   exp
 attention_experts.py   groups of heads as experts            collapse.py     a mixture becomes dense again
 proof.py        source and result run side by side           request.py      what can be asked for
 run.py          plan, write, prove                           api.py          upcycle, experts, collapse
+request.py      what can be asked
 """

@@ -3,5 +3,8 @@
 stream.py    blocks made by threads, written in order       sink.py       where each byte goes, with checksums
 staging.py   the hidden folder, published by a rename       journal.py    what a killed run need not do again
 progress.py  a bar, or nothing                    interrupt.py  SIGINT and SIGTERM, noted
-atomic.py    a single file, whole or not at all
+atomic.py    a single file, whole or not at all             ahead.py      blocks made ahead, taken in their order
+readback.py  what was written, read again                   locking.py    one run at a time
+publishing.py  the last step                                renaming.py   renames that take nothing away
+replaceable.py what --force may replace                     scratch.py    temporary folders
 """

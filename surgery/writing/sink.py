@@ -150,7 +150,7 @@ class Sink:
             self._hashed(BEHIND)
             self.hashing.append(self.hasher.submit(self._hash, block))  # only what is written counts
         self.ledger.add(block.counts)
-        self.new_counts |= block.counts.keys()
+        self.new_counts.update(block.counts)  # not |=, which copies the set
         self.at = (block.index, block.start + len(block.data))
         self._report(offset + len(block.data))
         self.since += len(block.data)

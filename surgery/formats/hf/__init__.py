@@ -1,1 +1,6 @@
-"""Hugging Face: config.json, safetensors (one, or sharded with an index) or .bin files."""
+"""Hugging Face: config.json, safetensors (one, or sharded with an index) or .bin files.
+
+format.py     the steps of the format           families.py   what the keys of each family mean
+config.py     config.json <-> Spec              rope.py       its rotary embeddings     moe.py   its experts
+table.py      the tensors of a family           rows.py       as data                   files.py the weight files
+"""

@@ -1,1 +1,6 @@
-"""GPT-NeoX: mp_rank_* and layer_* files, configs in YAML."""
+"""GPT-NeoX: mp_rank_* and layer_* files, configs in YAML.
+
+format.py     the steps of the format           files.py         the files, opened as tables per rank
+config.py     YAML -> Spec                      write_config.py  Spec -> YAML        inert.py   keys that change nothing
+table.py      the tensors                       releases.py      how each release names and packs them
+"""

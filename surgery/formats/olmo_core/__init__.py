@@ -1,1 +1,5 @@
-"""OLMo-core: a torch DCP folder with config.json."""
+"""OLMo-core: a torch DCP folder with config.json.
+
+format.py     the steps of the format           config.py        config.json -> Spec
+table.py      the tensors                       write_config.py  Spec -> config.json       rope.py   its rotary embeddings
+"""
