@@ -77,7 +77,7 @@ class _Model:
         window = s.windows[i] if s.windows else 0
         rope = s.rope_local if window and s.rope_local is not None else s.rope
         if rope is not None:
-            cos, sin = angles(rope, s.head_dim, x.shape[1])
+            cos, sin = angles(rope, s.head_dim, x.shape[1], s.context)
             q, k = turn(q, cos, sin), turn(k, cos, sin)
         k, v = (t.repeat_interleave(s.group, 1) for t in (k, v))
         place = torch.arange(x.shape[1])
@@ -109,7 +109,7 @@ class _Model:
         return self.linear(act(self.linear(x, at + ".gate")) * up if self.spec.glu else act(up), at + ".down")
 
 
-def angles(rope: Rope, width: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def angles(rope: Rope, width: int, length: int, context: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [length, turned width / 2]."""
     turned = int(width * rope.fraction)
     speed = rope.base ** -(torch.arange(0, turned, 2, dtype=torch.float32) / turned)
@@ -124,7 +124,12 @@ def angles(rope: Rope, width: int, length: int) -> tuple[torch.Tensor, torch.Ten
         speed = torch.where(wave > low, slow, torch.where(wave < high, speed, (1 - mix) * slow + mix * speed))
     elif scaling.get("type") == "yarn":
         speed, boost = _yarn(scaling, rope.base, speed)
-    elif scaling:
+    elif scaling.get("type") == "longrope":
+        old = scaling["original_max_position_embeddings"]
+        speed = speed / torch.tensor(scaling["long_factor" if length > old else "short_factor"])
+        factor = scaling.get("factor") or (context or old) / old
+        boost = scaling.get("attention_factor") or math.sqrt(1 + max(math.log(factor), 0.0) / math.log(old))
+    elif scaling and not (scaling["type"] == "dynamic" and context and length <= context):  # until then nothing changes
         raise AssertionError(f"the reference does not know {scaling}")
     angle = torch.arange(length, dtype=torch.float32)[:, None] * speed
     return angle.cos() * boost, angle.sin() * boost

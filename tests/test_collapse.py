@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.topology import Topology
+from surgery.model.spec import Rope
 from surgery.upcycling import run as running
 from surgery.upcycling.collapse import collapsed, router_shares
 from surgery.upcycling.request import Collapse
@@ -114,6 +116,10 @@ def test_what_is_not_exact_is_refused(wanted, words, dense, tmp_path):
 @pytest.mark.parametrize("by", ["average", "by-router"])
 def test_means_against_a_plain_loop(by, family, tiny_hf):
     source = open_checkpoint(tiny_hf(family))
+    if family == "glm4_moe":  # half of a head turns there, which no dense family of Hugging Face does
+        with pytest.raises(ConfigError, match="no Hugging Face family holds this"):
+            collapsed(source, by, force_lossy=True, tokens=64)
+        source = replace(source, spec=source.spec.replace(rope=Rope(1e4)))
     made = collapsed(source, by, force_lossy=True, tokens=64)
     shares = router_shares(source, 64) if by == "by-router" else {}
     spec = source.spec

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.conversion import convert as conversion
@@ -21,8 +23,6 @@ from tests import oracle, tiny
 
 
 def weights(folder):
-    from safetensors.torch import load_file
-
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= load_file(path)
@@ -53,7 +53,8 @@ def test_hf_to_itself_is_the_identity(family, tiny_hf, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(oracle.same_bits(ours[k], theirs[k]) for k in theirs)
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "copy", tiny_hf(family)))
-    assert {k: v for k, v in config.items() if "dtype" not in k} == {
+    classic = {"rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"}  # for others
+    assert {k: v for k, v in config.items() if "dtype" not in k and (k in before or k not in classic)} == {
         k: v for k, v in before.items() if "dtype" not in k
     }
     index = json.loads((tmp_path / "copy" / "model.safetensors.index.json").read_text())
@@ -214,3 +215,22 @@ def test_a_missing_tensor_stops_before_anything_is_written(tmp_path, tiny_hf):
     with pytest.raises(LayoutError, match=r"model.layers.4.self_attn.k_proj.weight is missing"):
         surgery.convert(folder, tmp_path / "out", to="meta")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hole"]
+
+
+def test_values_that_a_cast_cannot_hold_are_counted_and_named(tiny_hf, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_hf("llama"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = torch.tensor([1e10, -1e10, 1e-10])
+    tensors["model.norm.weight"][5] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    notes = surgery.convert(source, tmp_path / "half", to="hf", dtype="fp16").notes
+    assert "weights too large for float16 became infinite: 2 in all, in layers.1.mlp.up (2)" in notes
+    assert "weights NaN or infinite: 1 in all, in final_norm (1)" in notes
+    small = [n for n in notes if "became 0" in n]
+    assert len(small) == 1
+    assert "too small for float16" in small[0]
+    report = json.loads((tmp_path / "half" / "surgery.json").read_text())
+    assert set(notes) <= set(report["notes"])
+    kept = surgery.convert(source, tmp_path / "kept", to="meta").notes
+    assert [n for n in kept if "in all" in n] == ["weights NaN or infinite: 1 in all, in final_norm (1)"]

@@ -76,7 +76,7 @@ def test_any_partition_in_any_order_gives_the_naive_sum(data):
         with ledger.collect() as seen:
             tap.read(box)
         ledger.add(seen)
-    assert ledger.counts["t"] == (naive(tensor), tensor.numel())
+    assert ledger.counts["t"][:2] == (naive(tensor), tensor.numel())
     assert not ledger.gaps()
 
 

@@ -167,10 +167,12 @@ def test_the_original_length_beside_the_scaling_counts(tiny_hf):
     """As Phi-3 has it; transformers gives it the priority."""
     config = json.loads((tiny_hf("llama3") / "config.json").read_text())
     inside = config["rope_parameters"]["original_max_position_embeddings"]
+    with pytest.raises(ConfigError, match="original_max_position_embeddings is 4096, but 8192 in the rope's own"):
+        read_config({**config, "original_max_position_embeddings": 4096}, "config.json")  # transformers 4 takes 8192
+    del config["rope_parameters"]["original_max_position_embeddings"]
     spec, _, notes = read_config({**config, "original_max_position_embeddings": 4096}, "config.json")
     assert (inside, spec.rope.scaling["original_max_position_embeddings"]) == (8192, 4096)
     assert not any("not understood" in note for note in notes)
-    del config["rope_parameters"]["original_max_position_embeddings"]
     assert read_config(config, "x")[0].rope.scaling["original_max_position_embeddings"] == 16384  # the longest context
     assert torch.equal(frequencies({**config, "original_max_position_embeddings": 4096}), frequencies(config, 4096))
     assert not torch.equal(frequencies(config), frequencies(config, 4096))

@@ -89,5 +89,5 @@ def test_unknown_keys_of_all_sections_are_told():
     keys = Keys({**CONFIG, "odd": 1, "off": False, "below": {"a": 1, "b": 2, "seed": 3}}, "x", "model")
     read(TABLE, keys)
     keys.below("below", {}, {"seed"}).integer("a")
-    assert keys.unknown(()) == ["model.odd", "model.below.b"]
-    assert keys.unknown({"odd"}, silent=(None,)) == ["model.off", "model.below.b"]
+    assert keys.unknown(()) == {"model.odd": 1, "model.below.b": 2}
+    assert keys.unknown({"odd"}, silent=(None,)) == {"model.off": False, "model.below.b": 2}

@@ -538,7 +538,7 @@ def test_contradictions_are_refused():
 
 def test_unknown_keys_are_named_and_inert_ones_are_not():
     found = olmo_config.read_model({"model": {**BASE, "warp_drive": 9, "init_std": 0.1}}, "config.yaml")
-    assert any("'model.warp_drive' is not understood" in note for note in found.notes)
+    assert any("'model.warp_drive' (9) is not understood" in note for note in found.notes)
     assert not any("init_std" in note for note in found.notes)
 
 

@@ -567,7 +567,7 @@ def test_defaults_are_upstreams_and_named():
 
 def test_unknown_keys_are_named():
     notes = olmo_core_config.read_model(changed("olmo2", _A + "warp", 9), "x").notes
-    assert any("model.block.sequence_mixer.warp is not understood" in note for note in notes)
+    assert any("'model.block.sequence_mixer.warp' (9) is not understood" in note for note in notes)
 
 
 def test_experts_that_drop_tokens_are_said_so():

@@ -23,11 +23,18 @@ Flag = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of the output, where its format "
                           "has that option. [default: 5GB]")  # fmt: skip
-OPTIONS = click.option("-O", "options", multiple=True, metavar="NAME=VALUE", help="A choice of a format; see `surgery "
-                       "formats`. Repeatable.")  # fmt: skip
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Show the plan: files, bytes, memory, what is dropped or "
                        "guessed; write nothing.")  # fmt: skip
+ALLOW_UNKNOWN = click.option("--allow-unknown", multiple=True, metavar="NAME", help="Go on though this key of a "
+                             "config, or this dtype of weights, is not understood. Repeatable.")  # fmt: skip
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def OPTIONS(function: Callable[..., Any]) -> Callable[..., Any]:
+    """-O, and the one option of all formats that has a flag of its own."""
+    option = click.option("-O", "options", multiple=True, metavar="NAME=VALUE",
+                          help="A choice of a format; see `surgery formats`. Repeatable.")  # fmt: skip
+    return option(ALLOW_UNKNOWN(function))
 
 
 def with_flags(*groups: Sequence[Flag]) -> Flag:
@@ -129,7 +136,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def options_of(flags: Mapping[str, Any], to: str | None = None) -> dict[str, str]:
-    """What -O and, where a format is written, --shard-size say.  Raises UsageError."""
+    """What -O, --allow-unknown and, where a format is written, --shard-size say.  Raises UsageError."""
     from surgery.errors import UsageError
     from surgery.formats.registry import named
 
@@ -141,6 +148,9 @@ def options_of(flags: Mapping[str, Any], to: str | None = None) -> dict[str, str
         if name in out:
             raise UsageError(f"-O {name} is given twice")
         out[name] = value
+    if flags.get("allow_unknown"):
+        given = [out["allow_unknown"]] if "allow_unknown" in out else []
+        out["allow_unknown"] = ",".join((*given, *flags["allow_unknown"]))
     if to and flags.get("shard_size"):
         if "shard_size" not in named(to).option_names("write"):
             raise UsageError(f"--shard-size does not apply to {to}", hint="its files are given by the ranks")

@@ -54,7 +54,8 @@ def inspect_command(path: str, as_json: bool, **flags: Any) -> None:
     if not (flags["from_"] or known(place)):
         return _answer(describe(place, known), flags, as_json)
     try:
-        checkpoint = open_checkpoint(path, format=flags["from_"], options=options_of(flags))
+        options = {"allow_unknown": "*", **options_of(flags)}  # what is not understood is a note
+        checkpoint = open_checkpoint(path, format=flags["from_"], options=options)
     except UsageError:
         raise
     except SurgeryError:  # what lies there is said all the same; then why it cannot be read

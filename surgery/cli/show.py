@@ -150,7 +150,7 @@ def formats_data(chosen: Iterable[Format]) -> dict[str, Any]:
             "parallel": list(f.flags),
             "options": {
                 o.name: {"meaning": o.meaning, "default": o.default, "choices": list(o.choices), "side": o.side}
-                for o in f.options
+                for o in f.choices
             },
         }
         for f in chosen

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from surgery.containers.output import OutputFile, Region, relative
-from surgery.containers.text import parse_json
+from surgery.containers.text import ENTRIES, parse_json
 from surgery.errors import FileError, LayoutError, show
 from surgery.tensors.extent import Extent
 from surgery.tensors.files import File
 from surgery.tensors.lazy import ITEMSIZE, Lazy
 
 HEADER_LIMIT = 100_000_000
+TENSORS = 400_000  # of one file: the largest models have half as many in all of theirs
+DIMENSIONS = 12  # entries of the header for a tensor of eight dimensions
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -82,7 +84,8 @@ class Safetensors:
         raw = self.file.read(8, size, "safetensors header")
         if raw[:1] != b"{":
             raise self._error("the header does not begin with '{'")
-        header = parse_json(raw, self.file.path, "the safetensors header", 8)
+        entries = ENTRIES + DIMENSIONS * min(raw.count(b"data_offsets"), TENSORS)
+        header = parse_json(raw, self.file.path, "the safetensors header", 8, entries)
         assert isinstance(header, dict)
         return header, 8 + size
 

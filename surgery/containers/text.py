@@ -21,16 +21,20 @@ JSON_LIMIT = 64 << 20  # bytes; the index of a model of 100,000 tensors has 10 M
 YAML_LIMIT = 1 << 20
 LINE_LIMIT = 256
 DEPTH_LIMIT = 64
+ENTRIES = 500_000  # of lists and mappings: values take far more memory than their text
 _DIGITS = 40
 
 
-def read_json(path: str | os.PathLike[str], what: str = "JSON file") -> Any:
-    """The value of a JSON file.  Raises FileError."""
-    return parse_json(read_small(path, JSON_LIMIT, what), os.fspath(path), what)
+def read_json(path: str | os.PathLike[str], what: str = "JSON file", entries: int = ENTRIES) -> Any:
+    """The value of a JSON file of no more than so many `entries`.  Raises FileError."""
+    return parse_json(read_small(path, JSON_LIMIT, what), os.fspath(path), what, entries=entries)
 
 
-def parse_json(data: bytes, file: str, what: str = "JSON", base: int = 0) -> Any:
+def parse_json(data: bytes, file: str, what: str = "JSON", base: int = 0, entries: int = ENTRIES) -> Any:
     """The value of JSON text that begins at byte `base` of a file.  Raises FileError."""
+    found = sum(map(data.count, (b",", b"[", b"{")))  # those in texts as well: it is a bound
+    if found > entries:
+        raise FileError(f"{what} has up to {found} entries, over the limit of {entries}", file=file)
     strict = _Strict(file, what)
     try:
         value = json.loads(

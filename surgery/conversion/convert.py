@@ -20,14 +20,16 @@ from typing import Any, TypeVar
 
 from surgery.containers.output import OutputFile, text_file
 from surgery.conversion import allow
+from surgery.conversion.numbers import remarks
 from surgery.conversion.report import Plan, Report, Share, provenance, version
 from surgery.conversion.request import Convert, Divided, Write
 from surgery.conversion.workers import ENGINES, Task
 from surgery.errors import ConfigError, OutputError, UsageError, show, some
-from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options
+from surgery.formats.base import ALLOW_UNKNOWN, PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
 from surgery.formats.registry import by_side, format_of, named, open_checkpoint
 from surgery.formats.topology import Topology
+from surgery.formats.unknown import ALL
 from surgery.model.wording import in_words
 from surgery.settings import taking
 from surgery.tensors.files import check_unchanged
@@ -86,7 +88,7 @@ def prepare(src: Path_, request: Convert) -> Plan:
 
 def _plan(source: Checkpoint, request: Convert, reading: Options, writing: Options, cut: bool = False) -> Plan:
     """The plan of a conversion, cast and with another vocabulary as was asked."""
-    ledger = Ledger()
+    ledger = Ledger(numbers=True)
     if request.vocab_size is not None:
         source = to_vocab(source, request.vocab_size)
     if request.dtype != "keep":
@@ -114,7 +116,7 @@ def plan_for(
     options   of the target; by default those of `write`    job      whatever else tells this job from another one
     derived   whether the weights are others than those of the files that `source` names
     """
-    target, ledger = named(write.to), ledger or Ledger()
+    target, ledger = named(write.to), ledger or Ledger(numbers=True)
     check_flags(target, write.topology)
     if write.tokenizer is not None:
         source = with_tokenizer(source, write.tokenizer)
@@ -260,7 +262,7 @@ def refuse_overlap(src: Path, dst: Path) -> None:
 
 def _again(plan: Plan, dst: Path) -> Checkpoint:
     """What was written, opened as any reader would."""
-    return plan.to.open(data_of(dst), plan.to.reading(plan.options))
+    return plan.to.open(data_of(dst), {**plan.to.reading(plan.options), ALLOW_UNKNOWN.name: ALL})
 
 
 def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
@@ -321,5 +323,5 @@ def _report(
         content_digest=digests[1],
         verified=plan.write.verify,
         dropped=dict(plan.source.ignored),
-        notes=plan.notes,
+        notes=(*plan.notes, *remarks(plan.ledger)),
     )

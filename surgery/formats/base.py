@@ -25,6 +25,7 @@ from surgery.formats.account import Rule, beside, inside, summed_up
 from surgery.formats.parts import Parts, rows_html
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.unknown import Unknown, settle
 from surgery.formats.weave import Shards, Stored, gather, spread
 from surgery.model.spec import Spec
 from surgery.model.wording import check_held
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 Options = Mapping[str, str]
 Config = Mapping[str, Any]
 Ranks = Mapping[Rank, Mapping[str, Stored]]
+WEIGHTS = {"float64", "float32", "float16", "bfloat16"}  # what a number of these stands for needs no scale
+PARTS_LIMIT = 1_000_000
 RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
 
@@ -53,6 +56,10 @@ class Option:
     default: str
     choices: tuple[str, ...] = ()
     side: str = "both"
+
+
+ALLOW_UNKNOWN = Option("allow_unknown", "what is not understood and is to be passed over: names with commas between, "
+                       "* for all (same as --allow-unknown)", "", (), "read")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,24 @@ def main_dtype(tensors: Iterable[Lazy]) -> str:
     for tensor in tensors:
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _check_counts(spec: Spec, opened: Opened) -> None:
+    """Raise ConfigError if the config claims more than the tensors could hold, before any list of it is made.
+
+    A tensor holds three parts, or a stack of layers or experts: two for each of its rows.
+    """
+    tensors = [tensor.shape for shard in opened.shards.values() for tensor in shard.values()]
+    if spec.part_count() > min(PARTS_LIMIT, sum(max(3, 2 * shape[0]) if shape else 1 for shape in tensors)):
+        what = f"{spec.layers} layers" + (f" with {spec.experts} experts" if spec.experts else "")
+        raise ConfigError(f"claims {what}, which {len(tensors)} tensors do not hold", file=opened.file)
+
+
+def dtypes_in_words(tensors: Iterable[Lazy]) -> list[Unknown]:
+    """The dtypes of which nobody can say what a weight is: FP8 and whole numbers without their scales, complex ones."""
+    found = sorted({tensor.dtype for tensor in tensors} - WEIGHTS)
+    why = "weights of it are quantised, or nothing that a model computes with; to carry them as they are, allow it"
+    return [Unknown(dtype, what=why) for dtype in found]
 
 
 # ------------------------------------------------------------------------- what the steps of a format hand over
@@ -214,6 +239,11 @@ class Format:
     def recognise(self, folder: Path) -> bool:
         return self.locate(folder) is not None
 
+    @property
+    def choices(self) -> tuple[Option, ...]:
+        """Its own options, and those that every format has."""
+        return (*self.options, ALLOW_UNKNOWN)
+
     def open(self, folder: Path, options: Options) -> Checkpoint:
         """A checkpoint of this format.  `options` are complete.  Raises SurgeryError naming all that does not fit."""
         place = self.locate(folder)
@@ -221,8 +251,11 @@ class Format:
             raise FileError(f"holds no checkpoint of the format {self.name}", file=folder, hint=self.title)
         opened = self.read(place, options)
         reading = self.spec(opened.config, opened.file, opened.seen, options)
+        _check_counts(reading.spec, opened)
         gathered = gather(self.table(opened, reading, options), opened.shards, reading.spec, opened.topology)
-        tokens, notes = place.tokenizer, [*place.notes, *reading.notes, *opened.notes]
+        strange = dtypes_in_words(gathered.parts.values())
+        said = settle((*reading.notes, *strange), options.get(ALLOW_UNKNOWN.name, ""), opened.file)
+        tokens, notes = place.tokenizer, [*place.notes, *said, *opened.notes]
         if tokens is None and reading.tokenizer:
             file = Path(opened.file).name
             notes.append(f"{file} names the tokenizer {show(reading.tokenizer)}, which is not in the folder")
@@ -280,12 +313,12 @@ class Format:
     # --------------------------------------------------------------------------------------------- options
 
     def option_names(self, side: str) -> set[str]:
-        return {o.name for o in self.options if o.side in (side, "both")}
+        return {o.name for o in self.choices if o.side in (side, "both")}
 
     def with_defaults(self, given: Options, side: str) -> dict[str, str]:
         """All options of one side, `given` over the defaults.  Raises UsageError on a value that is no choice."""
-        values = {o.name: o.default for o in self.options if o.side in (side, "both")}
-        for o in self.options:
+        values = {o.name: o.default for o in self.choices if o.side in (side, "both")}
+        for o in self.choices:
             if o.name in given and o.name in values:
                 if o.choices and given[o.name] not in o.choices:
                     raise UsageError(

@@ -19,6 +19,8 @@ from surgery.model.spec import Spec
 
 MISSING: Any = object()
 NOT: Mapping[Any, Any] = MappingProxyType({False: True, True: False})  # a key that says the opposite of its field
+_LARGEST = (1 << 31) - 1
+MOST = {"layers": 1 << 14, "experts": 1 << 16}  # lists as long as these are made before tensors are counted
 _TYPES: Mapping[str, str] = {f.name: str(f.type) for f in fields(Spec)}
 
 
@@ -54,14 +56,15 @@ class Keys:
     def bad(self, key: str, value: object, want: str) -> ConfigError:
         return ConfigError(f"{self.path(key)} is {show(value)}, not {want}", file=self.file)
 
-    def integer(self, key: str, least: int = 1) -> int:
+    def integer(self, key: str, least: int = 1, most: int = _LARGEST) -> int:
         value = self.get(key)
-        if type(value) is not int or not least <= value < 1 << 31:
-            raise self.bad(key, value, f"a whole number from {least} on")
+        if type(value) is not int or not least <= value <= most:
+            too_many = type(value) is int and value > most
+            raise self.bad(key, value, f"a whole number from {least} {f'to {most}' if too_many else 'on'}")
         return value
 
-    def maybe_integer(self, key: str, least: int = 1) -> int | None:
-        return None if self.get(key) is None else self.integer(key, least)
+    def maybe_integer(self, key: str, least: int = 1, most: int = _LARGEST) -> int | None:
+        return None if self.get(key) is None else self.integer(key, least, most)
 
     def real(self, key: str) -> float:
         value = self.get(key)
@@ -121,18 +124,21 @@ class Keys:
         if kind == "bool":
             return self.flag(key)
         if kind == "int":
-            return self.integer(key)
+            return self.integer(key, most=MOST.get(field, _LARGEST))
         if kind == "float":
             return self.real(key)
         assert kind in ("int | None", "float | None"), field
         return self.maybe_integer(key) if kind.startswith("int") else self.maybe_real(key)
 
-    def unknown(self, inert: Iterable[str], silent: tuple[Any, ...] = (None, False, "", [], {})) -> list[str]:
-        """Stated keys that were never asked for and are not inert; values that are no statement are `silent`."""
+    def unknown(self, inert: Iterable[str], silent: tuple[Any, ...] = (None, False, "", [], {})) -> dict[str, Any]:
+        """Stated keys, with their values, that were never asked for and are not inert; values that are no statement are
+        `silent`."""
         known = self.asked | set(inert)
-        here = [k for k, v in self.config.items() if k not in known and not _among(v, silent)]
-        below = [k for keys, own in self.sections for k in keys.unknown(own, silent)]
-        return list(dict.fromkeys([*sorted(self.path(str(k)) for k in here), *below]))
+        here = {self.path(str(k)): v for k, v in self.config.items() if k not in known and not _among(v, silent)}
+        out = dict(sorted(here.items()))
+        for keys, own in self.sections:
+            out |= keys.unknown(own, silent)
+        return out
 
     def note(self, upstream: str) -> list[str]:
         """One sentence naming every value that was taken from upstream's defaults."""

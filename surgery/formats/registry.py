@@ -19,7 +19,7 @@ from surgery.arguments import checked
 from surgery.containers import hub
 from surgery.containers.text import read_json
 from surgery.errors import FileError, UsageError, reported, some, suggest
-from surgery.formats.base import PROVENANCE, Checkpoint, Format, Options, run_of
+from surgery.formats.base import ALLOW_UNKNOWN, PROVENANCE, Checkpoint, Format, Options, run_of
 from surgery.formats.hf import format as hf
 from surgery.formats.megatron import dist as megatron_dist
 from surgery.formats.megatron import format as megatron
@@ -27,6 +27,7 @@ from surgery.formats.meta import format as meta
 from surgery.formats.neox import format as neox
 from surgery.formats.olmo import format as olmo
 from surgery.formats.olmo_core import format as olmo_core
+from surgery.formats.unknown import ALL
 from surgery.recognising import describe
 from surgery.recognising.missing import absent
 from surgery.tensors.files import watched
@@ -127,6 +128,11 @@ def own_options(path: str | os.PathLike[str], options: Options | None) -> dict[s
     """Those of some options that are for reading a folder, for options that are given to several."""
     known = recognise(path).option_names("read") if options else ()
     return {k: v for k, v in (options or {}).items() if k in known}
+
+
+def lenient(path: str | os.PathLike[str], options: Options | None) -> dict[str, str]:
+    """As `own_options`, for those who only look and say what they found: what is not understood is a note to them."""
+    return {ALLOW_UNKNOWN.name: ALL, **own_options(path, options)}
 
 
 @checked

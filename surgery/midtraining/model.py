@@ -28,7 +28,7 @@ from surgery.midtraining.sharding import Place, at_rest, place_of
 from surgery.running.device import Device
 from surgery.running.layerwise import empty_model, weights_of
 from surgery.running.loading import explained, quiet
-from surgery.tensors.fingerprint import MASK, Counts, Ledger
+from surgery.tensors.fingerprint import MASK, NOTHING, Counts, Ledger
 from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast, inside, lengths
 from surgery.writing.ahead import ahead
@@ -91,10 +91,10 @@ def fill(model: Any, source: Checkpoint, world: World, progress: Callable[[int],
 def _add_up(ledger: Ledger, world: World) -> None:
     """Every process gets the counts of all: they are sums."""
     if world.size > 1:
-        mine = [ledger.counts.get(name, (0, 0)) for name in ledger.parts]
-        wide = torch.tensor([[f - (1 << 64) if f >> 63 else f, n] for f, n in mine])
+        mine = [ledger.counts.get(name, NOTHING) for name in ledger.parts]
+        wide = torch.tensor([[f - (1 << 64) if f >> 63 else f, *more] for f, *more in mine])
         sums = parallel.summing(world)(wide).tolist()
-        ledger.counts = {name: (f & MASK, n) for name, (f, n) in zip(ledger.parts, sums, strict=True)}
+        ledger.counts = {name: (f & MASK, a, b, c) for name, (f, a, b, c) in zip(ledger.parts, sums, strict=True)}
 
 
 def _drop(model: Any, share: float) -> None:

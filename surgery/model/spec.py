@@ -62,7 +62,9 @@ def _local_rope(spec: Spec) -> Rope | None:
 
 def _stretched(spec: Spec) -> bool:
     """Whether the rotary embeddings depend on the longest context."""
-    return spec.rope is not None and spec.rope.scaling.get("type") == "dynamic"
+    scaling = spec.rope.scaling if spec.rope else {}
+    by_length = scaling.get("type") == "longrope" and scaling.get("factor") is scaling.get("attention_factor") is None
+    return by_length or scaling.get("type") == "dynamic"
 
 
 def _windows(spec: Spec) -> tuple[int, ...]:
@@ -163,7 +165,11 @@ class Spec:
         return self.kv_heads * self.group
 
     def is_moe(self, layer: int) -> bool:
-        return self.experts > 0 and (not self.moe_layers or layer in self.moe_layers)
+        return self.experts > 0 and (not self.moe_layers or layer in self._sparse_layers)
+
+    @cached_property
+    def _sparse_layers(self) -> frozenset[int]:
+        return frozenset(self.moe_layers)
 
     def part_names(self) -> Iterator[str]:
         """Every part that this model has, in the order of the model."""
@@ -175,6 +181,14 @@ class Spec:
         for template, part in PARTS.items():
             if template.startswith(_LAST) and part.when(self, 0):
                 yield template
+
+    def part_count(self) -> int:
+        """How many parts this model has, without naming them."""
+        total = 0
+        for template, part in PARTS.items():
+            layers = range(self.layers) if "{l}" in template else range(1)
+            total += (self.experts if "{e}" in template else 1) * sum(part.when(self, layer) for layer in layers)
+        return total
 
     def _layer_parts(self, layer: int) -> Iterator[str]:
         for template, part in PARTS.items():

@@ -15,6 +15,8 @@ little-endian 32-bit words x_rk, a short tail padded with zeros, and
 It is linear, so boxes add up, even boxes that split a word.  A flipped bit always changes it, for the weights are
 odd; moved, swapped, negated or lost values are caught but for a chance of 2^-32 or less.  It detects damage and
 wrong mappings.  It is no protection against forgery: whoever wants a collision can compute one.
+
+On the way the ledger counts what is no number (NaN, infinite), and the zeros on both sides of a cast.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ ROW_SEED, COLUMN_SEED = 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B
 SOURCE = "source/"  # begins the name of a part as it was before it was changed (cast)
 
 RowSums = Callable[[Any, Any], Any]
-Counts = dict[str, tuple[int, int]]  # part -> (fingerprint, elements) of what was read so far
+Count = tuple[int, int, int, int]  # fingerprint, elements, of them not finite, of them zero (where a cast is counted)
+NOTHING: Count = (0, 0, 0, 0)
+Counts = dict[str, Count]  # part -> what was read of it so far
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def row_sums(words: Any, weights: Any) -> Any:
@@ -69,6 +74,15 @@ def box_sum(data: torch.Tensor, box: Box, shape: Shape, row_sums: RowSums = row_
         sums = row_sums(_words(raw, 4 * k0 - at, 4 * k1 - at), _column_weights(k0, k1))
         total += int(sums @ row_weights)
     return total & MASK
+
+
+def not_finite(data: torch.Tensor) -> int:
+    """How many values are NaN or infinite.  A finite sum says at once that there are none."""
+    import torch
+
+    if torch.isfinite(data.sum()):
+        return 0
+    return data.numel() - int(torch.isfinite(data).sum())
 
 
 def _words(raw: Any, start: int, stop: int) -> Any:
@@ -129,8 +143,9 @@ class Ledger:
     ledger by `add`.  So a writer can read ahead and still know what belongs to the bytes that are on disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: bool = False) -> None:
         self.row_sums = row_sums  # a compiled loop may take its place
+        self.numbers = numbers  # whether values are looked at, and not only their bits
         self.parts: dict[str, tuple[str, Shape]] = {}
         self.counts: Counts = {}
         self._local = threading.local()
@@ -156,28 +171,37 @@ class Ledger:
         """Note that `box` of a part was read; nothing happens outside of `collect()`."""
         seen = getattr(self._local, "seen", None)
         if seen is not None:
-            old, elements = seen.get(name, (0, 0))
-            fingerprint = (old + box_sum(data, box, self.parts[name][1], self.row_sums)) & MASK
-            seen[name] = (fingerprint, elements + math.prod(lengths(box)))
+            old, elements, odd, zeros = seen.get(name, NOTHING)
+            dtype, shape = self.parts[name]
+            fingerprint = (old + box_sum(data, box, shape, self.row_sums)) & MASK
+            if dtype in FLOATS and self.numbers:
+                odd += not_finite(data)
+                zeros += data.numel() - int(data.count_nonzero()) if self._cast(name) else 0
+            seen[name] = (fingerprint, elements + math.prod(lengths(box)), odd, zeros)
+
+    def _cast(self, name: str) -> bool:
+        """Whether a part is one side of a cast."""
+        return name.startswith(SOURCE) or SOURCE + name in self.parts
 
     def add(self, seen: Mapping[str, Sequence[int]]) -> None:
         """Add counts to the ledger's."""
-        for name, (fingerprint, elements) in seen.items():
-            old, before = self.counts.get(name, (0, 0))
-            self.counts[name] = ((old + fingerprint) & MASK, before + elements)
+        for name, (fingerprint, *more) in seen.items():
+            old, *before = self.counts.get(name, NOTHING)
+            elements, odd, zeros = (a + b for a, b in zip(before, more, strict=True))
+            self.counts[name] = ((old + fingerprint) & MASK, elements, odd, zeros)
 
     def gaps(self) -> list[str]:
         """Parts of which not every element was counted once."""
         return [
-            f"{name} ({self.counts.get(name, (0, 0))[1]} of {math.prod(shape)} elements)"
+            f"{name} ({self.counts.get(name, NOTHING)[1]} of {math.prod(shape)} elements)"
             for name, (_, shape) in self.parts.items()
-            if self.counts.get(name, (0, 0))[1] != math.prod(shape)
+            if self.counts.get(name, NOTHING)[1] != math.prod(shape)
         ]
 
     def fingerprint(self, name: str) -> str:
         """Kind, shape and fingerprint of one part: equal for parts of equal bytes."""
         dtype, shape = self.parts[name]
-        return f"{dtype}{json.dumps(list(shape))}:{self.counts.get(name, (0, 0))[0]:016x}"
+        return f"{dtype}{json.dumps(list(shape))}:{self.counts.get(name, NOTHING)[0]:016x}"
 
     def content_digest(self, prefix: str = "") -> str:
         """A sha256 over the names, dtypes, shapes and fingerprints of the parts, independent of their order.

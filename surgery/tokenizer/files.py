@@ -39,6 +39,7 @@ COMPANIONS = (
     "chat_template.json",
     "generation_config.json",
 )
+ENTRIES = 3_000_000  # of one JSON file; that of 260,000 tokens and their merges has 2 million
 POINTER = b"version https://git-lfs"
 ROLES = ("bos", "eos", "pad", "unk")
 
@@ -192,7 +193,7 @@ def read_json(path: Path | None) -> dict[str, Any]:
         return {}
     if _head(path).startswith(POINTER):
         raise FileError("holds a git-lfs pointer, not the file", file=path, hint=_hint(POINTER))
-    value = text.read_json(path, "a tokenizer's file")
+    value = text.read_json(path, "a tokenizer's file", ENTRIES)
     if not isinstance(value, dict):
         raise FileError(f"holds {show(value)} where a mapping is expected", file=path)
     return value

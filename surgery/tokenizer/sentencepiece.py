@@ -25,7 +25,7 @@ from surgery.tensors.files import read_small
 from surgery.tokenizer import bpe
 
 LARGEST = 64 << 20  # bytes; the largest known model (256k pieces) has 4.3 MB
-PIECES = 2_000_000
+PIECES = 1_000_000
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2  # TrainerSpec.model_type
 SPACE = "\u2581"

@@ -23,6 +23,7 @@ from surgery.tensors.files import read_small
 from surgery.tokenizer import bpe
 
 LARGEST = 64 << 20  # bytes; Llama 4's file of 200k ranks has 3.6 MB
+RANKS = 1_000_000
 SPECIALS = 256
 LLAMA_4 = 200_000  # ranks of Llama 4, whose words and 2048 special tokens are others
 PATTERN = (
@@ -87,6 +88,8 @@ def looks_like(head: bytes) -> bool:
 def read(path: str | os.PathLike[str]) -> dict[bytes, int]:
     """The ranks in a file, in order.  Raises FileError for anything but complete, contiguous, unique ranks."""
     data, out = read_small(path, LARGEST, "a tiktoken rank file"), {}
+    if data.count(b"\n") > RANKS:
+        raise _broken(path, None, f"more than {RANKS} ranks")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue

@@ -21,7 +21,7 @@ from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.registry import by_side, named, open_checkpoint, recognise
 from surgery.running.device import Device, device
 from surgery.tensors.files import check_unchanged
-from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.fingerprint import NOTHING, Ledger
 from surgery.upcycling.attention_experts import attended
 from surgery.upcycling.collapse import collapsed
 from surgery.upcycling.dense_to_moe.build import upcycled
@@ -169,6 +169,6 @@ def _digest(model: Checkpoint, ready: Prepared, progress: stream.Progress) -> st
             lost[name] = part
         else:
             ledger.parts[name] = (part.dtype, part.shape)
-            ledger.counts[name] = ready.plan.ledger.counts.get(twin, (0, 0))
+            ledger.counts[name] = ready.plan.ledger.counts.get(twin, NOTHING)
     stream.read_through(lost, ledger, ready.plan.max_memory, progress)
     return ledger.content_digest()

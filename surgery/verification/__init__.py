@@ -18,7 +18,7 @@ import os
 from surgery.arguments import checked
 from surgery.conversion.request import LEAST, default_memory
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import by_side, open_checkpoint, own_options, recognise
+from surgery.formats.registry import by_side, lenient, open_checkpoint, recognise
 from surgery.units import parse_size
 from surgery.verification.compare import Progress, compare
 from surgery.verification.findings import Comparison
@@ -50,4 +50,4 @@ def verify(
 def open_both(a: Path, b: Path, options: Options) -> tuple[Checkpoint, Checkpoint]:
     """Both checkpoints, each given the options that its format knows.  Raises UsageError if neither knows one."""
     by_side(options, map(recognise, (a, b)))
-    return open_checkpoint(a, options=own_options(a, options)), open_checkpoint(b, options=own_options(b, options))
+    return open_checkpoint(a, options=lenient(a, options)), open_checkpoint(b, options=lenient(b, options))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from surgery.conversion.convert import convert
 from surgery.errors import SurgeryError
 from surgery.formats.base import Checkpoint, Options
-from surgery.formats.registry import open_checkpoint, own_options
+from surgery.formats.registry import lenient, open_checkpoint
 from surgery.running import whole as running
 from surgery.running.loading import check_memory, load
 from surgery.tensors.files import check_unchanged
@@ -50,7 +50,7 @@ def compare_logits(
         sides = []
         for name, path in (("a", path_a), ("b", path_b)):
             say(f"reading {path}")
-            checkpoint = open_checkpoint(path, options=own_options(path, options))
+            checkpoint = open_checkpoint(path, options=lenient(path, options))
             check_memory(checkpoint.spec.parameters(), checkpoint.path)
             folder = _runnable(checkpoint, options, temporary / name, max_memory)
             sides.append((checkpoint, folder))
@@ -83,7 +83,7 @@ def _runnable(checkpoint: Checkpoint, options: Options | None, into: Path, max_m
     """The checkpoint as a Hugging Face folder with safetensors: itself, or a temporary conversion."""
     if _is_own(checkpoint):
         return running.link(checkpoint.path, checkpoint.files, into)
-    mine = own_options(checkpoint.path, options)
+    mine = lenient(checkpoint.path, options)
     convert(checkpoint.path, into, to="hf", from_=checkpoint.format, options=mine, max_memory=max_memory, verify=False)
     return into
 

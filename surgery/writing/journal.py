@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 NAME = "journal.jsonl"
-FORMAT = 2
+FORMAT = 3
 Line = dict[str, Any]
 Sizes = Callable[[str], int | None]  # the size of a file of the output, None if there is none of ours
 
@@ -47,7 +47,7 @@ class State:
     file, region, offset   where in which unfinished file to go on: `offset` bytes into region number `region`
     crcs     CRC-32 of that file's regions up to there
     checks   finished files -> CRC-32 of their regions, as far as they were kept
-    counts   of the ledger: part -> [fingerprint, elements]
+    counts   of the ledger: part -> [fingerprint, elements, not finite, zeros]
     """
 
     job: str
@@ -58,11 +58,11 @@ class State:
     offset: int = 0
     crcs: dict[int, int] = field(default_factory=dict)
     checks: dict[str, dict[int, int]] = field(default_factory=dict)
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
 
     def apply(self, line: Line) -> None:
         """Take in one line.  Raises KeyError, TypeError or ValueError if it is none of ours."""
-        counts = {str(name): (int(a), int(b)) for name, (a, b) in line["counts"].items()}
+        counts = {str(name): (int(a), int(b), int(c), int(d)) for name, (a, b, c, d) in line["counts"].items()}
         crcs = {int(i): int(crc) for i, crc in line["crcs"]}
         name = str(line["file"])
         crcs = (self.crcs if self.file == name else {}) | crcs

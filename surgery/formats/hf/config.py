@@ -14,16 +14,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from surgery.errors import ConfigError, show
-from surgery.formats.hf.families import EXTRA, FAMILIES, INERT, REFUSED, Family
+from surgery.formats.hf.families import EXTRA, FAMILIES, FIXED, REFUSED, USUAL, Family
+from surgery.formats.hf.inert import INERT
 from surgery.formats.hf.moe import read_moe, write_moe
 from surgery.formats.hf.rope import read_rope, write_rope
 from surgery.formats.hf.sparse import read_sparse, write_sparse
 from surgery.formats.keys import Keys, read, write
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Spec
 from surgery.model.wording import in_words
 
 Config = Mapping[str, Any]
 Json = dict[str, Any]
+RENAMED = (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts"))  # by transformers 5
 
 
 def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
@@ -41,6 +44,8 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     config, notes = _usual(config, family, file)
     optional = dict.fromkeys((*EXTRA, *family.switches, *(family.shared or ())[:1]))
     keys = Keys(config, file, absent={**optional, **family.absent}, nulls=True)
+    read(FIXED, keys)
+    keys.check()
     fields = {"family": family.model_type, **read(family.entries, keys), **family.always, **_heads(family, keys)}
     fields["windows"] = _read_windows(family, keys)
     fields["sparse"] = read_sparse(config, fields["kv_heads"] * fields["group"], file)
@@ -53,7 +58,7 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     facts = {k: v for k, v in config.items() if k in INERT}
     unknown = keys.unknown({*INERT, *EXTRA, *family.fixed, *family.aliases.values(), "auto_map", *REFUSED}, (None,))
     notes += keys.note("transformers")
-    notes += [f"config key {show(k)} is not understood and has no effect here" for k in unknown]
+    notes += [Unknown(key, value) for key, value in unknown.items() if USUAL.get(key) is not value]
     return Spec(**fields), facts, notes
 
 
@@ -61,18 +66,27 @@ def _usual(config: Config, family: Family, file: str) -> tuple[Config, list[str]
     """The config under the usual names of its keys (transformers' attribute_map), and notes."""
     back = {own: usual for usual, own in family.renamed.items()}
     out = {back.get(k, k): v for k, v in config.items() if back.get(k, k) == k or v is not None}
-    for usual, alias in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
-        if out.get(usual) is None and out.get(alias) is not None and usual in family.keys:  # transformers 5 renamed it
-            out[usual] = out[alias]
+    for own, usual in back.items():
+        _agree(own, config.get(own), usual, config.get(usual), file)
+    for usual, alias in (*RENAMED, *family.aliases.items()):
+        if usual in family.keys:
+            _agree(usual, out.get(usual), alias, out.get(alias), file)
+            if out.get(usual) is None and out.get(alias) is not None:
+                out[usual] = out[alias]
     implied = "intermediate_size" in family.renamed and out.get("intermediate_size") is None
     if implied and type(out.get("hidden_size")) is int:
         out["intermediate_size"] = 4 * out["hidden_size"]
-    if out.pop("scale_attn_weights", True) is not True:
-        raise ConfigError("scale_attn_weights is false: attention is not scaled, which no other format does", file=file)
     if out.get("max_position_embeddings") == -1:
         out["max_position_embeddings"] = None
         return out, ["config.json says -1 for the longest context, as OLMo-core does where it does not know it"]
     return out, []
+
+
+def _agree(a: str, one: object, b: str, other: object, file: str) -> None:
+    """Raise ConfigError if two spellings of the same thing say different things."""
+    if one is not None and other is not None and one != other:
+        raise ConfigError(f"{a} is {show(one)}, but {b}, another spelling of it, is {show(other)}", file=file,
+                          hint="programs differ in which of them they take: remove the wrong one")  # fmt: skip
 
 
 def _names(config: Config) -> tuple[str, ...]:
@@ -89,6 +103,9 @@ def _heads(family: Family, keys: Keys) -> Json:
     dim = (keys.maybe_integer("head_dim") if family.head_dim else None) or width // heads
     if not family.head_dim and width % heads:
         raise ConfigError(f"hidden_size {width} is no multiple of {heads} heads", file=keys.file)
+    if not family.head_dim and keys.get("head_dim") not in (None, dim):
+        raise ConfigError(f"head_dim is {show(keys.get('head_dim'))}, but {heads} heads of a {family.model_type} with "
+                          f"hidden_size {width} are {dim} wide", file=keys.file)  # fmt: skip
     if not dim or dim % 2:
         raise ConfigError(f"heads of width {dim} cannot turn in pairs", file=keys.file)
     return {"kv_heads": groups, "group": heads // groups, "head_dim": dim}
@@ -132,7 +149,10 @@ def _default_types(family: Family, keys: Keys, layers: int) -> list[str]:
 def write_config(spec: Spec, facts: Mapping[str, object], dtype: str, model_type: str) -> Json:
     """The config.json of a family for this spec: classic keys, which transformers 4 and 5 and vLLM all read."""
     family = FAMILIES[model_type]
-    config: Json = {"architectures": [family.architecture], "model_type": family.model_type}
+    if family.whole_heads and spec.width % spec.heads:
+        raise ConfigError(f"transformers takes no {model_type} whose width, {spec.width}, is no multiple of its "
+                          f"{spec.heads} heads")  # fmt: skip
+    config: Json = {"architectures": [family.architecture], "model_type": family.model_type, "pad_token_id": None}
     config |= {k: v for k, v in facts.items() if k in INERT and k not in ("architectures", "torch_dtype", "dtype")}
     config |= write(family.entries, spec)
     if family.code:
@@ -175,7 +195,7 @@ def misfits(spec: Spec, model_type: str) -> dict[str, tuple[object, object]]:
     try:
         back, _, _ = read_config(write_config(spec, {}, "float32", model_type), "config.json")
     except (ConfigError, TypeError) as error:
-        return {"config": (str(error), None)}
+        return {"config": (error.what if isinstance(error, ConfigError) else str(error), None)}
     unlike = spec.differences(back) if spec.context else {}  # every family's config says the context, if it is known
     return spec.changes(back) | {k: v for k, v in unlike.items() if k == "context"}
 
@@ -190,4 +210,5 @@ def choose_family(spec: Spec) -> str:
             return name
     nearest = min(order, key=lambda name: ("config" in gaps[name], len(gaps[name])))
     has = in_words(gaps[nearest])
-    raise ConfigError(f"no Hugging Face family holds this model; {nearest} comes nearest, but: {has}")
+    own = f"; a {order[0]} does not: {gaps[order[0]]['config'][0]}" if "config" in gaps[order[0]] else ""
+    raise ConfigError(f"no Hugging Face family holds this model{own}; {nearest} comes nearest, but: {has}")

@@ -1,4 +1,4 @@
-"""Hugging Face's families as data: what the keys of a `config.json` mean, which are absent, inert or refused.
+"""Hugging Face's families as data: what the keys of a `config.json` mean, which are absent or refused.
 
     FAMILIES["llama"].keys["hidden_size"]      # "width", the field of Spec
 
@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from surgery.formats.hf import rows
-from surgery.formats.keys import Entry, Key, Keys, Pair
+from surgery.formats.keys import Entry, Fixed, Key, Keys, Pair
 from surgery.formats.table import Row
 from surgery.model.spec import Spec
 
@@ -44,6 +44,7 @@ class Family:
     fixed: Mapping[str, tuple[object, object]] = field(default_factory=lambda: MappingProxyType({}))
     switches: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    whole_heads: bool = False  # transformers refuses a width that is no multiple of the number of heads
     all_heads: bool = False  # every head has a key and a value of its own, and the config does not count them
     ropes: tuple[str, ...] = ()
     code: str = ""
@@ -118,7 +119,7 @@ FAMILIES: Mapping[str, Family] = {
     for f in (
         Family("llama", "LlamaForCausalLM", {**_DENSE, "mlp_bias": "mlp_bias"},
                _absent(rms_norm_eps=1e-6, max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
-               head_dim=True),
+               head_dim=True, whole_heads=True),
         Family("mistral", "MistralForCausalLM", _DENSE,
                _absent(rms_norm_eps=1e-6, max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
                bias=(), window="all", head_dim=True),
@@ -221,25 +222,6 @@ FAMILIES: Mapping[str, Family] = {
     )
 }  # fmt: skip
 
-# Keys that cannot change the logits: carried along where the target is Hugging Face too.
-INERT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attention_dropout attn_implementation
-    aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder is_llama_config label2id length_penalty max_length max_sequence_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version
-    attn_pdrop n_ctx reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj use_bfloat16 use_cache olmo_block_type olmo_block_group_size
-    num_nextn_predict_layers num_mtp_layers
-    """.split()
-)
 EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_theta",
           "rope_scaling", "rope_parameters", "original_max_position_embeddings", "sparse_attention",
           "partial_rotary_factor", "rotary_emb_base", "rotary_pct", "sliding_window",
@@ -249,10 +231,15 @@ EXTRA = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim",
 REFUSED = {
     "quantization_config": "the weights are quantised; dequantise them first",
     "compression_config": "the weights are compressed; decompress them first",
+    "pruned_heads": "heads were cut out of some layers",
     "rope_interleaved": "rotary pairs lie side by side, which no built-in family does",
     "scale_attn_by_inverse_layer_idx": "attention is scaled layer by layer, which no other format does",
     "add_cross_attention": "the model also attends to an encoder",
     "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
 }
+# keys with values that say what every model here does; with others they are not understood
+USUAL = {"is_causal": True}
+# keys of every family with any other value of which the model is another one, and none that a Spec can say
+FIXED = (Fixed("scale_attn_weights", True, means="attention is not scaled, which no other format does"),)
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
         "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip

@@ -34,6 +34,7 @@ from surgery.formats.hf import sparse
 from surgery.formats.hf.config import choose_family, misfits, read_config, write_config
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
+from surgery.formats.hf.rope import CLASSIC as ROPE
 from surgery.formats.hf.table import table
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
@@ -109,7 +110,10 @@ def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object
     anew = ("dtype", "torch_dtype", *((sparse.KEY, "auto_map") if sparse.KEY in checkpoint.config else ()))
     old = {k: v for k, v in checkpoint.config.items() if k not in anew} | sparse.write_sparse(checkpoint.spec.sparse)
     same = read_config(old, "config.json")[0].differences(checkpoint.spec).keys() <= {"true_vocab"}
-    return {**(old if same else {**old, **config}), "torch_dtype": config["torch_dtype"]}
+    if not same:
+        return {**old, **config}
+    classic = {k: v for k, v in config.items() if k in ROPE and old.get(k) is None}  # transformers 4 reads no other
+    return {**old, **classic, "torch_dtype": config["torch_dtype"]}
 
 
 def tokens(found: Tokenizer, checkpoint: Checkpoint) -> Carried:

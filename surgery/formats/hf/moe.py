@@ -78,7 +78,8 @@ def _read_steps(keys: Keys, layers: int) -> tuple[int, ...]:
     step, dense = _number(keys, "decoder_sparse_step", 1), keys.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(i) is not int for i in dense):
         raise ConfigError("mlp_only_layers is no list of layers", file=keys.file)
-    return tuple(i for i in range(layers) if i not in dense and step and (i + 1) % step == 0)
+    without = set(dense)
+    return tuple(i for i in range(layers) if i not in without and step and (i + 1) % step == 0)
 
 
 def _write_steps(spec: Spec) -> Json:

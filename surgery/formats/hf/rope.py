@@ -19,6 +19,11 @@ from surgery.model.spec import Rope, Spec
 Config = Mapping[str, object]
 Json = dict[str, object]
 ORIGINAL = "original_max_position_embeddings"
+NUMBERS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", ORIGINAL, "attention_factor",
+           "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned", "short_factor", "long_factor",
+           "low_freq_factor", "high_freq_factor")  # fmt: skip
+CLASSIC = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+TWO = "programs differ in which of them they take: remove the wrong one"
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -38,6 +43,8 @@ def read_rope(family: Family, keys: Keys, windowed: bool) -> tuple[Rope | None, 
         # transformers gives a flat dictionary of this family no effect at all
         full = {**(parameters.get("full_attention") or {}), **scaling} if nested else dict(scaling)
         local = dict(parameters.get("sliding_attention") or {}) if nested else {}
+        for own in (full, local):
+            _one_base(own, top, base_key, keys)
         if nested:  # a length beside dictionaries by layer type has no effect
             top.pop(ORIGINAL, None)
         main = _rope(family, full, top, keys)
@@ -45,12 +52,26 @@ def read_rope(family: Family, keys: Keys, windowed: bool) -> tuple[Rope | None, 
         return main, (other if windowed and other != main else None)
     if nested:
         raise ConfigError(f"rope_parameters by layer type mean nothing in a {family.model_type}", file=keys.file)
-    return _rope(family, scaling or parameters, top, keys), None
+    for own in (scaling, parameters):
+        _one_base(own, top, base_key, keys)
+    found = _rope(family, scaling or parameters, top, keys)
+    if scaling and parameters and found != _rope(family, parameters, top, keys):
+        raise ConfigError("rope_scaling and rope_parameters say different things", file=keys.file, hint=TWO)
+    return found, None
+
+
+def _one_base(given: Config, top: Config, base_key: str, keys: Keys) -> None:
+    """Raise ConfigError if the base, or the length before scaling, stands in two places and is not the same."""
+    for inside, outside in (("rope_theta", base_key), (ORIGINAL, ORIGINAL)):
+        if inside in given and outside in top and given[inside] != top[outside]:
+            what = f"{outside} is {show(top[outside])}, but {show(given[inside])} in the rope's own section"
+            raise ConfigError(what, file=keys.file, hint=TWO)
 
 
 def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
     base_key, fraction_key = family.rope_keys
     numbers = dict(given)
+    keys.over(given, "the rope's parameters", inert=NUMBERS)  # any other is not understood
     base = numbers.pop("rope_theta", top.get(base_key, family.theta))
     fraction = numbers.pop("partial_rotary_factor", top.get(fraction_key, family.fraction))
     kind = numbers.pop("rope_type", numbers.pop("type", "default"))
@@ -60,6 +81,9 @@ def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
     for name, value in (("rope base", base), ("rotary fraction", fraction)):
         if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
             raise ConfigError(f"{name} is {show(value)}", file=keys.file)
+    if fraction != 1 and family.fraction == 1:
+        raise ConfigError(f"{fraction_key} is {show(fraction)}, but transformers turns all of a head in a "
+                          f"{family.model_type}: programs differ in what this model is", file=keys.file)  # fmt: skip
     if kind not in (family.ropes or TYPES):
         raise ConfigError(f"rope_type is {show(kind)}", file=keys.file)
     if kind in ("llama3", "yarn", "longrope") and keys.config.get("max_position_embeddings"):
@@ -94,16 +118,22 @@ def write_rope(family: Family, spec: Spec) -> Json:
     """The keys that `read_rope` reads."""
     if spec.rope is None:
         return {}
-    base_key, fraction_key = family.rope_keys
     if family.window == "types":
         local = spec.rope_local or spec.rope
         nested = {"full_attention": _parameters(spec.rope), "sliding_attention": _parameters(local)}
-        return {"rope_parameters": nested}
-    config: Json = {base_key: spec.rope.base}
-    if spec.rope.fraction != 1.0 or family.fraction != 1.0:
-        config[fraction_key] = spec.rope.fraction
-    if spec.rope.scaling:
-        config["rope_scaling"] = {k: v for k, v in _parameters(spec.rope).items() if k != "rope_theta"}
+        classic = _classic(family, spec.rope) if local in (spec.rope, Rope(spec.rope.base)) else {}
+        return {**(classic if not local.scaling else {}), "rope_parameters": nested}
+    return _classic(family, spec.rope)
+
+
+def _classic(family: Family, rope: Rope) -> Json:
+    """The keys that every version of transformers reads, and other programs."""
+    base_key, fraction_key = family.rope_keys
+    config: Json = {base_key: rope.base}
+    if rope.fraction != 1.0 or family.fraction != 1.0:
+        config[fraction_key] = rope.fraction
+    if rope.scaling:
+        config["rope_scaling"] = {k: v for k, v in _parameters(rope).items() if k != "rope_theta"}
     return config
 
 

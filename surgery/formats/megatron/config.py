@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import AmbiguousError, ConfigError, some
-from surgery.formats.keys import NOT, Entry, Fixed, Key, Keys, Pair, read, write
+from surgery.errors import AmbiguousError, ConfigError
+from surgery.formats.keys import MOST, NOT, Entry, Fixed, Key, Keys, Pair, read, write
 from surgery.formats.megatron.inert import is_inert
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
 UPSTREAM = "megatron.training"
@@ -68,7 +69,8 @@ FIXED_MOE: tuple[Entry, ...] = (
 
 
 def _read_sizes(keys: Keys) -> dict[str, Any]:
-    layers = keys.maybe_integer("num_layers") or keys.maybe_integer("encoder_num_layers")
+    layers = keys.maybe_integer("num_layers", 1, MOST["layers"])
+    layers = layers or keys.maybe_integer("encoder_num_layers", 1, MOST["layers"])
     if layers is None:
         raise ConfigError("args do not say num_layers", file=keys.file)
     h, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -285,7 +287,7 @@ def read_args(
     Raises ConfigError naming every argument that no Spec can express.
     """
     keys = Keys(args, file, "args", {**ABSENT, _FACTOR: rope_factor})
-    experts = bool(keys.maybe_integer("num_experts", 0))
+    experts = bool(keys.maybe_integer("num_experts", 0, MOST["experts"]))
     read((*FIXED, *(FIXED_MOE if experts else ())), keys)
     keys.check()
     fields = read((*DENSE, *(MOE if experts else ())), keys)
@@ -298,9 +300,8 @@ def read_args(
         fields["ffn"] = 0  # no dense layer uses it
     notes += keys.note(UPSTREAM) + _remarks(args)
     checked = {entry.name for entry in (*FIXED, *FIXED_MOE, *DENSE, *MOE) if isinstance(entry, (Key, Fixed))}
-    odd = [key for key in keys.unknown(ABSENT) if not is_inert(key.removeprefix("args."), checked)]
-    if odd:
-        notes.append(f"arguments that are not understood and have no effect here: {some(odd, 20)}")
+    unknown = keys.unknown(ABSENT).items()
+    notes += [Unknown(key, value) for key, value in unknown if not is_inert(key.removeprefix("args."), checked)]
     return Spec(family=family, vocab=vocab, **fields), tuple(notes)
 
 

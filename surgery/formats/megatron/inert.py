@@ -1,33 +1,44 @@
 """Megatron arguments that change nothing about a trained model: how it was trained, logged, saved, split, served.
 
     is_inert("wandb_project", ())       # True
+    is_inert("log_softcap", ())         # False: nobody knows it, and its name speaks of the function
 
 The names of core 0.10 to 0.20 (megatron/training `arguments.py`), families of them by their first word.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
-PREFIXES = tuple(
+# the first words of arguments that belong to something which does not act in a trained GPT, or is refused by itself
+SUBSYSTEMS = tuple(
     """
-    adam_ adlr_ app_tag_ async_ barrier_ batch_invariant_ bert_ biencoder_ check_ ckpt_ cp_comm_ cpu_offloading_
-    cuda_graph data_ dataloader_ ddp_ decoupled_ deprecated_ dino_ disable_ dist_ckpt_ distrib dsa_ dump_ empty_
-    enable_cuda enable_ft enable_gloo enable_msc enable_one eval_ exit_ exp_avg fault_ fim_ fine_grained_
-    flight_recorder_ fp4 fp8 fsdp_ ft_ gdp_ global_batch grad grpo_ gtp_ hierarchical_ high_priority_ ict_ img_
-    indexer_ inference_ init_ inprocess_ iter kitchen_ langrl_ linear_conv linear_key linear_num linear_value lion_
-    load log logits_ loss lr main_ mamba_ manual_gc mask_ megatron_fsdp_ memory_ mhc_ micro min_ moe_flex_
+    adam_ adlr_ app_tag_ async_ barrier_ batch_invariant_ bert_ biencoder_ ckpt_ cp_comm_ cpu_offloading_ cuda_graph
+    dataloader_ ddp_ decoupled_ deprecated_ dino_ dist_ckpt_ dsa_ dump_ empty_ enable_cuda enable_ft enable_gloo
+    enable_msc enable_one exp_avg fault_ fim_ fine_grained_ flight_recorder_ fp4 fp8 fsdp_ ft_ gdp_ grpo_ gtp_
+    hierarchical_ high_priority_ ict_ img_ indexer_ inference_ inprocess_ kitchen_ langrl_ linear_conv linear_key
+    linear_num linear_value lion_ logits_load_ logits_save_ mamba_ manual_gc megatron_fsdp_ mhc_ moe_flex_
     moe_hybridep_ moe_paged_ moe_permute_ moe_routing_ moe_upcycling mtp_ muon_ mup_ nccl_ no_load_ no_save_
-    non_persistent_ null_tokenizer_ num_dataset nvtx_ object_storage offload one_logger optimizer otel_ outer_
-    overlap_ override_ per_ perform_ pin_cpu_ profile pytorch_profiler_ recompute_ record_ refit_ replication rerun_
-    reset_ result_ retriever_ retro_ rl_ s3_ sample save seed sft sgd_ sharp skip start_ straggler_ swin_ te_
-    tensorboard_ test_ tiktoken_ timing_ titles_ tokenizer_ torch_fsdp2_ tp_comm_ train_ use_checkpoint_
-    use_dist_ckpt use_gloo use_megatron_fsdp use_mp_args use_sharp use_tokenizer use_torch_ valid vision_ wandb_
-    weight_decay wgrad_ yarn_
+    non_persistent_ null_tokenizer_ nvtx_ object_storage one_logger otel_ outer_ overlap_ pin_cpu_ pytorch_profiler_
+    recompute_ refit_ rerun_ retriever_ retro_ rl_ s3_ sft sgd_ sharp straggler_ swin_ te_ tensorboard_ tiktoken_
+    timing_ titles_ tokenizer_ torch_fsdp2_ tp_comm_ use_checkpoint_ use_dist_ckpt use_gloo use_megatron_fsdp
+    use_mp_args use_sharp vision_ wandb_ weight_decay wgrad_ yarn_
     """.split()
 )
+# first words that many arguments have which say how a run went; not those that speak of the function as well
+VERBS = tuple(
+    """
+    check_ data_ disable_ distrib eval_ exit_ global_batch grad init_ iter load log loss lr main_ mask_ memory_
+    micro min_ num_dataset offload optimizer override_ per_ perform_ profile record_ replication reset_ result_
+    sample save seed skip start_ test_ train_ use_tokenizer use_torch_ valid
+    """.split()
+)
+FUNCTION = re.compile("softcap|soft_cap|logit|rope|rotary|scal|multiplier|residual|window|attn|attention|norm|gate|"
+                      "act_|activation|position|embed|router|moe|bias|temperature")  # fmt: skip
 WORDS = frozenset(
     """
+    apply_query_key_layer_scaling attention_dropout hidden_dropout
     _is_global_batch_size_explicitly_specified account_for_embedding_in_pipeline_split
     account_for_loss_in_pipeline_split accumulate_allreduce_grads_in_fp32 activation_offload_fraction
     add_position_embedding align_grad_reduce align_param_gather allow_ambiguous_pad_tokens apply_rope_fusion
@@ -48,17 +59,18 @@ WORDS = frozenset(
     full_validation fused_residual_rmsnorm gpu_sniff_test_interval head_lr_mult hybrid_attention_ratio
     hybrid_context_parallel hybrid_mlp_ratio hysteresis initial_loss_scale iteration keep_fp8_transpose_cache
     keep_fp8_transpose_cache_when_using_custom_fsdp kv_lora_rank lazy_mpu_init local_rank
+    log_loss_scale_to_tensorboard log_max_attention_logit log_params_norm logit_dtype loss_scale loss_scale_window
     make_vocab_size_divisible_by masked_softmax_fusion max_seqlen_per_dp_cp_rank max_tokens_to_oom merge_file
-    metadata_path mid_level_dataset_surplus mla_down_proj_fusion mlp_chunks_for_prefill mlp_chunks_for_training
-    mmap_bin_files mock_data model_parallel_size model_type moe_aux_loss_coeff moe_combine_bwd_dtype
-    moe_deepep_num_sms moe_dispatch_fwd_dtype moe_enable_deepep moe_enable_routing_replay moe_expert_capacity_factor
-    moe_expert_rank_capacity_factor moe_grouped_gemm moe_input_jitter_eps moe_layer_recompute moe_ncclep_zero_copy
-    moe_pad_expert_input_to_capacity moe_pad_experts_for_cuda_graph_inference moe_per_layer_logging
-    moe_router_bias_update_rate moe_router_dtype moe_router_fusion moe_router_load_balancing_type
-    moe_router_padding_for_fp8 moe_router_padding_for_quantization moe_router_quantile_balancing_ema
-    moe_shared_expert_overlap moe_token_dispatcher_type moe_token_drop_policy moe_use_grouped_tensor
-    moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section mscale mscale_all_dim
-    multiple_validation_sets no_persist_layer_norm no_weight_decay_cond_type num_channels num_classes
+    metadata_path mid_level_dataset_surplus min_loss_scale mla_down_proj_fusion mlp_chunks_for_prefill
+    mlp_chunks_for_training mmap_bin_files mock_data model_parallel_size model_type moe_aux_loss_coeff
+    moe_combine_bwd_dtype moe_deepep_num_sms moe_dispatch_fwd_dtype moe_enable_deepep moe_enable_routing_replay
+    moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_grouped_gemm moe_input_jitter_eps
+    moe_layer_recompute moe_ncclep_zero_copy moe_pad_expert_input_to_capacity
+    moe_pad_experts_for_cuda_graph_inference moe_per_layer_logging moe_router_bias_update_rate moe_router_dtype
+    moe_router_fusion moe_router_load_balancing_type moe_router_padding_for_fp8 moe_router_padding_for_quantization
+    moe_router_quantile_balancing_ema moe_shared_expert_overlap moe_token_dispatcher_type moe_token_drop_policy
+    moe_use_grouped_tensor moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section mscale
+    mscale_all_dim multiple_validation_sets no_persist_layer_norm no_weight_decay_cond_type num_channels num_classes
     num_distributed_optimizer_instances num_floating_point_operations_so_far num_layers_at_end_in_bf16
     num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_speculative_tokens
     num_virtual_stages_per_pipeline_rank num_workers offset_sampling_seed_by_dp_rank output_bert_embeddings
@@ -66,10 +78,11 @@ WORDS = frozenset(
     pipeline_model_parallel_comm_backend pipeline_model_parallel_layout pipeline_model_parallel_size
     pipeline_model_parallel_split_rank pretrained_checkpoint q_lora_rank qk_clip qk_clip_alpha qk_clip_threshold
     qk_head_dim qk_pos_emb_head_dim query_in_block_prob rampup_batch_size rank relative_attention_max_distance
-    relative_attention_num_buckets reuse_grad_buf_for_mxfp8_param_ag rope_type rotary_scaling_factor
-    run_workload_inspector_server scatter_gather_tensors_in_pipeline sequence_parallel short_seq_prob spec
-    special_tokens split step_batch_size_schedule strict_fsdp_dtensor_load suggested_communication_unit_size
-    symmetric_ar_type tensor_model_parallel_size tensor_parallel_num_weight_shards transformer_impl
+    relative_attention_num_buckets reset_attention_mask reset_position_ids reuse_grad_buf_for_mxfp8_param_ag
+    rope_type rotary_scaling_factor run_workload_inspector_server save_activations_interval
+    scatter_gather_tensors_in_pipeline sequence_parallel short_seq_prob spec special_tokens split
+    step_batch_size_schedule strict_fsdp_dtensor_load suggested_communication_unit_size symmetric_ar_type
+    tensor_model_parallel_size tensor_parallel_num_weight_shards transformer_impl
     transformer_pipeline_model_parallel_size trust_remote_code use_cpu_initialization use_custom_fsdp
     use_distributed_optimizer use_flash_attn use_fused_weighted_squared_relu use_gigatoken
     use_grouped_gemm_for_dense_mlp use_grouped_gemm_for_shared_expert use_kitchen_attention
@@ -84,4 +97,6 @@ WORDS = frozenset(
 
 def is_inert(name: str, checked: Collection[str]) -> bool:
     """Whether an argument may have any value; `checked` were looked at by name."""
-    return name in WORDS or name in checked or name.startswith(PREFIXES)
+    if name in WORDS or name in checked or name.startswith(SUBSYSTEMS):
+        return True
+    return name.startswith(VERBS) and not FUNCTION.search(name)

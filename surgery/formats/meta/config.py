@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.errors import ConfigError, show
 from surgery.formats.keys import Entry, Key, Keys, Pair, read, write
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -81,7 +82,7 @@ def read_params(
         more.append(f"params.json does not say the longest context: {length} (-O max_positions=N)")
     spec = Spec(family="llama", vocab=evidence.vocab, ffn=evidence.ffn, rope=Rope(base, 1.0, scaling),
                 tied=evidence.tied, context=length, **fields)  # fmt: skip
-    notes += [f"params.json key {show(k)} is not understood and has no effect here" for k in keys.unknown(_INERT)]
+    notes += [Unknown(key, value) for key, value in keys.unknown(_INERT).items()]
     return spec, notes + keys.note("the reference code") + more
 
 

@@ -20,6 +20,7 @@ from surgery.errors import ConfigError, show, some
 from surgery.formats.keys import NOT, Entry, Fixed, Key, Keys, Pair, read
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import Config, Evidence, choose_qkv, ffn_width, writer
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
 # activation -> (the anatomy's name, gated); `gelu` is the tanh form where bias_gelu_fusion is on
@@ -287,8 +288,7 @@ def attention_types(value: object, layers: int, file: str) -> list[str]:
 
 
 def _notes(config: Config, keys: Keys, found: Evidence, spec: Spec) -> list[str]:
-    unknown = keys.unknown(INERT | _READ)
-    notes = [f"configuration key {show(k)} is not understood and has no effect here" for k in unknown]
+    notes: list[str] = [Unknown(key, value) for key, value in keys.unknown(INERT | _READ).items()]
     notes += keys.note("GPT-NeoX")
     implied = ffn_width(config, "third" if found.mlp == "linear" else "plain", found.mlp, found.gated, spec.width)
     if implied != spec.ffn:

@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.errors import ConfigError, show
 from surgery.formats.keys import Entry, Fixed, Key, Keys, Pair, read, write
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
 UPSTREAM = "ai2-olmo 0.6.0"
@@ -201,7 +202,7 @@ def read_model(config: Mapping[str, Any], file: str, eos: int | None = None) -> 
     if group > 1:
         facts["olmo_block_group_size"] = group
     notes += more + keys.note(UPSTREAM)
-    notes += [f"config.yaml key {show(k)} is not understood and has no effect here" for k in keys.unknown(INERT)]
+    notes += [Unknown(key, value) for key, value in keys.unknown(INERT | ABSENT.keys()).items()]
     section = config.get("tokenizer")
     identifier = section.get("identifier") if isinstance(section, dict) else None
     spec = Spec(family=_family(fields), **fields)

@@ -18,6 +18,7 @@ from typing import Any
 from surgery.errors import ConfigError, show
 from surgery.formats.keys import Entry, Fixed, Key, Keys, Pair, read
 from surgery.formats.olmo_core.rope import ROPE, read_rope, read_window
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
 UPSTREAM = "OLMo-core 3.0"
@@ -142,8 +143,7 @@ def read_model(config: Mapping[str, Any], file: str, positions: int | None = Non
     notes += keys.note(UPSTREAM)
     if spec.experts and moe.experts == "default":
         notes.append("in OLMo-core these experts drop tokens over their capacity; elsewhere they compute all")
-    unknown = keys.unknown(_TRAINING | _OLD)
-    notes += [f"config.json key {name} is not understood and has no effect here" for name in unknown]
+    notes += [Unknown(key, value) for key, value in keys.unknown(_TRAINING | _OLD).items()]
     return Found(spec, replace(variant, experts=moe.experts), facts, tuple(notes), identifier)
 
 

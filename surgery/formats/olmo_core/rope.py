@@ -58,7 +58,7 @@ def _read_scaling(keys: Keys, base: float) -> tuple[float, Mapping[str, Any]]:
             file=keys.file,
             hint=f"known: {', '.join(_SCALINGS)}",
         )
-    found = keys.below("scaling", _SCALINGS[name])
+    found = keys.below("scaling", _SCALINGS[name], (CLASS,))
     if "attention_rescale_factor" in _SCALINGS[name] and found.real("attention_rescale_factor") != 1.0:
         raise ConfigError(
             f"{found.path('attention_rescale_factor')} is not 1, which no other format holds", file=keys.file
@@ -144,7 +144,7 @@ def read_window(keys: Keys, layer: int, layers: int) -> int:
     if not keys.section("sliding_window"):
         return 0
     absent = {"force_full_attention_on_first_layer": True, "force_full_attention_on_last_layer": True}
-    found = keys.below("sliding_window", absent)
+    found = keys.below("sliding_window", absent, (CLASS,))
     pattern = found.get("pattern")
     if not isinstance(pattern, list) or not pattern or any(type(w) is not int or (w < 1 and w != -1) for w in pattern):
         raise found.bad("pattern", pattern, "a list of window sizes, -1 for none")
