@@ -20,7 +20,7 @@ from surgery.cli import main as cli
 from surgery.cli import show_verification as render
 from surgery.conversion.convert import convert
 from surgery.formats.base import Checkpoint
-from surgery.formats.registry import open_checkpoint
+from surgery.formats.registry import lenient, open_checkpoint
 from surgery.formats.topology import Topology
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import IO
@@ -61,7 +61,7 @@ def changed(
 
 
 def check(a: Path | Checkpoint, b: Path | Checkpoint, memory: int = MEMORY) -> Comparison:
-    opened = [open_checkpoint(x) if isinstance(x, Path) else x for x in (a, b)]
+    opened = [open_checkpoint(x, options=lenient(x, None)) if isinstance(x, Path) else x for x in (a, b)]
     result = compare(*opened, max_memory=memory)
     json.dumps(result.to_json(), allow_nan=False)
     return result

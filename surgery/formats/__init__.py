@@ -7,7 +7,7 @@ registry.py    every format by name                              weave.py      r
 account.py     every file and entry is read, carried or named    topology.py   which rank holds what
 keys.py        keys of a config, in both directions              replicas.py   copies that ranks store
 operations.py  from checkpoint to checkpoint: dtype, rows        names.py      many names in few words
-unknown.py     what nobody understands is refused
+unknown.py     what nobody understands is refused                wrappers.py   names without what training wraps around
 
 A folder per format, each with `format.py`, `table.py` and `config.py`: hf, meta, neox, megatron, olmo, olmo_core.
 """

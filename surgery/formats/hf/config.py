@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from surgery.errors import ConfigError, show
-from surgery.formats.hf.families import EXTRA, FAMILIES, FIXED, REFUSED, USUAL, Family
+from surgery.formats.hf.families import EXTRA, FAMILIES, REFUSED, USUAL, Family
 from surgery.formats.hf.inert import INERT
 from surgery.formats.hf.moe import read_moe, write_moe
 from surgery.formats.hf.rope import read_rope, write_rope
@@ -44,8 +44,6 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     config, notes = _usual(config, family, file)
     optional = dict.fromkeys((*EXTRA, *family.switches, *(family.shared or ())[:1]))
     keys = Keys(config, file, absent={**optional, **family.absent}, nulls=True)
-    read(FIXED, keys)
-    keys.check()
     fields = {"family": family.model_type, **read(family.entries, keys), **family.always, **_heads(family, keys)}
     fields["windows"] = _read_windows(family, keys)
     fields["sparse"] = read_sparse(config, fields["kv_heads"] * fields["group"], file)

@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from surgery.formats.hf import rows
-from surgery.formats.keys import Entry, Fixed, Key, Keys, Pair
+from surgery.formats.keys import Entry, Key, Keys, Pair
 from surgery.formats.table import Row
 from surgery.model.spec import Spec
 
@@ -238,8 +238,6 @@ REFUSED = {
     "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
 }
 # keys with values that say what every model here does; with others they are not understood
-USUAL = {"is_causal": True}
-# keys of every family with any other value of which the model is another one, and none that a Spec can say
-FIXED = (Fixed("scale_attn_weights", True, means="attention is not scaled, which no other format does"),)
+USUAL = {"is_causal": True, "scale_attn_weights": True}
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
         "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip
