@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 
+import surgery
 from surgery.containers import open_tensors
 from surgery.errors import ConfigError, LayoutError, SurgeryError
 from surgery.formats.base import Checkpoint
@@ -20,6 +21,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Row, Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import gather
+from surgery.model.spec import Rope, Spec
 from tests import oracle, reference, tiny
 
 IDS = torch.randint(0, 264, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -248,3 +250,47 @@ def test_a_longest_context_that_is_not_known(tmp_path, tiny_hf):
     assert any("-1 for the longest context" in note for note in found.notes)
     assert choose_family(found.spec) == "olmo2"
     assert "max_position_embeddings" not in write_config(found.spec, {}, "float32", "olmo2")
+
+
+# ------------------------------------------------------------------------------------ what other versions read
+
+
+def classic(config: dict) -> tuple[float, dict]:
+    """(base, scaling) that transformers 4 takes from a config: it does not know `rope_parameters`."""
+    keys = ("rotary_emb_base",) if config["model_type"] == "gpt_neox" else ("rope_theta",)
+    scaling = dict(config.get("rope_scaling") or {})
+    return config.get(keys[0], 10000.0), {k: v for k, v in scaling.items() if k != "rope_theta" and v is not None}
+
+
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "gpt2"])
+def test_transformers_4_reads_the_same_rope(family, tiny_hf, tmp_path):
+    """From Hugging Face to itself, and from other formats."""
+    rope = open_checkpoint(tiny_hf(family)).spec.rope
+    local = open_checkpoint(tiny_hf(family)).spec.rope_local
+    surgery.convert(tiny_hf(family), tmp_path / "out", to="hf", sync=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    base, scaling = classic(config)
+    if local and local.base != rope.base:  # two bases cannot be said
+        assert "rope_theta" not in config
+        return
+    assert base == rope.base
+    assert (scaling.get("rope_type", "default"), scaling.get("factor")) == (
+        rope.scaling.get("type", "default"),
+        rope.scaling.get("factor"),
+    )
+    fresh = write_config(open_checkpoint(tiny_hf(family)).spec, {}, "float32", config["model_type"])
+    assert classic(fresh) == (base, scaling)
+
+
+def test_olmo_3_says_its_scaling_in_both_spellings():
+    rope = Rope(5e5, 1.0, {"type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                           "original_max_position_embeddings": 8192})  # fmt: skip
+    spec = Spec("olmo3", layers=2, width=24, vocab=40, kv_heads=2, group=3, head_dim=4, ffn=20, context=65536,
+                norm_at="post", qk_norm="full", windows=(7, 0), rope=rope, rope_local=Rope(5e5))  # fmt: skip
+    config = write_config(spec, {}, "float32", "olmo3")
+    assert config["rope_theta"] == 5e5
+    assert config["rope_scaling"]["rope_type"] == "yarn"
+    assert config["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert read_config(config, "x")[0].same_function(spec)
+    other = write_config(spec.replace(rope_local=Rope(1e4)), {}, "float32", "olmo3")
+    assert "rope_theta" not in other
