@@ -20,7 +20,7 @@ from pathlib import Path
 
 from surgery.containers.output import OutputFile
 from surgery.errors import OutputError, UsageError
-from surgery.tensors.fingerprint import MASK, Counts
+from surgery.tensors.fingerprint import MASK, Count, Counts
 from surgery.writing.journal import Journal, Line, State
 from surgery.writing.locking import DIRECTORY, locked
 from surgery.writing.staging import Staging, hidden_of
@@ -85,12 +85,15 @@ class Share(State):
             self.of[str(line["file"])], self.pending = self.pending, {}
 
 
-def _plus(a: tuple[int, int] | None, b: tuple[int, int]) -> tuple[int, int]:
-    return ((a[0] + b[0]) & MASK, a[1] + b[1]) if a else b
+def _plus(a: Count | None, b: Count, sign: int = 1) -> Count:
+    if a is None:
+        return b
+    f, n, odd, zeros = b
+    return ((a[0] + sign * f) & MASK, a[1] + sign * n, a[2] + sign * odd, a[3] + sign * zeros)
 
 
-def _minus(a: tuple[int, int], b: tuple[int, int] | None) -> tuple[int, int]:
-    return ((a[0] - b[0]) & MASK, a[1] - b[1]) if b else a
+def _minus(a: Count, b: Count | None) -> Count:
+    return _plus(a, b, -1) if b else a
 
 
 def is_complete(dst: Path, shard: Shard, files: Sequence[OutputFile]) -> bool:

@@ -92,10 +92,9 @@ def write(
     compare   read back whatever the ledger's parts do not prove, and compare it byte for byte
     shards    take what this many calls of `write_shard` have written; what they have not is written here
 
-    Raises OutputError if `dst` exists and may not be replaced, is full or cannot be written; Interrupted on SIGINT and
-    SIGTERM; LayoutError if the ledger has gaps; Spoilt if other bytes are read back than were written; FileError if a
-    source has changed; and what reading the sources raises.  All of them keep what was written for the next run, except
-    Spoilt, and except that nothing is begun if `dst` exists or too little space is free.
+    Raises OutputError if `dst` exists and may not be replaced, is full or cannot be written; Interrupted on signals;
+    LayoutError if the ledger has gaps; Spoilt if other bytes are read back than were written; FileError if a source has
+    changed.  All keep what was written for the next run, except Spoilt; nothing is begun where `dst` must not be.
     """
     dst = usable_path(dst)
     keep_blocks()

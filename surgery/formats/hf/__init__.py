@@ -3,5 +3,5 @@
 format.py     the steps of the format           families.py   what the keys of each family mean
 config.py     config.json <-> Spec              rope.py       its rotary embeddings     moe.py   its experts
 table.py      the tensors of a family           rows.py       as data                   files.py the weight files
-inert.py      keys that change nothing, and why
+inert.py      keys that change nothing, and why                               sparse.py   sparse attention
 """
