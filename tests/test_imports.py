@@ -119,7 +119,6 @@ WALKS = (
     "verification",
     "merging",
     "upcycling",
-    "data",
 )  # packages whose docstring names every file
 
 
