@@ -4,7 +4,7 @@
 
 recipe.py      the YAML, strictly                  reader.py        where it is when something is wrong
 contract.py    what a method promises              parameters.py    gradients, filters, defaults
-references.py  models by path or hub id            adapters.py      LoRA
+references.py  models by path or hub id            adapters.py      LoRA (lora_config.py)
 layers.py      which layers make which tensor      align_experts.py experts in another order
 vocabulary.py  models with different tokenizers    tokens.py        the tokenizer of a merge       padding.py
 run.py         from YAML to checkpoint             search.py        greedy soups and search over weights

@@ -4,5 +4,5 @@
     layout("attn.q")                  (g n d) h
 
 spec.py      measures, choices, parts       fields.py   what is known of each field of Spec
-wording.py   differences in words
+wording.py   differences in words        sparse.py   which tokens each head sees
 """

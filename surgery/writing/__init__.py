@@ -7,4 +7,5 @@ atomic.py    a single file, whole or not at all             ahead.py      blocks
 readback.py  what was written, read again                   locking.py    one run at a time
 publishing.py  the last step                                renaming.py   renames that take nothing away
 replaceable.py what --force may replace                     scratch.py    temporary folders
+shards.py      one output by several processes
 """
