@@ -68,8 +68,7 @@ def midtrain_command(
     \b
     surgery midtrain --explain                       every key, its default, and what it means
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
-    surgery midtrain run.yaml                        tests itself, trains, exports
-    surgery midtrain run.yaml                        again: goes on where it was stopped
+    surgery midtrain run.yaml                        tests itself, trains, exports; again: goes on where it was stopped
     surgery midtrain run.yaml --nproc 2              in two processes, or on two GPUs
     surgery midtrain run.yaml --set data.seed=666 --output runs/anneal-666
 
