@@ -19,6 +19,7 @@ from surgery import open_checkpoint
 from surgery.cli.main import main
 from surgery.formats.registry import known
 from surgery.recognising import describe
+from surgery.recognising.files import FILES
 from surgery.recognising.folders import FOLDERS, WEAK
 
 ONE = {"model.norm.weight": torch.ones(3)}
@@ -166,6 +167,12 @@ def test_files(kind: str, tmp_path: Path) -> None:
         assert word in " ".join(text.split()), text
 
 
+def test_the_docs_name_every_kind() -> None:
+    page = (Path(__file__).parent.parent / "docs/inspect.md").read_text()
+    for kind in (*FOLDERS, *WEAK, *FILES):
+        assert f"`{kind.name}`" in page, kind.name
+
+
 def test_names_in_the_pickle_of_a_file(tmp_path: Path) -> None:
     write(tmp_path, {"rng.pt": {"args": os.path.join, "step": 5}})
     text = inspect(tmp_path / "rng.pt", "--pickles")[1]
@@ -207,10 +214,13 @@ def test_a_checkpoint_that_cannot_be_read_is_described_all_the_same(tmp_path: Pa
         ("org/name-7b", ("hf download org/name-7b",)),
         ("modle", ("did you mean model?",)),
         ("none/of/this", ("does not exist",)),
+        ("dangling", ("a link to something that does not exist",)),
+        ("", ("an empty path",)),
     ],
 )
 def test_paths_that_are_not_there(path: str, words: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     write(tmp_path / "model", {"README.md": ""})
+    (tmp_path / "dangling").symlink_to("nothing")
     monkeypatch.chdir(tmp_path)
     status, text = inspect(path)
     assert status == 1

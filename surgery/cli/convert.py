@@ -24,6 +24,12 @@ from surgery.writing.progress import progress_bar
 def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     """Convert a checkpoint into another format, at any parallel sizes.
 
+    \b
+    surgery convert Llama-2-7b Llama-2-7b-hf --to hf
+    surgery convert SmolLM2 SmolLM2-meta --to meta --tp 3
+    surgery convert run/iter_0005000 out --to hf --tokenizer SmolLM2 --dtype bf16
+    surgery convert Mixtral-8x7B mcore --to megatron-dist --tp 2 --ep 8 --dry-run      only the plan
+
     Each byte is read once and written once, in bounded memory. The output is read back and compared before it
     appears under its name; it appears whole or not at all. A run that was killed goes on when it is repeated.
     """

@@ -76,7 +76,7 @@ def located(path: str | os.PathLike[str]) -> Path:
     Raises FileError that says what may have been meant.
     """
     place = Path(path)
-    if place.exists():
+    if os.fspath(path) and place.exists():
         return place
     text = os.fspath(path)
     if hub.is_name(text):

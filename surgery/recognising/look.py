@@ -38,7 +38,7 @@ def describe(path: str | os.PathLike[str], known: Known = lambda folder: None) -
     Raises FileError only if nothing is there, or the system does not let it be seen.
     """
     place, known = Path(path), _cautious(known)
-    if not place.exists():
+    if not os.fspath(path) or not place.exists():
         raise absent(path)
     mode = place.stat().st_mode
     if stat.S_ISDIR(mode):
@@ -96,7 +96,7 @@ def _folder(path: Path, known: Known) -> Answer:
         return _parent(path, inside)
     kind = kind or _first_fit(WEAK, folder) or OTHER
     held, problem = _read(path / name for name in _first(folder, kind))
-    more = {"holds": some(folder.names, 8)} if kind is OTHER else {}
+    more = {"holds": some([*folder.folders, *folder.files], 8)} if kind is OTHER else {}
     return _answer(kind, path, held, problem, more)
 
 

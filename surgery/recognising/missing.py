@@ -28,13 +28,15 @@ def absent(path: str | os.PathLike[str]) -> FileError:
         full = f"{scheme}://{name}"
         how = _COPY.get(scheme, "download {}").format(full, name=name)
         return FileError("is an address; surgery reads what lies on this machine", file=full, hint=f"first {how}")
+    if not text:
+        return FileError("an empty path", hint="give a file or folder, . for this one")
+    if os.path.islink(text):
+        return FileError("is a link to something that does not exist", file=text)
     if near := _near(Path(text)):
         return FileError("does not exist", file=text, hint=f"did you mean {near}?")
     if hub.is_name(text):
         return FileError("is neither a folder nor in the local cache of the hub", file=text,
                          hint=f"download it first: hf download {text}")  # fmt: skip
-    if os.path.islink(text):
-        return FileError("is a link to something that does not exist", file=text)
     whole = Path(os.path.abspath(text))
     there = next(p for p in whole.parents if p.exists())
     hint = None if there == whole.parent else f"of this path, {there} exists and {whole.relative_to(there)} does not"
