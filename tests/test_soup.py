@@ -368,8 +368,9 @@ def test_hub_ids_are_looked_up_in_the_cache(deep, tmp_path, monkeypatch):
 
 
 def test_what_only_mergekit_knows_is_done_by_mergekit(tmp_path):
-    """A family that surgery does not read; the donor is the first model named all the same."""
+    """A family without a table, models that do not agree; the donor is the first model named all the same."""
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folders = []
@@ -379,6 +380,8 @@ def test_what_only_mergekit_knows_is_done_by_mergekit(tmp_path):
         config = AutoConfig.for_model("stablelm", **sizes, num_key_value_heads=2, vocab_size=32, bos_token_id=i)
         folders.append(str(tmp_path / f"m{i}"))
         AutoModelForCausalLM.from_config(config).save_pretrained(folders[-1])
+    odd = load_file(tmp_path / "m1" / "model.safetensors") | {"odd": torch.ones(2)}
+    save_file(odd, tmp_path / "m1" / "model.safetensors", {"format": "pt"})
     report = surgery.soup(mean(folders), tmp_path / "out")
     assert any("merged by mergekit" in note and "stablelm" in note for note in report.notes)
     merges.mergekit(mean(folders), tmp_path / "theirs")

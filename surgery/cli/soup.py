@@ -67,10 +67,10 @@ def _planned(recipe: Recipe, request: Soup) -> dict[str, Any]:
     from surgery.cli.show import plan_data
     from surgery.errors import UsageError
     from surgery.merging import run
-    from surgery.merging.mergekit import reason_for_mergekit
+    from surgery.merging.way import TABLE, way
 
-    if why := reason_for_mergekit(recipe, request.to):
-        raise UsageError(f"mergekit would do this merge, and it makes no plan: {why}", hint="leave out --dry-run")
+    if (chosen := way(recipe, request.to)).kind != TABLE:
+        raise UsageError(f"there is no plan of such a merge: {chosen.why}", hint="leave out --dry-run")
     with run.prepared(recipe, request) as plan:
         more = {"merge": f"merge, by {run.summary(recipe)}", "models": [str(m) for m in recipe.models()]}
         return {**plan_data(plan), **more, "method": recipe.method}
@@ -82,10 +82,10 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
         return recipe, None
     from surgery.errors import UsageError
     from surgery.merging import search
-    from surgery.merging.mergekit import reason_for_mergekit
+    from surgery.merging.way import TABLE, way
 
-    if why := reason_for_mergekit(recipe, request.to):
-        raise UsageError(f"--{choosing.method} cannot choose among these models: {why}")
+    if (chosen := way(recipe, request.to)).kind != TABLE:
+        raise UsageError(f"--{choosing.method} cannot choose among these models: {chosen.why}")
     log = Path(choosing.log or f"{dst}.tried.jsonl")
     tried = search.Tried(recipe, request, choosing, log, lambda line: say(line, err=True))
     best = search.search(tried, choosing.search) if choosing.search else search.greedy(tried)
@@ -93,14 +93,7 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
 
 
 def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report | Share:
-    """Merge, by surgery or by mergekit."""
+    """Merge, and show how far it is."""
     from surgery.merging import run
-    from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
 
-    if why := reason_for_mergekit(recipe, request.to):
-        return by_mergekit(recipe, Path(dst), why, request)
-    with (
-        run.prepared(recipe, request) as plan,
-        progress_bar("merge", plan.bytes_to_write, quiet) as advance,
-    ):
-        return run.carry_out(recipe, plan, dst, request, advance)
+    return run.merge(recipe, dst, request, lambda total: progress_bar("merge", total, quiet))

@@ -165,12 +165,12 @@ def execute(
 ) -> Report:
     """Carry out a plan; of `shards` shares that other processes wrote, only what is missing is written.
 
-    `progress` takes the place of the request's.  `prove` is shown the complete output, opened, before it is published:
-    what it answers joins surgery.json, and if it raises, the output does not appear.
+    `progress` takes the place of the request's.  `prove`, by default the plan's, is shown the complete output, opened,
+    before it is published: what it answers joins surgery.json, and if it raises, the output does not appear.
     """
     import torch  # noqa: F401  imported before the peak is measured, which is above the imports
 
-    dst, write, progress = Path(dst), plan.write, progress or plan.write.progress
+    dst, write, progress, prove = Path(dst), plan.write, progress or plan.write.progress, prove or plan.prove
     refuse_overlap(plan.source.path, dst)
     report: list[Report] = []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ class Plan:
     options      those of the target                   job      what tells it from another: an equal one is resumed
     max_memory   bytes                                 derived  whether the weights are another model's
     threads      that make what is written; None: as many as there are cores, at most 4
+    prove        shown the complete output, opened, before it is published: what it answers joins surgery.json
     """
 
     source: Checkpoint
@@ -40,6 +41,7 @@ class Plan:
     job: Mapping[str, Any]
     derived: bool = False
     threads: int | None = None
+    prove: Callable[[Checkpoint], Mapping[str, Any]] | None = None
 
     @property
     def bytes(self) -> int:

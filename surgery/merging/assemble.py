@@ -16,7 +16,7 @@ from surgery.formats.weave import gather
 from surgery.merging.engine.inputs import Inputs
 from surgery.merging.engine.merged import Merged
 from surgery.merging.engine.pool import Engine
-from surgery.merging.layers import Layer, merged_spec, out_layers, span
+from surgery.merging.layers import Layer, depths_of, merged_spec, out_layers, span
 from surgery.merging.methods.registry import METHODS
 from surgery.merging.parameters import filters, resolve
 from surgery.merging.reader import Reference
@@ -56,7 +56,7 @@ def assemble(
 
     `alignment` brings the vocabularies of the models to the same rows.
     """
-    layers = out_layers(recipe, opened)
+    layers = out_layers(recipe, depths_of(opened))
     spec, notes = merged_spec(recipe, opened, layers, alignment.rows if alignment else None)
     table = hf_table(opened[recipe.donor])
     used = dict.fromkeys(source.model for s in recipe.slices for source in s.sources)
@@ -70,7 +70,7 @@ def assemble(
         tensor = _tensor(recipe, row, bind, layer)
         unused -= {f for f in unused if f in tensor.name}
         given = [_given(source, row, bind, layer, opened, views[source.model]) for source in tensor.part.sources]
-        merged[tensor.name] = _merged(recipe, tensor, given, arithmetic, engine, alignment)
+        merged[tensor.name] = merged_tensor(recipe, tensor, given, arithmetic, engine, alignment)
     if unused - {"*"}:
         notes.append(f"no tensor's name holds the filter {some(sorted(show(f) for f in unused - {'*'}))}")
     return spec, gather(table, {Rank(): merged}, spec, ONE_RANK).parts, notes
@@ -92,7 +92,7 @@ def _given(
     source: Source, row: Row, bind: dict[str, int], layer: Layer | None, opened: Opened, tensors: dict[str, Lazy]
 ) -> Given:
     """The tensor of a model, of the layer that is meant there; of a tied model its embedding as the head."""
-    name = row.name.format(**({**bind, "l": span(source, opened)[0] + layer.offset} if layer else bind))
+    name = row.name.format(**({**bind, "l": span(source, depths_of(opened))[0] + layer.offset} if layer else bind))
     if name not in tensors and row.parts[0] == "lm_head" and opened[source.model].spec.tied:
         name = next(n for n in tensors if n.endswith(EMBEDDINGS))
     if name not in tensors:
@@ -100,7 +100,7 @@ def _given(
     return Given(source, name, tensors[name])
 
 
-def _merged(
+def merged_tensor(
     recipe: Recipe, tensor: Tensor, given: Sequence[Given], arithmetic: str, engine: Engine,
     alignment: Alignment | None,
 ) -> Lazy:  # fmt: skip

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.formats.base import Checkpoint
+from surgery.formats.base import Checkpoint, Config
 from surgery.merging.align_experts import aligned
 from surgery.merging.assemble import assemble
+from surgery.merging.depth import fitted
 from surgery.merging.engine.pool import Engine
+from surgery.merging.layers import depths_of, out_layers, span
 from surgery.merging.padding import trimmed
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import Opened
@@ -32,7 +34,7 @@ def derive(recipe: Recipe, opened: Opened, arithmetic: str, engine: Engine, scra
     notes += recipe.notes
     donor = opened[recipe.donor]
     spec, parts, told = assemble(recipe, opened, arithmetic, engine, alignment)
-    made = replace(donor, spec=spec, parts=parts)
+    made = replace(donor, spec=spec, parts=parts, config=_config(recipe, opened))
     notes += told
     if alignment:
         made = _with_tokenizer(made, recipe, alignment)
@@ -52,6 +54,15 @@ def derive(recipe: Recipe, opened: Opened, arithmetic: str, engine: Engine, scra
         notes=tuple(dict.fromkeys(notes)),
         stamps={path: stamp for c in opened.values() for path, stamp in c.stamps.items()},
     )
+
+
+def _config(recipe: Recipe, opened: Opened) -> Config:
+    """The donor's config, its lists by layer as long as the merge is deep."""
+    donor, depths = opened[recipe.donor], depths_of(opened)
+    if recipe.whole or donor.format != "hf":
+        return donor.config
+    first = [(layer.slice.sources[0], layer.offset) for layer in out_layers(recipe, depths)]
+    return fitted(donor.config, [(opened[s.model].config, span(s, depths)[0] + offset) for s, offset in first])
 
 
 def _comparable(recipe: Recipe, opened: Opened) -> tuple[Opened, list[str]]:

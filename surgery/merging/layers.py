@@ -1,16 +1,17 @@
 """Which layers of which models make the layers of the output, and the spec of that.
 
-layers = out_layers(recipe, opened)
+layers = out_layers(recipe, depths)          # how many layers each model has
 layers[3].slice.sources, layers[3].offset, layers[3].t          # what is merged, and where gradients stand
 spec, notes = merged_spec(recipe, opened, layers, rows=None)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.errors import LayoutError, some
+from surgery.merging.reader import Reference
 from surgery.merging.recipe import OutputSlice, Recipe, Source
 from surgery.merging.references import Opened
 from surgery.model.fields import CHOICE
@@ -22,6 +23,9 @@ SILENT = {n for n, field in FIELDS.items() if field.kind == CHOICE and not n.sta
 FREE = ("family", "layers", "vocab", "true_vocab", "tied", "moe_layers")  # the merge has its own
 
 
+Depths = Mapping[Reference, int]
+
+
 @dataclass(frozen=True)
 class Layer:
     """A layer of the output: its slice, how far into it, and the place t (0 to 1) for gradients."""
@@ -31,13 +35,17 @@ class Layer:
     t: float
 
 
-def out_layers(recipe: Recipe, opened: Opened) -> list[Layer]:
+def depths_of(opened: Opened) -> Depths:
+    return {model: checkpoint.spec.layers for model, checkpoint in opened.items()}
+
+
+def out_layers(recipe: Recipe, depths: Depths) -> list[Layer]:
     """The layers of the output.  Raises LayoutError where a model has too few."""
     out: list[Layer] = []
     for s in recipe.slices:
-        counts = {span(source, opened)[1] - span(source, opened)[0] for source in s.sources}
+        counts = {stop - start for start, stop in (span(source, depths) for source in s.sources)}
         if len(counts) != 1:
-            names = ", ".join(f"{source.model} has {opened[source.model].spec.layers}" for source in s.sources)
+            names = ", ".join(f"{source.model} has {depths[source.model]}" for source in s.sources)
             raise LayoutError(f"the models have different numbers of layers: {names}",
                               hint="say with slices which layers to merge")  # fmt: skip
         n = counts.pop()
@@ -47,8 +55,8 @@ def out_layers(recipe: Recipe, opened: Opened) -> list[Layer]:
     return out
 
 
-def span(source: Source, opened: Opened) -> tuple[int, int]:
-    layers = opened[source.model].spec.layers
+def span(source: Source, depths: Depths) -> tuple[int, int]:
+    layers = depths[source.model]
     start, stop = source.layers or (0, layers)
     if stop > layers:
         raise LayoutError(f"layer_range [{start}, {stop}] of {source.model}: it has {layers} layers")
@@ -72,7 +80,7 @@ def merged_spec(recipe: Recipe, opened: Opened, layers: Sequence[Layer], rows: i
     if tied != donor.tied or any(opened[m].spec.tied != tied for m in used):
         notes.append("some models share the embedding with the head and others do not; the merge has both")
     first = [(layer.slice.sources[0], layer.offset) for layer in layers]
-    origins = [(opened[s.model].spec, span(s, opened)[0] + offset) for s, offset in first]
+    origins = [(opened[s.model].spec, span(s, depths_of(opened))[0] + offset) for s, offset in first]
     windows = tuple(spec.windows[i] if spec.windows else 0 for spec, i in origins)
     sparse = tuple(n for n, (spec, i) in enumerate(origins) if spec.is_moe(i))
     spec = donor.replace(

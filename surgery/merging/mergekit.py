@@ -1,53 +1,33 @@
 """What only mergekit can do is done by mergekit, as a library, and said so.
 
-    if why := reason_for_mergekit(recipe, "hf"):
-        report = by_mergekit(recipe, Path("merged"), why, Soup())
+    report = by_mergekit(recipe, Path("merged"), "the modules ... are known to mergekit only", Soup())
 
-Architectures that surgery does not know and models of several modules: mergekit merges the whole job, from Hugging
-Face folders to a Hugging Face folder.  The order of the models is that of the file, so that the donor is the same as
-for a merge by surgery, and the output appears under its name when it is complete.
+`way` says which jobs these are.  mergekit merges the whole job, from Hugging Face folders to a Hugging Face folder, in
+memory of its own.  The order of the models is that of the file, so that the donor is the same as for a merge by
+surgery.  mergekit is known to lose tensors: what it wrote is compared with the donor, name by name and as transformers
+loads it, before the output appears.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.output import copied_file, text_file
-from surgery.containers.text import json_text, read_json
+from surgery.containers import open_tensors
+from surgery.containers.output import OutputFile, copied_file, text_file
+from surgery.containers.text import json_text
 from surgery.conversion.report import Report, version
-from surgery.errors import ConfigError, UsageError, show
+from surgery.errors import ConfigError, LayoutError, some
 from surgery.formats.base import PROVENANCE
-from surgery.formats.hf.families import FAMILIES
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
+from surgery.running.expected import check_loads
 from surgery.writing.scratch import scratch
-
-
-def reason_for_mergekit(recipe: Recipe, to: str) -> str:
-    """Why a job is mergekit's alone; "" if it is not.  Raises UsageError if mergekit cannot do it either."""
-    why = ""
-    if recipe.modules not in ((), ("default",)):
-        why = f"the modules {', '.join(recipe.modules)} are known to mergekit only"
-    for model in recipe.models():
-        config = model_folder(model) / "config.json"
-        if not why and config.is_file():
-            kind = read_json(config, "config.json").get("model_type")
-            if kind not in FAMILIES:
-                why = f"{model} is a {show(kind)}, which mergekit may know and surgery does not"
-    if not why:
-        return ""
-    if to != "hf":
-        raise UsageError(f"{why}, and mergekit writes Hugging Face folders only", hint="leave out --to")
-    if recipe.align:
-        raise ConfigError(f"align is an option of surgery, but {why}")
-    if importlib.util.find_spec("mergekit") is None:
-        raise UsageError(f"{why}, and mergekit is not installed", hint="pip install 'checkpoint-surgery[merge]'")
-    return why
 
 
 def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
@@ -70,6 +50,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
 
     began, text = time.monotonic(), recipe.text
     beside = dst.absolute().parent
+    donor = model_folder(recipe.donor)
     with scratch("mergekit", beside) as temporary:
         out = temporary / "out"
         options = MergeOptions(random_seed=recipe.seed, quiet=True, lora_merge_cache=str(temporary / "lora"))
@@ -79,11 +60,9 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         except Exception as error:
             raise ConfigError(f"mergekit could not do the merge either: {type(error).__name__}: {error}",
                               hint=why) from error  # fmt: skip
-        names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
-        files = [copied_file(name, out / name) for name in names]
-        notes = [f"merged by mergekit, not by surgery: {why}", *recipe.notes]
-        record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": notes}
-        files.append(text_file(PROVENANCE, json_text(record)))
+        notes = [f"merged by mergekit, not by surgery, and in memory of its own: {why}", *recipe.notes]
+        notes += _compared(out, donor)
+        files = [*_copies(out), *_records(recipe, request, notes)]
         done = stream.write(
             files, dst, max_memory=request.memory, job={"mergekit": os.urandom(8).hex()}, force=request.force
         )
@@ -91,5 +70,37 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         source=str(recipe.donor), source_format="hf", output=str(dst), output_format="hf", topology={},
         files=len(files), bytes=done.bytes, read_bytes=done.read_bytes, resumed_bytes=0,
         seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=request.memory,
-        source_digest=None, content_digest="", verified=False, notes=tuple(notes),
+        source_digest=None, content_digest="", verified=True, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _copies(out: Path) -> list[OutputFile]:
+    names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    return [copied_file(name, out / name) for name in names]
+
+
+def _records(recipe: Recipe, request: Soup, notes: Sequence[str]) -> list[OutputFile]:
+    """surgery.json and soup.json."""
+    record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": list(notes)}
+    merge = {"method": recipe.method, "donor": str(recipe.donor), "models": [str(m) for m in recipe.models()],
+             "seed": recipe.seed, "by": "mergekit", "config": recipe.text}  # fmt: skip
+    return [text_file(PROVENANCE, json_text(record)), text_file("soup.json", json_text(merge))]
+
+
+def _compared(out: Path, donor: Path) -> list[str]:
+    """Notes on what tells the output from the donor.  Raises LayoutError if tensors were lost.
+
+    Layers may be more or fewer, and experts stacked: of both, names without numbers are compared, and what transformers
+    would miss.
+    """
+    ours, theirs = ({_kind(name) for name in open_tensors(folder)} for folder in (out, donor))
+    told = check_loads(out, donor)
+    lost = sorted(theirs - ours)
+    if lost and told:
+        raise LayoutError(f"mergekit lost tensors that {donor} has: {some(lost)}", file=out,
+                          hint="the output was not published; it is a fault of mergekit")  # fmt: skip
+    return [told] if told else []
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)

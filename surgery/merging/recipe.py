@@ -88,6 +88,11 @@ class Recipe:
         """Who gives the config and the tokenizer: the base model, else the first model named."""
         return self.base or self.slices[0].sources[0].model
 
+    @property
+    def reshapes(self) -> bool:
+        """Whether the output may have other tensors than the donor."""
+        return not self.whole or self.vocabulary is not None or any(m.lora for m in self.models())
+
     def models(self) -> list[Reference]:
         """Every model that is merged, the base first, then in the order of the file."""
         named = [self.base] if self.base else []

@@ -9,8 +9,8 @@ The output is written and read back by `conversion.execute`: whole or not at all
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,18 @@ from surgery.containers.output import text_file
 from surgery.containers.text import json_text
 from surgery.conversion.convert import carried_out, plan_for, request_of_share, whole, write_share
 from surgery.conversion.report import Plan, Report, Share
-from surgery.errors import OutputError, some
+from surgery.errors import OutputError, UsageError, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import by_side, named, recognise
+from surgery.merging import by_name
 from surgery.merging.derive import derive
 from surgery.merging.engine.pool import Engine, compiled_loops
-from surgery.merging.mergekit import by_mergekit, reason_for_mergekit
+from surgery.merging.mergekit import by_mergekit
 from surgery.merging.recipe import Recipe, parse_recipe, read_recipe
 from surgery.merging.references import Opened, model_folder, open_all
 from surgery.merging.request import Soup
+from surgery.merging.way import MERGEKIT, NAMES, TABLE, way
+from surgery.running.expected import check_loads
 from surgery.settings import taking
 from surgery.writing import stream
 from surgery.writing.ahead import cores
@@ -37,6 +40,7 @@ from surgery.writing.shards import Shard
 from surgery.writing.staging import check_free
 
 RECORD = "soup.json"
+Bar = Callable[[int], AbstractContextManager[stream.Progress | None]]
 Config = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 
 
@@ -49,12 +53,24 @@ def soup(config: Config, dst: str | os.PathLike[str], request: Soup) -> Report:
     `config` is a YAML file, a mapping or a Recipe; `dst` appears whole or not at all.  The same config, models and
     seed give the same bytes whatever the memory and the threads.  Raises SurgeryError.
     """
-    recipe = read(config)
     check_free(Path(dst), request.force)
-    if why := reason_for_mergekit(recipe, request.to):
-        return by_mergekit(recipe, Path(dst), why, request)
-    with prepared(recipe, request) as plan:
-        return whole(carry_out(recipe, plan, dst, request))
+    return whole(merge(read(config), dst, request))
+
+
+def merge(
+    recipe: Recipe, dst: str | os.PathLike[str], request: Soup, bar: Bar = lambda total: nullcontext()
+) -> Report | Share:
+    """The same of a recipe; `bar` is told how many bytes there are, and gives what is called with those done."""
+    chosen = way(recipe, request.to)
+    if chosen.kind != TABLE and (request.shard or request.workers > 1):
+        raise UsageError(f"one process writes such a merge: {chosen.why}", hint="leave out --workers and --shard")
+    if chosen.kind == MERGEKIT:
+        return by_mergekit(recipe, Path(dst), chosen.why, request)
+    if chosen.kind == NAMES:
+        with by_name.prepared(recipe, chosen.folders, request) as job, bar(job.bytes_to_write) as advance:
+            return job.write(Path(dst), advance)
+    with prepared(recipe, request) as plan, bar(plan.bytes_to_write) as advance:
+        return carry_out(recipe, plan, dst, request, advance)
 
 
 def read(config: Config) -> Recipe:
@@ -80,7 +96,8 @@ def prepared(recipe: Recipe, request: Soup) -> Iterator[Plan]:
                 plan.ledger.row_sums = engine.loops.row_sums
             record = text_file(RECORD, _record(recipe, opened, request))
             output = replace(plan.output, files=(*plan.output.files, record))
-            yield replace(plan, output=output, threads=engine.threads)
+            prove = _loads if target.name == "hf" and recipe.reshapes else None
+            yield replace(plan, output=output, threads=engine.threads, prove=prove)
         finally:
             engine.close()
 
@@ -100,6 +117,11 @@ def _share(recipe: Recipe, dst: str, request: Soup, shard: Shard, progress: stre
     """What each of several processes does."""
     with prepared(recipe, request) as plan:
         write_share(plan, dst, shard, progress)
+
+
+def _loads(written: Checkpoint) -> dict[str, Any]:
+    """Try whether transformers would load the output, before it appears."""
+    return {"note": note} if (note := check_loads(written.path)) else {}
 
 
 def summary(recipe: Recipe) -> str:

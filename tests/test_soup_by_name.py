@@ -1,0 +1,188 @@
+"""Merges without a table: folders of any family that agree name by name, and what is left to mergekit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as T
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.errors import LayoutError, SurgeryError
+from surgery.merging.depth import fitted
+from surgery.merging.mergekit import _compared
+from surgery.merging.recipe import parse_recipe
+from surgery.merging.way import MERGEKIT, NAMES, TABLE, way
+from surgery.running.expected import check_loads
+from surgery.running.loading import quiet
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+
+
+def deepseek() -> Any:
+    """Its first layer has no experts, from which mergekit concludes that none has."""
+    return T.DeepseekV3ForCausalLM(T.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+        v_head_dim=8, head_dim=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        moe_intermediate_size=24, first_k_dense_replace=1, n_group=1, topk_group=1))  # fmt: skip
+
+
+def llava() -> Any:
+    seen = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = T.LlavaConfig(vision_config=T.CLIPVisionConfig(**seen), text_config=T.LlamaConfig(**SMALL),
+                           image_seq_length=16)  # fmt: skip
+    return T.LlavaForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "experts behind a dense layer": deepseek,
+    "a model that sees": llava,
+    "reward model": lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**SMALL, num_labels=1)),
+    "classifier of tokens": lambda: T.Qwen2ForTokenClassification(T.Qwen2Config(**SMALL, num_labels=3)),
+    "embedding model": lambda: T.MistralModel(T.MistralConfig(**SMALL)),
+    "encoder": lambda: T.BertForMaskedLM(T.BertConfig(**{k: v for k, v in SMALL.items() if "key" not in k})),
+    "fused projections": lambda: T.Phi3ForCausalLM(T.Phi3Config(**SMALL)),
+}
+
+
+def saved(make: Callable[[], Any], folder: Path, count: int = 2) -> list[Path]:
+    out = []
+    for i in range(count):
+        torch.manual_seed(i)
+        with quiet():
+            make().to(torch.bfloat16).save_pretrained(folder / f"m{i}")
+        out.append(folder / f"m{i}")
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def mean(folders: list[Path], **more: Any) -> dict[str, Any]:
+    models = [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(folders, (0.75, 0.25), strict=True)]
+    return {"merge_method": "linear", "models": models, **more}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_tensor_is_merged(kind: str, tmp_path: Path) -> None:
+    folders = saved(MODELS[kind], tmp_path)
+    recipe = mean(folders)
+    assert way(parse_recipe(recipe), "hf").kind == NAMES
+    report = surgery.soup(recipe, tmp_path / "out")
+    a, b, out = (weights(f) for f in (*folders, tmp_path / "out"))
+    assert out.keys() == a.keys() and report.verified
+    for name, tensor in a.items():
+        wanted = (tensor.float() * 0.75 + b[name].float() * 0.25).bfloat16() if tensor.is_floating_point() else tensor
+        assert torch.equal(out[name], wanted), name
+    with quiet():
+        again = getattr(T, json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0])
+        _, told = again.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told.values())
+    assert json.loads((tmp_path / "out" / "soup.json").read_text())["method"] == "linear"
+    with pytest.raises(SurgeryError, match="Hugging Face folders only"):
+        surgery.soup(recipe, tmp_path / "no", to="meta")
+
+
+def test_methods_and_memory_give_the_same_bits(tmp_path: Path) -> None:
+    a, b = saved(MODELS["fused projections"], tmp_path)
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(a),
+              "models": [{"model": str(b), "parameters": {"weight": [0.2, 1.0]}}]}  # fmt: skip
+    one = surgery.soup(recipe, tmp_path / "one").content_digest
+    assert surgery.soup(recipe, tmp_path / "two", max_memory=1 << 24, threads=1).content_digest == one
+    # the weight grows from layer to layer
+    base, other, out = weights(a), weights(b), weights(tmp_path / "one")
+    moved = [float((out[n] - base[n]).float().norm() / (other[n] - base[n]).float().norm())
+             for n in (f"model.layers.{i}.mlp.down_proj.weight" for i in range(3))]  # fmt: skip
+    assert moved == sorted(moved)
+
+
+def test_layers_may_be_stacked(tmp_path: Path) -> None:
+    """Of a family with a list by layer in its config."""
+    folders = saved(lambda: T.SmolLM3ForCausalLM(T.SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1])), tmp_path)
+    of = [
+        {"sources": [{"model": str(f), "layer_range": span}]} for f, span in zip(folders, ([0, 2], [1, 3]), strict=True)
+    ]
+    surgery.soup({"merge_method": "passthrough", "slices": of}, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["no_rope_layers"]) == (4, [1, 0, 0, 1])
+    a, b, out = (weights(f) for f in (*folders, tmp_path / "out"))
+    q = "model.layers.{}.self_attn.q_proj.weight".format
+    assert torch.equal(out[q(1)], a[q(1)]) and torch.equal(out[q(3)], b[q(2)])
+    assert torch.equal(out["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    assert torch.equal(out["model.norm.weight"], b["model.norm.weight"])
+    with quiet():
+        T.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_families_with_a_table_keep_a_list_by_layer_as_long_as_they_are_deep(tmp_path: Path) -> None:
+    folders = saved(lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**SMALL, head_dim=8)), tmp_path)
+    assert "layer_types" in (folders[0] / "config.json").read_text()
+    for name, spans in (("taller", ([0, 2], [1, 3])), ("shorter", ([0, 1], [2, 3]))):
+        of = [{"sources": [{"model": str(f), "layer_range": s}]} for f, s in zip(folders, spans, strict=True)]
+        recipe = {"merge_method": "passthrough", "slices": of}
+        assert way(parse_recipe(recipe), "hf").kind == TABLE
+        surgery.soup(recipe, tmp_path / name)
+        with quiet():
+            model = T.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert len(model.config.layer_types) == model.config.num_hidden_layers == len(model.model.layers)
+
+
+def test_lists_by_layer() -> None:
+    a = {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"], "mlp_only_layers": [0], "eos_token_id": [1, 2, 3]}
+    b = {"num_hidden_layers": 2, "layer_types": ["p", "q"], "mlp_only_layers": [1]}
+    made = fitted(a, [(a, 0), (a, 2), (b, 0), (b, 1)])
+    assert made == {"num_hidden_layers": 4, "layer_types": ["x", "z", "p", "q"], "mlp_only_layers": [0, 3],
+                    "eos_token_id": [1, 2, 3]}  # fmt: skip
+    below = {"model_type": "m", "text_config": a}
+    assert fitted(below, [(below, 1)])["text_config"]["layer_types"] == ["y"]
+    assert fitted(a, [(a, 0), (a, 1), (a, 2)]) == a
+
+
+def test_models_that_do_not_agree_are_mergekits(tmp_path: Path) -> None:
+    a, b = saved(MODELS["fused projections"], tmp_path)
+    for change, words in (("shape", "lm_head.weight"), ("name", "extra.weight")):
+        other = tmp_path / change
+        shutil.copytree(b, other)
+        tensors = load_file(other / "model.safetensors")
+        tensors |= {"lm_head.weight": torch.ones(65, 32)} if change == "shape" else {"extra.weight": torch.ones(2)}
+        save_file(tensors, other / "model.safetensors", {"format": "pt"})
+        chosen = way(parse_recipe(mean([a, other])), "hf")
+        assert chosen.kind == MERGEKIT and words in chosen.why
+    assert way(parse_recipe(mean([a, b], tokenizer_source="union")), "hf").kind == MERGEKIT
+
+
+def test_what_mergekit_loses_is_not_published(tmp_path: Path) -> None:
+    donor = saved(deepseek, tmp_path, 1)[0]
+    assert not _compared(donor, donor)
+    shutil.copytree(donor, tmp_path / "lost")
+    tensors = load_file(donor / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if ".experts." not in n}, tmp_path / "lost" / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+    with pytest.raises(LayoutError, match=r"no model\.layers\.1\.mlp\.experts"):
+        _compared(tmp_path / "lost", donor)
+
+
+def test_whether_a_folder_loads(tmp_path: Path) -> None:
+    folder = saved(MODELS["reward model"], tmp_path, 1)[0]
+    assert check_loads(folder) == ""
+    tensors = load_file(folder / "model.safetensors")
+    for name, edit in (("less", lambda t: t.pop("score.weight")), ("more", lambda t: t.update(odd=torch.ones(2)))):
+        shutil.copytree(folder, tmp_path / name)
+        changed = dict(tensors)
+        edit(changed)
+        save_file(changed, tmp_path / name / "model.safetensors", {"format": "pt"})
+        with pytest.raises(LayoutError, match=r"score\.weight|odd"):
+            check_loads(tmp_path / name)
+        assert check_loads(tmp_path / name, donor=tmp_path / name) == ""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Nobody"]}))
+    assert "transformers has no class" in check_loads(folder)
