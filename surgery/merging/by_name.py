@@ -24,7 +24,7 @@ from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text, read_json
 from surgery.conversion.report import Report, version
-from surgery.errors import LayoutError, some
+from surgery.errors import LayoutError, UsageError, some
 from surgery.formats.account import CARRIED, Rule, beside
 from surgery.formats.base import PROVENANCE, main_dtype
 from surgery.formats.hf.files import weight_files
@@ -256,7 +256,7 @@ def prepared(recipe: Recipe, folders: Folders, request: Soup) -> Iterator[Merge]
             if engine.loops:
                 ledger.row_sums = engine.loops.row_sums
             donor = folders[recipe.donor]
-            small, notes, left = _beside(recipe, folders, temporary)
+            small, notes, left = _beside(recipe, folders, request, temporary)
             limit = parse_size(str((request.options or {}).get("shard_size", "5GB")))
             files = [text_file("config.json", json_text(_config(recipe, folders, merged))), *small]
             files += [text_file(RECORD, json_text(_record(recipe, folders, request))), *weight_files(stored, limit)]
@@ -266,16 +266,21 @@ def prepared(recipe: Recipe, folders: Folders, request: Soup) -> Iterator[Merge]
             engine.close()
 
 
-def _beside(recipe: Recipe, folders: Folders, folder: Path) -> tuple[list[OutputFile], list[str], dict[str, str]]:
-    """The donor's tokenizer and small files, notes, and what is left out."""
+def _beside(
+    recipe: Recipe, folders: Folders, request: Soup, folder: Path
+) -> tuple[list[OutputFile], list[str], dict[str, str]]:
+    """The donor's small files, its tokenizer or the one that was asked for, notes, and what is left out."""
     donor, notes = folders[recipe.donor], []
-    found = tokenizer.find(donor.path)
+    own = tokenizer.find(donor.path)
+    found = tokenizer.find(Path(request.tokenizer)) if request.tokenizer else own
+    if request.tokenizer and found is None:
+        raise UsageError(f"--tokenizer {request.tokenizer}: no tokenizer was found there")
     if recipe.chat_template:
         models = [tokenizer.find(f.path) for f in folders.values()]
         found, note = with_template(found, recipe.chat_template, models, folder / "chat")
         notes.append(note)
     tokens = tokenizer.carry(found) if found else None
-    read = {*donor.files, donor.path / "config.json", *(found.files.values() if found else ())}
+    read = {*donor.files, donor.path / "config.json", *(own.files.values() if own else ())}
     rest = beside(donor.path, read, (Rule(_SMALL.pattern, verdict=CARRIED),))
     files = {file.name: file for file in (tokens.files if tokens else ())}
     files |= {name: copied_file(name, path) for name, path in rest.carried.items() if name not in files}

@@ -21,7 +21,7 @@ from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text
 from surgery.conversion.report import Report, version
-from surgery.errors import ConfigError, LayoutError, some
+from surgery.errors import ConfigError, LayoutError, UsageError, some
 from surgery.formats.base import PROVENANCE
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import model_folder

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from surgery.formats.base import Checkpoint
+from surgery.formats.unknown import Unknown
 from surgery.model.spec import layout
 from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
@@ -29,7 +30,6 @@ from surgery.writing.stream import block_size
 if TYPE_CHECKING:
     import torch
 
-NOT_KNOWN = "not understood"  # so say notes on what may change the model unseen
 Progress = Callable[[int], None]
 
 
@@ -190,5 +190,5 @@ def _remarks(a: Checkpoint, b: Checkpoint) -> tuple[Remark, ...]:
     for note in dict.fromkeys([*a.notes, *b.notes]):
         side = "both" if note in a.notes and note in b.notes else "a" if note in a.notes else "b"
         if side != "both" or not alike:
-            out.append(Remark(side, note, NOT_KNOWN in note))
+            out.append(Remark(side, note, isinstance(note, Unknown)))
     return tuple(out)
