@@ -9,7 +9,8 @@ layers.py      which layers make which tensor      align_experts.py experts in a
 vocabulary.py  models with different tokenizers    tokens.py        the tokenizer of a merge       padding.py
 run.py         from YAML to checkpoint             search.py        greedy soups and search over weights
 methods/       every method by name                engine/          blocks, threads, memory
-mergekit.py    what is mergekit's alone
+way.py         by a table, by names, or mergekit   by_name.py       any family, name by name
+depth.py       lists by layer in a config          mergekit.py      what is mergekit's alone
 request.py     what can be asked of a merge        assemble.py      each tensor with its sources
 view.py        models under HF's names             derive.py        the merge as a lazy checkpoint
 """
