@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion.convert import convert
     from surgery.conversion.saving import save_checkpoint
-    from surgery.formats.registry import open_checkpoint
+    from surgery.formats.registry import describe, open_checkpoint
     from surgery.formats.topology import Topology
     from surgery.merging.run import soup
-    from surgery.recognising import describe
     from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification import verify
 
@@ -41,7 +40,7 @@ _WHERE = {
     "Topology": ("surgery.formats.table", "Topology"),
     "collapse": ("surgery.upcycling.api", "collapse"),
     "convert": ("surgery.conversion.convert", "convert"),
-    "describe": ("surgery.recognising", "describe"),
+    "describe": ("surgery.formats.registry", "describe"),
     "experts": ("surgery.upcycling.api", "experts"),
     "open_checkpoint": ("surgery.formats.registry", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),

@@ -15,8 +15,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from surgery import describe as describe_any
 from surgery import open_checkpoint
 from surgery.cli.main import main
+from surgery.errors import FileError
 from surgery.formats.registry import known
 from surgery.recognising import describe
 from surgery.recognising.files import FILES
@@ -171,6 +173,13 @@ def test_the_docs_name_every_kind() -> None:
     page = (Path(__file__).parent.parent / "docs/inspect.md").read_text()
     for kind in (*FOLDERS, *WEAK, *FILES):
         assert f"`{kind.name}`" in page, kind.name
+
+
+def test_from_python(tiny_hf, tmp_path: Path) -> None:
+    assert describe_any(tiny_hf("llama")).kind == "checkpoint" and "hf" in describe_any(tiny_hf("llama")).what
+    assert describe_any(write(tmp_path / "x", FOLDER_CASES["gguf"][0])).kind == "gguf"
+    with pytest.raises(FileError):
+        describe_any(tmp_path / "none")
 
 
 def test_names_in_the_pickle_of_a_file(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def inspect_command(path: str, as_json: bool, **flags: Any) -> None:
     Exit status 1 if it is damaged, or a checkpoint that cannot be read.
     """
     from surgery.errors import SurgeryError, UsageError
-    from surgery.formats.registry import known, located, open_checkpoint
-    from surgery.recognising import describe, unread
+    from surgery.formats.registry import describe, known, located, open_checkpoint
+    from surgery.recognising import unread
 
     if flags["tokenizer"] and not flags["try_text"]:
         raise UsageError("--tokenizer goes with --try-text")
@@ -52,7 +52,7 @@ def inspect_command(path: str, as_json: bool, **flags: Any) -> None:
         return _try_text(path, flags, as_json)
     place = located(path)
     if not (flags["from_"] or known(place)):
-        return _answer(describe(place, known), flags, as_json)
+        return _answer(describe(place), flags, as_json)
     try:
         options = {"allow_unknown": "*", **options_of(flags)}  # what is not understood is a note
         checkpoint = open_checkpoint(path, format=flags["from_"], options=options)

@@ -28,7 +28,7 @@ from surgery.formats.neox import format as neox
 from surgery.formats.olmo import format as olmo
 from surgery.formats.olmo_core import format as olmo_core
 from surgery.formats.unknown import ALL
-from surgery.recognising import describe
+from surgery.recognising import Answer, look
 from surgery.recognising.missing import absent
 from surgery.tensors.files import watched
 
@@ -56,9 +56,14 @@ def recognise(path: str | os.PathLike[str]) -> Format:
     if found:
         raise FileError(f"holds checkpoints of several formats: {some(f.name for f in found)}", file=folder,
                         hint="say which with --from")  # fmt: skip
-    there = describe(folder, known)
+    there = describe(folder)
     hint = "; ".join(there.next) or f"known formats: {', '.join(FORMATS)} (surgery formats)"
     raise FileError(f"is no checkpoint of a known format, but {there.what}", file=folder, hint=hint)
+
+
+def describe(path: str | os.PathLike[str]) -> Answer:
+    """What lies at a path, whatever it is, and what to do next.  Raises FileError if nothing does."""
+    return look.describe(path, known)
 
 
 def known(folder: Path) -> str | None:

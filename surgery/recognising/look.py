@@ -41,6 +41,8 @@ def describe(path: str | os.PathLike[str], known: Known = lambda folder: None) -
     if not os.fspath(path) or not place.exists():
         raise absent(path)
     mode = place.stat().st_mode
+    if stat.S_ISDIR(mode) and (format := known(place)):
+        return Answer(str(path), "checkpoint", f"a checkpoint ({format})", family(place))
     if stat.S_ISDIR(mode):
         return _folder(place, known)
     if not stat.S_ISREG(mode):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import ConfigError, FileError, UsageError, show
+from surgery.formats.registry import located
 from surgery.running.loading import explained, load, load_tokenizer, quiet
 
 
@@ -32,9 +33,9 @@ def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = Path(path)
+    folder = located(path)
     if not folder.is_dir():
-        raise FileError("is no folder" if folder.exists() else "does not exist", file=folder)
+        raise FileError("is no folder", file=folder)
     if not (folder / "config.json").is_file():
         raise FileError(
             "has no config.json: only models in Hugging Face form can be asked",
