@@ -130,8 +130,10 @@ def test_a_dry_run_measures_and_writes_nothing(place, monkeypatch):
     assert found["rates"][0] == [1, pytest.approx(1.5e-3)] and found["rates"][-1][0] == 25
     assert sorted(place.rglob("*")) == before
     monkeypatch.setattr("surgery.midtraining.dry_run.free_memory", lambda: 1000)
+    monkeypatch.setattr("surgery.writing.progress.EVERY", 0.0)
     text = invoke("midtrain", str(place / "run.yaml"), "--dry-run", "--output", str(place / "dry"))
     assert "1.0 kB are free besides the weights" in text and "it will not fit" in text
+    assert "open, " in text and "kB/s" in text  # how much of the weights is read
     assert "█" in text and "learning rate, step 1 to 25" in text and "epochs of" in text
 
 

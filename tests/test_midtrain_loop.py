@@ -51,15 +51,15 @@ def small(tmp_path_factory):
     return get
 
 
-def record(path: Path, masked: bool, packed: bool) -> Path:
+def record(path: Path, masked: bool, packed: bool, steps: int = STEPS) -> Path:
     """Batches with structure, so that there is something to learn."""
     rng = np.random.default_rng(7)
-    ids = np.cumsum(rng.integers(1, 4, (STEPS, ROWS, LENGTH)), -1) % VOCAB
+    ids = np.cumsum(rng.integers(1, 4, (steps, ROWS, LENGTH)), -1) % VOCAB
     arrays = {"input_ids": ids.astype(np.uint16)}
     if masked:
-        arrays["label_mask"] = (rng.random(ids.shape) < rng.random((STEPS, ROWS, 1))).astype(np.uint8)
+        arrays["label_mask"] = (rng.random(ids.shape) < rng.random((steps, ROWS, 1))).astype(np.uint8)
     if packed:
-        cut = rng.integers(5, LENGTH - 5, (STEPS, ROWS, 1))
+        cut = rng.integers(5, LENGTH - 5, (steps, ROWS, 1))
         place = np.arange(LENGTH)
         arrays["position_ids"] = np.where(place < cut, place, place - cut).astype(np.uint8)
     np.savez(path, **arrays)
@@ -168,7 +168,8 @@ def test_backends_checkpointing_and_micro_batches_change_nothing(small, tmp_path
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_rounded_products_learn_the_same(precision, family, small, tmp_path):
-    batches = record(tmp_path / "b.npz", masked=False, packed=False)
+    """Over fifty steps."""
+    batches = record(tmp_path / "b.npz", masked=False, packed=False, steps=50)
     exact, _ = run(settings(small(family), batches, tmp_path))
     rounded, weights = run(settings(small(family), batches, tmp_path, precision=precision))
     assert {w.dtype for w in weights.values()} == {torch.float32}

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ import click
 from surgery.cli.command import Command
 from surgery.cli.flags import JSON
 from surgery.cli.terminal import say
+from surgery.writing.progress import progress_bars
 
 if TYPE_CHECKING:
     from surgery.midtraining.log import View
@@ -116,7 +118,9 @@ def _foretell(wanted: Any, as_json: bool, *words: str, nproc: int, nnodes: int) 
     from surgery.midtraining.launching import torchrun
     from surgery.midtraining.loop import prepare
 
-    forecast = foretell(prepare(wanted), nproc * nnodes)
+    with progress_bars(quiet=False) as begin:
+        job = prepare(wanted, begin("open", None))
+    forecast = foretell(job, nproc * nnodes)
     lines = torchrun(words, nproc, nnodes) if nproc * nnodes > 1 else []
     if as_json:
         click.echo(json.dumps({**forecast.to_json(), "torchrun": lines}, indent=2))
@@ -129,13 +133,18 @@ def _foretell(wanted: Any, as_json: bool, *words: str, nproc: int, nnodes: int) 
 def _train(wanted: Any, as_json: bool) -> None:
     from surgery.midtraining.run import midtrain
 
-    done = midtrain(
-        wanted,
-        command=["surgery", *sys.argv[1:]],
-        views=lambda job: _views(job, as_json),
-        say=lambda text: say(text, err=True) if text else None,
-    )
-    if os.environ.get("RANK", "0") != "0":
+    others = os.environ.get("RANK", "0") != "0"
+    with ExitStack() as bars:
+        opened = bars.enter_context(progress_bars(quiet=others))("open", None)
+
+        def tell(text: str) -> None:
+            bars.close()  # lines follow, and then a panel of its own
+            if text:
+                say(text, err=True)
+
+        command = ["surgery", *sys.argv[1:]]
+        done = midtrain(wanted, command=command, views=lambda job: _views(job, as_json), say=tell, progress=opened)
+    if others:
         return
     if as_json:
         click.echo(json.dumps(done.to_json(), indent=2))
