@@ -24,7 +24,6 @@ from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.data.inspection import lengths_of
 from surgery.errors import ConfigError, FileError, OutputError
 
-LINKS = ("auto", "hard", "symbolic")
 CHUNK = 1 << 22
 Progress = Callable[[int], None]
 

@@ -228,17 +228,15 @@ def _fits(documents: Array, sequences: int) -> bool:
 
 
 class IndexedWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`, document by document; both appear when the block ends well.
+    """Writes `PREFIX.bin` and `PREFIX.idx`, each document as one sequence; both appear when the block ends well.
 
-    Memory does not grow with the documents, unless some have several sequences (8 bytes for each document then).
-    `tokens` and `count` say how many tokens and documents were added.
+    Memory does not grow with the documents.  `tokens` and `count` say how many tokens and documents were added.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike) -> None:
         self.prefix = Path(prefix)
         self.dtype = np.dtype(DTYPES[index_code(dtype)]).newbyteorder("<")
-        self.tokens = self.count = self._sequences = 0
-        self._firsts: list[int] | None = None
+        self.tokens = self.count = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> IndexedWriter:
@@ -247,37 +245,23 @@ class IndexedWriter:
         self._index.write(bytes(HEADER.size))
         return self
 
-    def add(self, tokens: Sequence[int] | Array, lengths: Sequence[int] | None = None) -> None:
-        """One document; `lengths`: of its sequences, by default one.  Raises ConfigError if an id does not fit."""
-        lengths = [len(tokens)] if lengths is None else lengths
-        if len(lengths) != 1 and self._firsts is None:
-            self._firsts = list(range(self.count + 1))
-        self._write(tokens, lengths)
-        self.count += 1
-        if self._firsts is not None:
-            self._firsts.append(self._sequences)
+    def add(self, tokens: Sequence[int] | Array) -> None:
+        """One document.  Raises ConfigError if an id does not fit."""
+        self.extend(tokens, [len(tokens)])
 
     def extend(self, tokens: Sequence[int] | Array, lengths: Sequence[int] | Array) -> None:
-        """Documents one after the other, each of one sequence.  Raises ConfigError if an id does not fit."""
-        before = self._sequences
-        self._write(tokens, lengths)
-        self.count += len(lengths)
-        if self._firsts is not None:
-            self._firsts.extend(range(before + 1, self._sequences + 1))
-
-    def _write(self, tokens: Sequence[int] | Array, lengths: Sequence[int] | Array) -> None:
+        """Documents one after the other.  Raises ConfigError if an id does not fit."""
         ids, sizes = np.asarray(tokens), np.asarray(lengths, np.int64)
         if int(sizes.sum()) != len(ids):
-            raise ConfigError(f"sequences of {sizes.sum()} tokens in all, but {len(ids)} tokens")
+            raise ConfigError(f"documents of {sizes.sum()} tokens in all, but {len(ids)} tokens")
         self._payload.write(fitting(ids, self.dtype).tobytes())
         _write_lengths(self._index, sizes)
-        self.tokens, self._sequences = self.tokens + len(ids), self._sequences + len(sizes)
+        self.tokens, self.count = self.tokens + len(ids), self.count + len(sizes)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             try:
-                firsts = None if self._firsts is None else np.asarray(self._firsts, "<i8")
-                _finish(self._index, self.dtype, firsts)
+                _finish(self._index, self.dtype, None)
             except BaseException as mine:
                 self._stack.__exit__(type(mine), mine, mine.__traceback__)
                 raise

@@ -60,10 +60,6 @@ class Batches:
         mine = self.plan.order[first:last][share(last - first, rank, world)]
         return self._read(*split(mine))
 
-    def heldout_count(self, name: str) -> int:
-        """How many instances of a source are held out."""
-        return self.plan.file.sources[self._number(name)].heldout
-
     def heldout(self, name: str, start: int = 0, stop: int | None = None) -> Rows:
         """The held-out instances of a source, [start, stop) of them; in a fixed order, never in that of the run."""
         number = self._number(name)
