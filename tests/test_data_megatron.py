@@ -213,6 +213,7 @@ def test_settings_of_megatron_that_cannot_be(tmp_path):
     good = {"data": str(MEGATRON / "multi"), "sequence_length": 24, "rows_per_step": 1, "split": "1,0,0"}
     for change, message in (
         ({"isolate": True}, "need eod_id"),
+        ({"samples": 10**30}, "more than any memory holds"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data": [0, "a", 1, "b"]}, "neither prefixes nor weights"),
     ):

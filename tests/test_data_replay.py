@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,30 @@ def test_olmos_order_is_made_of_the_seed_where_there_is_no_file(tmp_path):
     (tmp_path / "config.yaml").write_text(text.replace("- part-1-00000.npy", "- part-0-00000.npy"))
     with pytest.raises(FileError, match="label mask of 447 uint8 for 849"):
         open_olmo(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "says"),
+    [
+        (None, "data", [], "no section data"),
+        (None, "global_train_batch_size", 0, "a whole number from 1 on"),
+        ("model", "max_sequence_length", 0, "a whole number from 1 on"),
+        ("data", "paths", ["a", 5], "lists no files"),
+        ("data", "label_mask_paths", [7, "b"], "does not name a file for each"),
+        ("data", "instance_filter", "yes", "no section instance_filter"),
+        ("data", "instance_filter", {"repetition_min_period": 1}, "repetition_max_period is None"),
+        ("data", "memmap_dtype", ["uint16"], "memmap_dtype is"),
+        ("data", "datasets", ["x"], "only data.paths is known"),
+    ],
+)
+def test_configs_of_olmo_that_cannot_be(section, key, value, says, tmp_path):
+    shutil.copytree(OLMO, tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    (config[section] if section else config)[key] = value
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=says):
+        open_olmo(tmp_path / "run")
 
 
 def test_olmos_filter_and_its_isolated_documents(tmp_path):

@@ -24,6 +24,7 @@ import numpy as np
 from surgery.data.files.mapped import Array
 from surgery.errors import ConfigError
 
+MOST = 1 << 40  # places in a document index
 APART = 0.80  # the last epoch is shuffled by itself below this share of its samples
 Place = tuple[int, int]
 
@@ -86,6 +87,9 @@ def sample_order(
         what = f"{len(allowed)} documents of {per_epoch} tokens make no sample of {length}"
         raise ConfigError(what, hint="give this split more documents")
     epochs = 1 if samples is None else max(-(-(samples * length + extra) // per_epoch), 1)
+    if epochs * len(allowed) > MOST:
+        what = f"{samples} samples are {epochs} epochs of {len(allowed)} documents, more than any memory holds"
+        raise ConfigError(what, hint="ask for fewer samples")
     before_last = ((epochs - 1) * per_epoch - extra) // length if epochs > 1 else 0
     apart = epochs > 1 and (samples or 0) - before_last < int(APART * ((per_epoch - extra) // length))
     random = np.random.RandomState(seed)

@@ -93,7 +93,7 @@ def open_olmo(path: str | os.PathLike[str], rows_per_step: int | None = None) ->
     if data.get("datasets"):
         raise ConfigError("data.datasets is set, and only data.paths is known here", file=config_path)
     files = _open_files(config, data, model, config_path)
-    length = _number(model, "max_sequence_length", config_path)
+    length = _number(model, "max_sequence_length", config_path, least=1)
     given = next((p for p in (config_path.parent / name for name in ORDER) if p.is_file()), None)
     if given is not None:
         order = mapped(given, "u4").array
@@ -101,18 +101,16 @@ def open_olmo(path: str | os.PathLike[str], rows_per_step: int | None = None) ->
         seed = data.get("seed")
         seed = _number(config, "seed", config_path) if seed is None else _number(data, "seed", config_path)
         order = olmo_order(sum(f.tokens // length for f in files.files), seed)
-    batch = rows_per_step or _number(config, "global_train_batch_size", config_path)
-    found = data.get("instance_filter")
-    periods = found and tuple(_number(found, key, config_path) for key in FILTER)
+    batch = rows_per_step or _number(config, "global_train_batch_size", config_path, least=1)
     eos = _number(model, "eos_token_id", config_path) if data.get("generate_doc_lengths") else None
-    return OlmoBatches(files, order, length, batch, periods, eos)
+    return OlmoBatches(files, order, length, batch, _filter(data, config_path), eos)
 
 
 def _open_files(config: Any, data: Mapping[str, Any], model: Mapping[str, Any], at: Path) -> TokenSource:
-    paths, masks = data.get("paths"), data.get("label_mask_paths")
-    if not isinstance(paths, list) or not paths or not all(isinstance(p, str) for p in paths):
+    paths, masks = _paths(data, "paths"), _paths(data, "label_mask_paths")
+    if not paths:
         raise ConfigError("data.paths lists no files", file=at)
-    if masks is not None and (not isinstance(masks, list) or len(masks) != len(paths)):
+    if data.get("label_mask_paths") is not None and len(masks) != len(paths):
         raise ConfigError("data.label_mask_paths does not name a file for each of data.paths", file=at)
     dtype, vocabulary = data.get("memmap_dtype", "uint16"), _number(model, "vocab_size", at)
     if dtype not in UNSIGNED.values():
@@ -124,6 +122,21 @@ def _open_files(config: Any, data: Mapping[str, Any], model: Mapping[str, Any], 
     return TokenSource(str(config.get("run_name") or "olmo"), tuple(found), vocabulary)
 
 
+def _filter(data: Mapping[str, Any], at: Path) -> tuple[int, int, int] | None:
+    """The arguments of `repetitive`; None: no rows are left out."""
+    if not data.get("instance_filter"):
+        return None
+    chosen = _section(data, "instance_filter", at)
+    shortest, longest, times = (_number(chosen, key, at, least=1) for key in FILTER)
+    return shortest, longest, times
+
+
+def _paths(section: Mapping[str, Any], key: str) -> list[str]:
+    """A list of paths; empty if it is none."""
+    value = section.get(key)
+    return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []
+
+
 def _section(config: Any, key: str, at: Path) -> Mapping[str, Any]:
     found = config.get(key) if isinstance(config, Mapping) else None
     if not isinstance(found, Mapping):
@@ -131,8 +144,8 @@ def _section(config: Any, key: str, at: Path) -> Mapping[str, Any]:
     return found
 
 
-def _number(section: Mapping[str, Any], key: str, at: Path) -> int:
+def _number(section: Mapping[str, Any], key: str, at: Path, least: int = 0) -> int:
     value = section.get(key)
-    if type(value) is not int or value < 0:
-        raise ConfigError(f"{key} is {show(value)}, not a number", file=at)
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{key} is {show(value)}, not a whole number from {least} on", file=at)
     return value
