@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-kill coverage test-kernels test-upstream test-real test-honesty test-slurm lint types pytest format bench venv clean
+.PHONY: help demo test test-fast test-kill coverage test-kernels test-upstream test-real test-honesty test-slurm test-recipes lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -77,6 +77,9 @@ test-slurm: $(VENV)/.ready-dev  ## batch scripts under a Slurm of one node (Debi
 	@command -v slurmctld >/dev/null || apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client \
 		slurm-wlm-basic-plugins slurm-wlm-torque munge
 	SURGERY_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cluster -v
+
+test-recipes: $(VENV)/.ready-dev  ## the small twins of all recipes, end to end (half an hour on one core)
+	SURGERY_RECIPES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_recipe_twins.py -v
 
 format: $(VENV)/.ready-dev  ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix .

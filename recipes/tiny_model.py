@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder with a tokenizer.json")
     parser.add_argument("--family", default="llama")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config_of(args.family, args.tokenizer, dict(args.fields)))
     model.to(torch.bfloat16).save_pretrained(args.folder)

@@ -113,6 +113,20 @@ def test_set_and_small_change_a_recipe(tmp_path, monkeypatch):
         recipe(tmp_path, MATRIX, small=True)
 
 
+def test_a_recipe_may_be_laid_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_text(MATRIX.replace("$check ", "") + "small: {vars: {seeds: [7]}}\n")
+    text = "base: base.yaml\nvars: {lr: 1}\nsteps: {last: null}\n"
+    by = {s.id: s for s in graph(tmp_path, text)}
+    assert [*by] == ["train-42", "train-666", "soup", "check-42", "check-666"]
+    assert by["train-42"].config(near)["lr"] == 1
+    assert [s.id for s in graph(tmp_path, text, small=True)] == ["train-7", "soup", "check-7"]
+    (tmp_path / "chained.yaml").write_text("base: base.yaml")
+    for wrong in ("base: chained.yaml", "base: ../base.yaml", "base: [1]"):
+        with pytest.raises(ConfigError, match="base"):
+            recipe(tmp_path, wrong)
+
+
 def test_laid_over():
     assert laid_over({"a": {"b": 1, "c": 2}, "d": [1]}, {"a": {"b": None, "e": 3}, "d": 4}) == {
         "a": {"c": 2, "e": 3}, "d": 4}  # fmt: skip

@@ -96,7 +96,7 @@ class Children:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not blank; the first one is the command."""
+    """The last line of a log that is neither blank nor a note; the first one is the command."""
     try:
         with open(log, "rb") as file:
             start = max(0, os.fstat(file.fileno()).st_size - LAST)
@@ -104,4 +104,5 @@ def last_line(log: Path) -> str:
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines[0 if start else 1 :]) if line.strip()), "")
+    told = (line.strip() for line in reversed(lines[0 if start else 1 :]))
+    return next((line for line in told if line and not line.startswith("note:")), "")

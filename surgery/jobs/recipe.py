@@ -61,6 +61,7 @@ def read_recipe(
     value = parse_yaml(data, os.fspath(path), "recipe")
     if not isinstance(value, dict):
         raise ConfigError(f"the recipe holds {show(value)}, not keys and values", file=path)
+    value = _on_its_base(value, path)
     over = value.pop("small", None)
     if not isinstance(over, dict | None):
         raise ConfigError(f"small is {show(over)}, not keys and values", file=path)
@@ -70,6 +71,21 @@ def read_recipe(
     recipe = with_sets(located(parsed(merged, path, yaml_lines(data)), path.resolve().parent), sets)
     given = folder or recipe.folder or os.path.join("runs", path.stem)
     return replace(recipe, folder=os.path.abspath(given + ("-small" if small and not folder else "")))
+
+
+def _on_its_base(value: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A recipe laid over the one that it names as its `base`, which lies in the same folder and has none itself."""
+    own = dict(value)
+    name = own.pop("base", None)
+    if name is None:
+        return own
+    if not isinstance(name, str) or os.path.basename(name) != name:
+        raise ConfigError(f"base is {show(name)}, not the name of a recipe in the same folder", file=path)
+    file = path.with_name(name)
+    below = parse_yaml(read_small(file, YAML_LIMIT, "recipe"), os.fspath(file), "recipe")
+    if not isinstance(below, dict) or "base" in below:
+        raise ConfigError("cannot be the base of a recipe: it has a base itself, or no keys", file=file)
+    return laid_over(below, own)
 
 
 def parsed(value: Mapping[str, Any], file: str | os.PathLike[str] | None = None, lines: Lines | None = None) -> Recipe:
