@@ -194,9 +194,9 @@ def test_the_quickstart_stops_at_a_bad_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("-v", "--set", "model=empty", cwd=tmp_path)
     assert result.returncode != 0
-    assert "error: step look ended with status" in result.stderr
+    assert "error: step meta ended with status" in result.stderr
     assert "Traceback" not in result.stderr
-    assert "2. " not in result.stdout  # the first step failed, and nothing came after it
+    assert "\n3. " not in result.stdout  # looking is no error, converting is, and nothing came after it
 
 
 def test_flags_that_fit_a_model(tmp_path: Path) -> None:
