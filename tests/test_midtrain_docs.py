@@ -15,7 +15,7 @@ from surgery.cli.main import main
 from surgery.conversion.convert import convert
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.conventions import CONVENTIONS
-from surgery.midtraining.run_folder import read_folder
+from surgery.midtraining.run_folder import read_folder, read_soup
 from surgery.midtraining.selftests import MOVED, TESTS
 from tests import tiny
 
@@ -55,10 +55,11 @@ def test_the_page(reader):
         done = CliRunner().invoke(main, shlex.split(line, comments=True)[1:], catch_exceptions=False)
         assert done.exit_code == 0, f"{line}: {done.output}"
         said[line.partition("  ")[0]] = done.output
-    assert len(said) == 9
+    assert len(said) == 10
     assert "learning rate, step 1 to 27" in said["surgery midtrain run.yaml --dry-run"]
     foretold = said["surgery midtrain run.yaml --dry-run --nproc 2 --nnodes 2"]
     assert foretold.count("torchrun --nnodes 2 ") == 2 and "1 x 2 rows on a device" in foretold
+    assert Path("runs/soup/kept/config.json").is_file() and len(read_soup(Path("runs/soup"))["ingredients"]) == 3
     run = read_folder(Path("runs/anneal"))
     assert (run.status, run.steps) == ("finished", 27)
     losses = [e["heldout"]["prose"]["loss"] for e in run.evals]

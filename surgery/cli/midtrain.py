@@ -37,6 +37,9 @@ if TYPE_CHECKING:
               "GPUs; with --dry-run, count for them.")  # fmt: skip
 @click.option("--nnodes", type=click.IntRange(1), metavar="N", help="With --dry-run: count for N hosts, and print the "
               "torchrun line for each.")  # fmt: skip
+@click.option("--seeds", metavar="N,N,...", help="A run for each seed of the data's order, in OUTPUT/seed-N.")
+@click.option("--soup", is_flag=True, help="With --seeds: merge the runs in the end, and keep the soup if it is better "
+              "than each of them.")  # fmt: skip
 @click.option(
     "--explain",
     is_flag=True,
@@ -52,6 +55,8 @@ def midtrain_command(
     dry_run: bool,
     nproc: int | None,
     nnodes: int | None,
+    seeds: str | None,
+    soup: bool,
     explain: bool,
     schema: bool,
     as_json: bool,
@@ -72,7 +77,7 @@ def midtrain_command(
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
     surgery midtrain run.yaml                        tests itself, trains, exports; again: goes on where it was stopped
     surgery midtrain run.yaml --nproc 2              in two processes, or on two GPUs
-    surgery midtrain run.yaml --set data.seed=666 --output runs/anneal-666
+    surgery midtrain run.yaml --seeds 42,666,42069 --soup      three orders of the data, and the mean of the three
 
     Before the first step the run tests itself on its own model, data and device: does the future leak, do documents,
     are experts, loss and weights what they should be, does a gradient reach everything? A test that fails stops it.
@@ -99,12 +104,39 @@ def midtrain_command(
         _foretell(wanted, as_json, *_words(run, sets, as_json), nproc=nproc or 1, nnodes=nnodes or 1)
     elif nnodes:
         raise UsageError("--nnodes goes with --dry-run: on several hosts torchrun starts the processes")
-    elif nproc and nproc > 1 and "WORLD_SIZE" not in os.environ:
-        from surgery.midtraining.launching import launch
-
-        sys.exit(launch(_words(run, sets, as_json), nproc))
+    elif soup and not seeds:
+        raise UsageError("--soup goes with --seeds", hint="--seeds 42,666,42069 --soup")
+    elif seeds:
+        _train_seeds(run, sets, seeds, nproc or 1, soup, as_json)
     else:
-        _train(wanted, as_json)
+        _train_in(run, sets, nproc or 1, as_json)
+
+
+def _train_in(run: str | None, sets: Sequence[str], nproc: int, as_json: bool) -> None:
+    """Here, or in other processes; ends the process if these fail."""
+    from surgery.midtraining.launching import launch
+    from surgery.midtraining.run_file import read_run
+
+    if nproc == 1 or "WORLD_SIZE" in os.environ:
+        _train(read_run(str(run), sets)[0], as_json)
+    elif status := launch(_words(run, sets, as_json), nproc):
+        sys.exit(status)
+
+
+def _train_seeds(run: str | None, sets: Sequence[str], seeds: str, nproc: int, soup: bool, as_json: bool) -> None:
+    from surgery.cli import show_midtraining as show
+    from surgery.errors import UsageError
+    from surgery.midtraining.run_file import read_run
+    from surgery.midtraining.seeds import make_soup, parse_seeds, sets_of
+
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError("--seeds under torchrun: start a run for each seed", hint="or --nproc N without torchrun")
+    wanted, numbers = read_run(str(run), sets)[0], parse_seeds(seeds)
+    for seed in numbers:
+        _train_in(run, [*sets, *sets_of(wanted, seed)], nproc, as_json)
+    if soup:
+        found = make_soup(wanted, numbers, ["surgery", *sys.argv[1:]])
+        click.echo(json.dumps(found.to_json(), indent=2)) if as_json else show.soup(found)
 
 
 def _words(run: str | None, sets: Sequence[str], as_json: bool) -> list[str]:

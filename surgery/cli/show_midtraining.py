@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.cli.console import console, notes
+from surgery.errors import printable
 from surgery.midtraining.dry_run import Forecast
 from surgery.midtraining.panel import BLOCKS, clock
 from surgery.midtraining.run import Done
 from surgery.midtraining.run_file import Line
+from surgery.midtraining.seeds import Found, mean
 from surgery.units import count, human
 
 HEIGHT = 8  # lines of the curve
@@ -89,3 +91,19 @@ def done(found: Done) -> None:
     for path in found.exports:
         out.print(Text(f"  {path}"))
     out.print(Text(f"  {found.folder}: metrics.jsonl and what else the run said", style="dim"))
+
+
+def soup(found: Found) -> None:
+    """Losses of the ingredients and of their soup, and which is kept."""
+    out = console()
+    table = Table(box=None, pad_edge=False)
+    domains = list(found.soup)
+    table.add_column("loss")
+    for name in (*domains, "mean"):
+        table.add_column(Text(printable(name)), justify="right")
+    for name, losses in {**found.ingredients, "soup": found.soup}.items():
+        values = [*(losses[domain]["loss"] for domain in domains), mean(losses)]
+        style = "bold" if name == found.kept else ""
+        table.add_row(Text(name), *(f"{value:.4f}" for value in values), style=style)
+    out.print(table)
+    out.print(Text(f"{found.kept} is kept: {found.path}"))

@@ -30,7 +30,7 @@ from surgery.midtraining.log import RunLog, View
 from surgery.midtraining.loop import Act, Job, State, fresh_state, prepare, train
 from surgery.midtraining.reference import with_reference
 from surgery.midtraining.resuming import previous, restore, said, versions
-from surgery.midtraining.run_folder import claimed
+from surgery.midtraining.run_folder import EXPORT, claimed
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import Result, self_test
 from surgery.midtraining.settings import Run
@@ -40,7 +40,6 @@ from surgery.midtraining.told import Told
 from surgery.writing.atomic import atomic_file, write_json
 
 FORMAT = "surgery-run-1"
-EXPORT = "export"
 
 
 @dataclass(frozen=True)

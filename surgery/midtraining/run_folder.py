@@ -25,7 +25,8 @@ events.jsonl    step, level ("note" or "alarm"), text: skipped steps, alarms of 
 checkpoints/    what a run that was stopped goes on from: see checkpoint.py
 export/         models that were exported: stepNNNNNNNNN-FORMAT, -last and -ema of running means
 end.json        status ("finished", "stopped" or "failed"), step, reason; missing while the run is going on
-soup.json       of a folder with several runs in it: ingredients [{name, heldout}], soup {heldout}, kept (a name)
+soup.json       of a folder with several runs in it: ingredients [{name, heldout}], soup {heldout}, kept (a name);
+                beside it soup/, the model, and kept, a link to the better one
 
 Steps count from 1; step 0 is the model before the run.  Numbers that are not finite are the texts "nan" and "inf".
 """
@@ -47,7 +48,7 @@ from surgery.errors import FileError, OutputError, UsageError
 from surgery.writing.locking import NO_LOCKS
 
 RUN, PLAN, SELFTESTS, END, SOUP = "run.json", "plan.json", "selftests.json", "end.json", "soup.json"
-CONFIG = "config.resolved.yaml"
+CONFIG, EXPORT = "config.resolved.yaml", "export"
 METRICS, TIMES, EVALS, EXPERTS, EVENTS = "metrics.jsonl", "times.jsonl", "evals.jsonl", "experts.jsonl", "events.jsonl"
 LINES = (METRICS, TIMES, EVALS, EXPERTS, EVENTS)
 EXPORTED = re.compile(r"step(\d{9,})-")
