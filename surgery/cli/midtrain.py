@@ -11,7 +11,11 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+<<<<<<< HEAD
 from contextlib import ExitStack
+=======
+from dataclasses import dataclass, replace
+>>>>>>> d707e98 (Keep the command of midtraining short)
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,13 +57,10 @@ def midtrain_command(
     sets: Sequence[str],
     output: str | None,
     dry_run: bool,
-    nproc: int | None,
-    nnodes: int | None,
-    seeds: str | None,
-    soup: bool,
     explain: bool,
     schema: bool,
     as_json: bool,
+    **spread: Any,
 ) -> None:
     """Train a checkpoint of any format further, and write it in any format.
 
@@ -101,65 +102,80 @@ def midtrain_command(
         lines = list(explained(wanted, origins))
         click.echo(json.dumps([vars(line) for line in lines], indent=2)) if as_json else show.explanation(lines)
     elif dry_run:
-        _foretell(wanted, as_json, *_words(run, sets, as_json), nproc=nproc or 1, nnodes=nnodes or 1)
-    elif nnodes:
-        raise UsageError("--nnodes goes with --dry-run: on several hosts torchrun starts the processes")
-    elif soup and not seeds:
-        raise UsageError("--soup goes with --seeds", hint="--seeds 42,666,42069 --soup")
-    elif seeds:
-        _train_seeds(run, sets, seeds, nproc or 1, soup, as_json)
+        _foretell(Call(str(run), sets, as_json), wanted, nproc=spread["nproc"] or 1, nnodes=spread["nnodes"] or 1)
     else:
-        _train_in(run, sets, nproc or 1, as_json)
+        _train_all(Call(str(run), sets, as_json), wanted, **spread)
 
 
-def _train_in(run: str | None, sets: Sequence[str], nproc: int, as_json: bool) -> None:
-    """Here, or in other processes; ends the process if these fail."""
-    from surgery.midtraining.launching import launch
-    from surgery.midtraining.run_file import read_run
+@dataclass(frozen=True)
+class Call:
+    """What the command was given: a YAML, what --set changes in it, and whether results are JSON."""
 
-    if nproc == 1 or "WORLD_SIZE" in os.environ:
-        _train(read_run(str(run), sets)[0], as_json)
-    elif status := launch(_words(run, sets, as_json), nproc):
-        sys.exit(status)
+    run: str
+    sets: Sequence[str]
+    as_json: bool
 
-
-def _train_seeds(run: str | None, sets: Sequence[str], seeds: str, nproc: int, soup: bool, as_json: bool) -> None:
-    from surgery.cli import show_midtraining as show
-    from surgery.errors import UsageError
-    from surgery.midtraining.run_file import read_run
-    from surgery.midtraining.seeds import make_soup, parse_seeds, sets_of
-
-    if "WORLD_SIZE" in os.environ:
-        raise UsageError("--seeds under torchrun: start a run for each seed", hint="or --nproc N without torchrun")
-    wanted, numbers = read_run(str(run), sets)[0], parse_seeds(seeds)
-    for seed in numbers:
-        _train_in(run, [*sets, *sets_of(wanted, seed)], nproc, as_json)
-    if soup:
-        found = make_soup(wanted, numbers, ["surgery", *sys.argv[1:]])
-        click.echo(json.dumps(found.to_json(), indent=2)) if as_json else show.soup(found)
+    def words(self) -> list[str]:
+        """Of the command that each of several processes runs."""
+        return ["midtrain", self.run, *(word for each in self.sets for word in ("--set", each)),
+                *["--json"] * self.as_json]  # fmt: skip
 
 
-def _words(run: str | None, sets: Sequence[str], as_json: bool) -> list[str]:
-    """Of the command that each process runs."""
-    return ["midtrain", str(run), *(word for each in sets for word in ("--set", each)), *["--json"] * as_json]
-
-
-def _foretell(wanted: Any, as_json: bool, *words: str, nproc: int, nnodes: int) -> None:
+def _foretell(call: Call, wanted: Any, nproc: int, nnodes: int) -> None:
     from surgery.cli import show_midtraining as show
     from surgery.midtraining.dry_run import foretell
     from surgery.midtraining.launching import torchrun
     from surgery.midtraining.loop import prepare
 
+<<<<<<< HEAD
     with progress_bars(quiet=False) as begin:
         job = prepare(wanted, begin("open", None))
     forecast = foretell(job, nproc * nnodes)
     lines = torchrun(words, nproc, nnodes) if nproc * nnodes > 1 else []
     if as_json:
+=======
+    forecast = foretell(prepare(wanted), nproc * nnodes)
+    lines = torchrun(call.words(), nproc, nnodes) if nproc * nnodes > 1 else []
+    if call.as_json:
+>>>>>>> d707e98 (Keep the command of midtraining short)
         click.echo(json.dumps({**forecast.to_json(), "torchrun": lines}, indent=2))
         return
     show.forecast(forecast)
     for line in lines:
-        click.echo(line)
+        say(line)
+
+
+def _train_all(call: Call, wanted: Any, nproc: int | None, nnodes: int | None, seeds: str | None, soup: bool) -> None:
+    """One run, or one for each seed and their soup."""
+    from surgery.cli import show_midtraining as show
+    from surgery.errors import UsageError
+    from surgery.midtraining.seeds import make_soup, parse_seeds, sets_of
+
+    if nnodes:
+        raise UsageError("--nnodes goes with --dry-run: on several hosts torchrun starts the processes")
+    if soup and not seeds:
+        raise UsageError("--soup goes with --seeds", hint="--seeds 42,666,42069 --soup")
+    if not seeds:
+        return _train_in(call, nproc or 1)
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError("--seeds under torchrun: start a run for each seed", hint="or --nproc N without torchrun")
+    numbers = parse_seeds(seeds)
+    for each in [sets_of(wanted, seed) for seed in numbers]:
+        _train_in(replace(call, sets=[*call.sets, *each]), nproc or 1)
+    if soup:
+        found = make_soup(wanted, numbers, ["surgery", *sys.argv[1:]])
+        click.echo(json.dumps(found.to_json(), indent=2)) if call.as_json else show.soup(found)
+
+
+def _train_in(call: Call, nproc: int) -> None:
+    """Here, or in other processes; ends the process if these fail."""
+    from surgery.midtraining.launching import launch
+    from surgery.midtraining.run_file import read_run
+
+    if nproc == 1 or "WORLD_SIZE" in os.environ:
+        _train(read_run(call.run, call.sets)[0], call.as_json)
+    elif status := launch(call.words(), nproc):
+        sys.exit(status)
 
 
 def _train(wanted: Any, as_json: bool) -> None:
