@@ -11,11 +11,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-<<<<<<< HEAD
 from contextlib import ExitStack
-=======
 from dataclasses import dataclass, replace
->>>>>>> d707e98 (Keep the command of midtraining short)
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -127,17 +124,11 @@ def _foretell(call: Call, wanted: Any, nproc: int, nnodes: int) -> None:
     from surgery.midtraining.launching import torchrun
     from surgery.midtraining.loop import prepare
 
-<<<<<<< HEAD
     with progress_bars(quiet=False) as begin:
         job = prepare(wanted, begin("open", None))
     forecast = foretell(job, nproc * nnodes)
-    lines = torchrun(words, nproc, nnodes) if nproc * nnodes > 1 else []
-    if as_json:
-=======
-    forecast = foretell(prepare(wanted), nproc * nnodes)
     lines = torchrun(call.words(), nproc, nnodes) if nproc * nnodes > 1 else []
     if call.as_json:
->>>>>>> d707e98 (Keep the command of midtraining short)
         click.echo(json.dumps({**forecast.to_json(), "torchrun": lines}, indent=2))
         return
     show.forecast(forecast)
