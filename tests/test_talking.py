@@ -151,6 +151,9 @@ def test_other_names_of_dtypes_and_the_nearest_of_what_there_is(tiny_hf, tmp_pat
     done = run("convert", tiny_hf("llama"), tmp_path / "a", "--to", "huggingface", "--dtype", "bfloat16")
     assert done.exit_code == 0 and json.loads((tmp_path / "a/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert "did you mean megatron?" in run("convert", "a", "b", "--to", "megatrn").output
+    assert "formats: hf, meta" in run("convert", "a", "b").output
+    done = run("convert", tiny_hf("llama"), tmp_path / "b", "--to", "meta", "-O", "embeding=vocab")
+    assert "did you mean embedding?" in done.output
 
 
 def test_sizes_that_would_do(tiny_hf, tmp_path) -> None:

@@ -57,8 +57,7 @@ class Group(click.Group):
             except click.exceptions.NoArgsIsHelpError:
                 raise
             except click.UsageError as wrong:
-                words = wrong.ctx.command_path.split()[1:] if wrong.ctx else []
-                _fail(UsageError(wrong.format_message(), hint=" ".join(["surgery", *words, "--help"])), as_json)
+                _fail(UsageError(wrong.format_message(), hint=_advice(wrong)), as_json)
             except Stopped as stopped:
                 say(f"stopped by {signal.Signals(stopped.signum).name}", err=True)
                 raise
@@ -67,6 +66,16 @@ class Group(click.Group):
                 sys.exit(128 + signal.SIGINT)
             except BrokenPipeError:
                 return _unread()
+
+
+def _advice(wrong: click.UsageError) -> str:
+    """What to look at; the formats, where one is missing."""
+    if isinstance(wrong, click.MissingParameter) and wrong.param and wrong.param.metavar == "FORMAT":
+        from surgery.formats.registry import FORMATS
+
+        return f"formats: {', '.join(FORMATS)}"
+    words = wrong.ctx.command_path.split()[1:] if wrong.ctx else []
+    return " ".join(["surgery", *words, "--help"])
 
 
 def _unread() -> NoReturn:

@@ -125,7 +125,9 @@ def by_side(
             *([f"writing {writing.name}"] if writing else []),
         ]
         what = sides[0] + " has no" if len(sides) == 1 else f"neither {' nor '.join(sides)} has an"
-        raise UsageError(f"{what} option {some(unknown)}", hint="`surgery formats` lists the options of every format")
+        near = suggest(unknown[0], sorted(reads | writes))
+        hint = near if near.startswith("did") else "`surgery formats` lists the options of every format"
+        raise UsageError(f"{what} option {some(unknown)}", hint=hint)
     return {k: v for k, v in options.items() if k in reads}, {k: v for k, v in options.items() if k in writes}
 
 

@@ -37,7 +37,9 @@ def unwrapped(tensors: Mapping[str, Lazy]) -> tuple[dict[str, Lazy], list[str]]:
     States of an optimizer are left out.  Raises LayoutError if two tensors get one name.
     """
     plain = {name: _MODULES.sub("", name) for name in tensors if not _STATES.match(name)}
-    found: dict[str, str] = next((m for prefix in _prefixes() if (m := _below(prefix, plain))), {})
+    first = next(iter(plain.values()), "")
+    some = [prefix for prefix in _prefixes() if first.startswith(prefix)]
+    found: dict[str, str] = next((m for prefix in some if (m := _below(prefix, plain))), {})
     if all(old == new for old, new in found.items()):
         return dict(tensors), []
     out: dict[str, Lazy] = {}
