@@ -390,6 +390,27 @@ def test_text_is_tokenized_once_into_the_cache(tmp_path, monkeypatch):
     assert list((tmp_path / "cache" / "tokens").iterdir()) == [folder]
     with pytest.raises(ConfigError, match="names no tokenizer"):
         draft_plan(mixture(tmp_path, sources=[{**source, "paths": "renamed"}], budget=None))
+    (tmp_path / "renamed" / "notes.md").touch()
+    url = {**source, "paths": f"file://{tmp_path}/renamed"}
+    for _ in range(2):  # made, and taken from the cache
+        draft = draft_plan(mixture(tmp_path, sources=[url], **more))
+        assert draft.sources[0].tokens == plan.sources[0].tokens
+        assert [n.partition(": ")[2].split(",")[0] for n in draft.notes[-2:]] == [
+            f"left out of file://{tmp_path}/renamed", "5 blank documents are left out",
+        ]  # fmt: skip
+
+
+def test_bad_lines_of_text_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
+    shutil.copy(TEXT / "tokenizer.json", tmp_path / "tokenizer.json")
+    lines = ['{"text": "ka vu mi zen"}'] * 2000
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "no JSON", *lines]))
+    source = {"name": "docs", "paths": "a.jsonl", "multiplier": 1, "eos": 0}
+    draft = draft_plan(mixture(tmp_path, sources=[source], budget=None, vocab_size=None, tokenizer="tokenizer.json"))
+    assert draft.sources[0].documents == 4000
+    [said] = [note for note in draft.notes if "bad lines" in note]
+    report = Path(said.rpartition(": ")[2])
+    assert said.startswith("docs: 1 bad lines of text are left out") and json.loads(report.read_text())["line"] == 2001
 
 
 def run(*args: object) -> str:

@@ -88,16 +88,18 @@ def draft_of(
     size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
     check_pad(mixture, size)
     template = root / mixture.chat_template if mixture.chat_template else None
-    opened = []
+    opened, left_out = list[Opened](), list[str]()
     for source in mixture.sources:
-        entries = tokenized(find_entries(source, root), source, root, vocabulary, cache, begin, template)
+        found = find_entries(source, root)
+        entries, without = tokenized(found, source, root, vocabulary, cache, begin, template)
+        left_out += without
         advance = begin(f"open {source.name}", sum(stored_size(e, root) for e in entries))
         tokens = open_entries(source.name, entries, root, size, progress=advance)
         check_bounds(tokens, mixture)
         opened.append(Opened(tuple(entries), tokens, divide(tokens, mixture)))
     given_amounts, notes = amounts(mixture, {o.tokens.name: len(o.instances) for o in opened})
     sources = tuple(_planned(o, a, mixture) for o, a in zip(opened, given_amounts, strict=True))
-    notes += [*_shared_files(opened), *(note for o in opened for note in _source_notes(o, mixture))]
+    notes += [*left_out, *_shared_files(opened), *(note for o in opened for note in _source_notes(o, mixture))]
     sha = vocabulary.sha256 if vocabulary else None
     return Draft(root, mixture, size, sha, tuple(opened), sources, tuple(notes))
 

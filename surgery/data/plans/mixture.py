@@ -129,7 +129,7 @@ class Mixture(Strict):
     long: Literal["split", "turn"] = "split"
     chat_template: str | None = None
     isolate: bool = True
-    pad_id: Annotated[int, Field(ge=0)] = 0
+    pad_id: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     strict: bool = False
     holdout: Holdout = 0
 

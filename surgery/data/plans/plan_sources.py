@@ -78,7 +78,9 @@ def identity(path: str) -> Hashable:
 
 
 def _kind(path: str) -> str:
-    return TEXT if kind_of(path) and not os.path.isdir(path) else recognise(Path(path))
+    if is_url(path) or (kind_of(path) and not os.path.isdir(path)):
+        return TEXT  # token files are mapped, so they have to be on this machine
+    return recognise(Path(path))
 
 
 def _masks(source: Source, root: Path, files: Sequence[str]) -> list[str | None]:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from surgery.containers.text import read_json
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.plan_file import Entry, relative
 from surgery.data.plans.plan_sources import TEXT
-from surgery.data.tokenizing.job import VERSION
+from surgery.data.tokenizing.job import BAD_LINES, VERSION
 from surgery.data.tokenizing.prepare import Choices, settings_for
 from surgery.data.tokenizing.settings import Settings
 from surgery.data.tokenizing.sources import Source as TextSource
@@ -46,8 +47,8 @@ def tokenized(
     cache: Path | None,
     begin: Begin = lambda what, total: lambda n: None,
     template: Path | None = None,
-) -> list[Entry]:
-    """The entries with text replaced by the token files that it became.
+) -> tuple[list[Entry], list[str]]:
+    """The entries with text replaced by the token files that it became, and what of it was left out.
 
     Raises ConfigError if there is text and no tokenizer, FileError if more than a thousandth of its lines are bad.
     """
@@ -56,13 +57,13 @@ def tokenized(
         if source.messages_key or source.prompt_key:
             key = "messages_key" if source.messages_key else "prompt_key"
             raise ConfigError(f"{source.name}: {key} is for text, and its files are tokens already")
-        return list(entries)
+        return list(entries), []
     if source.label_mask is not None:
         raise ConfigError(f"{source.name}: label_mask is for token files; text has its own", hint="use messages_key")
     if vocabulary is None:
         what = f"{source.name}: {some(os.path.basename(p) for p in places)} is text, and the mixture names no tokenizer"
         raise ConfigError(what, hint="add tokenizer: PATH, or tokenize it first: surgery data tokenize")
-    sources, _ = find_sources(places)
+    sources, notes = find_sources(places)
     settings = settings_for(_choices(source, vocabulary, template), vocabulary)
     folder = (cache or default_cache()) / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
     if not (folder / NOTE).is_file():
@@ -70,7 +71,19 @@ def tokenized(
         tokenize(sources, folder, vocabulary, settings, progress=lambda read, documents, tokens: advance(read))
     files = sorted(str(p) for p in folder.glob("*.bin"))
     made = [Entry(path=relative(path, root), format="megatron") for path in files]
-    return [e for e in entries if e.format != TEXT] + made
+    return [e for e in entries if e.format != TEXT] + made, [
+        f"{source.name}: {n}" for n in [*notes, *_left_out(folder)]
+    ]
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Lines without a document, also of an earlier run."""
+    counts = read_json(folder / NOTE, NOTE)
+    bad, blank = counts.get("bad"), counts.get("blank")
+    return [
+        *([f"{bad:,} bad lines of text are left out: {folder / BAD_LINES}"] if bad else []),
+        *([f"{blank:,} blank documents are left out"] if blank else []),
+    ]
 
 
 def _choices(source: Source, vocabulary: Vocabulary, template: Path | None) -> Choices:

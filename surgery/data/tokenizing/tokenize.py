@@ -205,7 +205,7 @@ class _Run:
         if not self.limit.allows(total.bad, total.lines, ended):
             kinds, first = self._bad_lines()
             what = f"{summary(total.bad, total.lines, kinds)}; such as {some(first, SHOWN)}"
-            hint = f"all are listed in {self.folder / BAD_LINES}; mend them, or bear more with --max-bad"
+            hint = f"all are listed in {self.folder / BAD_LINES}; mend them, or tokenize with a larger --max-bad"
             raise FileError(f"more than {self.limit} are bad: {what}", hint=hint)
 
     def _bad_lines(self) -> tuple[Counter[str], list[BadLine]]:

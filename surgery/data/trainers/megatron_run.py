@@ -37,6 +37,7 @@ from surgery.data.trainers.megatron_order import (
 )
 from surgery.errors import ConfigError
 
+Id = Annotated[int, Field(ge=0, lt=1 << 32)]
 SPLITS = ("train", "valid", "test")
 
 
@@ -51,14 +52,14 @@ class Settings(Strict):
     """
 
     data: Annotated[tuple[str | float, ...], BeforeValidator(lambda v: _as_tuple(v)), Field(min_length=1)]
-    sequence_length: Annotated[int, Field(gt=1)]
+    sequence_length: Annotated[int, Field(gt=1, le=1 << 24)]
     samples: Annotated[int, Field(gt=0)] | None = None
     rows_per_step: Annotated[int, Field(gt=0)]
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1234
     split: str = "969,30,1"
     part: Literal["train", "valid", "test"] = "train"
-    pad_id: int | None = None
-    eod_id: int | None = None
+    pad_id: Id | None = None
+    eod_id: Id | None = None
     eod_mask_loss: bool = False
     isolate: bool = False
     add_extra_token_to_sequence: bool = True
