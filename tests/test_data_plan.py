@@ -396,7 +396,7 @@ def test_text_is_tokenized_once_into_the_cache(tmp_path, monkeypatch):
         draft = draft_plan(mixture(tmp_path, sources=[url], **more))
         assert draft.sources[0].tokens == plan.sources[0].tokens
         assert [n.partition(": ")[2].split(",")[0] for n in draft.notes[-2:]] == [
-            f"left out of file://{tmp_path}/renamed", "5 blank documents are left out",
+            f"left out of file://{tmp_path}/renamed", "blank documents left out: 5",
         ]  # fmt: skip
 
 
@@ -409,8 +409,8 @@ def test_bad_lines_of_text_are_told(tmp_path, monkeypatch):
     draft = draft_plan(mixture(tmp_path, sources=[source], budget=None, vocab_size=None, tokenizer="tokenizer.json"))
     assert draft.sources[0].documents == 4000
     [said] = [note for note in draft.notes if "bad lines" in note]
-    report = Path(said.rpartition(": ")[2])
-    assert said.startswith("docs: 1 bad lines of text are left out") and json.loads(report.read_text())["line"] == 2001
+    what, _, report = said.partition(", listed in ")
+    assert what == "docs: bad lines left out: 1" and json.loads(Path(report).read_text())["line"] == 2001
 
 
 def run(*args: object) -> str:

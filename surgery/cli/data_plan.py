@@ -74,8 +74,8 @@ def plan_command(mixture: str, dst: str | None, as_json: bool, **flags: Any) -> 
 @click.option("--rows-per-step", type=click.IntRange(1), metavar="N", help="Of the global batch, where the run does "
               "not say it, or to see another one.")  # fmt: skip
 @click.option("--root", type=click.Path(), help="Where the plan's data lie now, if they were moved.")
-@click.option("--pad-id", type=click.IntRange(0, 2**32 - 1), metavar="ID", help="Of the tokenizer of a Megatron run: that id "
-              "becomes 0 and is no label.")  # fmt: skip
+@click.option("--pad-id", type=click.IntRange(0, 2**32 - 1), metavar="ID", help="Of the tokenizer of a Megatron "
+              "run: that id becomes 0 and is no label.")  # fmt: skip
 @JSON
 def show_command(plan: str, step: int, rows: str | None, as_json: bool, **flags: Any) -> None:
     """Show exactly what a batch holds: every row, its documents and where they lie.

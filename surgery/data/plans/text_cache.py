@@ -1,6 +1,6 @@
 """Sources of text in a mixture: tokenized once, into a cache whose folders are named by content and tokenizer.
 
-    entries = tokenized(entries, source, root, vocabulary, cache)     # jsonl, txt, parquet -> .bin/.idx in the cache
+    entries, notes = tokenized(entries, source, root, vocabulary, cache)     # text -> .bin/.idx in the cache
 
 Entries that are token files already pass through.
 """
@@ -71,9 +71,8 @@ def tokenized(
         tokenize(sources, folder, vocabulary, settings, progress=lambda read, documents, tokens: advance(read))
     files = sorted(str(p) for p in folder.glob("*.bin"))
     made = [Entry(path=relative(path, root), format="megatron") for path in files]
-    return [e for e in entries if e.format != TEXT] + made, [
-        f"{source.name}: {n}" for n in [*notes, *_left_out(folder)]
-    ]
+    said = [f"{source.name}: {note}" for note in [*notes, *_left_out(folder)]]
+    return [e for e in entries if e.format != TEXT] + made, said
 
 
 def _left_out(folder: Path) -> list[str]:
@@ -81,8 +80,8 @@ def _left_out(folder: Path) -> list[str]:
     counts = read_json(folder / NOTE, NOTE)
     bad, blank = counts.get("bad"), counts.get("blank")
     return [
-        *([f"{bad:,} bad lines of text are left out: {folder / BAD_LINES}"] if bad else []),
-        *([f"{blank:,} blank documents are left out"] if blank else []),
+        *([f"bad lines left out: {bad:,}, listed in {folder / BAD_LINES}"] if bad else []),
+        *([f"blank documents left out: {blank:,}"] if blank else []),
     ]
 
 
