@@ -21,7 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTION = {"yaml": "pyyaml", "google": "protobuf"}  # import name -> distribution, where they differ
 NOWHERE = {"scattermoe"}  # in no package index, so no extra can name it; docs/experts.md says where it is
-UNPINNED = {"gpu"}  # extras that need hardware, so the pinned set-up does without them
+UNPINNED = {"gpu", "fp8"}  # extras that need hardware, so the pinned set-up does without them
 
 
 def requirements(*lists: list[str]) -> dict[str, Requirement]:

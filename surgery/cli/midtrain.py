@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 @click.command("midtrain", cls=Command)
 @click.argument("run", metavar="RUN.yaml", type=click.Path(), required=False)
+@click.argument("more", metavar="", nargs=-1)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key of the YAML, or add one: "
               "train.micro_batch=4. Repeatable.")  # fmt: skip
 @click.option("--output", type=click.Path(), metavar="DIR", help="The run's folder, instead of the YAML's `output`.")
@@ -47,18 +48,15 @@ if TYPE_CHECKING:
     help="Print the run as a YAML with every key, its value, its meaning, and who set it; "
     "without RUN.yaml all defaults.",
 )
+@click.option("--sweep", "grid", multiple=True, metavar="KEY=V,V...", help="Try these values for a few steps each, in "
+              "all combinations, and compare speed, memory and loss; more KEY=V,V may follow.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of each trial of --sweep.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the YAML, for editors.")
 @JSON
 def midtrain_command(
-    run: str | None,
-    sets: Sequence[str],
-    output: str | None,
-    dry_run: bool,
-    explain: bool,
-    schema: bool,
-    as_json: bool,
-    **spread: Any,
-) -> None:
+    run: str | None, more: Sequence[str], sets: Sequence[str], output: str | None, dry_run: bool, explain: bool,
+    grid: Sequence[str], steps: int, schema: bool, as_json: bool, **spread: Any,
+) -> None:  # fmt: skip
     """Train a checkpoint of any format further, and write it in any format.
 
     \b
@@ -73,6 +71,7 @@ def midtrain_command(
     \b
     surgery midtrain --explain                       every key, its default, and what it means
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
+    surgery midtrain run.yaml --sweep micro_batch=2,4,8 compile=true,false --steps 20
     surgery midtrain run.yaml                        tests itself, trains, exports; again: goes on where it was stopped
     surgery midtrain run.yaml --nproc 2              in two processes, or on two GPUs
     surgery midtrain run.yaml --seeds 42,666,42069 --soup      three orders of the data, and the mean of the three
@@ -87,21 +86,39 @@ def midtrain_command(
 
         click.echo(json.dumps(Run.model_json_schema(), indent=2))
         return
-    from surgery.midtraining.run_file import default_run, explained, read_run
+    from surgery.midtraining.run_file import default_run, read_run
 
     sets = [*sets, *([] if output is None else [f"output={json.dumps(output)}"])]
     if run is None and not explain:
         raise UsageError("which run? give its YAML", hint="surgery midtrain run.yaml; --help shows one")
+    if more and not grid:
+        raise UsageError(f"one run at a time: what is {more[0]}?", hint="--sweep KEY=V,V takes several values")
+    if run is not None and grid:
+        _sweep(run, [*grid, *more], steps, sets, as_json)
+        return
     wanted, origins = default_run(sets) if run is None else read_run(run, sets)
     if explain:
-        from surgery.cli import show_midtraining as show
-
-        lines = list(explained(wanted, origins))
-        click.echo(json.dumps([vars(line) for line in lines], indent=2)) if as_json else show.explanation(lines)
+        _explain(wanted, origins, as_json)
     elif dry_run:
         _foretell(Call(str(run), sets, as_json), wanted, nproc=spread["nproc"] or 1, nnodes=spread["nnodes"] or 1)
     else:
         _train_all(Call(str(run), sets, as_json), wanted, **spread)
+
+
+def _explain(wanted: Any, origins: Mapping[str, str], as_json: bool) -> None:
+    from surgery.cli import show_midtraining as show
+    from surgery.midtraining.run_file import explained
+
+    lines = list(explained(wanted, origins))
+    click.echo(json.dumps([vars(line) for line in lines], indent=2)) if as_json else show.explanation(lines)
+
+
+def _sweep(run: str, grid: Sequence[str], steps: int, sets: Sequence[str], as_json: bool) -> None:
+    from surgery.cli import show_midtraining as show
+    from surgery.midtraining.sweep import parse_grid, sweep
+
+    found = sweep(run, parse_grid(grid), steps, sets, lambda trial: say(show.trial(trial), err=True))
+    click.echo(json.dumps([trial.to_json() for trial in found], indent=2)) if as_json else show.trials(found)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from surgery.midtraining.panel import BLOCKS, clock
 from surgery.midtraining.run import Done
 from surgery.midtraining.run_file import Line
 from surgery.midtraining.seeds import Found, mean
+from surgery.midtraining.sweep import Trial
 from surgery.units import count, human
 
 HEIGHT = 8  # lines of the curve
@@ -38,6 +39,27 @@ def explanation(lines: Sequence[Line]) -> None:
         dashed = f"{indent[:-2]}- " if first else indent
         said = Text(f"{dashed}{name}:{value}", style="bold" if line.origin else "")
         out.print(said.append(f"  # {line.origin}", style="cyan") if line.origin else said)
+
+
+def trial(found: Trial) -> str:
+    """One of a sweep, in a line."""
+    values = " ".join(f"{key}={value}" for key, value in found.values.items())
+    return f"{values}: {found.failed or f'{found.tokens_per_second or 0:,.0f} tokens/s'}"
+
+
+def trials(found: Sequence[Trial]) -> None:
+    """`--sweep`: a line for each, the fastest in bold."""
+    keys, best = list(found[0].values), max((t.tokens_per_second or 0.0 for t in found), default=0.0)
+    table = Table(box=None, pad_edge=False)
+    for name in (*(key.rpartition(".")[2] for key in keys), "tokens/s", "memory", f"loss, step {found[0].steps}", ""):
+        table.add_column(name, overflow="fold")
+    for t in found:
+        row = [t.values[key] for key in keys]
+        if not t.failed:
+            row += [f"{t.tokens_per_second:,.0f}", human(t.memory or 0), f"{t.loss:.4f}"]
+        table.add_row(*row, *([] if not t.failed else ["-", "-", "-", t.failed]),
+                      style="bold" if best and t.tokens_per_second == best else "")  # fmt: skip
+    console(soft_wrap=False).print(table)
 
 
 def forecast(found: Forecast) -> None:

@@ -28,6 +28,7 @@ from surgery.midtraining.checkpoint import Saved
 from surgery.midtraining.clock import Clock
 from surgery.midtraining.course import Course
 from surgery.midtraining.experts import fastest_experts, keep_compiled_gemms, use_experts
+from surgery.midtraining.fp8 import use_fp8
 from surgery.midtraining.model import allocate, build, fill, weights_now
 from surgery.midtraining.objections import check
 from surgery.midtraining.optimizer import DECAYS, adamw, freeze, grouped, named, set_rate
@@ -132,6 +133,8 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     attention = attention_for(run.model.attention, world.device, precision)
     dtype = precision.weights if world.size == 1 else torch.float32
     model = build(source, dtype, world.device, attention=attention, dropout=train.dropout)
+    if precision.name == "fp8":
+        use_fp8(model)
     mixtures = find_mixtures(model)
     objective, moe_notes = objective_of(run, mixtures, precision, batches.sources)
     shard(model, mixtures, world, run.parallel, precision)

@@ -6,6 +6,7 @@ with precision.computing("cpu"):
 
 fp32       all of it
 autocast   products in bf16, weights, gradients and moments in fp32
+fp8        the products of linear layers in fp8 (`fp8.py`), all else as autocast
 bf16       what lies between the products in bf16, too: half the memory for activations; what learns is a copy of
            the weights in fp32, which gathers the gradients of all micro-batches (`Masters`)
 """
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from surgery.midtraining.fp8 import check_fp8
 
 GAIN = 1.2  # bf16 must be so many times quicker
 SIZE = 512  # of the matrices that are tried
@@ -39,13 +42,15 @@ class Precision:
 
     def computing(self, device: str) -> AbstractContextManager[Any]:
         """Around a forward pass."""
-        if self.name != "autocast":
+        if self.name not in ("autocast", "fp8"):
             return nullcontext()
         return torch.autocast(device.partition(":")[0], dtype=torch.bfloat16)
 
 
 def choose(wanted: str, device: str) -> Precision:
     """`wanted`, or for "auto" what is quicker without leaving fp32 weights."""
+    if wanted == "fp8":
+        check_fp8(device)
     if wanted != "auto":
         return Precision(wanted, "as the settings say")
     if device != "cpu":

@@ -25,6 +25,7 @@ events.jsonl    step, level ("note" or "alarm"), text: skipped steps, alarms of 
 checkpoints/    what a run that was stopped goes on from: see checkpoint.py
 export/         models that were exported: stepNNNNNNNNN-FORMAT, -last and -ema of running means
 end.json        status ("finished", "stopped" or "failed"), step, reason; missing while the run is going on
+sweep.json      of --sweep: steps, and trials, each with values {key: value}, tokens_per_second, memory, loss, failed
 soup.json       of a folder with several runs in it: ingredients [{name, heldout}], soup {heldout}, kept (a name);
                 beside it soup/, the model, and kept, a link to the better one
 
@@ -48,6 +49,7 @@ from surgery.errors import FileError, OutputError, UsageError
 from surgery.writing.locking import NO_LOCKS
 
 RUN, PLAN, SELFTESTS, END, SOUP = "run.json", "plan.json", "selftests.json", "end.json", "soup.json"
+SWEEP = "sweep.json"
 CONFIG, EXPORT = "config.resolved.yaml", "export"
 METRICS, TIMES, EVALS, EXPERTS, EVENTS = "metrics.jsonl", "times.jsonl", "evals.jsonl", "experts.jsonl", "events.jsonl"
 LINES = (METRICS, TIMES, EVALS, EXPERTS, EVENTS)
@@ -71,6 +73,7 @@ class RunFolder:
     experts: tuple[Record, ...] = ()
     events: tuple[Record, ...] = ()
     end: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Any] = field(default_factory=dict)
     lacking: tuple[str, ...] = ()
 
     @property
@@ -110,6 +113,7 @@ def read_folder(path: str | os.PathLike[str]) -> RunFolder:
         plan=_json(folder / PLAN, lacking, dict),
         selftests=tuple(t for t in tests if isinstance(t, dict)),
         end=_json(folder / END, lacking, dict),
+        sweep=_json(folder / SWEEP, lacking, dict) if (folder / SWEEP).is_file() else {},
         lacking=tuple(lacking),
         **lines,
     )

@@ -41,10 +41,11 @@ if TYPE_CHECKING:
 TOKENS = 256  # of a row that is looked at
 ROWS = 2
 FP32 = Precision("fp32", "")
-# How far two ways to compute the same may lie apart, in standard deviations: in fp32, and with products in bf16.
-EXACT, ROUNDED = 1e-4, 0.1
+# How far two ways to compute the same may lie apart, in standard deviations: in fp32, with products in bf16, in fp8.
+EXACT, ROUNDED, COARSE = 1e-4, 0.1, 0.3
 MESH = 1e-4  # gradients of several processes and of one, relative to their norm
-LOSS = {"fp32": 1e-4, "autocast": 0.03, "bf16": 0.03}  # and two losses, relatively
+LOSS = {"fp32": 1e-4, "autocast": 0.03, "bf16": 0.03, "fp8": 0.1}  # and two losses, relatively
+STORED_ROUNDED = ("bf16", "fp8")  # whose products are rounded whatever autocast says
 
 
 class Failed(Exception):
@@ -129,8 +130,9 @@ def _same(job: Job, pair: Callable[[bool], tuple[torch.Tensor, torch.Tensor]], w
     Where products are rounded, a router may choose otherwise now and then, so the median over places counts.
     """
     name = job.objective.precision.name
-    found = [] if name == "bf16" else [(float(_apart(*pair(True)).max()), EXACT)]
-    found += [] if name == "fp32" else [(float(_apart(*pair(False)).median()), ROUNDED)]
+    found = [] if name in STORED_ROUNDED else [(float(_apart(*pair(True)).max()), EXACT)]
+    rounded = COARSE if name == "fp8" else ROUNDED
+    found += [] if name == "fp32" else [(float(_apart(*pair(False)).median()), rounded)]
     for far, limit in found:
         if not far <= limit:
             raise Failed(f"{what} by {far:.2g} standard deviations")
@@ -282,7 +284,8 @@ def conversion(job: Job, part: MicroBatch) -> str:
     row = replace(part, tokens=tokens, labels=_next(tokens), positions=None)
     logits = forward(job.source, tokens.cpu(), "float32", Device(job.world.device)).logits
     found, wanted = _loss(job, row), _cross_entropy(logits, row.labels)
-    limit = LOSS["bf16" if job.objective.precision.name == "bf16" else "fp32"]
+    name = job.objective.precision.name
+    limit = LOSS[name if name in STORED_ROUNDED else "fp32"]
     if not abs(found - wanted) <= limit * max(1.0, wanted):
         raise Failed(f"the model's loss is {found:.5f}, that of {job.source.path.name} itself {wanted:.5f}")
     return f"{found:.5f}, by {job.source.path.name} itself {wanted:.5f}"

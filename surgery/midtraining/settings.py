@@ -259,8 +259,9 @@ class Train(Section):
     """Tokens whose logits are held at once; null: chosen by the vocabulary."""
     skip_step: SkipStep | None = SkipStep()
     """Leave out steps that are far from the last ones; null: never, and a loss that is not finite ends the run."""
-    precision: Literal["auto", "fp32", "autocast", "bf16"] = "auto"
-    """fp32; autocast: products in bf16; bf16: what lies between them, too.  The weights that learn are fp32 in each.
+    precision: Literal["auto", "fp32", "autocast", "bf16", "fp8"] = "auto"
+    """fp32; autocast: products in bf16; bf16: what lies between them, too; fp8: autocast, with the products of linear
+    layers in fp8, by torchao, on a GPU that has it.  The weights that learn are fp32 in each.
     auto: autocast where it is quicker."""
     activation_checkpointing: bool | Annotated[int, Field(gt=1)] = False
     """Compute activations again in the backward pass instead of holding them: less memory, up to a third more time; a

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.midtraining.report.curves import listed, mean, named, number, within
 from surgery.midtraining.run_folder import RunFolder
+from surgery.units import human
 
 BASE, MERGED = "before the run", "soup"
 NONE = "-"
@@ -46,6 +47,7 @@ def tables(runs: Sequence[RunFolder], soup: Mapping[str, Any]) -> list[Table]:
         _heldout(runs, soup, "loss", "Nats per token at the end"),
         _heldout(runs, soup, "bpb", "Bits per byte at the end"),
         _tasks(runs),
+        *_sweeps(runs),
         *_data(runs),
         _self_tests(runs),
         _events(runs),
@@ -67,6 +69,30 @@ def final_losses(runs: Sequence[RunFolder], soup: Mapping[str, Any], metric: str
             out.append((name, _by_domain(entry, metric)))
     out.append((MERGED, _by_domain(named(soup, "soup"), metric)))
     return [(name, losses) for name, losses in out if any(value is not None for value in losses.values())]
+
+
+def _sweeps(runs: Sequence[RunFolder]) -> Iterator[Table]:
+    """What --sweep found, the fastest marked."""
+    for run in runs:
+        trials = [trial for trial in listed(run.sweep, "trials") if isinstance(trial, Mapping)]
+        keys = list(dict.fromkeys(key for trial in trials for key in named(trial, "values")))
+        rates = [number(trial.get("tokens_per_second")) for trial in trials]
+        best = max((rate for rate in rates if rate is not None), default=None)
+        rows = tuple(_trial(trial, keys, rate, best) for trial, rate in zip(trials, rates, strict=True))
+        columns = (*((key, False) for key in keys), ("tokens/s", True), ("memory", True), ("loss", True), ("", False))
+        note = f"each after {number(run.sweep.get('steps')) or 0:g} steps, in a process of its own"
+        yield Table("Speed", f"{run.title}: values that were tried", note, columns, rows)
+
+
+def _trial(trial: Mapping[str, Any], keys: Sequence[str], rate: float | None, best: float | None) -> tuple[Cell, ...]:
+    values = [Cell(str(named(trial, "values").get(key, NONE))) for key in keys]
+    memory, loss = number(trial.get("memory")), number(trial.get("loss"))
+    said = (
+        Cell(NONE if rate is None else f"{rate:,.0f}", "best" if rate is not None and rate == best else "number"),
+        Cell(NONE if memory is None else human(int(memory)), "number"),
+        Cell(NONE if loss is None else f"{loss:.4f}", "number"),
+    )
+    return (*values, *said, Cell(str(trial.get("failed") or ""), "bad" if trial.get("failed") else ""))
 
 
 def ingredients_of(soup: Mapping[str, Any]) -> list[str]:
