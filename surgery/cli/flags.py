@@ -64,7 +64,8 @@ def flag_of(cls: type, name: str) -> Flag:
     plain = {int: "N", float: "X"}.get(kind) if not found.choices else None
     more: dict[str, Any] = {"default": None, "metavar": found.metavar or plain, "help": found.help + _otherwise(f)}
     if f.default is MISSING and f.default_factory is MISSING:
-        more["required"] = True
+        more |= {"required": True}
+        del more["default"]
     if found.metavar == "FORMAT":
         more["shell_complete"] = formats
     if kind is bool:
