@@ -193,7 +193,7 @@ def test_damaged_files_are_named_with_what_is_wrong(tmp_path: Path) -> None:
     data = (tmp_path / "one.safetensors").read_bytes()
     (tmp_path / "one.safetensors").write_bytes(data[:-2])
     status, text = inspect(tmp_path / "one.safetensors")
-    assert status == 1 and "a safetensors file, damaged" in text and "outside the file" in text
+    assert status == 1 and "a safetensors file, damaged" in text and "outside the file" in text and "error:" in text
 
 
 def test_a_part_of_a_checkpoint_and_a_parent_of_some(tiny_hf, tmp_path: Path) -> None:

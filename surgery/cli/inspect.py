@@ -66,15 +66,16 @@ def inspect_command(path: str, as_json: bool, **flags: Any) -> None:
 
 
 def _answer(answer: Any, flags: dict[str, Any], as_json: bool) -> None:
-    from surgery.errors import UsageError
+    from surgery.errors import FileError, UsageError
 
     if flags["scan"]:
         raise UsageError(f"--scan needs a checkpoint, and this is {answer.what}", hint="; ".join(answer.next) or None)
     if as_json:
         click.echo(json.dumps(answer.to_json(flags["tensors"]), indent=2))
-    else:
-        _show(answer, flags)
-    sys.exit(1 if answer.problem else 0)
+        sys.exit(1 if answer.problem else 0)
+    _show(answer, flags)
+    if answer.problem:
+        raise FileError(answer.problem)
 
 
 def _show(answer: Any, flags: dict[str, Any]) -> None:

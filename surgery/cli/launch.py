@@ -68,7 +68,7 @@ def launch_command(words: tuple[str, ...], as_json: bool, **flags: Any) -> None:
         return _status(words[1:], flags, as_json)
     scheduler = scheduler_of(flags["scheduler"], site)
     if flags["show_template"]:
-        return click.echo(template_of(scheduler, site), nl=False)
+        return say(template_of(scheduler, site), nl=False)
     if flags["selftest"]:
         return _selftest(scheduler, site, Path(flags["folder"] or SELFTEST), as_json)
     if len(words) != 1:

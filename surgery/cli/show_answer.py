@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.text import Text
 
 from surgery.cli.console import Rows, console
-from surgery.errors import LONGEST, printable, some
+from surgery.errors import some
 from surgery.formats.names import collapsed
 from surgery.recognising import Answer
 from surgery.recognising.contents import Contents
@@ -31,8 +31,6 @@ def answer(found: Answer, *, tensors: bool = False, pickles: bool = False) -> No
     if held and tensors:
         for name, (dtype, shape) in held.tensors.items():
             out.print(Text(f"  {some([name]):60s} {dtype:9s} {list(shape)}"))
-    if found.problem:
-        out.print(Text(f"  cannot be read: {printable(found.problem, LONGEST)}", style="red"))
     for step in found.next:
         out.print(Text(f"  next: {step}", style="green"))
 
