@@ -17,7 +17,7 @@ from surgery.data.files.idx import IndexedWriter, read_index
 from surgery.data.files.npy import open_npz
 from surgery.data.rows import IGNORE
 from surgery.data.trainers import megatron_order
-from surgery.data.trainers.megatron_batches import Dataset, MegatronBatches
+from surgery.data.trainers.megatron_batches import Dataset, MegatronBatches, distinct_names
 from surgery.data.trainers.megatron_order import blend, exhaustive_blend, sample_order, split_documents
 from surgery.data.trainers.megatron_run import open_megatron
 from surgery.errors import ConfigError, FileError, UsageError
@@ -213,6 +213,7 @@ def test_settings_of_megatron_that_cannot_be(tmp_path):
     good = {"data": str(MEGATRON / "multi"), "sequence_length": 24, "rows_per_step": 1, "split": "1,0,0"}
     for change, message in (
         ({"isolate": True}, "need eod_id"),
+        ({"split": "1,0,0", "part": "test"}, r"multi\.idx: 0 documents of 0 tokens"),
         ({"samples": 10**30}, "more than any memory holds"),
         ({"seed": -1}, "greater than or equal to 0"),
         ({"data": [0, "a", 1, "b"]}, "neither prefixes nor weights"),
@@ -263,6 +264,16 @@ def test_a_damaged_cache_never_gives_other_tokens(tmp_path):
             refused += 1
         path.write_bytes(before)
     assert refused > 60
+
+
+def test_datasets_are_named_so_that_they_can_be_told_apart():
+    for paths, names in (
+        (["tok/web.idx", "tok/math.idx"], ("web", "math")),
+        (["tok/web/tokens.idx", "tok/math/tokens.idx"], ("web/tokens", "math/tokens")),
+        (["a/web/tokens.idx", "b/web/tokens.idx", "b/math.idx"], ("a/web/tokens", "b/web/tokens", "b/math")),
+        (["web/tokens.idx", "web/tokens.idx"], ("tokens", "tokens")),
+    ):
+        assert distinct_names([Path(path) for path in paths]) == names
 
 
 def test_a_blend_that_takes_more_than_there_is_is_an_error():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -84,7 +85,7 @@ class MegatronBatches:
         """Raises ConfigError if a blend takes more samples of a dataset than it has."""
         self.datasets, self.rows_per_step, self.special = tuple(datasets), rows_per_step, special
         self.sequence_length = datasets[0].length
-        self.sources = tuple(d.index.path.stem for d in datasets)
+        self.sources = distinct_names([d.index.path for d in datasets])
         if blended is not None:
             _check_blend(blended, self.datasets)
         self._order = blended or (np.zeros(len(datasets[0]), np.int16), np.arange(len(datasets[0])))
@@ -115,6 +116,16 @@ class MegatronBatches:
     def passages(self, source: int, instance: int) -> list[Passage]:
         """Where the tokens of a sample lie, the extra one included."""
         return self.datasets[source].pieces(instance)
+
+
+def distinct_names(paths: Sequence[Path]) -> tuple[str, ...]:
+    """As much of each path, from its end, as tells it from the others: web/tokens, math/tokens."""
+    parts, names = [path.with_suffix("").parts for path in paths], tuple[str, ...]()
+    for count in range(1, max(map(len, parts)) + 1):
+        names = tuple("/".join(of_one[-count:]) for of_one in parts)
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def _check_blend(blended: tuple[Array, Array], datasets: Sequence[Dataset]) -> None:

@@ -134,5 +134,9 @@ def _prefixes(data: Sequence[str | float]) -> tuple[list[str], list[float]]:
 def _dataset(index: Index, samples: int | None, run: Settings) -> Dataset:
     documents = split_documents(run.split, len(index.lengths))[SPLITS.index(run.part)]
     extra, whole = run.add_extra_token_to_sequence, run.part != "valid" or run.drop_last_partial_validation_sequence
-    order = sample_order(index.lengths, documents, samples, run.sequence_length, run.seed, extra=extra, drop_last=whole)
-    return Dataset(index, order, run.sequence_length, int(extra))
+    length, seed = run.sequence_length, run.seed
+    try:
+        order = sample_order(index.lengths, documents, samples, length, seed, extra=extra, drop_last=whole)
+    except ConfigError as error:
+        raise ConfigError(error.what, file=index.path, hint=error.hint) from None
+    return Dataset(index, order, length, int(extra))
