@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -107,7 +106,10 @@ def _stop(running: Iterable[_Worker]) -> None:
 
 
 def in_ray(task: Task, todo: Iterable[Shard], dst: Path, progress: Progress) -> None:
-    """A task of a Ray cluster for each share: that of RAY_ADDRESS, else one on this machine.  Raises what they met."""
+    """A task of a Ray cluster for each share: that of RAY_ADDRESS, else one on this machine.
+
+    `progress` is not told: what the workers do is seen when all is put together.  Raises SurgeryError.
+    """
     try:
         import ray
     except ImportError:
@@ -133,8 +135,6 @@ def in_ray(task: Task, todo: Iterable[Shard], dst: Path, progress: Progress) -> 
             continue
         if said is not None:
             raise SurgeryError(said)
-        with suppress(OSError):
-            progress(0)
 
 
 def _answer(task: Task, shard: Shard) -> str | None:
