@@ -70,12 +70,12 @@ class Trainer(Strict):
     """trainer.json: all of a run's state that is no tensor, and what it belongs to.
 
     state      by entry of the loop's state: progress, spikes ...
-    data       `step` that comes next (from 0), `rows` seen, and the `fingerprint` of where rows come from
+    data       `step` that comes next (from 0), `tokens` before it, and the `fingerprint` of where rows come from
     schedule   how learning rates follow from its `peak` and the other numbers
     choices    what `auto` came to: precision, experts, compile
     world      processes, and how the model was divided among them
     run        the settings, with every default                          spec       what the model is
-    lineage    `model`: digest of the weights that the run began with, `saved`: its checkpoint before this one
+    lineage    `model`: digest of the weights that the run began with, `source`: where they were
     """
 
     format: str

@@ -117,6 +117,7 @@ def trained(
             told.end("stopped" if stopped else "failed", progress.step, str(error).partition("\n")[0])
         raise
     told.end("finished", progress.step)
+    parallel.leave(job.world)
     return Done(folder, progress.step, progress.tokens, state["spikes"].skipped, told.loss, told.meter.seconds,
                 tuple(told.exports))  # fmt: skip
 

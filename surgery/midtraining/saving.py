@@ -43,7 +43,6 @@ class Saver:
     def __init__(self, folder: Path, world: World, wanted: Checkpoint, group: Any = None) -> None:
         self.folder, self.world, self.wanted, self.group = folder, world, wanted, group
         self.error: SurgeryError | None = None
-        self.done: int | None = None  # the step of the last checkpoint
         self._thread: threading.Thread | None = None
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], trainer: Mapping[str, Any]) -> None:
@@ -74,7 +73,6 @@ class Saver:
             write_checkpoint(self.folder, self.world, step, boxes, trainer, self.group)
             if self.world.main:
                 prune(self.folder, self.wanted)
-            self.done = step
         except SurgeryError as error:
             self.error = error
         except OSError as error:

@@ -392,7 +392,7 @@ class Run(Section):
     data: Data
     """What it is trained on."""
     output: str
-    """The folder of the run; it must not hold another one.  Processes on several machines must see the same."""
+    """The folder of the run, which goes on if it lies there.  Processes on several machines must see the same one."""
     attention: Annotated[Attention, BeforeValidator(lambda v: {"kind": v} if isinstance(v, str) else v)] = Attention()
     """Which earlier tokens each head sees."""
     init: Init = Init()
