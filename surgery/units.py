@@ -36,7 +36,7 @@ def parse_count(text: str) -> int:
         scale = 10 ** int(match[3]) if match[3] else units[match[4]]
         number, rest = divmod(int(match[1] + (match[2] or "")) * scale, 10 ** len(match[2] or ""))
     if number < 1 or rest:
-        raise UsageError(f"{text[:40]!r} is no whole number", hint="write for example 4096, 500M or 50e9")
+        raise UsageError(f"{text[:40]!r} is no whole number from 1 on", hint="write for example 4096, 500M or 50e9")
     return number
 
 
