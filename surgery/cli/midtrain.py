@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
 
 
+FOREIGN = ("olmo", "neox", "megatron")  # whose configs --from-... reads
+
+
 @click.command("midtrain", cls=Command)
 @click.argument("run", metavar="RUN.yaml", type=click.Path(), required=False)
 @click.argument("more", metavar="", nargs=-1)
@@ -48,6 +51,10 @@ if TYPE_CHECKING:
     help="Print the run as a YAML with every key, its value, its meaning, and who set it; "
     "without RUN.yaml all defaults.",
 )
+@click.option("--from-olmo", type=click.Path(), metavar="YAML", help="Make RUN.yaml of OLMo's config: what can be said "
+              "is said, the rest is named.")  # fmt: skip
+@click.option("--from-neox", type=click.Path(), metavar="YAML", help="The same of GPT-NeoX' config.")
+@click.option("--from-megatron", type=click.Path(), metavar="FILE", help="The same of Megatron's arguments in a file.")
 @click.option("--sweep", "grid", multiple=True, metavar="KEY=V,V...", help="Try these values for a few steps each, in "
               "all combinations, and compare speed, memory and loss; more KEY=V,V may follow.")  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of each trial of --sweep.")
@@ -71,6 +78,7 @@ def midtrain_command(
     \b
     surgery midtrain --explain                       every key, its default, and what it means
     surgery midtrain run.yaml --dry-run              what would it be? one step is measured
+    surgery midtrain run.yaml --from-olmo config.yaml
     surgery midtrain run.yaml --sweep micro_batch=2,4,8 compile=true,false --steps 20
     surgery midtrain run.yaml                        tests itself, trains, exports; again: goes on where it was stopped
     surgery midtrain run.yaml --nproc 2              in two processes, or on two GPUs
@@ -85,6 +93,10 @@ def midtrain_command(
         from surgery.midtraining.settings import Run
 
         click.echo(json.dumps(Run.model_json_schema(), indent=2))
+        return
+    theirs = {name: path for name in FOREIGN if (path := spread.pop(f"from_{name}"))}
+    if theirs:
+        _translate(theirs, run)
         return
     from surgery.midtraining.run_file import default_run, read_run
 
@@ -103,6 +115,26 @@ def midtrain_command(
         _foretell(Call(str(run), sets, as_json), wanted, nproc=spread["nproc"] or 1, nnodes=spread["nnodes"] or 1)
     else:
         _train_all(Call(str(run), sets, as_json), wanted, **spread)
+
+
+def _translate(theirs: Mapping[str, str], run: str | None) -> None:
+    """Write RUN.yaml, or print it where none is named."""
+    from pathlib import Path
+
+    from surgery.errors import UsageError
+    from surgery.midtraining.foreign import read_foreign, write_foreign
+
+    if len(theirs) > 1:
+        raise UsageError("one config at a time")
+    [(trainer, path)] = theirs.items()
+    found = read_foreign(trainer, path)
+    if run is None:
+        say(found.text("data.yaml"))
+        return
+    for place in write_foreign(found, Path(run)):
+        say(f"wrote {place}")
+    if found.left:
+        say(f"not taken over: {', '.join(found.left)}", err=True)
 
 
 def _explain(wanted: Any, origins: Mapping[str, str], as_json: bool) -> None:

@@ -21,7 +21,7 @@ _SCALAR_LIMIT = 1 << 16
 _NUMBER_LIMIT = 64
 PLAIN = "tag:yaml.org,2002:"
 _KNOWN_TAGS = {PLAIN + name for name in ("null", "bool", "int", "float", "str", "seq", "map")}
-FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")  # YAML 1.1 wants "1.0e-05"
+FLOAT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")  # YAML 1.1 wants "1.0e-05"
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
