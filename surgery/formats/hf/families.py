@@ -37,6 +37,7 @@ class Family:
     head_dim: bool = False  # the config may say how wide a head is
     rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     fraction: float = 1.0
+    partial: bool = False  # part of a head may turn; in all other families the key for it is ignored
     learned: bool = False  # learned positions instead of rotary embeddings
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # usual key -> this family's own
     sparse: str = ""  # how the config lists the layers with experts: steps | first | range; "": all have them
@@ -155,7 +156,8 @@ FAMILIES: Mapping[str, Family] = {
                _absent(rms_norm_eps=1e-5, max_position_embeddings=131072, num_key_value_heads=8, num_experts_per_tok=8,
                        moe_intermediate_size=1408, n_routed_experts=128, norm_topk_prob=True,
                        routed_scaling_factor=1.0, attention_bias=False, intermediate_size=10944),
-               {"router_score": "sigmoid", "router_bias": True}, bias=("qkv_bias",), head_dim=True, fraction=0.5,
+               {"router_score": "sigmoid", "router_bias": True}, bias=("qkv_bias",), head_dim=True,
+               fraction=0.5, partial=True,
                sparse="first", shared=("n_shared_experts", 1), switches=("use_qk_norm",),
                fixed={"n_group": (1, 1), "topk_group": (1, 1)},
                rows=rows.LLAMA_LIKE + rows.GLM4_MOE, spellings=(rows.EXPERTS,)),
@@ -197,7 +199,7 @@ FAMILIES: Mapping[str, Family] = {
                _absent(layer_norm_eps=1e-5, max_position_embeddings=2048, attention_bias=True, hidden_act="gelu",
                        use_parallel_residual=True),
                {"norm": "layer", "glu": False, "mlp_bias": True},
-               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25, all_heads=True,
+               rope_keys=("rotary_emb_base", "rotary_pct"), fraction=0.25, partial=True, all_heads=True,
                rows=rows.GPT_NEOX, spellings=(rows.GPT_NEOX_HEAD,)),
         Family("gpt2", "GPT2LMHeadModel",
                {**_SIZES, "intermediate_size": "ffn", "rms_norm_eps": "norm_eps"},

@@ -37,7 +37,7 @@ def read_rope(family: Family, keys: Keys, windowed: bool) -> tuple[Rope | None, 
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise ConfigError("rope_scaling is no mapping", file=keys.file)
     names = (base_key, fraction_key, ORIGINAL)
-    top = {k: config[k] for k in names if config.get(k) is not None}
+    top = {k: v for k in names if (v := config.get(k, family.absent.get(k) if k == ORIGINAL else None)) is not None}
     nested = "full_attention" in parameters or "sliding_attention" in parameters
     if family.window == "types":
         # transformers gives a flat dictionary of this family no effect at all
@@ -81,7 +81,7 @@ def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
     for name, value in (("rope base", base), ("rotary fraction", fraction)):
         if type(value) not in (int, float) or not 0 < value < 1e15:  # type: ignore[operator]
             raise ConfigError(f"{name} is {show(value)}", file=keys.file)
-    if fraction != 1 and family.fraction == 1:
+    if fraction != 1 and not family.partial:
         raise ConfigError(f"{fraction_key} is {show(fraction)}, but transformers turns all of a head in a "
                           f"{family.model_type}: programs differ in what this model is", file=keys.file)  # fmt: skip
     if kind not in (family.ropes or TYPES):
@@ -134,6 +134,8 @@ def _classic(family: Family, rope: Rope) -> Json:
         config[fraction_key] = rope.fraction
     if rope.scaling:
         config["rope_scaling"] = {k: v for k, v in _parameters(rope).items() if k != "rope_theta"}
+        if ORIGINAL in family.absent and ORIGINAL in rope.scaling:  # there it counts outside
+            config[ORIGINAL] = rope.scaling[ORIGINAL]
     return config
 
 

@@ -34,6 +34,14 @@ VERBS = tuple(
     sample save seed skip start_ test_ train_ use_tokenizer use_torch_ valid
     """.split()
 )
+# arguments of ms-swift, which trains with Megatron: what is tuned and how, not what the model is
+SWIFT = frozenset(
+    """
+    architectures beta freeze_aligner freeze_llm freeze_parameters freeze_vit label_smoothing lora_alpha lora_bias
+    lora_dropout lora_dtype lora_rank max_epochs modules_to_save padding_free packing ref_load rlhf_type target_modules
+    task_type torch_dtype trainable_parameters train_type tuner_type use_rslora
+    """.split()
+)
 FUNCTION = re.compile("softcap|soft_cap|logit|rope|rotary|scal|multiplier|residual|window|attn|attention|norm|gate|"
                       "act_|activation|position|embed|router|moe|bias|temperature")  # fmt: skip
 WORDS = frozenset(
@@ -97,6 +105,6 @@ WORDS = frozenset(
 
 def is_inert(name: str, checked: Collection[str]) -> bool:
     """Whether an argument may have any value; `checked` were looked at by name."""
-    if name in WORDS or name in checked or name.startswith(SUBSYSTEMS):
+    if name in WORDS or name in SWIFT or name in checked or name.startswith(SUBSYSTEMS):
         return True
     return name.startswith(VERBS) and not FUNCTION.search(name)

@@ -20,7 +20,8 @@ from surgery.model.spec import Rope, Spec
 
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _INERT = ("max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_args", "model_parallel_size",
-          "multiple_of", "ffn_dim_multiplier", "rope_scaling_factor", "rope_high_freq_factor")  # fmt: skip
+          "multiple_of", "ffn_dim_multiplier", "hidden_dim", "rope_scaling_factor",
+          "rope_high_freq_factor")  # fmt: skip
 _ABSENT = {"n_kv_heads": None, "head_dim": None, "vocab_size": None, "rope_theta": None, "use_scaled_rope": False,
            "rope_scaling_factor": None, "rope_high_freq_factor": None}  # fmt: skip
 
@@ -125,6 +126,8 @@ def ffn_width(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 def _check_ffn(params: Mapping[str, object], dim: int, width: int) -> list[str]:
     multiple, multiplier = params.get("multiple_of", 256), params.get("ffn_dim_multiplier")
+    if (stated := params.get("hidden_dim")) is not None:  # so Mistral's releases say it
+        return [] if stated == width else [f"hidden_dim is {show(stated)}, the tensors have {width}: taken from these"]
     if type(multiple) is not int or multiple < 1 or type(multiplier) not in (int, float, type(None)):
         return ["multiple_of or ffn_dim_multiplier make no sense; the ffn width is taken from the tensors"]
     said = ffn_width(dim, multiple, multiplier)  # type: ignore[arg-type]
