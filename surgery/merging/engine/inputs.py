@@ -138,9 +138,15 @@ class Inputs:
         if span == 0 or not self.shape:
             step = size or self.chunk
             starts = range(0, self.numel, step)
-            return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts))
+            need = self._need(min(step, self.numel))
+            return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts), need)
         boxes = list(spanned(whole(self.shape), span, self.chunk))
-        return self.engine.map(lambda box: fn(self.block(box, Again.YES)), boxes)
+        need = self._need(max((math.prod(lengths(box)) for box in boxes), default=0))
+        return self.engine.map(lambda box: fn(self.block(box, Again.YES)), boxes, need)
+
+    def _need(self, numel: int) -> int:
+        """Bytes that work on so many elements takes: the sources as stored and widened, and as much again."""
+        return numel * (len(self.sources) * (2 + 2 * ITEMSIZE[self.work]) + 2 * ITEMSIZE[self.work])
 
     def all(self) -> Block:
         """The whole tensor, in its own shape."""

@@ -51,13 +51,23 @@ class Engine:
         """As it was made: another process has threads, memory and loops of its own."""
         return _engine, (self.threads, self.memory, self.loops is not None)
 
-    def map(self, fn: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """`fn` of every item, in their order; in this thread if it is one of the pool's."""
-        if self.threads == 1 or len(items) < 2 or threading.current_thread().name.startswith(NAME):
+    def map(self, fn: Callable[[Any], T], items: Sequence[Any], need: int = 0) -> list[T]:
+        """`fn` of every item, in their order; in this thread if it is one of the pool's.
+
+        `need` is how many bytes one call takes: only so many run at once as fit into half of the memory.
+        """
+        at_once = min(self.threads, max(1, self.memory // 2 // need)) if need else self.threads
+        if at_once == 1 or len(items) < 2 or threading.current_thread().name.startswith(NAME):
             return [fn(item) for item in items]
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.threads, NAME, initializer=alone)
-        return list(self._pool.map(fn, items))
+        gate = threading.Semaphore(at_once)
+
+        def guarded(item: Any) -> T:
+            with gate:
+                return fn(item)
+
+        return list(self._pool.map(guarded, items))
 
     def known(self, key: object, make: Callable[[], Knowledge]) -> Knowledge:
         """`make()`, remembered: all small results, and the last large ones."""

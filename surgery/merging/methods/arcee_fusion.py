@@ -8,6 +8,7 @@ random million of elements; here they are exact, so that the result is the same 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from surgery.merging.engine.inputs import Block, Inputs
@@ -15,6 +16,9 @@ from surgery.merging.engine.ready import Options, Ready
 
 if TYPE_CHECKING:
     import torch
+
+BINS = 1 << 16
+ROWS = 1 << 14  # elements, in whole rows, whose importance is computed at a time
 
 
 def arcee_fusion(inputs: Inputs, options: Options) -> Ready:
@@ -28,17 +32,16 @@ def arcee_fusion(inputs: Inputs, options: Options) -> Ready:
 
     def apply(block: Block) -> torch.Tensor:
         base, other = block.tensors
-        return base + (other - base) * (_importance(block) >= threshold).float()
+        return base + (other - base) * (_importance(base, other) >= threshold).float()
 
     return Ready(apply, span=1)
 
 
-def _importance(block: Block) -> torch.Tensor:
+def _importance(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """|change| times the Kullback-Leibler divergence of the softmax of its row."""
     import torch
     import torch.nn.functional as F
 
-    base, other = block.tensors
     p, q = F.softmax(other, dim=-1) + 1e-8, F.softmax(base, dim=-1) + 1e-8
     return (other - base).abs() * torch.sum(p * torch.log(p / q), dim=-1, keepdim=True)
 
@@ -48,27 +51,40 @@ def _ordered(inputs: Inputs, ranks: list[int]) -> list[torch.Tensor]:
     import torch
 
     if inputs.single:
-        values = _importance(inputs.all()).reshape(-1)
+        values = _importance(*inputs.all().tensors).reshape(-1)
         return list(torch.sort(values)[0][ranks])
-
-    def counts(low: list[int], width: int) -> list[list[torch.Tensor]]:
-        def count(block: Block) -> list[torch.Tensor]:
-            keys = _keys(_importance(block).reshape(-1))
-            inside = [keys[(keys >= a) & (keys < a + (width << 16))] - a for a in low]
-            return [torch.bincount(k // width, minlength=1 << 16) for k in inside]
-
-        return [[torch.stack(list(c)).sum(0) for c in zip(*inputs.scan(count, span=1), strict=True)]]
-
     low, left, width = [0] * len(ranks), list(ranks), 1 << 16
     for _ in range(2):
-        (tables,) = counts(low, width)
-        for i, table in enumerate(tables):
-            total = table.cumsum(0)
+        tables = _counted(inputs, low, width)
+        for i, start in enumerate(low):
+            total = tables[start].cumsum(0)
             bin_ = int(torch.searchsorted(total, torch.tensor([left[i]]), right=True)[0])
             left[i] -= int(total[bin_ - 1]) if bin_ else 0
             low[i] += bin_ * width
         width = 1
     return [_value(key) for key in low]
+
+
+def _counted(inputs: Inputs, low: list[int], width: int) -> dict[int, torch.Tensor]:
+    """From each of these keys on, how many keys lie in each of 2^16 bins of a width: one table for the whole tensor."""
+    import torch
+
+    tables = {start: torch.zeros(BINS, dtype=torch.int64) for start in low}
+    lock = threading.Lock()
+
+    def count(block: Block) -> None:
+        base, other = (t.reshape(-1, t.shape[-1]) for t in block.tensors)
+        rows = max(1, ROWS // base.shape[-1])
+        for a, b in zip(base.split(rows), other.split(rows), strict=True):
+            keys = _keys(_importance(a, b).reshape(-1))
+            for start, table in tables.items():
+                inside = keys[(keys >= start) & (keys < start + width * BINS)] - start
+                found = torch.bincount(inside // width, minlength=BINS)
+                with lock:
+                    table += found
+
+    inputs.scan(count, span=1)
+    return tables
 
 
 def _keys(values: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from surgery.merging.engine.arithmetic import added
-from surgery.merging.engine.inputs import Block, Inputs
+from surgery.merging.engine.inputs import PIECE, Block, Inputs
 from surgery.merging.engine.ready import Options, Ready
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ def _karcher_span(inputs: Inputs, options: Options) -> Ready:
     """The same iteration in the span of the sources: all it needs are their products with each other, in fp64."""
     import torch
 
-    def products(block: Block) -> torch.Tensor:
+    def products(block: Block) -> list[list[float]]:
         stacked = torch.stack([t.double().reshape(-1) for t in block.tensors])
-        return stacked @ stacked.T
+        return (stacked @ stacked.T).tolist()
 
-    gram = torch.stack(inputs.scan(products)).sum(0)
+    gram = torch.tensor(inputs.scan(products, size=PIECE), dtype=torch.float64).sum(0)
     lengths, tol = gram.diagonal().sqrt(), options["tol"]
     used = lengths > tol
     if not used.any():

@@ -1,0 +1,99 @@
+"""`--max-memory` holds for merges, whatever the method and however large a tensor: measured, not believed.
+
+A process of its own merges two models whose embedding is the one large tensor.  A first merge pays for what the budget
+does not count: imports, and what numba compiles.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+BUDGET = 64 * MIB
+WIDTH = 1024
+MERGES = {
+    "linear": {"weight": 0.5}, "ties": {"weight": 1, "density": 0.5}, "della": {"weight": 1, "density": 0.5},
+    "dare_ties": {"weight": 1, "density": 0.5}, "slerp": {}, "karcher": {}, "sce": {}, "arcee_fusion": {},
+    "nuslerp": {"weight": 1},
+}  # fmt: skip
+SHARED = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.5}}
+BASED = ("ties", "della", "dare_ties", "slerp", "sce", "arcee_fusion")
+SCRIPT = """
+import json, sys, threading, time
+import surgery
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+first, *recipes = json.loads(sys.argv[1])
+out, budget = sys.argv[2], int(sys.argv[3])
+for i, recipe in enumerate(first):
+    surgery.soup(recipe, f"{out}-first-{i}", max_memory=budget, sync=False, threads=2)
+peaks = []
+for i, recipe in enumerate(recipes):
+    start, peak, done = held(), [0], threading.Event()
+    def watch():
+        while not done.wait(0.004):
+            peak[0] = max(peak[0], held())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    surgery.soup(recipe, f"{out}-{i}", max_memory=budget, sync=False, threads=2)
+    done.set()
+    watcher.join()
+    peaks.append(peak[0] - start)
+print(json.dumps(peaks))
+"""
+
+
+def model(folder: Path, rows: int) -> Path:
+    """A Llama of one layer and so many tokens; the weights are holes in the file."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH, "vocab_size": rows,
+              "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+              "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+              "max_position_embeddings": 128, "rope_theta": 10000.0}  # fmt: skip
+    layer = "model.layers.0."
+    shapes = {"model.embed_tokens.weight": (rows, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes |= {f"{layer}{n}_layernorm.weight": (WIDTH,) for n in ("input", "post_attention")}
+    shapes |= {f"{layer}self_attn.{n}_proj.weight": (WIDTH, WIDTH) for n in "qkvo"}
+    shapes |= {f"{layer}mlp.{n}_proj.weight": (256, WIDTH) for n in ("gate", "up")}
+    shapes[f"{layer}mlp.down_proj.weight"] = (WIDTH, 256)
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    return folder
+
+
+def recipe(method: str, a: Path, b: Path) -> dict[str, object]:
+    models = [{"model": str(m), **({"parameters": MERGES[method]} if MERGES[method] else {})} for m in (a, b)]
+    based = {"base_model": str(a)} if method in BASED else {}
+    models = models[1:] if based and method != "slerp" else models
+    more = {"parameters": SHARED[method]} if method in SHARED else {}
+    return {"merge_method": method, "models": models, "dtype": "bfloat16", **based, **more}
+
+
+@pytest.mark.slow
+def test_the_budget_holds_at_two_sizes(tmp_path: Path) -> None:
+    sizes = {rows: [model(tmp_path / f"{rows}-{x}", rows) for x in "ab"] for rows in (2048, 12000, 30000)}
+    jobs = [(method, rows) for method in MERGES for rows in (12000, 30000)]
+    recipes = [[recipe(m, *sizes[2048]) for m in MERGES], *(recipe(m, *sizes[rows]) for m, rows in jobs)]
+    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(recipes), str(tmp_path / "out"), str(BUDGET)],
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    peaks = dict(zip(jobs, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    over = {f"{m} of {rows} rows": f"{peak / MIB:.0f} MiB" for (m, rows), peak in peaks.items() if peak > BUDGET}
+    assert not over, {f"{m} {rows}": peak >> 20 for (m, rows), peak in peaks.items()}
