@@ -224,6 +224,7 @@ def corpus(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # seventeen commands, each of which imports torch: a minute where nothing else runs
 def test_midtraining_runs_as_written(tmp_path: Path) -> None:
     """A few steps each: whatever is learnt, the mixture of experts begins where the base ended."""
     sets = ["--set", f"corpus={corpus(tmp_path / 'corpus')}", "--set", "length=32"]
