@@ -248,7 +248,7 @@ def test_a_damaged_cache_never_gives_other_tokens(tmp_path):
     [described] = (tmp_path / "run").glob("*BlendedDataset-train-description.txt")
     rng, refused = np.random.default_rng(0), 0
     indices = sorted((tmp_path / "run").glob("*.npy"))
-    for case in range(120):
+    for case in range(56):
         path = indices[case % len(indices)]
         before = path.read_bytes()
         array = np.load(path)
@@ -263,7 +263,7 @@ def test_a_damaged_cache_never_gives_other_tokens(tmp_path):
         except (FileError, ConfigError):
             refused += 1
         path.write_bytes(before)
-    assert refused > 60
+    assert refused > 28
 
 
 def test_datasets_are_named_so_that_they_can_be_told_apart():

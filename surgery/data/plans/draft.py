@@ -8,7 +8,7 @@ for source in draft.sources:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,9 @@ from surgery.data.plans.plan_sources import (
     open_entries,
     stored_size,
 )
-from surgery.data.plans.text_cache import load_tokenizer, tokenized
+from surgery.data.plans.text_cache import Begin, load_tokenizer, tokenized
 
 FULL = 0.9  # of an instance; more padding than that is told
-Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
 
 
 @dataclass(frozen=True, eq=False)

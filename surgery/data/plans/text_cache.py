@@ -28,7 +28,7 @@ from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import ConfigError, some
 
 BLOCK = 1 << 20
-Begin = Callable[[str, int | None], Callable[[int], None]]
+Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
 
 
 def load_tokenizer(mixture: Mixture, root: Path) -> Vocabulary | None:
