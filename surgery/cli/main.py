@@ -143,7 +143,8 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
     if logits:
         from surgery.verification.logits import compare_logits
 
-        run = compare_logits(a, b, options=given, max_memory=memory)
+        tell = None if as_json else lambda line: say(line, err=True)
+        run = compare_logits(a, b, options=given, max_memory=memory, tell=tell)
     answer = Verified(result, run)
     if as_json:
         click.echo(json.dumps(answer.to_json(), indent=2))

@@ -23,6 +23,7 @@ from surgery.formats.registry import lenient, open_checkpoint
 from surgery.running import whole as running
 from surgery.running.loading import check_memory, load
 from surgery.tensors.files import check_unchanged
+from surgery.units import human
 from surgery.verification.causes import Search
 from surgery.verification.report import TOLERANCE, Gap, LogitReport, Tell
 from surgery.writing.scratch import scratch
@@ -55,6 +56,8 @@ def compare_logits(
             folder = _runnable(checkpoint, options, temporary / name, max_memory)
             sides.append((checkpoint, folder))
         (a, folder_a), (b, folder_b) = sides
+        need = 4 * max(a.spec.parameters(), b.spec.parameters())
+        say(f"running one after the other, which takes {human(need)} of memory, whatever --max-memory says")
         known = min(c.spec.true_vocab or c.spec.vocab for c in (a, b))
         tokens = running.fixed_tokens(known)
         say("running A")
