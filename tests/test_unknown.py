@@ -117,6 +117,12 @@ def test_megatrons_arguments(name, value):
     assert [note.name for note in notes if isinstance(note, Unknown)] == [f"args.{name}"]
 
 
+@pytest.mark.parametrize("multiplier", [1e308, -1.0, 0, [1]])
+def test_a_multiplier_that_makes_no_sense_is_named(multiplier, tmp_path):
+    notes = open_checkpoint(meta(tmp_path / "source", ffn_dim_multiplier=multiplier)).notes
+    assert any("ffn_dim_multiplier" in note and "make no sense" in note for note in notes)
+
+
 def test_arguments_about_a_run_say_nothing():
     for name in ("wandb_project", "log_interval", "save_retain_interval", "data_cache_path", "reset_attention_mask"):
         assert is_inert(name, ())

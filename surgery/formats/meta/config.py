@@ -128,7 +128,8 @@ def _check_ffn(params: Mapping[str, object], dim: int, width: int) -> list[str]:
     multiple, multiplier = params.get("multiple_of", 256), params.get("ffn_dim_multiplier")
     if (stated := params.get("hidden_dim")) is not None:  # so Mistral's releases say it
         return [] if stated == width else [f"hidden_dim is {show(stated)}, the tensors have {width}: taken from these"]
-    if type(multiple) is not int or multiple < 1 or type(multiplier) not in (int, float, type(None)):
+    numbers = type(multiple) is int and multiple > 0 and type(multiplier) in (int, float, type(None))
+    if not numbers or not 0 < (1 if multiplier is None else multiplier) < 1e6:  # type: ignore[operator]
         return ["multiple_of or ffn_dim_multiplier make no sense; the ffn width is taken from the tensors"]
     said = ffn_width(dim, multiple, multiplier)  # type: ignore[arg-type]
     if said == width:
