@@ -28,6 +28,8 @@ from surgery.midtraining.run_file import make_run
 from surgery.midtraining.run_folder import claimed, read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
 from surgery.midtraining.settings import Average
+from surgery.midtraining.stopping import Requeue
+from surgery.writing.interrupt import Interrupted
 from tests import tiny
 from tests.test_midtrain_loop import STEPS, record, settings
 
@@ -287,3 +289,19 @@ def test_the_command_ends_with_75_and_goes_on(place, monkeypatch):
     again = CliRunner().invoke(main, ["midtrain", str(place / "run.yaml")])
     assert again.exit_code == 0, again.output
     assert "checkpoints/step000000005" in again.output
+
+
+def test_a_signal_in_the_last_export_is_made_up_for(place, monkeypatch):
+    def cut(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted(signal.SIGTERM, place)
+
+    shutil.rmtree(checkpoint(place, 20))
+    monkeypatch.setattr(after_step, "export", cut)
+    for _ in range(2):  # in the last step, and when the run is called again
+        with pytest.raises(Requeue):
+            go_on(place, export=[{"to": "hf"}])
+        assert read_folder(place / "out").status == "stopped" and checkpoint(place, 20).is_dir()
+    monkeypatch.undo()
+    go_on(place, export=[{"to": "hf"}])
+    assert read_folder(place / "out").status == "finished"
+    assert (place / "out" / "export" / "step000000020-hf" / "model.safetensors").is_file()

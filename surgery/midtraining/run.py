@@ -108,6 +108,8 @@ def trained(
         train(job, state, told, [First(job, told, results), *readings, average, evaluations, exports,
                                  Saves(told, saver, came)])  # fmt: skip
         saver.wait()
+        if signum := parallel.highest(job.world, max(came, default=0)):  # in the last step, perhaps while it exported
+            raise Requeue(signum, folder)
     except BaseException as error:
         stopped = isinstance(error, (Requeue, KeyboardInterrupt))
         with suppress(SurgeryError, OSError):  # what ended the run is what is told, also where the disk is full
