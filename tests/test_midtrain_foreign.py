@@ -54,8 +54,7 @@ def weights(path: Path) -> dict[str, float | None]:
 def test_olmo(tmp_path):
     (tmp_path / "config.yaml").write_text(OLMO)
     found = read_foreign("olmo", tmp_path / "config.yaml")
-    assert set(found.left) == {"optimizer.name", "optimizer.decay_embeddings", "optimizer.metrics_log_interval",
-                               "reset_trainer_state"}  # fmt: skip
+    assert set(found.left) == {"optimizer.decay_embeddings", "optimizer.metrics_log_interval"}
     write_foreign(found, tmp_path / "run.yaml")
     run, _ = read_run(tmp_path / "run.yaml")
     train = run.train
@@ -96,6 +95,9 @@ def test_megatron(tmp_path):
 def test_what_is_not_understood(tmp_path):
     with pytest.raises(ConfigError, match=r"scheduler.name is 'cosine_linear_envelope'"):
         translated("olmo", {"scheduler.name": "cosine_linear_envelope"})
+    assert "reset_trainer_state" in translated("olmo", {"reset_trainer_state": False}).left
+    with pytest.raises(ConfigError, match=r"optimizer.name is 'lionw'"):
+        translated("olmo", {"optimizer.name": "lionw"})
     text = translated("olmo", {"max_grad_norm": 0.5, "new_key": [1]}).text("data.yaml")
     assert "# not taken over: new_key: [1]" in text and "# still to be said: model" in text
     Path(tmp_path / "empty").write_text("torchrun x.py")

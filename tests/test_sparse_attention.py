@@ -22,12 +22,15 @@ from surgery.errors import ConfigError
 from surgery.formats.hf.hub import modeling_sparse_attention as modeling
 from surgery.formats.hf.hub.sparse_patterns import KINDS, mask, pattern_of
 from surgery.formats.registry import open_checkpoint
+from surgery.midtraining.attention import said_of
 from surgery.midtraining.export import export
 from surgery.midtraining.loop import fresh_state, prepare, train
 from surgery.midtraining.masks.figures import figures
 from surgery.midtraining.run_file import make_run
 from surgery.midtraining.selftests import self_test
 from surgery.midtraining.settings import Attention
+from surgery.model.sparse import Sparse
+from surgery.model.spec import Spec
 from tests import tiny
 from tests.test_midtrain_loop import LENGTH, Kept, record, settings
 
@@ -225,6 +228,16 @@ def test_a_folder_is_read_converted_and_trained_on_as_what_it_is(trained, tmp_pa
         export(job, to_meta, tmp_path / "meta")
     export(job, to_meta.model_copy(update={"attention": "full"}), tmp_path / "meta")
     assert open_checkpoint(tmp_path / "meta").spec.sparse is None
+
+
+def test_what_is_said_of_long_rows_is_counted_on_some_of_them():
+    spec = Spec("llama", layers=1, width=8, vocab=9, kv_heads=4, group=4, head_dim=4, ffn=12)
+    short, long = (said_of(spec.replace(sparse=Sparse("exclusive_bands", n, {})), n)[0] for n in (512, 8192))
+    seen = mask(pattern_of("exclusive_bands", 512, 16), 512)
+    assert f"{int((~seen.any(-1)).sum()):,} of {16 * 512:,} queries" in short and "about" not in short
+    found = re.search(r"about ([\d.]+)% .* about ([\d,]+) of ([\d,]+) queries", long)
+    assert abs(float(found[1]) - 6.25) < 0.1
+    assert abs(int(found[2].replace(",", "")) / int(found[3].replace(",", "")) - 0.469) < 0.005
 
 
 def test_what_is_not_known_is_refused(tmp_path):

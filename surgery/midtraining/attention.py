@@ -17,13 +17,14 @@ from torch import Tensor
 
 from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
-from surgery.formats.hf.hub.sparse_patterns import KINDS, mask, pattern_of
+from surgery.formats.hf.hub.sparse_patterns import KINDS, pattern_of
 from surgery.formats.hf.sparse import sparse_of
 from surgery.midtraining.precision import Precision
 from surgery.midtraining.settings import Run
 from surgery.model.spec import Spec
 
 FP32 = "surgery_sdpa_fp32"
+QUERIES = 512  # of a row that are looked at, evenly chosen where it has more
 
 
 def attending(run: Run, source: Checkpoint, length: int) -> tuple[Checkpoint, list[str]]:
@@ -51,12 +52,17 @@ def said_of(spec: Spec, length: int) -> list[str]:
     if spec.sparse is None:
         return []
     kind = KINDS[spec.sparse.kind]
-    seen = mask(pattern_of(spec.sparse.kind, spec.sparse.reference_len, spec.heads, spec.sparse.numbers), length)
-    blind, rows = int((~seen.any(-1)).sum()), spec.heads * length
-    share = int(seen.sum()) / (spec.heads * length * (length + 1) // 2)
+    pattern = pattern_of(spec.sparse.kind, spec.sparse.reference_len, spec.heads, spec.sparse.numbers)
+    queries = torch.arange(length) if length <= QUERIES else torch.linspace(0, length - 1, QUERIES).long()
+    seen = pattern.sees(torch.arange(spec.heads)[:, None, None], queries[:, None], torch.arange(length))
+    seen = seen.expand(spec.heads, -1, -1)
+    rows = spec.heads * length
+    blind = round(float((~seen.any(-1)).float().mean()) * rows)
+    share = float(seen.sum()) / (spec.heads * float((queries + 1).sum()))
+    about = "about " if length > QUERIES else ""
     inferred = "; no source of it was found, its definition is inferred" if kind.inferred else ""
-    return [f"attention: {spec.sparse}: {share:.1%} of what full attention sees in a row of {length:,} tokens; "
-            f"{blind:,} of {rows:,} queries of all heads see nothing and give zeros{inferred}"]  # fmt: skip
+    return [f"attention: {spec.sparse}: {about}{share:.1%} of what full attention sees in a row of {length:,} tokens; "
+            f"{about}{blind:,} of {rows:,} queries of all heads see nothing and give zeros{inferred}"]  # fmt: skip
 
 
 def attention_for(wanted: str, device: str, precision: Precision) -> str:

@@ -72,6 +72,8 @@ def translated(trainer: str, given: Mapping[str, Any]) -> Translated:
                 said |= {rule: value} if isinstance(rule, str) else rule(value)
             except (ValueError, TypeError, KeyError) as error:
                 raise ConfigError(f"{key} is {value!r}, which is not understood ({error})") from None
+    if said.get("_trainer") is False:
+        left["reset_trainer_state"] = "false: a run's schedule and data begin anew here"
     mixture = _mixture(said)
     run: dict[str, Any] = {}
     for key, value in _together(said).items():
@@ -161,6 +163,8 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "save_folder": "output",
         "seed": "train.seed",
         "data.seed": lambda v: {},
+        "reset_trainer_state": _when({}, {"_trainer": False}),
+        "optimizer.name": lambda v: {"train.optimizer.name": {"adamw": "adamw"}[v]},
         "optimizer.learning_rate": _second("train.schedule.start_lr"),
         "optimizer.weight_decay": _second("train.optimizer.weight_decay"),
         "optimizer.betas": _betas,

@@ -49,8 +49,7 @@ def _has_window(config: Any) -> bool:
 def places(seen: Tensor) -> tuple[Tensor, Tensor]:
     """Of every query, from the earlier tokens [batch, 1, queries, keys] that it could see: its place in its document,
     and the index of its own key; int64 [batch, 1, queries, 1]."""
-    keys = torch.arange(seen.shape[-1], device=seen.device)
-    own = torch.where(seen, keys, 0).amax(-1, keepdim=True)
+    own = seen.shape[-1] - 1 - seen.flip(-1).byte().argmax(-1, keepdim=True)
     return (seen.sum(-1, keepdim=True) - 1).clamp(min=0), own
 
 
