@@ -17,7 +17,7 @@ from surgery.errors import ConfigError, show
 from surgery.formats.hf.families import EXTRA, FAMILIES, REFUSED, USUAL, Family
 from surgery.formats.hf.inert import INERT
 from surgery.formats.hf.moe import read_moe, write_moe
-from surgery.formats.hf.rope import read_rope, write_rope
+from surgery.formats.hf.rope import check_factors, read_rope, write_rope
 from surgery.formats.hf.sparse import read_sparse, write_sparse
 from surgery.formats.keys import Keys, read, write
 from surgery.formats.unknown import Unknown
@@ -50,6 +50,8 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     if fields["sparse"] and family.code:
         raise ConfigError(f"sparse_attention is set, but a {kind} has attention of its own", file=file)
     fields["rope"], fields["rope_local"] = read_rope(family, keys, bool(fields["windows"]))
+    for rope in (fields["rope"], fields["rope_local"]):
+        check_factors(rope, fields["head_dim"], file)
     fields["clip_after_norm"] = bool(fields.get("clip_qkv") and fields.get("qk_norm"))
     fields |= read_moe(family, keys, fields)
     fields["learned_positions"] = fields["context"] if family.learned else 0

@@ -239,7 +239,8 @@ REFUSED = {
     "add_cross_attention": "the model also attends to an encoder",
     "auto_map": "the model runs code of its own, which is not executed; give a checkpoint of a built-in family",
 }
-# keys with values that say what every model here does; with others they are not understood
-USUAL = {"is_causal": True, "scale_attn_weights": True}
+# keys with values that say what a model does whose family does not know the key; with others they are not understood
+USUAL = {"is_causal": True, "scale_attn_weights": True, "attention_bias": False, "mlp_bias": False,
+         "use_qk_norm": False, "use_sliding_window": False}  # fmt: skip
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
         "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}  # fmt: skip

@@ -9,7 +9,7 @@ Source: transformers `modeling_rope_utils.py` (standardize_rope_params and the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from surgery.errors import ConfigError, show
 from surgery.formats.hf.families import Family
@@ -94,6 +94,17 @@ def _rope(family: Family, given: Config, top: Config, keys: Keys) -> Rope:
         numbers = _plain_yarn(numbers)
     scaling = {} if kind == "default" else {"type": kind, **{k: v for k, v in numbers.items() if v is not None}}
     return Rope(float(base), float(fraction), scaling)  # type: ignore[arg-type]
+
+
+def check_factors(rope: Rope | None, head_dim: int, file: str) -> None:
+    """Raise ConfigError if longrope does not give a factor for every pair of features that is turned."""
+    if rope is None or rope.scaling.get("type") != "longrope":
+        return
+    pairs = int(head_dim * rope.fraction) // 2
+    for name in ("short_factor", "long_factor"):
+        factors = rope.scaling.get(name)
+        if not isinstance(factors, Sequence) or isinstance(factors, str) or len(factors) != pairs:
+            raise ConfigError(f"{name} is {show(factors, 60)}, but {pairs} pairs of a head are turned", file=file)
 
 
 def _plain_yarn(numbers: Json) -> Json:
