@@ -15,7 +15,7 @@ PYTEST_FLAGS ?= -n $(WORKERS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-kill coverage test-kernels test-upstream test-real test-honesty test-slurm test-recipes lint types pytest format bench venv clean
+.PHONY: help demo test test-fast test-thorough test-kill coverage test-kernels test-upstream test-real test-honesty test-slurm test-recipes lint types pytest format bench venv clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -34,7 +34,7 @@ $$(du -shc runs/quickstart runs/midtrain | tail -n 1 | cut -f 1).  $(if $(KEEP),
   '       surgery convert runs/quickstart/soup runs/mine --to neox' '       surgery --help'
 endef
 
-test: lint types pytest  ## set up, then lint, type-check and run every test
+test: lint types pytest  ## set up, then lint, type-check and run the tests
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -46,8 +46,11 @@ types: $(VENV)/.ready-dev
 pytest: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a few seconds each, in two minutes or less
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow"
+test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a few seconds each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not thorough"
+
+test-thorough: $(VENV)/.ready-dev  ## the whole matrices and long runs of kills that `make test` takes samples of
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m thorough
 
 test-kill: $(VENV)/.ready-dev  ## kill a training run 50 times at random, and compare what it comes to, bit for bit
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.killable_midtrain random $$(mktemp -d) 50

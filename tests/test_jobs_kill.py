@@ -19,11 +19,11 @@ def run(*args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.thorough)])
 def test_kills_at_random_times(tmp_path, kills):
     assert run("random", tmp_path, kills)["kills"] == kills
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_kill_before_and_after_every_call_that_changes_something(tmp_path):
     assert run("calls", tmp_path)["kills"] > 100

@@ -20,9 +20,8 @@ from surgery.jobs.step import near
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
-PAGES = {"quickstart": "README.md", "midtrain": "docs/midtrain.md"}
+PAGES = {"quickstart": "README.md", "midtrain": "docs/midtrain.md"}  # their twins are run by test_recipes.py
 LOSS = re.compile(r"(\d+\.\d{3,})")
-ALWAYS = ("upcycle-qwen3",)  # run by every `make test`; `quickstart` and `midtrain` have tests of their own
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
@@ -48,7 +47,7 @@ def test_a_recipe_has_a_page_that_names_it(name):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", [n for n in RECIPES if n not in PAGES])
 def test_a_small_twin_runs_to_the_end(name, tmp_path):
-    if name not in ALWAYS and not os.environ.get("SURGERY_RECIPES"):
+    if not os.environ.get("SURGERY_RECIPES"):
         pytest.skip("make test-recipes")
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-m", "surgery", "run", ROOT / "recipes" / f"{name}.yaml", "--small", "--json"]

@@ -77,9 +77,9 @@ def held() -> list[tuple[str, str, str]]:
 
 
 def sampled(pairs: list, of: int) -> list:
-    """One of so many always, all with the slow tests."""
+    """One of so many always, all with the thorough tests."""
     few = {pair for pair in pairs if zlib.crc32("/".join(pair).encode()) % of == 0}
-    return [pair if pair in few else pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs]
+    return [pair if pair in few else pytest.param(*pair, marks=pytest.mark.thorough) for pair in pairs]
 
 
 @pytest.mark.parametrize(("model", "change", "family"), sampled(held(), 12))
