@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said(reader):
     assert "hold no pair" in told(kind="dpo", sources=[{"name": "a", "paths": "alpaca.jsonl"}])
     assert "fewer than a batch" in told(kind="dpo", batch=1000, sources=[{"name": "a", "paths": "pairs.jsonl"}])
     write("bad.jsonl", [{"messages": [{"content": "x"}]}] * 20)
-    assert "without a role" in told(sources=[{"name": "a", "paths": "bad.jsonl"}])
+    assert "20 no conversation" in told(sources=[{"name": "a", "paths": "bad.jsonl"}])
 
 
 def test_the_page(reader):

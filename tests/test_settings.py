@@ -93,15 +93,17 @@ def command(*words):
 
 
 def test_flags():
-    assert command() == {}
+    with pytest.raises(AssertionError, match="MissingParameter"):  # what has no default must be given
+        command()
+    assert command("--count", "3") == {"count": 3}
     assert command("--count", "3", "--share", "0.25", "--way", "gauss", "--twice", "--no-edges") == {
         "count": 3, "share": 0.25, "way": "gauss", "twice": True, "edges": False,
     }  # fmt: skip
-    assert command("--edges", "--layers", "0,-1", "--name", "a", "--name", "b", "--limit", "1MiB") == {
-        "edges": True, "layers": (0, -1), "names": ("a", "b"), "limit": 1 << 20,
+    assert command("--count", "1", "--edges", "--layers", "0,-1", "--name", "a", "--name", "b", "--limit", "1MiB") == {
+        "count": 1, "edges": True, "layers": (0, -1), "names": ("a", "b"), "limit": 1 << 20,
     }  # fmt: skip
     with pytest.raises(AssertionError, match="write numbers, as 0,-1"):
-        command("--layers", "0,x")
+        command("--count", "1", "--layers", "0,x")
 
 
 def test_keywords_of_a_function_are_the_fields():

@@ -71,7 +71,9 @@ def find_sources(places: Sequence[str]) -> tuple[list[Source], list[str]]:
         sources += known
     names = Counter(s.path if is_url(s.path) else os.path.realpath(s.path) for s in sources)
     if twice := sorted(name for name, n in names.items() if n > 1):
-        raise UsageError(f"named twice: {some(map(show, twice))}", hint="no document is to count twice")
+        raise UsageError(
+            f"named twice: {some(show(name, 300) for name in twice)}", hint="no document is to count twice"
+        )
     return sources, notes
 
 
