@@ -75,7 +75,7 @@ def flag(f: Field[Any]) -> str:
     return "--" + ((found and found.flag) or f.name).replace("_", "-")
 
 
-def types_of(cls: type) -> Mapping[str, tuple[Any, bool]]:
+def _types_of(cls: type) -> Mapping[str, tuple[Any, bool]]:
     """The type of every field, and whether it may be None."""
     out = {}
     for name, hint in get_type_hints(cls).items():
@@ -83,6 +83,9 @@ def types_of(cls: type) -> Mapping[str, tuple[Any, bool]]:
         plain = [o for o in options if o is not NoneType]
         out[name] = (plain[0] if len(plain) == 1 else Any, len(plain) < len(options))
     return out
+
+
+types_of: Callable[[type], Mapping[str, tuple[Any, bool]]] = functools.cache(_types_of)
 
 
 class Checked:

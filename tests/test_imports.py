@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from surgery.cli.main import COMMANDS
+
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each package imports only what stands before it; single modules are packages of one.
 LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "recognising", "writing", "tokenizer",
@@ -156,6 +158,14 @@ def loaded(code: str) -> set[str]:
 )  # fmt: skip
 def test_no_heavy_import(code):
     assert not loaded(code) & {"torch", "transformers", "numpy", "tokenizers", "mergekit"}
+
+
+def test_help_imports_no_command():
+    """A module is imported for a command that is called, and only for that."""
+    code = "from surgery.cli.main import COMMANDS, main\nmain({}, standalone_mode=False)"
+    modules = {f"surgery.cli.{module}" for module, _ in COMMANDS.values()}
+    assert not loaded(code.format(["--help"])) & modules
+    assert loaded(code.format(["convert", "--help"])) & modules == {"surgery.cli.convert"}
 
 
 def test_data_needs_no_torch():

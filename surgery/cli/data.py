@@ -7,7 +7,6 @@ Commands that have files of their own are imported when they are used.
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 
 from surgery.cli.command import Command
 from surgery.cli.flags import FORCE, JSON, SYNC, with_flags
+from surgery.cli.group import Commands
 from surgery.cli.terminal import say
 from surgery.cli.tokenize_flags import TOKENIZE
 from surgery.writing.progress import counting_bar, progress_bar
@@ -22,20 +22,7 @@ from surgery.writing.progress import counting_bar, progress_bar
 ELSEWHERE = {"plan": "surgery.cli.data_plan", "show": "surgery.cli.data_plan"}  # command -> the module that has it
 
 
-class Commands(click.Group):
-    """A group some of whose commands are attributes NAME_command of other modules."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *ELSEWHERE})
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in ELSEWHERE:
-            return super().get_command(ctx, name)
-        command: click.Command = getattr(importlib.import_module(ELSEWHERE[name]), f"{name}_command")
-        return command
-
-
-@click.group("data", cls=Commands)
+@click.group("data", commands=Commands(ELSEWHERE))
 def data_command() -> None:
     """Turn text into token files, say what they are, mix them by token budget, and show any batch of a run.
 
