@@ -69,8 +69,9 @@ def start(device: str) -> World:
 
 
 def leave(world: World) -> None:
-    """At the end of a run, when all have come to it."""
+    """At the end of a run, when all have come to it: who leaves closes connections that another may still read."""
     if world.size > 1 and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
