@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from surgery.cli.main import main
 from surgery.errors import ConfigError
+from surgery.midtraining import launching
 from surgery.midtraining.launching import torchrun
 from surgery.midtraining.mesh import small
 from surgery.midtraining.run_folder import read_folder
@@ -46,6 +49,7 @@ def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     value = settings(tmp_path / "model", tmp_path / "batches.npz", tmp_path / "out", micro_batch=1)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(value | {"skip_self_tests": ["mesh"], "export": []}))
     words = [sys.executable, "-m", "surgery", "midtrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    words += ["--quiet"]  # handed on to both
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
     metrics = tmp_path / "out" / "metrics.jsonl"
     while run.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 1):
@@ -53,13 +57,26 @@ def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     run.send_signal(signal.SIGUSR1)
     told, _ = run.communicate(timeout=300)
     assert run.returncode == 75, told
+    assert "step=1 " not in told
     stopped = read_folder(tmp_path / "out")
     assert stopped.status == "stopped" and 1 < stopped.step < 20
     assert (tmp_path / "out" / "checkpoints" / f"step{stopped.step:09d}" / "MANIFEST.json").is_file()
-    again = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=300)
+    again = subprocess.run(words[:-1], capture_output=True, text=True, env=ENV, timeout=300)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count("20 steps, ") == 1
     assert [m["step"] for m in read_folder(tmp_path / "out").metrics] == list(range(1, 21))
+
+
+@pytest.mark.parametrize(("flags", "handed"), [(["-q"], ["--quiet"]), (["-v"], ["--verbose"]), ([], [])])
+def test_several_processes_say_as_much_as_one(flags, handed, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda words, nproc: started.append((words, nproc)) or 0)
+    (tmp_path / "run.yaml").write_text("{model: {path: m}, data: {plan: p}, output: o}")
+    words = ["midtrain", str(tmp_path / "run.yaml"), "--nproc", "2", *flags]
+    for more in ([], ["--log-file", str(tmp_path / "log")]):
+        done = CliRunner().invoke(main, [*words, *more], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert started.pop() == (["midtrain", str(tmp_path / "run.yaml"), *handed, *more], 2)
 
 
 def test_sizes_of_the_mesh():

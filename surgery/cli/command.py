@@ -88,6 +88,13 @@ def _log_file(ctx: click.Context, parameter: click.Parameter, path: str | None) 
     LOG.addHandler(handler)
 
 
+def talk() -> list[str]:
+    """The flags that make another process of surgery say as much, and where this one does."""
+    files = [h.baseFilename for h in LOG.handlers if isinstance(h, logging.FileHandler)]
+    level = "--quiet" if quiet() else "--verbose" if LOG.level == logging.DEBUG else ""
+    return [*[level] * bool(level), *(word for file in files for word in ("--log-file", file))]
+
+
 def quiet() -> bool:
     """Whether only errors are to be printed."""
     return LOG.level >= logging.WARNING

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.command import Command
+from surgery.cli.command import Command, quiet, talk
 from surgery.cli.flags import JSON
 from surgery.cli.terminal import say
 from surgery.writing.progress import progress_bars
@@ -164,7 +164,7 @@ class Call:
     def words(self) -> list[str]:
         """Of the command that each of several processes runs."""
         return ["midtrain", self.run, *(word for each in self.sets for word in ("--set", each)),
-                *["--json"] * self.as_json]  # fmt: skip
+                *["--json"] * self.as_json, *talk()]  # fmt: skip
 
 
 def _foretell(call: Call, wanted: Any, nproc: int, nnodes: int) -> None:
@@ -257,7 +257,7 @@ def _views(job: Job, as_json: bool) -> list[View]:
         from surgery.midtraining.panel import Panel
 
         views.append(Panel(folder.name, steps, console(out, soft_wrap=False)))
-    else:
+    elif not quiet():
         views.append(Lines(out, log.every, steps))
     if log.tensorboard or log.wandb:
         from surgery.midtraining.trackers import TensorBoard, Wandb
