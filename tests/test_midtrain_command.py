@@ -17,7 +17,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.run_file import make_run, read_run
 from surgery.midtraining.run_folder import read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
-from surgery.midtraining.settings import Train
+from surgery.midtraining.settings_train import Train
 from surgery.verification import compare
 from tests import tiny
 

@@ -23,7 +23,7 @@ from surgery.midtraining.run_file import make_run
 from surgery.midtraining.run_folder import read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
 from surgery.midtraining.settings import Init
-from surgery.midtraining.settings import Schedule as Wanted
+from surgery.midtraining.settings_train import Schedule as Wanted
 from surgery.midtraining.start import FILE, find_start, put_moments
 from tests import tiny
 from tests.test_midtrain_loop import record, settings

@@ -15,8 +15,8 @@ from surgery.errors import ConfigError
 from surgery.midtraining.amounts import Amount
 from surgery.midtraining.batching import Layout, lay_out, unit_rows
 from surgery.midtraining.schedule import INVERSE_SQRT, Schedule
-from surgery.midtraining.settings import Schedule as Wanted
-from surgery.midtraining.settings import Train
+from surgery.midtraining.settings_train import Schedule as Wanted
+from surgery.midtraining.settings_train import Train
 
 MICRO_TOKENS = 1 << 14  # of a micro-batch, where the settings leave it open
 

@@ -25,7 +25,8 @@ from surgery.data.tokenizing.sources import Source, find_sources
 from surgery.data.tokenizing.text import blocks
 from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import ConfigError, show, some
-from surgery.midtraining.settings import Dialogue, Run
+from surgery.midtraining.settings import Run
+from surgery.midtraining.settings_data import Dialogue
 from surgery.writing.atomic import atomic_file, write_json
 
 LARGEST = 4 << 30  # bytes of an array of JSON

@@ -24,7 +24,7 @@ from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from surgery.midtraining.loss import CHUNK, IGNORE
-from surgery.midtraining.settings import Goal
+from surgery.midtraining.settings_data import Goal
 
 Loss = Callable[[Tensor, float, float], Tensor]
 LOSSES: Mapping[str, Loss] = {

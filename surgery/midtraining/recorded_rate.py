@@ -16,7 +16,7 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.midtraining.run_folder import read_folder, run_of
 from surgery.midtraining.schedule import SHAPES, Schedule
-from surgery.midtraining.settings import Schedule as Wanted
+from surgery.midtraining.settings_train import Schedule as Wanted
 
 Found = tuple[float, str]
 

@@ -25,7 +25,9 @@ from typing import Any
 from surgery.errors import SurgeryError, UsageError, show
 from surgery.midtraining.run_file import read_run
 from surgery.midtraining.run_folder import SWEEP
-from surgery.midtraining.settings import Model, Run, Section, Train
+from surgery.midtraining.sections import Section
+from surgery.midtraining.settings import Model, Run
+from surgery.midtraining.settings_train import Train
 from surgery.writing.atomic import write_json
 
 MOST = 64  # trials
