@@ -31,7 +31,7 @@ from surgery.midtraining.checkpoint import newest
 from surgery.midtraining.parallel import World
 from surgery.midtraining.run import midtrain
 from surgery.midtraining.run_file import make_run
-from surgery.midtraining.stopping import Requeue
+from surgery.writing.interrupt import Requeue
 from tests import tiny
 from tests.killing import forked
 from tests.test_midtrain_loop import record, settings

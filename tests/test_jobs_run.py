@@ -230,11 +230,26 @@ def test_a_signal_stops_the_command_and_the_next_run_goes_on(place, signum):
         time.sleep(0.01)
     child.send_signal(signum)
     _, said = child.communicate(timeout=20)
-    assert child.returncode == 128 + signum, said
+    assert child.returncode == 75, said
     assert json.loads((place / "runs/r/steps/slow.json").read_text())["state"] == "stopped"
     with pytest.raises(ProcessLookupError):
         os.kill(int((place / "pid").read_text()), 0)
     assert "was stopped" in surgery("r.yaml", "--dry-run")
+
+
+def test_a_step_that_asks_to_be_repeated_stops_the_run_so_that_a_scheduler_repeats_it(place):
+    (place / "r.yaml").write_text("steps: {slow: {shell: 'touch $out; exit 75'}}")
+    assert "run the same command again" in surgery("r.yaml", code=75)
+    assert json.loads((place / "runs/r/steps/slow.json").read_text())["state"] == "stopped"
+
+
+def test_a_signal_that_comes_when_all_ends_well_stops_nothing(place):
+    (place / "r.yaml").write_text("steps: {last: {shell: 'trap \"\" TERM; touch begun; sleep 1; touch $out'}}")
+    child = subprocess.Popen(COMMAND, env=ENV, stdout=subprocess.DEVNULL)
+    while not (place / "begun").exists():
+        time.sleep(0.01)
+    child.terminate()
+    assert child.wait(20) == 0
 
 
 def test_two_runs_do_not_do_the_same_step(place):

@@ -28,8 +28,7 @@ from surgery.midtraining.run_file import make_run
 from surgery.midtraining.run_folder import claimed, read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
 from surgery.midtraining.settings import Average
-from surgery.midtraining.stopping import Requeue
-from surgery.writing.interrupt import Interrupted
+from surgery.writing.interrupt import Interrupted, Requeue
 from tests import tiny
 from tests.test_midtrain_loop import STEPS, record, settings
 

@@ -28,16 +28,18 @@ from surgery.jobs.process import Children, arguments, as_typed, environment, las
 from surgery.jobs.record import Record, begun, write_record
 from surgery.jobs.step import Step, absolute, near, near_path
 from surgery.writing.atomic import atomic_file
+from surgery.writing.interrupt import Requeue
 
 TAIL = 5  # lines of a log that a failure shows
 
 
 class StepFailed(SurgeryError):
-    """A step did not end well; `record` says how."""
+    """A step did not end well; `record` says how, `status` is the exit status: Requeue's if it was only stopped."""
 
     def __init__(self, what: str, record: Record, hint: str) -> None:
         super().__init__(what, hint=hint)
         self.record = record
+        self.status = Requeue.status if record.state == "stopped" else 1
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def _run(step: Step, record: Record, lock: int, context: Context) -> Record:
 
 def _failed(step: Step, record: Record, missing: Sequence[Thing], stopped: bool) -> StepFailed:
     """What is raised, after it is recorded."""
-    record = replace(record, state="stopped" if stopped else "failed")
+    record = replace(record, state="stopped" if stopped or record.exit == Requeue.status else "failed")
     write_record(step, record)
     code = record.exit or 0
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -123,5 +125,6 @@ def _failed(step: Step, record: Record, missing: Sequence[Thing], stopped: bool)
     log = step.file(".log")
     lines = log.read_text(errors="replace").splitlines()[1:][-TAIL:]
     text = "\n".join(f"    {line}" for line in lines)
-    hint = "what is done stays done: mend it, and run the same command again"
+    mend = "" if record.state == "stopped" else "mend it, and "
+    hint = f"what is done stays done: {mend}run the same command again"
     return StepFailed(f"{what}\n  {near_path(log)} ends with\n{text}", record, hint)

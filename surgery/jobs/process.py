@@ -24,6 +24,7 @@ from surgery.jobs.names import Shown
 from surgery.jobs.step import Step
 
 TORCHRUN = "SURGERY_TORCHRUN"  # set by batch scripts: how to start a command on all nodes of the job
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds; torch 2.6 knows it not
 LAST = 4096  # bytes at the end of a log in which its last line is looked for
 
 
@@ -56,9 +57,13 @@ def as_typed(step: Step, shown: Shown) -> str:
 
 
 def environment(step: Step) -> dict[str, str]:
-    """Ours, in which `surgery` and `python` are those that run now, what suits a log, and the step's variables."""
+    """Ours, in which `surgery` and `python` are those that run now, what suits a log, and the step's variables.
+
+    torchrun would kill its processes 30 seconds after it told them to stop, while they write their checkpoint.
+    """
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
-    return {"COLUMNS": "120", **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.env}
+    defaults = {"COLUMNS": "120", SHUTDOWN: "600"}
+    return {**defaults, **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.env}
 
 
 class Children:

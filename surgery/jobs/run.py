@@ -25,10 +25,11 @@ from surgery.jobs.lock import held
 from surgery.jobs.process import Children
 from surgery.jobs.record import Record, begun
 from surgery.jobs.step import Step
-from surgery.writing.interrupt import Interrupted, signals
+from surgery.writing.interrupt import Requeue, signals
 
 TICK = 0.2  # seconds between two looks at signals and at the view
 MEMORY = "digests.json"
+DONE = ("done", "unchanged")
 
 
 @dataclass
@@ -106,7 +107,8 @@ def run(
 
     jobs    how many at a time        again   do them though they are done        view   is shown the board now and then
 
-    Raises UsageError if a step that is not wanted would have to be done before; Interrupted after SIGINT or SIGTERM.
+    Raises UsageError if a step that is not wanted would have to be done before; Requeue if SIGINT or SIGTERM left
+    something undone.
     What fails is in the board.
     """
     folder = steps[0].files.parent
@@ -141,8 +143,8 @@ def run(
                 _end(running.pop(future), future, records, board)
             digests.save()
             view(board)
-    if came:
-        raise Interrupted(came[0], folder)
+    if came and any(status.state not in DONE for status in board.steps.values()):
+        raise Requeue(came[0], folder)
     return board
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import SurgeryError, UsageError
+from surgery.jobs.process import SHUTDOWN
 from surgery.jobs.site import Site
 from surgery.jobs.spec import Resources
 
@@ -198,7 +199,7 @@ SCHEDULERS: Mapping[str, Scheduler] = {
         "pbs", "#PBS", ".pbs", _pbs_lines, ("qsub",), _pbs_depends,
         index="PBS_ARRAY_INDEX",
         requeue='qrerun "$PBS_JOBID" || echo "jobs may not rerun themselves here: let resources.chain be 2 or more"',
-        per_node="mpirun --map-by ppr:1:node",
+        per_node=f"mpirun --map-by ppr:1:node -x {SHUTDOWN}",
         number="${PBS_JOBID%%[.[]*}",
         head='head -n 1 "$PBS_NODEFILE"',
         queue=lambda jobs: ["qstat", *jobs],

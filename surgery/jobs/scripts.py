@@ -78,7 +78,8 @@ def script_of(job: Job, scheduler: Scheduler, site: Site, folder: Path, files: P
     want = job.resources
     several = f"steps=({shlex.join(step.id for step in job.steps)})\nstep=${{steps[${scheduler.index}]}}"
     ask = Ask(f"{folder.name}.{job.name}", files / job.name, job.array, want)
-    limit = f"timeout --signal=TERM {max(1, want.time - grace(want, site))} " if want.time else ""
+    seconds = max(1, want.time - grace(want, site)) if want.time else None
+    limit = f"timeout --foreground --preserve-status --signal=TERM {seconds} " if seconds else ""
     modules = f"module load {shlex.join(site.modules)}" if site.modules else ""
     values = {
         "directives": "\n".join(f"{scheduler.mark} {line}" for line in scheduler.lines(ask, site)),

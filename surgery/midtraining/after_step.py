@@ -26,9 +26,8 @@ from surgery.midtraining.routers import Routed
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import MOVED, Result, fingerprints, moved, sample
 from surgery.midtraining.step import hidden_states
-from surgery.midtraining.stopping import Requeue
 from surgery.writing.atomic import write_json
-from surgery.writing.interrupt import Interrupted
+from surgery.writing.interrupt import Interrupted, Requeue
 
 if TYPE_CHECKING:
     from surgery.midtraining.loop import Job, State

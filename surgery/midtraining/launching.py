@@ -19,7 +19,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from surgery.midtraining.stopping import SIGNALS, STATUS
+from surgery.midtraining.stopping import SIGNALS
+from surgery.writing.interrupt import Requeue
 
 GRACE = 30.0  # seconds that the others get when one has failed
 PORT = 29500
@@ -60,13 +61,13 @@ def _ended(children: Sequence[subprocess.Popen[bytes]]) -> int:
     failed, limit = 0, float("inf")
     while any(child.poll() is None for child in children):
         time.sleep(PAUSE)
-        found = [child.returncode for child in children if child.returncode not in (None, 0, STATUS)]
+        found = [child.returncode for child in children if child.returncode not in (None, 0, Requeue.status)]
         if found and not failed:
             failed, limit = found[0], time.monotonic() + GRACE
         if time.monotonic() > limit:
             return failed if failed > 0 else 128 - failed
     codes = [child.returncode for child in children]
-    failed = failed or next((code for code in codes if code not in (0, STATUS)), 0)
+    failed = failed or next((code for code in codes if code not in (0, Requeue.status)), 0)
     return (failed if failed > 0 else 128 - failed) if failed else max(codes)
 
 

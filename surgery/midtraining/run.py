@@ -34,10 +34,11 @@ from surgery.midtraining.run_folder import EXPORT, claimed
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import Result, self_test
 from surgery.midtraining.settings import Run
-from surgery.midtraining.stopping import Requeue, stops
+from surgery.midtraining.stopping import stops
 from surgery.midtraining.throughput import Meter, flops_per_token, peak_flops
 from surgery.midtraining.told import Told
 from surgery.writing.atomic import atomic_file, write_json
+from surgery.writing.interrupt import Requeue
 
 FORMAT = "surgery-run-1"
 

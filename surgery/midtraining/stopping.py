@@ -1,10 +1,8 @@
 """Signals that a scheduler or a person sends: the run ends behind the step at hand, when its checkpoint is on the disk.
 
-    with stops(world) as came:
-        ...                                   # came: the signals so far; SIGTERM, SIGUSR1 and SIGINT are noted
-        raise Requeue(signal.SIGTERM, folder)     # exit status 75
-
-75 is EX_TEMPFAIL of sysexits.h: run the same command again.  A scheduler can requeue on it and on nothing else.
+with stops(world) as came:
+    ...                                   # came: the signals so far; SIGTERM, SIGUSR1 and SIGINT are noted
+    raise Requeue(signal.SIGTERM, folder)     # exit status 75: its checkpoint is on the disk
 """
 
 from __future__ import annotations
@@ -16,16 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from surgery.midtraining.parallel import World
-from surgery.writing.interrupt import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STATUS = 75
-
-
-class Requeue(Interrupted):
-    """A signal ended the run, and its checkpoint is on the disk; `status` is the exit status."""
-
-    status = STATUS
 
 
 @contextmanager

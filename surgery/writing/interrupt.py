@@ -29,6 +29,15 @@ class Interrupted(SurgeryError):
         self.signum = signum
 
 
+class Requeue(Interrupted):
+    """A signal ended what goes on when it is repeated; `status` is the exit status.
+
+    75 is EX_TEMPFAIL of sysexits.h: run the same command again.  A scheduler can requeue on it and on nothing else.
+    """
+
+    status = 75
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM is put into.  A second signal does what it did before."""

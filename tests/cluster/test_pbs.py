@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,42 @@ def pbs(tmp_path_factory):
         program.chmod(0o755)
     with running_slurm(folder / "daemons", kills_children=True) as env:
         yield {**env, "PATH": f"{folder / 'bin'}:{env['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+SLOW = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("checkpoint").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+with open("attempts", "a") as file:
+    file.write("begun\\n")
+if not pathlib.Path("checkpoint").exists():
+    time.sleep(600)
+pathlib.Path(sys.argv[1]).write_text("done")
+"""
+
+
+def test_the_next_job_of_a_chain_goes_on_where_the_time_limit_stopped_the_last_one(pbs, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "r.yaml").write_text("""
+steps:
+  slow: {python: slow.py $out, resources: {time: 20s, chain: 2}}
+  next: {shell: "cat $slow > $out"}
+""")
+    launch = [sys.executable, "-m", "surgery", "launch"]
+    words = [*launch, "r.yaml", "--scheduler", "pbs"]
+    subprocess.run(words, cwd=tmp_path, env=pbs, capture_output=True, check=True, timeout=300)
+    end, states = time.monotonic() + 240, []
+    while states != ["done", "done"]:
+        assert time.monotonic() < end, states
+        time.sleep(1)
+        words = [*launch, "status", "r.yaml", "--json"]
+        said = subprocess.run(words, cwd=tmp_path, env=pbs, capture_output=True, check=True, timeout=300).stdout
+        states = [line["state"] for line in json.loads(said)]
+    assert (tmp_path / "attempts").read_text().split() == ["begun", "begun"]
+    told = [path.read_text() for path in sorted(tmp_path.glob("slow.wrapped.[oe]?"))]  # where Debian's qsub lets it go
+    assert len([text for text in told if "let resources.chain be 2 or more" in text]) == 1, "the first job asked for it"
 
 
 def test_selftest(pbs, tmp_path):

@@ -96,6 +96,18 @@ pathlib.Path(sys.argv[1]).write_text("done")
     assert (tmp_path / "attempts").read_text().split() == ["begun", "begun"]
 
 
+def test_a_job_that_is_cancelled_does_not_come_back(slurm, tmp_path):
+    (tmp_path / "r.yaml").write_text("steps: {slow: {shell: 'touch begun; sleep 600; touch $out'}}")
+    assert surgery(slurm, tmp_path, "r.yaml", "--scheduler", "slurm").returncode == 0
+    settled(slurm, tmp_path, {"slow": "running"})
+    subprocess.run(["scancel", lines(slurm, tmp_path)["slow"]["job"]], env=slurm, check=True)
+    end = time.monotonic() + 60
+    while (found := lines(slurm, tmp_path)["slow"])["queue"] != "CANCELLED":
+        assert time.monotonic() < end, found
+        time.sleep(1)
+    assert found["state"] in ("failed", "stopped")  # Slurm tells the command at the same time as us
+
+
 def test_torchrun_on_the_nodes_of_a_job(slurm, tmp_path):
     (tmp_path / "ranks.py").write_text("""
 import os, pathlib, sys, torch.distributed as dist

@@ -7,7 +7,7 @@ cd @workdir@
 @setup@
 @step@
 @torchrun@
-# Before the time limit the step gets TERM and stops in order; `timeout` then ends with 124.
+# Before the time limit the step gets TERM and stops in order; 75 is then the status, and the job is queued again.
 @timeout@@surgery@ run @folder@ --step "$step"; code=$?
-if [[ $code -eq 124 ]]; then @requeue@; fi
+if [[ $code -eq 75 ]]; then @requeue@; fi
 exit "$code"

@@ -20,8 +20,8 @@ steps=(train-42 train-666)
 step=${steps[$PBS_ARRAY_INDEX]}
 head=$(head -n 1 "$PBS_NODEFILE")
 number=${PBS_JOBID%%[.[]*}
-export SURGERY_TORCHRUN="mpirun --map-by ppr:1:node apptainer exec --nv image.sif python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=$number --rdzv-endpoint=$head:$((29500 + number % 1000))"
-# Before the time limit the step gets TERM and stops in order; `timeout` then ends with 124.
-timeout --signal=TERM 129000 apptainer exec --nv image.sif python3 -m surgery run /place/runs/r --step "$step"; code=$?
-if [[ $code -eq 124 ]]; then qrerun "$PBS_JOBID" || echo "jobs may not rerun themselves here: let resources.chain be 2 or more"; fi
+export SURGERY_TORCHRUN="mpirun --map-by ppr:1:node -x TORCH_ELASTIC_SHUTDOWN_TIMEOUT apptainer exec --nv image.sif python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=$number --rdzv-endpoint=$head:$((29500 + number % 1000))"
+# Before the time limit the step gets TERM and stops in order; 75 is then the status, and the job is queued again.
+timeout --foreground --preserve-status --signal=TERM 129000 apptainer exec --nv image.sif python3 -m surgery run /place/runs/r --step "$step"; code=$?
+if [[ $code -eq 75 ]]; then qrerun "$PBS_JOBID" || echo "jobs may not rerun themselves here: let resources.chain be 2 or more"; fi
 exit "$code"

@@ -12,7 +12,7 @@ cd /place
 
 step=prep
 
-# Before the time limit the step gets TERM and stops in order; `timeout` then ends with 124.
-timeout --signal=TERM 3300 /venv/python -m surgery run /place/runs/r --step "$step"; code=$?
-if [[ $code -eq 124 ]]; then true; fi
+# Before the time limit the step gets TERM and stops in order; 75 is then the status, and the job is queued again.
+timeout --foreground --preserve-status --signal=TERM 3300 /venv/python -m surgery run /place/runs/r --step "$step"; code=$?
+if [[ $code -eq 75 ]]; then true; fi
 exit "$code"

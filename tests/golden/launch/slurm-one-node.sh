@@ -20,12 +20,11 @@ source ~/venv/bin/activate
 export NCCL_DEBUG=WARN
 step=soup
 export SURGERY_TORCHRUN="python3 -m torch.distributed.run --nnodes=1 --nproc-per-node=2 --standalone"
-# Before the time limit Slurm sends TERM to this shell: the step stops in order, and the job is queued again.
+# Before the time limit Slurm sends TERM to this shell: the step stops in order, with status 75, and the job is queued again.
 apptainer exec --nv image.sif python3 -m surgery run /place/runs/r --step "$step" &
 child=$!
-stopped=
-trap 'stopped=1; kill -TERM "$child"' TERM
+trap 'kill -TERM "$child"' TERM
 wait "$child"; code=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-if [[ $stopped && $code -ne 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ $code -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

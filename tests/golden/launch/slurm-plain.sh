@@ -19,12 +19,11 @@ step=train-42
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 number=$SLURM_JOB_ID
 export SURGERY_TORCHRUN="srun --ntasks-per-node=1 --kill-on-bad-exit=1 /venv/python -m torch.distributed.run --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-id=$number --rdzv-endpoint=$head:$((29500 + number % 1000))"
-# Before the time limit Slurm sends TERM to this shell: the step stops in order, and the job is queued again.
+# Before the time limit Slurm sends TERM to this shell: the step stops in order, with status 75, and the job is queued again.
 /venv/python -m surgery run /place/runs/r --step "$step" &
 child=$!
-stopped=
-trap 'stopped=1; kill -TERM "$child"' TERM
+trap 'kill -TERM "$child"' TERM
 wait "$child"; code=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-if [[ $stopped && $code -ne 0 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ $code -eq 75 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
