@@ -31,7 +31,7 @@ class _Bad(Exception):
         self.what, self.mark = what, mark
 
 
-class _Loader(_Base):
+class _Loader(_Base):  # type: ignore[misc]  # libyaml's loader, where there is one
     """Plain scalars, lists and maps."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {

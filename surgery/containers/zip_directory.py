@@ -141,7 +141,7 @@ class ZipDirectory:
         )
         name_at = at + _ENTRY.size
         extra_at = name_at + name_size
-        end = extra_at + extra_size + comment_size
+        end: int = extra_at + extra_size + comment_size
         if end > len(raw):
             raise self.error("a zip directory entry is damaged", start + at)
         try:

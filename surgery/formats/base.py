@@ -96,7 +96,8 @@ class Checkpoint:
         return f"Checkpoint({', '.join(f'{name} {text}' for name, text in self._about())})"
 
     def _repr_html_(self) -> str:
-        return rows_html(("checkpoint", str(self.path)), self._about()[1:]) + self.parts._repr_html_()  # type: ignore[attr-defined]
+        parts: str = self.parts._repr_html_()  # type: ignore[attr-defined]
+        return rows_html(("checkpoint", str(self.path)), self._about()[1:]) + parts
 
     def _about(self) -> list[tuple[str, str]]:
         parallel = "".join(f", {name} {n}" for name, n in asdict(self.topology).items() if type(n) is int and n > 1)

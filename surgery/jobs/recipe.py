@@ -14,7 +14,7 @@ recipe = read_recipe("recipe.yaml", sets=["tp=2"])      # ConfigError with every
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +95,7 @@ def parsed(value: Mapping[str, Any], file: str | os.PathLike[str] | None = None,
     for key, one in value.items():
         with problems.at("", at.get((key,))):
             given |= keywords(Recipe, {key: one})
-    read = {"inputs": read_input, "steps": read_step, "vars": lambda one: one}
+    read: dict[str, Callable[[Any], Any]] = {"inputs": read_input, "steps": read_step, "vars": lambda one: one}
     for part, reader in read.items():
         found: dict[str, Any] = {}
         with problems.at("", at.get((part,))):

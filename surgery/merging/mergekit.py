@@ -43,7 +43,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
 
     from surgery.writing import stream
 
-    class Ordered(MergeConfiguration):
+    class Ordered(MergeConfiguration):  # type: ignore[misc]
         def referenced_models(self) -> list[Any]:
             found = {str(m): m for m in super().referenced_models()}
             return [found[str(m)] for m in recipe.models() if str(m) in found]

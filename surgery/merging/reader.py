@@ -102,6 +102,8 @@ class Reader:
 
     def choice(self, value: Any, at: str, choices: Iterable[str]) -> str | None:
         names = list(choices)
-        if value is None or value in names:
-            return value
+        if value is None:
+            return None
+        if value in names:
+            return str(value)
         raise self.fail(at, f"is {show(value)}", suggest(value, names))

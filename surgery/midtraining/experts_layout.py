@@ -49,7 +49,8 @@ def computation_dtype(weight: Tensor) -> torch.dtype:
 
 def activated(module: Any, rows: Tensor) -> Tensor:
     """[n, G] -> [n, F], by the module's own function."""
-    return module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    out: Tensor = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    return out
 
 
 def finished(module: Any, rows: Tensor) -> Tensor:
@@ -91,14 +92,15 @@ def ordered(experts: Tensor, count: int) -> Pairs:
 
 def gathered(x: Tensor, pairs: Pairs) -> Tensor:
     """[T, H] -> [N, H]: the token of every pair."""
-    rows: Tensor = _Gather.apply(x, pairs.order, pairs.place, pairs.top_k)
+    rows: Tensor = _Gather.apply(x, pairs.order, pairs.place, pairs.top_k)  # type: ignore[no-untyped-call]
     return rows
 
 
 def combined(rows: Tensor, weights: Tensor, pairs: Pairs) -> Tensor:
     """[N, H], [T, K] -> [T, H]: every token's rows, weighted and summed."""
-    back: Tensor = _Restore.apply(rows, pairs.order, pairs.place)
-    return (back.unflatten(0, (-1, pairs.top_k)) * weights.unsqueeze(-1)).sum(1)
+    back: Tensor = _Restore.apply(rows, pairs.order, pairs.place)  # type: ignore[no-untyped-call]
+    back = back.unflatten(0, (-1, pairs.top_k)) * weights.unsqueeze(-1)
+    return back.sum(1)
 
 
 class _Gather(torch.autograd.Function):

@@ -34,7 +34,7 @@ def padded(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     w = expert_weights(module, cast=module.down_proj.numel() <= AT_ONCE)
     blocks = blocked(experts, module.num_experts)
     tensors = (x.to(computation_dtype(w.up)), weights, w.up, w.down, w.up_bias, w.down_bias)
-    y: Tensor = _Padded.apply(module, blocks, x.dtype, *tensors)
+    y: Tensor = _Padded.apply(module, blocks, x.dtype, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -90,7 +90,8 @@ class _Padded(torch.autograd.Function):
         scale[blocks.slot, 0] = weights.reshape(-1).to(x.dtype)
         ctx.save_for_backward(rows, inner, outer, scale, weights, up, down, up_bias, down_bias)
         ctx.module, ctx.blocks = module, blocks
-        return (outer * scale).index_select(0, blocks.slot).unflatten(0, blocks.shape).sum(1, dtype=dtype)
+        chosen: Tensor = (outer * scale).index_select(0, blocks.slot).unflatten(0, blocks.shape)
+        return chosen.sum(1, dtype=dtype)
 
     @staticmethod
     @once_differentiable

@@ -57,7 +57,7 @@ def grouped_mm(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tens
     return combined(rows, weights, pairs).to(x.dtype)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def uncompiled_grouped_mm(rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """torch.compile knows the function in bf16 alone."""
     product: Tensor = F.grouped_mm(rows, weight, offs=offs)

@@ -34,7 +34,8 @@ def megablocks(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tens
     rows = gather(x.to(w.up.dtype).contiguous(), order, numbers, pairs.ends, pairs.top_k)
     rows = activated(module, _grouped(gmm, rows, w.up, sizes)).contiguous()
     rows = _grouped(gmm, rows, w.down, sizes)
-    return scatter(rows, order, numbers, weights.reshape(-1), pairs.ends, pairs.top_k).to(x.dtype)
+    out: Tensor = scatter(rows, order, numbers, weights.reshape(-1), pairs.ends, pairs.top_k)
+    return out.to(x.dtype)
 
 
 def scattermoe(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -44,7 +45,9 @@ def scattermoe(module: Any, x: Tensor, experts: Tensor, weights: Tensor) -> Tens
     experts, weights = here(module, experts, weights)
     w, pairs = expert_weights(module), ordered(experts, module.num_experts)
     where = (pairs.experts, pairs.order, pairs.ends.long())
-    rows = parallel_linear(x.to(w.up.dtype), w.up, pairs.top_k, *where, expert_biases=w.up_bias, grouped_out=True)
+    rows: Tensor = parallel_linear(
+        x.to(w.up.dtype), w.up, pairs.top_k, *where, expert_biases=w.up_bias, grouped_out=True
+    )
     gates = weights.to(w.down.dtype)
     rows = parallel_linear(activated(module, rows), w.down, 1, *where, expert_biases=w.down_bias, gates=gates,
                            grouped_in=True)  # fmt: skip
@@ -63,8 +66,10 @@ def _megablocks() -> tuple[Any, Any, Any]:
 def _grouped(gmm: Any, rows: Tensor, weight: Tensor, sizes: Tensor) -> Tensor:
     """weight [E, in, out], perhaps a view of [E, out, in], which the kernel wants to be told."""
     if weight.is_contiguous():
-        return gmm(rows, weight, sizes)
-    return gmm(rows, weight.transpose(1, 2).contiguous(), sizes, trans_b=True)
+        out: Tensor = gmm(rows, weight, sizes)
+    else:
+        out = gmm(rows, weight.transpose(1, 2).contiguous(), sizes, trans_b=True)
+    return out
 
 
 # ------------------------------------------------------------------------------------------- why not, "" if they can

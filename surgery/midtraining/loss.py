@@ -46,7 +46,7 @@ def chunked_loss(
     index = (wanted != IGNORE).nonzero().reshape(-1)
     kept = flat.index_select(0, index) if len(index) < len(wanted) else flat
     size = chunk or max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // weight.shape[0])
-    loss, ce, z = _ChunkedLoss.apply(kept, weight, wanted[index], 1 / divisor, z_coef, size)
+    loss, ce, z = _ChunkedLoss.apply(kept, weight, wanted[index], 1 / divisor, z_coef, size)  # type: ignore[no-untyped-call]
     return loss, ce, z
 
 

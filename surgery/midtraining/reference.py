@@ -109,7 +109,7 @@ def _read(path: Path, job: Job) -> Array:
     with safe_open(path, "pt") as file:
         if (file.metadata() or {}).get("model") != job.digest or set(file.keys()) != {"logps"}:
             raise FileError("is of another model", file=path, hint="move it away, or choose another output")
-        logps = file.get_tensor("logps").numpy()
+        logps: Array = file.get_tensor("logps").numpy()
     rows = next(_all_rows(job))
     if rows.instance.max() >= len(logps) or not all(map(bool, (logps[rows.instance] <= 0))):
         raise FileError("is of other data", file=path, hint="move it away, or choose another output")

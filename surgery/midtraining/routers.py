@@ -275,14 +275,14 @@ class Fp32Routers:
             self._handles.append(mixture.router.register_forward_pre_hook(self._enter))
             self._handles.append(mixture.router.register_forward_hook(self._leave, always_call=True))
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _enter(self, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         off = torch.autocast(args[0].device.type, enabled=False)
         off.__enter__()
         self._off.append(off)
         return (args[0].float(), *args[1:])
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _leave(self, _module: Any, _args: Any, _output: Any) -> None:
         self._off.pop().__exit__(None, None, None)
 

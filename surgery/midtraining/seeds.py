@@ -115,7 +115,7 @@ def _losses(model: Path, plan: str, run: Run) -> Losses:
 
 def mean(losses: Losses) -> float:
     """Nats per token, of the domains alike."""
-    return sum(each["loss"] for each in losses.values()) / len(losses)
+    return float(sum(each["loss"] for each in losses.values())) / len(losses)
 
 
 def _point(link: Path, path: Path) -> None:

@@ -120,7 +120,8 @@ class Proof:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return finite(asdict(self))
+        out: dict[str, Any] = finite(asdict(self))
+        return out
 
 
 def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:

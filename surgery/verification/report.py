@@ -85,4 +85,5 @@ class LogitReport:
 
     def to_json(self) -> dict[str, Any]:
         causes = [{**asdict(c), "text": c.text} for c in self.causes]
-        return finite({"verdict": self.verdict, **asdict(self), "causes": causes})
+        out: dict[str, Any] = finite({"verdict": self.verdict, **asdict(self), "causes": causes})
+        return out

@@ -116,14 +116,14 @@ def short_unicode(m: Machine, pos: int) -> int:
 
 @op(0x58)
 def unicode(m: Machine, pos: int) -> int:
-    size = _u32(m.buf, pos)[0]
+    size: int = _u32(m.buf, pos)[0]
     m.stack.append(m.take(pos + 4, size, "text").decode("utf-8", "surrogatepass"))
     return pos + 4 + size
 
 
 @op(0x8D)
 def unicode8(m: Machine, pos: int) -> int:
-    size = _u64(m.buf, pos)[0]
+    size: int = _u64(m.buf, pos)[0]
     m.stack.append(m.take(pos + 8, size, "text").decode("utf-8", "surrogatepass"))
     return pos + 8 + size
 
@@ -137,14 +137,14 @@ def short_bytes(m: Machine, pos: int) -> int:
 
 @op(0x42)
 def bytes4(m: Machine, pos: int) -> int:
-    size = _u32(m.buf, pos)[0]
+    size: int = _u32(m.buf, pos)[0]
     m.stack.append(m.take(pos + 4, size, "bytes"))
     return pos + 4 + size
 
 
 @op(0x8E, 0x96)  # BINBYTES8, BYTEARRAY8
 def bytes8(m: Machine, pos: int) -> int:
-    size = _u64(m.buf, pos)[0]
+    size: int = _u64(m.buf, pos)[0]
     m.stack.append(m.take(pos + 8, size, "bytes"))
     return pos + 8 + size
 
@@ -161,7 +161,7 @@ def short_string(m: Machine, pos: int) -> int:
 
 @op(0x54)
 def string4(m: Machine, pos: int) -> int:
-    size = _u32(m.buf, pos)[0]
+    size: int = _u32(m.buf, pos)[0]
     m.stack.append(m.take(pos + 4, size, "text").decode("utf-8", "surrogateescape"))
     return pos + 4 + size
 

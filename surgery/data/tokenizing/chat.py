@@ -60,7 +60,9 @@ class ChatTemplate:
         Raises Refused.
         """
         try:
-            text = self.template.render({**self.special, **more, "messages": messages, "add_generation_prompt": prompt})
+            text: str = self.template.render(
+                {**self.special, **more, "messages": messages, "add_generation_prompt": prompt}
+            )
             text.encode()  # half a surrogate pair has no tokens
             return text
         except Exception as error:  # a template can raise anything

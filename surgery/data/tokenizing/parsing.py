@@ -200,10 +200,10 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     """A conversation: at least one message, each with a role."""
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise _Wrong(bad_lines.CHAT, f"{show(value)}, no list of messages")
-    value = [_message(message) for message in value]
-    if any(not isinstance(message.get("role"), str) for message in value):
+    messages = [_message(message) for message in value]
+    if any(not isinstance(message.get("role"), str) for message in messages):
         raise _Wrong(bad_lines.CHAT, "a message without a role")
-    return value
+    return messages
 
 
 def _message(said: dict[str, Any]) -> dict[str, Any]:

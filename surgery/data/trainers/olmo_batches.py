@@ -78,7 +78,8 @@ class OlmoBatches:
 
     def _starts(self, instances: Array) -> Array:
         file = np.searchsorted(self._firsts, instances, side="right") - 1
-        return self.files.firsts[file] + (instances - self._firsts[file]) * self.sequence_length
+        starts: Array = self.files.firsts[file] + (instances - self._firsts[file]) * self.sequence_length
+        return starts
 
 
 def open_olmo(path: str | os.PathLike[str], rows_per_step: int | None = None) -> OlmoBatches:

@@ -125,7 +125,8 @@ def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     if seen.table.name == PRECORE and spec.group > 1 and opened.details["checkpoint_version"] in (0, 1):
         raise LayoutError("its checkpoint_version knows no grouped queries", file=opened.file)
     entries.check_heads(spec, opened.topology.tp)
-    return seen.table
+    table: Table = seen.table
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------- writing

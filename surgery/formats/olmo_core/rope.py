@@ -151,7 +151,8 @@ def read_window(keys: Keys, layer: int, layers: int) -> int:
     first, last = (found.flag(f"force_full_attention_on_{which}_layer") for which in ("first", "last"))
     if (first and layer == 0) or (last and layer == layers - 1):
         return 0
-    return max(0, pattern[(layer - first) % len(pattern)])
+    window: int = pattern[(layer - first) % len(pattern)]
+    return max(0, window)
 
 
 def write_window(windows: Sequence[int]) -> dict[str, Any]:

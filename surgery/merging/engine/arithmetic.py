@@ -37,7 +37,9 @@ def indicator(t: torch.Tensor, compare: str, limit: float) -> torch.Tensor:
     """
     import torch
 
-    return getattr(torch, compare)(t, limit, out=torch.empty_like(t))
+    out = torch.empty_like(t)
+    getattr(torch, compare)(t, limit, out=out)
+    return out
 
 
 def oriented(deltas: Sequence[torch.Tensor]) -> torch.Tensor:

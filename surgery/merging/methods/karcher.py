@@ -35,7 +35,8 @@ def _karcher_whole(inputs: Inputs, options: Options) -> Ready:
     kind = tensors[0].dtype
 
     def size(t: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.vector_norm(t.to(wide))
+        length: torch.Tensor = torch.linalg.vector_norm(t.to(wide))
+        return length
 
     lengths = [size(t) for t in tensors]
     units = [(t / n).to(kind) for t, n in zip(tensors, lengths, strict=True) if n > tol]

@@ -50,7 +50,7 @@ def nearswap(inputs: Inputs, options: Options) -> Ready:
 
     def apply(block: Block) -> torch.Tensor:
         a, b = block.tensors
-        weight = (options["t"] / (a - b).abs().clamp(min=1e-6)).clamp(min=0, max=1)
+        weight: torch.Tensor = (options["t"] / (a - b).abs().clamp(min=1e-6)).clamp(min=0, max=1)
         return weight * b + (1 - weight) * a
 
     return Ready(apply)

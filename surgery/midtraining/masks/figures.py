@@ -57,4 +57,5 @@ def shrunk(seen: Tensor, block: int) -> Tensor:
     """The share of pairs that are seen in every block [heads, length / block, length / block]."""
     left = -seen.shape[-1] % block
     wide = pad(seen.float(), (0, left, 0, left))
-    return wide.unflatten(1, (-1, block)).unflatten(3, (-1, block)).mean((2, 4))
+    blocks: Tensor = wide.unflatten(1, (-1, block)).unflatten(3, (-1, block))
+    return blocks.mean((2, 4))

@@ -54,7 +54,8 @@ def balanced(rows: torch.Tensor, k: int, seed: int, name: str) -> Clusters:
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
     """Rows of length one; rows of zeros stay."""
-    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    lengths: torch.Tensor = rows.norm(dim=-1, keepdim=True)
+    return rows / lengths.clamp(min=1e-12)
 
 
 def _start(rows: torch.Tensor, k: int, seed: int, name: str) -> torch.Tensor:

@@ -8,6 +8,8 @@ Norms are taken of the source's own weights; experts of a virtual group are chos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.errors import ConfigError, UsageError, some
 from surgery.formats.base import Checkpoint
 from surgery.tensors.gather import MATRICES, blocks
@@ -40,13 +42,14 @@ def groups_for(source: Checkpoint, wanted: Selection, layer: int) -> Groups:
     named = [i for g in choice.groups for i in g]
     if missing := [i for i in named if i >= e]:
         raise UsageError(f"there is no expert {missing[0]} in layer {layer}, it has 0 to {e - 1}")
-    return {
+    made: dict[str, Callable[[], Groups]] = {
         "keep": lambda: choice.groups,
         "prune": lambda: tuple((i,) for i in range(e) if i not in set(named)),
         "permute": lambda: _permuted(choice, e),
         "merge": lambda: choice.groups,
         "best": lambda: _best(source, wanted.by, choice.count, layer),
-    }[choice.how]()
+    }
+    return made[choice.how]()
 
 
 def _permuted(choice: Choice, e: int) -> Groups:

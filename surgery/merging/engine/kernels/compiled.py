@@ -16,7 +16,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +30,9 @@ USER_CACHE = "~/.cache/checkpoint-surgery"  # where the folder of the sources ca
 def compiled(fn: F) -> F:
     """`fn`, compiled without the interpreter's lock; dividing by zero gives what IEEE says."""
     folder = cache_folder(Path(fn.__code__.co_filename).parent)
-    if folder is None:
-        return njit(nogil=True, error_model="numpy")(fn)
-    with _cached_in(folder):
-        return njit(nogil=True, error_model="numpy", cache=True)(fn)
+    with _cached_in(folder) if folder else nullcontext():
+        made: F = njit(nogil=True, error_model="numpy", cache=bool(folder))(fn)
+    return made
 
 
 @functools.cache
@@ -67,7 +66,7 @@ def _cached_in(folder: Path) -> Iterator[None]:
         config.CACHE_DIR = before
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c of three fp32 or three fp64 numbers, rounded once."""
     return a(a, a, a), _emit_fma
@@ -77,13 +76,13 @@ def _emit_fma(context: Any, builder: Any, signature: Any, arguments: Any) -> Any
     return builder.fma(*arguments)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def float_of(context: Any, bits: Any) -> Any:
     """The fp32 number that has these 32 bits."""
     return types.float32(types.uint32), _emit_cast
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def bits_of(context: Any, number: Any) -> Any:
     """The 32 bits of an fp32 number."""
     return types.uint32(types.float32), _emit_cast
