@@ -49,12 +49,15 @@ def test_links_lead_somewhere(page):
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every `surgery ...` line of a shell example."""
+    """Every `surgery ...` line of a shell example, in pages and in what the commands say of themselves."""
     found = []
     for page in PAGES:
         for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.S):
             joined = block.replace("\\\n", " ")
             found += [(page.name, line.strip()) for line in joined.splitlines() if line.strip().startswith("surgery ")]
+    for path in sorted((ROOT / "surgery" / "cli").glob("*.py")):
+        for line in re.findall(r"^ *(surgery [a-z]+ .*)$", path.read_text(), re.M):
+            found.append((path.name, re.split(r"\s{2,}", line)[0]))
     return found
 
 

@@ -5,4 +5,5 @@ expand.py    what names mean, the runs of a matrix      graph.py     the steps i
 keys.py      is a step done? (digests.py, record.py)    lock.py      one run of a step at a time
 run.py       all steps                                  carry_out.py one of them (process.py, outputs.py)
 launch.py    as jobs (scripts.py, schedulers.py)        queue.py     what became of them (selftest.py, site.py)
+forecast.py  what a run would do, before it does
 """

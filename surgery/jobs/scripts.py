@@ -2,7 +2,7 @@
 
     for job in jobs_of(steps, arrays=8):
         print(job.name, job.needs)
-        script_of(job, slurm, site, folder)
+        script_of(job, slurm, site, folder, files)
 
 The runs of a step are jobs of their own, which makes dependencies exact; from `arrays` runs on they are one array.
 """

@@ -1,6 +1,6 @@
 """The tokenizer of a merge: one of the models', or the union of all, with tokens added and a chat template set.
 
-    out = union(base, {base_model: base, other: tokenizer}, rows, extra=["<think>"], folder=scratch)
+    out = union(base, [(base, 32000), (other, 32016)], ["<think>"], scratch)
     out = with_template(out, "chatml", [tokenizers], scratch)
 
 A tokenizer.json is edited as the JSON it is: tokens keep the ids that they have in the base, new ones come behind

@@ -1,7 +1,8 @@
 """What a run does after a step, when it is due: look whether the first one moved everything, read routers, average the
 weights, export, save.
 
-    train(job, state, told, [First(job, told, results), Readings(job, told), averaging, Exports(told), Saves(saver)])
+    exports, saves = Exports(told, folder, command, came), Saves(told, saver, came)
+    train(job, state, told, [First(job, told, results), Readings(job, told), average, exports, saves])
 
 Each is called with the job and the state after every step, by all processes.  `Saves` is the last: whatever belongs to
 a step has been done and logged when its checkpoint appears, and a run that goes on from it has nothing to make up for.

@@ -3,7 +3,7 @@
     keep_compiled_gemms()                                # once, before anything is multiplied
     choice = fastest_experts(mixtures[0], tokens=4096)   # measures this model's shapes, on its device, as autocast is
     print(choice)                                        # "padded: 8 experts, top 2, ...: padded 21 ms, loop 27 ms ..."
-    use_experts(model, choice.name)
+    use_experts(model, mixtures, choice.name)
 
     loop         one expert after another; what the others are tested against
     grouped_mm   torch.nn.functional.grouped_mm

@@ -1,6 +1,6 @@
 """Where the rows of a run come from: a plan, a mixture that is planned now, or another trainer's record.
 
-batches = open_batches(run, world=8)          # offers what data/rows.py calls a RowSource
+batches = open_batches(run)          # offers what data/rows.py calls a RowSource
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a run begins with besides the weights: Adam's moments, and the learning rate that the source had come to.
 
     start = find_start(run.init, source)                   # Start(moments=Moments | None, note="...")
-    put_moments(start.moments, optimizer, model, source)
+    put_moments(start.moments, optimizer, model, source, world)
 
 Moments lie in a .safetensors file as exp_avg.NAME and exp_avg_sq.NAME, NAME as Hugging Face's files or transformers'
 modules spell it, with a scalar `step` (or `init.optimizer_step`), or in a checkpoint of a run of surgery.  They are

@@ -7,6 +7,7 @@
 kind.py      a kind of file or folder, and an answer     folders.py, trainers.py, files.py   tables of kinds
 folder.py    the names in a folder                       facts.py                            what configs say
 contents.py  tensors and pickles' names                  missing.py                          paths that are not there
+look.py      the first kind that fits
 
 Checkpoints that surgery converts are known to `surgery.formats`, which stands above: it is asked by `known`.
 """

@@ -4,4 +4,5 @@ mixture.py amounts.py apportion.py          what is wished, what there is, what 
 packing.py order.py                         documents -> instances, and when each comes
 draft.py plan_file.py plan_sources.py       from the mixture to the plan on disk
 fingerprint.py text_cache.py                what a plan stands on; text, tokenized once
+turns.py                                    conversations longer than a row
 """

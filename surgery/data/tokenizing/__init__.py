@@ -7,4 +7,5 @@ chat.py         conversations -> text    encoder.py         documents -> ids and
 workers.py      the processes            feed.py            blocks made ahead, handed out in order
 arrange.py      the order of writing     shards.py          files that grow (output_formats.py, dolma_writer.py)
 prepare.py      choices -> settings.py   job.py             what makes two runs one, and how far it is
+pairs.py        preferences -> batches of a run
 """

@@ -1,7 +1,7 @@
 """Sparse attention in Hugging Face's config.json, and the modules that a folder with it carries.
 
     read_sparse({"sparse_attention": {"kind": "spattention", "reference_len": 1024}}, 16, "config.json")   # a Sparse
-    config |= write_sparse(spec, "LlamaForCausalLM")
+    config |= write_sparse(spec.sparse) | auto_map("LlamaForCausalLM")
 
 The modules are our own (`hub/`); what another folder carries under their names is never run.
 """

@@ -1,6 +1,6 @@
 """What a Megatron checkpoint says besides its tensors: args, iteration, options; both of its formats share it.
 
-written(checkpoint, topology, options).root     # {"args": Namespace(...), "iteration": 7, ...}
+written(checkpoint, topology, options, more={}).root     # {"args": Namespace(...), "iteration": 7, ...}
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     found = read_model({"model": {"d_model": 4096, ...}}, "config.yaml")
     found.spec, found.facts, found.notes
-    config = write_config(spec, facts, "sequential", 1)
+    config = write_config(spec, facts, "sequential", 1, "tokenizer.json")
 
 Defaults of keys that a config does not state are those of ai2-olmo 0.6.0 (olmo/config.py, ModelConfig); the keys of
 mixtures of experts are from the branch on which OLMoE was trained.  What no other format could hold is refused by name.

@@ -1,6 +1,7 @@
 """Rotary embeddings and sliding windows of OLMo-core's configs <-> Rope and windows.
 
-    rope, interleaved = read_rope({"name": "default", "theta": 500000, "scaling": {...}}, "config.json", "rope", 128)
+    keys = Keys({"name": "default", "theta": 500000, "scaling": {...}}, file="config.json")
+    rope, interleaved = read_rope(keys, head_dim=128)
     write_rope(rope, head_dim=128)
 
 Source: OLMo-core `nn/rope.py`, `nn/attention/__init__.py` (SlidingWindowAttentionConfig).

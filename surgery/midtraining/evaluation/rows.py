@@ -1,7 +1,7 @@
 """Rows to evaluate on: what a data plan holds out, or the first of a token file.
 
-domains = rows_of("plan", limit=200)                          # {"web": Rows, "math": Rows}
-domains = rows_of("tokens.bin", limit=200, length=2048)       # {"tokens": Rows}
+rows_of("plan", 200, length=2048, vocabulary=50304)            # {"web": Rows, "math": Rows}
+rows_of("tokens.bin", 200, length=2048, vocabulary=50304)      # {"tokens": Rows}
 """
 
 from __future__ import annotations

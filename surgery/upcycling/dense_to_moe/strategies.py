@@ -1,6 +1,6 @@
 """Which neurons of the dense mlp each expert gets, and with which factors: data, not tensors.
 
-    shared, experts = pieces(layout, settings, layer=3)
+    shared, experts = pieces(layout, settings, layer=3, f=1536)
     experts[9]                     # Piece(neurons=range(192, 384), source=0, gate=1, up=1, down=8)
 
 A neuron is a row of `gate`, a row of `up` and a column of `down`.

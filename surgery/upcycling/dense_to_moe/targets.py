@@ -1,10 +1,10 @@
 """Which families can hold the result: a table, and reasons where they cannot.
 
-    spec, target = fitted(layout, dense_spec, settings)
+    spec, target = fitted(layout, dense_spec, "auto", normalise=True)
 
 Whether a family holds a model exactly is not written down: its config is written for the wanted Spec, read back, and
-has to mean the same (`hf_config.misfits`).  The table says what may be added without changing the function: biases of
-zeros, a shared expert whose `down` is zero, an output head of its own.
+has to mean the same (`misfits` of formats/hf/config.py).  The table says what may be added without changing the
+function: biases of zeros, a shared expert whose `down` is zero, an output head of its own.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a selection means for a model: which old experts are behind every new one.
 
-    changed = chosen(checkpoint, Selection(Choice("best", count=4)))         # the four that the router weighs most
+    changed = chosen(checkpoint, Selection(default=Choice("best", count=4)))     # the four that the router weighs most
     changed.checkpoint.spec.experts, changed.losses
 
 Norms are taken of the source's own weights; experts of a virtual group are chosen together.
