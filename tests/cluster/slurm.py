@@ -51,6 +51,19 @@ KillWait=5
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
+# a step that needs two jobs: when it is told to stop it leaves a checkpoint, from which the second goes on
+SLOW = """
+import pathlib, signal, sys, time
+def stop(*_):
+    pathlib.Path("checkpoint").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, stop)
+with open("attempts", "a") as file:
+    file.write("begun\\n")
+if not pathlib.Path("checkpoint").exists():
+    time.sleep(600)
+pathlib.Path(sys.argv[1]).write_text("done")
+"""
 
 
 def available() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import available, running_slurm
+from tests.cluster.slurm import SLOW, available, running_slurm
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not os.environ.get("SURGERY_SLURM"), reason="make test-slurm")
@@ -28,20 +28,6 @@ def pbs(tmp_path_factory):
         program.chmod(0o755)
     with running_slurm(folder / "daemons", kills_children=True) as env:
         yield {**env, "PATH": f"{folder / 'bin'}:{env['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-SLOW = """
-import pathlib, signal, sys, time
-def stop(*_):
-    pathlib.Path("checkpoint").touch()
-    sys.exit(1)
-signal.signal(signal.SIGTERM, stop)
-with open("attempts", "a") as file:
-    file.write("begun\\n")
-if not pathlib.Path("checkpoint").exists():
-    time.sleep(600)
-pathlib.Path(sys.argv[1]).write_text("done")
-"""
 
 
 def test_the_next_job_of_a_chain_goes_on_where_the_time_limit_stopped_the_last_one(pbs, tmp_path):

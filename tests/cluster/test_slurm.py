@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm import available, running_slurm
+from tests.cluster.slurm import SLOW, available, running_slurm
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not os.environ.get("SURGERY_SLURM"), reason="make test-slurm")
@@ -77,18 +77,7 @@ steps:
 
 
 def test_a_step_that_its_time_limit_stops_is_told_before_and_queued_again(slurm, tmp_path):
-    (tmp_path / "slow.py").write_text("""
-import pathlib, signal, sys, time
-def stop(*_):
-    pathlib.Path("checkpoint").touch()
-    sys.exit(1)
-signal.signal(signal.SIGTERM, stop)
-with open("attempts", "a") as file:
-    file.write("begun\\n")
-if not pathlib.Path("checkpoint").exists():
-    time.sleep(600)
-pathlib.Path(sys.argv[1]).write_text("done")
-""")
+    (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "r.yaml").write_text("steps: {slow: {python: slow.py $out, resources: {time: 1min}}}")
     (tmp_path / "launch.yaml").write_text("{scheduler: slurm, grace: 40}")
     assert surgery(slurm, tmp_path, "r.yaml").returncode == 0
