@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,9 @@ def test_a_signal_leaves_no_temporary_model(signum, tiny_hf, tmp_path):
         tiny_hf("llama"),
         "--logits",
     ]
-    process = subprocess.Popen(command, env=ENV | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE, text=True)
+    heard = None if signum == signal.SIGKILL else partial(signal.signal, signum, signal.SIG_DFL)  # nohup hides SIGHUP
+    env = ENV | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (tmp_path / "now").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
