@@ -172,6 +172,17 @@ def test_a_parameter_that_does_not_move_and_one_that_should_not(job):
         moved(one, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_elements_up_as_down_are_a_change(dtype):
+    """Of a norm's weights, which are all near one: Adam's first step is the rate, whatever the gradient's size."""
+    step = torch.tensor([1, -1, -1, 1, 1, -1, 1, -1], dtype=dtype) / 64
+    weight = torch.full((8,), 1.5, dtype=dtype)
+    apart = (weight + step).view(torch.int32 if dtype == torch.float32 else torch.int16).sum()
+    assert apart == weight.view(torch.int32 if dtype == torch.float32 else torch.int16).sum()  # what a plain sum says
+    assert fingerprints({"norm": weight + step}) != fingerprints({"norm": weight})
+    assert fingerprints({"norm": weight.clone()}) == fingerprints({"norm": weight})
+
+
 def test_tests_can_be_left_out_by_name(job):
     one = job()
     one.model.model.layers[1].register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
