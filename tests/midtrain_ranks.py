@@ -1,6 +1,7 @@
 """Runs in several processes, forked from one that has imported torch but runs no thread: see test_midtrain_ranks.py.
 
     python -m tests.midtrain_ranks FOLDER          # prints, as JSON, how far each run lies from one process
+    python -m tests.midtrain_ranks FOLDER 4        # in four processes instead of two
 
 Each run has 20 steps of a tiny mixture of experts with masks and packed rows; the chains are stopped by a signal on the
 way, and go on in another number of processes, or divided in another way.
@@ -15,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,26 @@ from surgery.midtraining.run_file import make_run
 from surgery.writing.interrupt import Requeue
 from tests import tiny
 from tests.killing import forked
-from tests.test_midtrain_loop import record, settings
+from tests.test_midtrain_loop import ROWS, record, settings
 
+Chains = Mapping[str, Sequence[tuple[int, int, dict[str, Any]]]]
 KEYS = ("loss", "ce", "balance", "router_z", "grad_norm")
 EP = {"parallel": {"ep": 2}}
 # name: stages, each so many processes, up to which step, with which settings
-CHAINS: dict[str, list[tuple[int, int, dict[str, Any]]]] = {
+CHAINS: Chains = {
     "fsdp": [(2, 20, {})],
     "replicate": [(2, 20, {"parallel": {"replicate": 2}})],
     "ep": [(2, 20, EP)],
     "ep, stopped": [(2, 7, EP), (2, 20, EP)],
     "2 -> 1 -> 2": [(2, 7, {}), (1, 12, {}), (2, 20, {})],
     "ep -> fsdp -> ep": [(2, 6, EP), (2, 13, {}), (2, 20, EP)],
+}
+FOUR: Chains = {
+    "fsdp 4": [(4, 20, {})],
+    "ep 4": [(4, 20, {"parallel": {"ep": 4}})],
+    "ep 2 x fsdp 2": [(4, 20, EP)],
+    "replicate 2 x fsdp 2": [(4, 20, {"parallel": {"replicate": 2}})],
+    "4 -> 1 -> ep 4": [(4, 7, {}), (1, 12, {}), (4, 20, {"parallel": {"ep": 4}})],
 }
 
 
@@ -129,19 +138,26 @@ def planted(folder: Path) -> None:
         (folder / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path, chains: Chains, rows: int) -> dict[str, Any]:
+    """How far the last metrics, weights and moments of each chain lie from those of one process, relatively."""
     ranks(1, lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16, e=8),
-                      record(folder / "batches.npz", masked=True, packed=True)))  # fmt: skip
+                      record(folder / "batches.npz", masked=True, packed=True, rows=rows)))  # fmt: skip
     ranks(1, lambda: train(folder, "one", 1, 20, {}))
     said: dict[str, Any] = {}
     one, whole = lines(folder, "one"), weights(folder, "one")
-    for name, stages in CHAINS.items():
+    for name, stages in chains.items():
         for count, until, more in stages:
             ranks(count, lambda c=count, u=until, m=more, n=name: train(folder, n, c, u, m))
         found = weights(folder, name)
         assert found.keys() == whole.keys()
         far = {n: float((t - whole[n]).norm() / whole[n].norm().clamp(min=1e-30)) for n, t in found.items()}
         said[name] = {"metrics": apart(one, lines(folder, name)), "state": max(far.values())}
+    return said
+
+
+def of_two(folder: Path) -> dict[str, Any]:
+    """Also whether a run that was stopped has the same bits, and what the self-test says of wrong gradients."""
+    said = main(folder, CHAINS, ROWS)
     same = [(folder / name / "metrics.jsonl").read_bytes() for name in ("ep", "ep, stopped")]
     a, b = weights(folder, "ep"), weights(folder, "ep, stopped")
     said["the same bits"] = same[0] == same[1] and all(torch.equal(a[n], b[n]) for n in a)
@@ -151,4 +167,5 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    where = Path(sys.argv[1])
+    print(json.dumps(main(where, FOUR, rows=8) if sys.argv[2:] == ["4"] else of_two(where)))

@@ -51,15 +51,15 @@ def small(tmp_path_factory):
     return get
 
 
-def record(path: Path, masked: bool, packed: bool, steps: int = STEPS) -> Path:
+def record(path: Path, masked: bool, packed: bool, steps: int = STEPS, rows: int = ROWS) -> Path:
     """Batches with structure, so that there is something to learn."""
     rng = np.random.default_rng(7)
-    ids = np.cumsum(rng.integers(1, 4, (steps, ROWS, LENGTH)), -1) % VOCAB
+    ids = np.cumsum(rng.integers(1, 4, (steps, rows, LENGTH)), -1) % VOCAB
     arrays = {"input_ids": ids.astype(np.uint16)}
     if masked:
-        arrays["label_mask"] = (rng.random(ids.shape) < rng.random((steps, ROWS, 1))).astype(np.uint8)
+        arrays["label_mask"] = (rng.random(ids.shape) < rng.random((steps, rows, 1))).astype(np.uint8)
     if packed:
-        cut = rng.integers(5, LENGTH - 5, (steps, ROWS, 1))
+        cut = rng.integers(5, LENGTH - 5, (steps, rows, 1))
         place = np.arange(LENGTH)
         arrays["position_ids"] = np.where(place < cut, place, place - cut).astype(np.uint8)
     np.savez(path, **arrays)

@@ -42,6 +42,17 @@ def test_two_processes_are_one_however_the_model_is_divided(tmp_path):
     assert {name: far for name, far in said.items() if far["metrics"] > 1e-6 or far["state"] > 1e-5} == {}
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(1500)
+def test_four_processes_are_one(tmp_path):
+    words = [sys.executable, "-m", "tests.midtrain_ranks", str(tmp_path), "4"]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=1400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert len(said) == 5
+    assert {name: far for name, far in said.items() if far["metrics"] > 1e-6 or far["state"] > 1e-5} == {}
+
+
 @pytest.mark.slow
 def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     tiny.save("llama", tmp_path / "model", l=2, h=48, f=40)
