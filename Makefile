@@ -24,12 +24,12 @@ demo: $(VENV)/.ready-demo  ## convert a real small model, prove it equal, let it
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	$(if $(MODEL),flags=$$(python recipes/fitting.py "$(MODEL)") && eval "surgery run recipes/quickstart.yaml -v $$flags",\
 	surgery run recipes/quickstart.yaml -v) && surgery run recipes/midtrain.yaml -j 2 && sed 1d runs/midtrain/steps/losses.log \
-	$(if $(KEEP),,&& rm -rf runs/quickstart/copy* runs/quickstart/moe*) && $(said)
+	$(if $(KEEP),,&& rm -rf runs/quickstart/copy* runs/quickstart/moe* runs/quickstart/back) && $(said)
 
 # what is left after the demo, and what to type next
 define said
 printf '%s\n' '' "Results are in runs/quickstart (models) and runs/midtrain (report.html): \
-$$(du -shc runs/quickstart runs/midtrain | tail -n 1 | cut -f 1).  $(if $(KEEP),,Copies and mixtures are removed; KEEP=1 keeps them.)" \
+$$(du -shc runs/quickstart runs/midtrain | tail -n 1 | cut -f 1).  $(if $(KEEP),,Copies, mixtures and the way back are removed; KEEP=1 keeps them.)" \
   'Next:  source $(VENV)/bin/activate' '       surgery inspect runs/quickstart/soup' \
   '       surgery convert runs/quickstart/soup runs/mine --to neox' '       surgery --help'
 endef

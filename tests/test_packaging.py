@@ -124,5 +124,5 @@ def test_make_demo_hands_the_model_over(model: str) -> None:
 def test_make_demo_ends_with_what_is_next_and_leaves_little() -> None:
     text = make("--dry-run", "demo")
     assert "source .venv/bin/activate" in text and "surgery inspect runs/quickstart/soup" in text
-    removed = "rm -rf runs/quickstart/copy* runs/quickstart/moe*"
+    removed = "rm -rf runs/quickstart/copy* runs/quickstart/moe* runs/quickstart/back"
     assert removed in text and removed not in make("--dry-run", "demo", "KEEP=1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -21,7 +22,14 @@ from surgery.jobs.step import near
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 PAGES = {"quickstart": "README.md", "midtrain": "docs/midtrain.md"}  # their twins are run by test_recipes.py
-LOSS = re.compile(r"(\d+\.\d{3,})")
+CHANCE = math.log(2048)  # the loss of who knows nothing, with the vocabulary of recipes/corpus.py
+LOSS = re.compile(r"^ \S+ +(\d+\.\d{4}) +\d+\.\d{4} +[\d,]+ ", re.MULTILINE)
+EVALUATED = re.compile(r"^eval step=11 heldout/text/loss=(\d+\.\d+)", re.MULTILINE)
+# how many losses the last table of a twin has, and how many of them are of models that nobody has trained
+TABLES = {
+    "llemma": (6, 3), "llmjp-v4": (9, 0), "llama-moe-v2": (4, 2), "olmoe": (3, 0), "upcycle": (4, 2),
+    "olmo-continue": (1, 0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["full", "small"])
@@ -61,9 +69,11 @@ def test_a_small_twin_runs_to_the_end(name, tmp_path):
             assert "the same model" in log
         if step == "moe":
             assert ("proof  not preserving" if name.endswith("-residual") else "proof  exact") in log
-        if step == "losses":
-            losses = [float(number) for number in LOSS.findall(log)]
-            assert losses
-            assert all(0 < loss < 20 for loss in losses)
+    many, untrained = next(table for begun, table in TABLES.items() if name.startswith(begun))
+    last, pattern = ("train", EVALUATED) if name == "olmo-continue" else ("losses", LOSS)
+    losses = [float(number) for number in pattern.findall(Path(steps[last]["log"]).read_text())]
+    assert len(losses) == many, losses
+    assert len([loss for loss in losses if CHANCE < loss < CHANCE + 0.1]) == untrained, losses
+    assert len([loss for loss in losses if 0 < loss < CHANCE]) == many - untrained, losses
     again = subprocess.run(list(map(str, words)), cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert {s["state"] for s in json.loads(again.stdout)["steps"]} == {"unchanged"}
