@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import AmbiguousError, ConfigError, FileError, LayoutError, SurgeryError, UsageError
+from surgery.formats.account import OPTIMIZER
 from surgery.formats.hf import format as hf
 from surgery.formats.neox import config as neox_config
 from surgery.formats.neox import files as neox_files
@@ -164,9 +165,9 @@ def test_optimizer_files_are_reported(tmp_path):
     (folder / "zero_to_fp32.py").write_text("raise SystemExit('executed')")
     checkpoint = open_checkpoint(folder, options=NEW)
     name = f"{STEP}/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    assert checkpoint.ignored[name] == "the optimizer's state, which is not converted"
+    assert checkpoint.ignored[name] == OPTIMIZER
     assert checkpoint.ignored["zero_to_fp32.py"] == "the trainer's own state, which is not converted"
-    assert any("fp32 copies of the weights, which are not converted" in note for note in checkpoint.notes)
+    assert any("fp32 copies of the weights, which only --optimizer converts" in note for note in checkpoint.notes)
 
 
 # ------------------------------------------------------------------------------------- two readings of the same files

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery.containers.output import OutputFile, text_file
-from surgery.conversion import allow
+from surgery.conversion import allow, state
 from surgery.conversion.numbers import remarks
-from surgery.conversion.report import Plan, Report, Share, provenance, version
+from surgery.conversion.report import Plan, Report, Share, provenance, states_of, version
 from surgery.conversion.request import Convert, Divided, Write
 from surgery.conversion.workers import ENGINES, Task
 from surgery.errors import ConfigError, OutputError, UsageError, show, some
@@ -74,7 +74,9 @@ def prepare(src: Path_, request: Convert) -> Plan:
     target, origin = named(request.to), format_of(src, request.from_)
     check_flags(target, request.topology)
     reading, writing = by_side(request.options or {}, [origin], target)
-    source = open_checkpoint(src, format=origin.name, options=reading)
+    source = open_checkpoint(src, format=origin.name, options=reading, optimizer=request.optimizer)
+    if request.optimizer:
+        state.check(source, origin, target)
     if request.tokenizer is not None:
         source = with_tokenizer(source, request.tokenizer)
     allow.check_names(request.allow, source)
@@ -88,17 +90,20 @@ def prepare(src: Path_, request: Convert) -> Plan:
 
 def _plan(source: Checkpoint, request: Convert, reading: Options, writing: Options, cut: bool = False) -> Plan:
     """The plan of a conversion, cast and with another vocabulary as was asked."""
-    ledger = Ledger(numbers=True)
+    ledger, written_from = Ledger(numbers=True), source.parts
+    source = state.prepared(source, named(request.to), request.dtype)
     if request.vocab_size is not None:
         source = to_vocab(source, request.vocab_size)
     if request.dtype != "keep":
-        if request.vocab_size is None:  # rows that are cut are never read, so the source as a whole has no digest then
+        # rows that are cut are never read, and masters may be read in place of weights: then the source has no digest
+        if request.vocab_size is None and not request.optimizer:
             parts = {name: ledger.tap(SOURCE + name, part) for name, part in source.parts.items()}
             source = replace(source, parts=parts)
         source = to_dtype(source, DTYPES[request.dtype])
     asked = {"read": reading, "dtype": request.dtype,
-             "allow": sorted(request.allow), "vocab_size": request.vocab_size, "cut": cut}  # fmt: skip
-    derived = cut or request.vocab_size is not None
+             "allow": sorted(request.allow), "vocab_size": request.vocab_size, "cut": cut,
+             "optimizer": request.optimizer}  # fmt: skip
+    derived = cut or (request.optimizer and source.parts != written_from) or request.vocab_size is not None
     return plan_for(source, request, options=writing, job=asked, derived=derived, ledger=ledger)
 
 
@@ -122,7 +127,8 @@ def plan_for(
         source = with_tokenizer(source, write.tokenizer)
     given = dict((write.options or {}) if options is None else options)
     by_side(given, [], target)
-    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()})
+    tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()},
+                     optimizer=state.tapped(source, target, ledger))  # fmt: skip
     output = target.plan(tapped, write.topology, target.with_defaults(given, "write"))
     notes = tuple(dict.fromkeys([*source.notes, *_lost_facts(source, target), *output.notes]))
     everything = {**(job or {}), "to": write.to, "topology": asdict(write.topology), "write": given,
@@ -262,7 +268,8 @@ def refuse_overlap(src: Path, dst: Path) -> None:
 
 def _again(plan: Plan, dst: Path) -> Checkpoint:
     """What was written, opened as any reader would."""
-    return plan.to.open(data_of(dst), {**plan.to.reading(plan.options), ALLOW_UNKNOWN.name: ALL})
+    options = {**plan.to.reading(plan.options), ALLOW_UNKNOWN.name: ALL}
+    return plan.to.open(data_of(dst), options, plan.source.optimizer is not None)
 
 
 def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progress | None) -> None:
@@ -270,7 +277,8 @@ def _read_back(plan: Plan, again: Checkpoint, dst: Path, progress: stream.Progre
     ledger, rows = Ledger(), plan.source.spec.vocab
     if again.spec.vocab > rows:  # those that the target pads its vocabulary with are its own
         again = with_rows(again, rows)
-    stream.read_through(again.parts, ledger, plan.max_memory, progress)
+    state.compare(plan.source.optimizer, again.optimizer, dst)
+    stream.read_through({**again.parts, **states_of(again, plan.to)}, ledger, plan.max_memory, progress)
     ours, theirs = plan.ledger, ledger
     mine = [n for n in ours.parts if not n.startswith(SOURCE)]
     wrong = [n for n in mine if n not in theirs.parts or ours.fingerprint(n) != theirs.fingerprint(n)]

@@ -16,8 +16,10 @@ from typing import Any
 from surgery.containers.text import json_text
 from surgery.conversion.request import Write
 from surgery.formats.base import Checkpoint, Format, Options, Output, run_of
+from surgery.formats.optimizer import MASTER
 from surgery.formats.topology import Topology
-from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.fingerprint import STATE, Ledger
+from surgery.tensors.lazy import Lazy
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,23 @@ class Plan:
     @property
     def bytes_to_write(self) -> int:
         """What is told to `progress` in all: bytes written, and read back."""
-        return self.bytes + (sum(part.nbytes for part in self.source.parts.values()) if self.write.verify else 0)
+        held = [*self.source.parts.values(), *states_of(self.source, self.to).values()]
+        return self.bytes + (sum(tensor.nbytes for tensor in held) if self.write.verify else 0)
 
     @property
     def parallel(self) -> dict[str, int]:
         """The parallel sizes that the target has."""
         return {name: getattr(self.write.topology, name) for name in self.to.flags}
+
+
+def states_of(source: Checkpoint, target: Format) -> dict[str, Lazy]:
+    """What a target keeps of an optimizer's state, by the names that a ledger has for it."""
+    found = source.optimizer
+    if found is None:
+        return {}
+    masters = {n: t for n, t in found.roles[MASTER].items() if target.masters and source.parts[n].dtype != "float32"}
+    kept = {**found.roles, MASTER: masters}
+    return {f"{STATE}{role}/{name}": tensor for role, parts in kept.items() for name, tensor in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ class Convert(Divided):
     )
     dtype: str = dtype_setting()
     vocab_size: int | None = setting(None, "Cut padding rows of the vocabulary, or add rows of zeros.", low=1)
+    optimizer: bool = setting(
+        False, "Carry Adam's state too: fp32 masters, both moments, the number of steps. Without it the output is "
+        "weights alone, and a run that goes on from them starts its optimizer anew.",
+    )  # fmt: skip
     allow: Collection[str] = setting(
         (), "Leave this out if the target cannot hold it; refused where the logits depend on it. NAME: qkv_bias, "
         "o_bias, mlp_bias, router_bias, norm_bias (only zeros), norm_weight (only ones), windows (none shorter than "

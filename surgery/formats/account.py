@@ -49,7 +49,7 @@ class Rule:
         return (found[1] if found and found.re.groups else path), self.reason
 
 
-OPTIMIZER = "the optimizer's state, which is not converted"
+OPTIMIZER = "the optimizer's state, without which a run starts its moments anew (see --optimizer)"
 SCHEDULER = "the scheduler's state, which is not converted"
 RANDOM = "random states, which are not converted"
 TRAINER = "the trainer's own state, which is not converted"

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from surgery import tokenizer
 from surgery.containers.output import copied_file
 from surgery.errors import ConfigError, FileError, UsageError, show, some
-from surgery.formats.account import Rule, beside, inside, summed_up
+from surgery.formats.account import OPTIMIZER, Rule, beside, inside, summed_up
+from surgery.formats.optimizer import Optimizer, States, Written, gather_states, spread_states, with_masters
 from surgery.formats.parts import Parts, rows_html
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
@@ -69,7 +70,7 @@ class Checkpoint:
     `files` hold the weights, `configs` were read too, `beside` are small files that are carried along.  `facts` are
     what a config says besides the anatomy (token ids, training settings), under Hugging Face's names; `ignored` maps
     what is left out to the reason; `notes` name everything that was guessed; `details` are for people (iteration ...).
-    `stamps` are all files that were opened, as they were then.
+    `stamps` are all files that were opened, as they were then.  `optimizer` is its state, if that was asked for.
     """
 
     format: str
@@ -88,6 +89,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None = None
     beside: Mapping[str, Path] = field(default_factory=dict)
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
+    optimizer: Optimizer | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", Parts(self.parts))
@@ -200,6 +202,7 @@ class Draft:
     notes: tuple[str, ...] = ()
     who: str = ""
     hint: str | None = None
+    states: Callable[[Ranks, Written], Iterable[OutputFile]] | None = None  # the files, with an optimizer's state
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ class Format:
 
     `flags` are the parallel sizes that it has: of tp, pp, vpp, ep; `zero`: which may be 0.  `tokens` writes a
     tokenizer, None if checkpoints have none.  `files` and `entries` are what is known of other files in the folder and
-    of other entries in pickles.
+    of other entries in pickles.  `states` reads an optimizer's state (None: there is none); `masters`: whether fp32
+    masters are kept beside weights of fewer bits.
     """
 
     name: str
@@ -236,6 +240,8 @@ class Format:
     options: tuple[Option, ...] = ()
     files: tuple[Rule, ...] = ()
     entries: tuple[Rule, ...] = ()
+    states: Callable[[Place, Opened, Reading, Options], States | None] | None = None
+    masters: bool = False
 
     def recognise(self, folder: Path) -> bool:
         return self.locate(folder) is not None
@@ -245,15 +251,21 @@ class Format:
         """Its own options, and those that every format has."""
         return (*self.options, ALLOW_UNKNOWN)
 
-    def open(self, folder: Path, options: Options) -> Checkpoint:
-        """A checkpoint of this format.  `options` are complete.  Raises SurgeryError naming all that does not fit."""
+    def open(self, folder: Path, options: Options, optimizer: bool = False) -> Checkpoint:
+        """A checkpoint of this format, with the state of its `optimizer` if that is asked for and there is one.
+
+        `options` are complete.  Raises SurgeryError naming all that does not fit.
+        """
         place = self.locate(folder)
         if place is None:
             raise FileError(f"holds no checkpoint of the format {self.name}", file=folder, hint=self.title)
         opened = self.read(place, options)
         reading = self.spec(opened.config, opened.file, opened.seen, options)
         _check_counts(reading.spec, opened)
-        gathered = gather(self.table(opened, reading, options), opened.shards, reading.spec, opened.topology)
+        table = self.table(opened, reading, options)
+        gathered = gather(table, opened.shards, reading.spec, opened.topology)
+        states = self.states(place, opened, reading, options) if optimizer and self.states else None
+        found = gather_states(states, table, opened.shards, reading.spec, opened.topology) if states else None
         strange = dtypes_in_words(gathered.parts.values())
         said = settle((*reading.notes, *strange), options.get(ALLOW_UNKNOWN.name, ""), opened.file)
         tokens, notes = place.tokenizer, [*place.notes, *said, *opened.notes]
@@ -261,6 +273,8 @@ class Format:
             file = Path(opened.file).name
             notes.append(f"{file} names the tokenizer {show(reading.tokenizer)}, which is not in the folder")
         ignored, carried = self._account(place, opened, gathered.ignored)
+        if found:
+            ignored = {name: why for name, why in ignored.items() if why != OPTIMIZER}
         paths = [path for c in opened.containers for path in c.paths]
         return Checkpoint(
             format=self.name, path=folder, spec=reading.spec, parts=gathered.parts,
@@ -268,7 +282,7 @@ class Format:
             files=tuple(paths), configs=opened.read,
             globals=tuple(sorted({name for c in opened.containers for name in c.globals})), ignored=ignored,
             notes=tuple(dict.fromkeys(notes)), details={**place.details, **opened.details, **reading.details},
-            tokenizer=tokens, beside=carried,
+            tokenizer=tokens, beside=carried, optimizer=with_masters(found, gathered.parts) if found else None,
         )  # fmt: skip
 
     def _account(
@@ -303,13 +317,23 @@ class Format:
         if self.tokens:
             note = "no tokenizer was found, none is written (--tokenizer PATH adds one)"
             tokens = self.tokens(found, checkpoint) if found else Carried((), (note,))
-        files = [*draft.files(ranks), *tokens.files]
+        files = [*self._files(draft, ranks, checkpoint), *tokens.files]
         names, notes = {file.name for file in files}, [*draft.notes, *tokens.notes]
         if self.tokens:
             files += [copied_file(name, path) for name, path in checkpoint.beside.items() if name not in names]
         elif checkpoint.beside:
             notes.append(f"{self.name} has no place for {some(checkpoint.beside)}")
         return Output(tuple(files), tuple(notes))
+
+    def _files(self, draft: Draft, ranks: Ranks, checkpoint: Checkpoint) -> Iterable[OutputFile]:
+        """The files with the tensors.  Raises ConfigError for an optimizer's state that the format has no place for."""
+        if checkpoint.optimizer is None:
+            return draft.files(ranks)
+        if draft.states is None:
+            raise ConfigError(f"{self.name} checkpoints are written without an optimizer's state",
+                              hint="without --optimizer the weights alone are converted")  # fmt: skip
+        found = spread_states(checkpoint.optimizer, draft.table, checkpoint.spec, draft.topology, ranks)
+        return draft.states(ranks, found)
 
     # --------------------------------------------------------------------------------------------- options
 

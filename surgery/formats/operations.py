@@ -12,6 +12,7 @@ from pathlib import Path
 from surgery import tokenizer
 from surgery.errors import FileError, LayoutError
 from surgery.formats.base import Checkpoint
+from surgery.formats.optimizer import MASTER
 from surgery.model.spec import VOCABULARY
 from surgery.tensors.lazy import Concat, Fill, Lazy, Slice, cast
 
@@ -19,13 +20,22 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Every floating-point part in another dtype, rounded once."""
-    parts = {name: cast(part, dtype) if _is_float(part) else part for name, part in checkpoint.parts.items()}
+    """Every floating-point part in another dtype, rounded once: from its master, if one was opened with it."""
+    masters = checkpoint.optimizer.roles[MASTER] if checkpoint.optimizer else {}
+    exact = {n: p if p.dtype == dtype else masters.get(n, p) for n, p in checkpoint.parts.items()}
+    parts = {name: cast(part, dtype) if _is_float(part) else part for name, part in exact.items()}
     return replace(checkpoint, parts=parts)
 
 
 def _is_float(part: Lazy) -> bool:
     return part.dtype.startswith(("float", "bfloat"))
+
+
+def from_masters(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint whose weights are its fp32 masters, for formats that keep none beside them."""
+    assert checkpoint.optimizer is not None
+    parts = {**checkpoint.parts, **checkpoint.optimizer.roles[MASTER]}
+    return replace(checkpoint, parts=parts, optimizer=replace(checkpoint.optimizer, kept=False))
 
 
 def with_rows(checkpoint: Checkpoint, rows: int) -> Checkpoint:
@@ -40,8 +50,9 @@ def with_rows(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     if rows == spec.vocab:
         return checkpoint
     parts = {name: fit(part) if name in VOCABULARY else part for name, part in checkpoint.parts.items()}
+    state = checkpoint.optimizer and checkpoint.optimizer.mapped(lambda n, t: fit(t) if n in VOCABULARY else t, parts)
     known = spec.true_vocab if spec.true_vocab is not None and spec.true_vocab <= rows else None
-    return replace(checkpoint, parts=parts, spec=spec.replace(vocab=rows, true_vocab=known))
+    return replace(checkpoint, parts=parts, spec=spec.replace(vocab=rows, true_vocab=known), optimizer=state)
 
 
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:

@@ -144,16 +144,22 @@ def lenient(path: str | os.PathLike[str], options: Options | None) -> dict[str, 
 
 @checked
 def open_checkpoint(
-    path: str | os.PathLike[str], *, format: str | None = None, options: Options | None = None
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    options: Options | None = None,
+    optimizer: bool = False,
 ) -> Checkpoint:
     """A checkpoint of any format, recognised unless `format` says it.  `options` are those of `surgery formats`.
+
+    `optimizer`: with the state of Adam that lies there, as `Checkpoint.optimizer` (None if there is none).
 
     Raises SurgeryError if anything about it is broken, unknown, missing or left over.
     """
     found, folder = format_of(path, format), located(path)
     given, _ = by_side(options or {}, [found])
     with watched() as stamps:
-        checkpoint = found.open(folder, found.with_defaults(given, "read"))
+        checkpoint = found.open(folder, found.with_defaults(given, "read"), optimizer)
         details = {**_carried(folder), **checkpoint.details}
     LOG.debug("opened %s: %s %s, %d parts in %d files", folder, checkpoint.format, checkpoint.spec.family,
               len(checkpoint.parts), len(checkpoint.files))  # fmt: skip

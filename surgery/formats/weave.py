@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from surgery.formats.names import collapsed
 from surgery.formats.replicas import mean, share, total
 from surgery.formats.table import Bind, Row, Table, placeholders
 from surgery.formats.topology import Rank, Topology
-from surgery.model.spec import AXES, FIELDS, PARTS, Spec
+from surgery.model.spec import AXES, FIELDS, PARTS, Spec, template_of
 from surgery.tensors.axes import STAR, Axes, Named, flat, shape_of
 from surgery.tensors.extent import Extent
 from surgery.tensors.lazy import Fill, Lazy, Map, Same
@@ -245,14 +245,17 @@ def _undivided(found: Sequence[_Indivisible], tp: int) -> list[str]:
     return [f"cannot divide {counted} of {some(collapsed(rows))} among {tp} ranks" for counted, rows in names.items()]
 
 
-def gather(table: Table, shards: Shards, spec: Spec, topology: Topology) -> Gathered:
-    """The canonical parts behind the ranks' files, all lazy.  Raises LayoutError naming every gap and surplus."""
+def gather(table: Table, shards: Shards, spec: Spec, topology: Topology, spared: Collection[str] = ()) -> Gathered:
+    """The canonical parts behind the ranks' files, all lazy.  Raises LayoutError naming every gap and surplus.
+
+    `spared` are templates of parts that need not be there.
+    """
     parts: dict[str, Lazy] = {}
     claimed: dict[Rank, set[str]] = {rank: set() for rank in shards}
     errors: list[str] = []
     missing: dict[str, list[str]] = {}
     for r, bind in table.live(spec, topology):
-        if r.optional and not _present(r, bind, shards, spec, topology):
+        if (r.optional or not set(r.parts).isdisjoint(spared)) and not _present(r, bind, shards, spec, topology):
             continue
         try:
             whole = _collect(r, bind, shards, spec, topology, claimed)
@@ -275,10 +278,10 @@ def gather(table: Table, shards: Shards, spec: Spec, topology: Topology) -> Gath
     if left:
         odd = some(collapsed(sorted(set(left))))
         errors.append(f"{len(left)} tensors have no place in a {table.name} {spec.family}: {odd}")
-    if not errors and (gaps := [name for name in spec.part_names() if name not in parts]):
+    if not errors and (gaps := [n for n in spec.part_names() if n not in parts and template_of(n) not in spared]):
         errors.append(f"no tensor holds {some(collapsed(gaps))}")
     _raise(errors)
-    return Gathered({name: _hinted(parts[name], table.unequal) for name in spec.part_names()}, ignored)
+    return Gathered({n: _hinted(parts[n], table.unequal) for n in spec.part_names() if n in parts}, ignored)
 
 
 def _hinted(part: Lazy, hint: str) -> Lazy:

@@ -42,6 +42,7 @@ COLUMNS = 1 << 16  # words of one row per step: half a MiB of weights
 ROW_SEED, COLUMN_SEED = 0x6A09E667F3BCC908, 0xBB67AE8584CAA73B
 
 SOURCE = "source/"  # begins the name of a part as it was before it was changed (cast)
+STATE = "optimizer/"  # begins the name of what an optimizer keeps of a part, which is not the model
 
 RowSums = Callable[[Any, Any], Any]
 Count = tuple[int, int, int, int]  # fingerprint, elements, of them not finite, of them zero (where a cast is counted)
@@ -207,10 +208,14 @@ class Ledger:
         """A sha256 over the names, dtypes, shapes and fingerprints of the parts, independent of their order.
 
         Of the parts whose name begins with `prefix`, which is not counted as part of the name; without one, of those
-        that are no part's source (see `SOURCE`).  Raises LayoutError if an element was not counted, or counted twice.
+        that are no part's source and no optimizer's (see `SOURCE`, `STATE`).
+
+        Raises LayoutError if an element was not counted, or counted twice.
         """
         if gaps := self.gaps():
             raise LayoutError(f"not every element of every part was written exactly once: {some(gaps)}")
-        chosen = [n for n in sorted(self.parts) if (n.startswith(prefix) if prefix else not n.startswith(SOURCE))]
+        chosen = [
+            n for n in sorted(self.parts) if (n.startswith(prefix) if prefix else not n.startswith((SOURCE, STATE)))
+        ]
         lines = (json.dumps([name.removeprefix(prefix), self.fingerprint(name)]) for name in chosen)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -28,6 +28,7 @@ from olmo_core.nn.lm_head import LMHeadConfig
 from olmo_core.nn.moe import MoEConfig, MoERouterConfig, MoEType
 from olmo_core.nn.rope import RoPEConfig, RoPEType, StepwiseRoPEScalingConfig, YaRNRoPEScalingConfig
 from olmo_core.nn.transformer import TransformerBlockConfig, TransformerBlockType, TransformerConfig, TransformerType
+from olmo_core.optim import OptimGroupOverride, SkipStepAdamWConfig
 from safetensors.torch import save_file
 
 NORM = LayerNormConfig(name=LayerNormType.rms, eps=1e-6, bias=False)
@@ -135,11 +136,26 @@ def save(folder: Path, config) -> None:
     save_model_and_optim_state(folder / "model_and_optim", build(config), thread_count=1)
 
 
-def rank_main(rank: int, world: int, store: str, folder: str) -> None:
+def trained(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """OLMo-core's default optimizer after two updates: all but the embedding decays."""
+    spared = OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})
+    optimizer = SkipStepAdamWConfig(lr=1e-3, weight_decay=0.1, group_overrides=[spared]).build(model)
+    for step in range(2):
+        ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(step))
+        logits = model(ids).float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
+        optimizer.latest_loss = torch.tensor(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def rank_main(rank: int, world: int, store: str, folder: str, adam: bool = False) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     built = build(models()["olmo2"])
     built.apply_fsdp(dp_mesh=dist.init_device_mesh("cpu", (world,)))
-    save_model_and_optim_state(Path(folder) / "model_and_optim", built, thread_count=1)
+    optimizer = trained(built) if adam else None
+    save_model_and_optim_state(Path(folder) / "model_and_optim", built, optimizer, thread_count=1)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -167,6 +183,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         mp.spawn(rank_main, (2, f"{tmp}/store", str(home / "checkpoint")), nprocs=2)
     finish(home, models()["olmo2"])
+    home = folder / "adam-fsdp"
+    with tempfile.TemporaryDirectory() as tmp:
+        mp.spawn(rank_main, (2, f"{tmp}/store", str(home / "checkpoint"), True), nprocs=2)
+    finish(home, models()["olmo2"])
+    (home / "expected.safetensors").unlink()  # those logits are of the model before its updates
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from surgery.containers.torch_writer import torch_file
 from surgery.containers.torch_zip import Tree
 from surgery.errors import ConfigError, FileError, LayoutError, show
 from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Place, Ranks, Reading
-from surgery.formats.megatron import entries, files
+from surgery.formats.megatron import dist_optimizer, entries, files
 from surgery.formats.megatron.table import dist_table
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.model.spec import Spec
@@ -115,6 +116,12 @@ def _optimizer(dcp: Dcp) -> str:
     return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
 
 
+def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+    dcp, holder = opened.containers
+    assert isinstance(dcp, Dcp)
+    return dist_optimizer.read_states(dcp, holder.entries, opened.shards[Rank()])
+
+
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     found: Table = opened.seen.table
     return found
@@ -131,17 +138,31 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     numbered = spec.experts > 0 and not all(spec.is_moe(i) for i in range(spec.layers))
     norms = "te" if plan.norms == "te" else "local_dist"
     rows = dist_table(norms, (), plan.multiple * plan.topology.tp, numbered=numbered)
-    return Draft(plan.args, plan.seen, rows, ONE_RANK, partial(_files, plan, spec, numbered), plan.notes)
+    planned = partial(_files, plan, spec, numbered)
+    return Draft(plan.args, plan.seen, rows, ONE_RANK, planned, plan.notes, states=planned)
 
 
-def _files(plan: entries.Written, spec: Spec, numbered: bool, ranks: Ranks) -> Iterable[OutputFile]:
+def _files(
+    plan: entries.Written, spec: Spec, numbered: bool, ranks: Ranks, written: Written | None = None
+) -> Iterable[OutputFile]:
     where, text = files.iteration_name(plan.iteration)
-    tensors = {name: s.tensor for name, s in ranks[Rank()].items()}
+    stored, root = dict(ranks[Rank()]), dict(plan.root)
+    if written:
+        states, entry = dist_optimizer.stored_states(written, stored)
+        stored |= states
+        root |= {"optimizer": entry, "opt_param_scheduler": entries.scheduler(written, plan), "content_metadata": {
+            "singleton_local_shards": False, "distrib_optim_sharding_type": dist_optimizer.TYPE,
+            "chained_optim_avoid_prefix": True}}  # fmt: skip
     return [
         text_file(files.TRACKER, text.encode()),
         text_file(f"{where}/metadata.json", json.dumps(METADATA).encode()),
-        torch_file(f"{where}/common.pt", dict(plan.root)),
-        *dcp_files(f"{where}/", tensors, {name: [None] for name in extra_states(spec, numbered)}),
+        torch_file(f"{where}/common.pt", root),
+        *dcp_files(
+            f"{where}/",
+            {name: s.tensor for name, s in stored.items()},
+            {name: [None] for name in extra_states(spec, numbered)},
+            copies=frozenset(name for name, s in stored.items() if s.copy),
+        ),
     ]
 
 
@@ -181,4 +202,6 @@ FORMAT = Format(
     flags=("tp", "pp", "vpp", "ep"),
     options=entries.OPTIONS,
     entries=entries.ENTRIES,
+    states=states,
+    masters=True,
 )

@@ -13,6 +13,7 @@ from typing import Any
 from surgery.containers.pickles.records import Obj
 from surgery.containers.torch_writer import Record
 from surgery.errors import ConfigError, LayoutError, UsageError, show
+from surgery.formats import optimizer
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER, Rule
 from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
 from surgery.formats.megatron.config import BUILT_IN_FACTOR, read_args, write_args
@@ -195,6 +196,16 @@ def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: 
         root["surgery"] = {"rope_factor": args["rope_scaling_factor"]}
     seen, notes = Seen(spec.vocab, own_factor(root)), tuple(notes_of(checkpoint, topology, multiple))
     return Written(args, root, norms, experts, topology, multiple, iteration, seen, notes)
+
+
+def scheduler(written: optimizer.Written, plan: Written) -> dict[str, Any]:
+    """What Megatron's loaders ask for: the rate as it was, for ever.  Steps are counted in samples."""
+    lr = next((group.lr for group in written.groups.values() if group.lr is not None), 0.0)
+    decay = max((group.weight_decay for group in written.groups.values()), default=0.0)
+    samples = plan.args["consumed_train_samples"]
+    return {"max_lr": lr, "lr_warmup_steps": 0, "num_steps": samples, "lr_decay_style": "constant",
+            "lr_decay_steps": max(samples, 1), "min_lr": 0.0, "start_wd": decay, "end_wd": decay,
+            "wd_incr_style": "constant", "wd_incr_steps": max(samples, 1)}  # fmt: skip
 
 
 def padded(rows: int, topology: Topology, multiple: int) -> int:

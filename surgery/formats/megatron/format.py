@@ -10,7 +10,7 @@ pipeline or an expert rank); how many layers a stage holds is counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,14 @@ from typing import Any
 
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
+from surgery.containers.torch_zip import Tree
 from surgery.errors import ConfigError, LayoutError, show
 from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Place, Ranks, Reading
-from surgery.formats.megatron import entries, files
+from surgery.formats.megatron import entries, files, optimizer, optimizer_writer
 from surgery.formats.megatron.files import RankFile
+from surgery.formats.megatron.order import place as place_of
 from surgery.formats.megatron.table import PRECORE, precore_table, table
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Stored
@@ -116,6 +119,15 @@ def _optimizer(ranks: Collection[RankFile]) -> str:
     return "in the rank files" if any(file.root.get("optimizer") for file in ranks) else "none"
 
 
+def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+    ranks = [rank for rank in opened.shards if rank.chunk == 0]
+    trees = [c for c in opened.containers if isinstance(c, Tree)]
+    chunks = range(opened.topology.vpp)
+    held = {rank: RankFile(tree.paths[0], tree, tuple(dict(opened.shards[rank._replace(chunk=v)]) for v in chunks))
+            for rank, tree in zip(ranks, trees, strict=True)}  # fmt: skip
+    return optimizer.read_states(held, opened.config)
+
+
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     """The table for what is stored.  Raises LayoutError where the args contradict the files."""
     spec, seen = reading.spec, opened.seen
@@ -136,25 +148,39 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     """The ranks' files and the tracker."""
     plan = entries.written(checkpoint, topology, options, {"ckpt_format": "torch"})
     rows = table(plan.norms, plan.experts, plan.multiple)
-    return Draft(plan.args, plan.seen, rows, plan.topology, partial(_files, plan), plan.notes)
+    planned = partial(_files, plan)
+    return Draft(plan.args, plan.seen, rows, plan.topology, planned, plan.notes, states=planned)
 
 
-def _files(plan: entries.Written, ranks: Ranks) -> Iterable[OutputFile]:
+def _files(plan: entries.Written, ranks: Ranks, written: Written | None = None) -> Iterable[OutputFile]:
     where, text = files.iteration_name(plan.iteration)
     yield text_file(files.TRACKER, text.encode())
     for rank in ranks:
         if rank.chunk == 0:
-            chunks = [ranks[rank._replace(chunk=v)] for v in range(plan.topology.vpp)]
-            yield _rank_file(f"{where}/{files.rank_folder(rank, plan.topology)}", plan, chunks)
+            own = [rank._replace(chunk=v) for v in range(plan.topology.vpp)]
+            yield _rank_file(f"{where}/{files.rank_folder(rank, plan.topology)}", plan, ranks, own, written)
 
 
-def _rank_file(folder: str, plan: entries.Written, chunks: list[Mapping[str, Stored]]) -> OutputFile:
+def _rank_file(
+    folder: str, plan: entries.Written, ranks: Ranks, own: Sequence[Rank], written: Written | None
+) -> OutputFile:
+    """A rank's file, its parameters in the order in which Megatron numbers them."""
     tree, copies = dict(plan.root), set()
+    chunks = [dict(sorted(ranks[rank].items(), key=lambda item: place_of(item[0]))) for rank in own]
+    if written:
+        state, replicas = optimizer_writer.tree(written, dict(zip(own, chunks, strict=True)), apart(plan.topology))
+        tree |= {"optimizer": state, "opt_param_scheduler": entries.scheduler(written, plan)}
+        copies |= replicas
     for i, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{i}"
         tree[key] = {name: s.tensor for name, s in chunk.items()} | dict.fromkeys(extra_states(chunk, plan.norms))
         copies |= {f"{key}.{name}" for name, s in chunk.items() if s.copy}
     return torch_file(f"{folder}/{files.MODEL_FILES[0]}", tree, frozenset(copies))
+
+
+def apart(topology: Topology) -> bool:
+    """Whether experts have an optimizer of their own."""
+    return topology.ep > 1 or topology.expert_tp != topology.tp
 
 
 def extra_states(names: Mapping[str, Stored], norms: str) -> list[str]:
@@ -179,4 +205,6 @@ FORMAT = Format(
     flags=("tp", "pp", "vpp", "ep"),
     options=entries.OPTIONS,
     entries=entries.ENTRIES,
+    states=states,
+    masters=True,
 )

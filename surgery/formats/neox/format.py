@@ -34,11 +34,12 @@ from surgery.formats.base import (
     Reading,
     main_dtype,
 )
-from surgery.formats.neox import files, write_config
+from surgery.formats.neox import files, optimizer, write_config
 from surgery.formats.neox.config import read_config
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
+from surgery.formats.optimizer import States
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Stored
@@ -94,6 +95,14 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
     return Reading(found.spec, notes, details=details, variant=found.qkv)
 
 
+def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+    found = files.find(place.root, options.get("config", ""))
+    if not found.optimizer and opened.details["optimizer"] != "none":
+        raise LayoutError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,
+                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+    return optimizer.read_states(found, opened.shards, opened.topology.tp)
+
+
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     seen = opened.seen
     _divide(reading.spec, seen.ranks)
@@ -138,8 +147,8 @@ def _rounding(spec: Spec, seen: Evidence, options: Options) -> Iterator[str]:
 
 def _masters(found: files.Found, dtype: str) -> Iterator[str]:
     if found.optimizer and dtype != "float32":
-        yield (f"the optimizer's files hold fp32 copies of the weights, which are not converted; the weights are those "
-               f"in {dtype} that the run computed with")  # fmt: skip
+        yield (f"the optimizer's files hold fp32 copies of the weights, which only --optimizer converts; the "
+               f"weights are those in {dtype} that the run computed with")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -295,6 +304,7 @@ FORMAT = Format(
     flags=("tp", "pp"),
     zero=("pp",),
     entries=ENTRIES,
+    states=states,
     options=(
         Option("release", "the code that reads or wrote it (names, packing of grouped queries, buffers); auto: reading "
                f"goes by the files, writing is for {NEWEST}", "auto", ("auto", *RELEASES)),

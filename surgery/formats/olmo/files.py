@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from surgery.containers import TensorTable, open_tensors
 from surgery.errors import FileError, LayoutError, show, some
@@ -22,6 +23,7 @@ from surgery.formats.olmo.names import decode_names, is_encoded
 from surgery.formats.olmo.sharded import read_flat_files, read_flat_params, read_sharded_tensors
 from surgery.tensors.lazy import Lazy
 
+T = TypeVar("T")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module|module|model)\.")
 _GROUPED = re.compile(r"(?<=transformer\.)block_groups\.(\d+)\.(\d+)\.")
 _BLOCK = re.compile(r"(?<=transformer\.)blocks\.(\d+)\.")
@@ -131,7 +133,7 @@ def plain(name: str) -> list[str]:
     return [name]
 
 
-def ungrouped(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+def ungrouped(tensors: Mapping[str, T]) -> dict[str, T]:
     """block_groups.G.I -> blocks.N, whatever the config says about the size of a group, as OLMo itself does."""
     size = 1 + max((int(m[2]) for name in tensors if (m := _GROUPED.search(name))), default=0)
     return {_GROUPED.sub(lambda m: f"blocks.{int(m[1]) * size + int(m[2])}.", k): t for k, t in tensors.items()}

@@ -6,7 +6,7 @@ config.py   config.yaml <-> Spec        sharded.py   OLMo's own sharded ones    
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -31,9 +31,10 @@ from surgery.formats.base import (
     mapping,
     number,
 )
-from surgery.formats.olmo import files
+from surgery.formats.olmo import files, optimizer
 from surgery.formats.olmo.config import kept, read_model, write_config
 from surgery.formats.olmo.table import table
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.tokenizer import Carried, Tokenizer
@@ -60,6 +61,10 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, variant=found.block_type, tokenizer=found.tokenizer)
 
 
+def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+    return optimizer.read_states(place.folder, str(opened.details["layout"]))
+
+
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.variant)
 
@@ -73,12 +78,16 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     if checkpoint.format == "olmo":
         config = kept(checkpoint.config, config)
     rows = table("moe" if spec.experts else block)
-    return Draft(config, None, rows, ONE_RANK, partial(_files, config, group))
+    planned = partial(_files, config, group)
+    return Draft(config, None, rows, ONE_RANK, planned, states=planned)
 
 
-def _files(config: Config, group: int, ranks: Ranks) -> Iterable[OutputFile]:
-    tensors = {files.grouped(name, group): s.tensor for name, s in ranks[Rank()].items()}
-    return [text_file("config.yaml", to_yaml(config)), torch_file("model.pt", tensors)]
+def _files(config: Config, group: int, ranks: Ranks, written: Written | None = None) -> Iterator[OutputFile]:
+    stored, spell = ranks[Rank()], partial(files.grouped, size=group)
+    yield text_file("config.yaml", to_yaml(config))
+    yield torch_file("model.pt", {spell(name): s.tensor for name, s in stored.items()})
+    if written:
+        yield torch_file(optimizer.FILE, *optimizer.optim_tree(written, stored, spell))
 
 
 def _blocks(checkpoint: Checkpoint, options: Options) -> tuple[str, int]:
@@ -110,6 +119,7 @@ FORMAT = Format(
     tokens=tokens,
     files=FILES,
     entries=ENTRIES,
+    states=states,
     options=(
         Option("eos_token_id", "the id of the end of text, where config.yaml has a wrong one (early ones say 0)",
                "auto", (), "read"),

@@ -22,7 +22,7 @@ from surgery.containers import TensorTable, open_file
 from surgery.containers.pickles.records import Obj, TensorRecord
 from surgery.containers.text import read_json, read_yaml
 from surgery.errors import FileError, show
-from surgery.tensors.axes import Rearrange
+from surgery.formats.flat import reshaped
 from surgery.tensors.chunked import Chunk, Chunked
 from surgery.tensors.files import plain_name
 from surgery.tensors.lazy import Lazy, Same, Shape, Slice
@@ -49,17 +49,14 @@ def assemble(name: str, shape: Shape, runs: Sequence[Run], file: str) -> Lazy:
         chunks.append(Chunk((start,), (stop - start,), partial(_itself, data)))
     size = math.prod(shape)
     flat = Chunked(name, (size,), dtypes.pop() if dtypes else "float32", chunks, file)
-    if len(shape) == 1:
-        return flat
-    axes = tuple(f"d{i}" for i in range(len(shape)))
-    return Rearrange(flat, (axes,), tuple((a,) for a in axes), dict(zip(axes, shape, strict=True)))
+    return reshaped(flat, shape)
 
 
 def _itself(data: Lazy) -> Lazy:
     return data
 
 
-def _rank_files(folder: Path, stem: str, suffix: str) -> list[Path]:
+def rank_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     """The files of all ranks in their order, without a gap."""
     found = {
         int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(rf"{stem}(\d{{1,7}}){re.escape(suffix)}", p.name))
@@ -79,7 +76,7 @@ def _table(tensors: Mapping[str, Lazy], containers: Sequence[Any]) -> TensorTabl
 
 def read_flat_params(folder: Path) -> TensorTable:
     """`model/rankN.pt`: per FSDP module a flat parameter, and which elements of which tensors are in it."""
-    files = _rank_files(folder / "model", "rank", ".pt")
+    files = rank_files(folder / "model", "rank", ".pt")
     _check_world(folder, len(files))
     runs: dict[str, list[Run]] = {}
     shapes: dict[str, Shape] = {}
@@ -91,6 +88,12 @@ def read_flat_params(folder: Path) -> TensorTable:
             runs.setdefault(name, []).append(run)
     tensors = {name: assemble(name, shapes[name], pieces, str(folder / "model")) for name, pieces in runs.items()}
     return _table(tensors, containers)
+
+
+def flat_pieces(path: Path) -> Iterator[tuple[str, Shape, int, int]]:
+    """(tensor, its shape, first and last + 1 of its elements) of every piece in the flat parameters of a rank."""
+    for name, shape, (start, stop, _) in _flat_runs(getattr(open_file(path), "root", None), str(path)):
+        yield name, shape, start, stop
 
 
 def _check_world(folder: Path, ranks: int) -> None:
@@ -176,7 +179,7 @@ def _numbers(values: object) -> bool:
 
 def read_sharded_tensors(folder: Path) -> TensorTable:
     """`rankN.pt`: every rank's state dicts, in which tensors are ShardedTensor records (or plain, where small)."""
-    files = _rank_files(folder, "rank", ".pt")
+    files = rank_files(folder, "rank", ".pt")
     containers = [open_file(path) for path in files]
     found: dict[str, list[tuple[str, Any]]] = {}
     for path, container in zip(files, containers, strict=True):

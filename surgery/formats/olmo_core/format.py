@@ -13,6 +13,7 @@ from typing import Any
 
 from surgery import tokenizer
 from surgery.containers import open_tensors
+from surgery.containers.dcp import Dcp
 from surgery.containers.dcp_writer import dcp_files
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.text import read_json
@@ -32,9 +33,11 @@ from surgery.formats.base import (
     number,
 )
 from surgery.formats.olmo.files import find_place, unwrapped
+from surgery.formats.olmo_core import optimizer
 from surgery.formats.olmo_core.config import Variant, read_model
 from surgery.formats.olmo_core.table import table
 from surgery.formats.olmo_core.write_config import to_json, write_config
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.tokenizer import Carried, Tokenizer
@@ -78,6 +81,12 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, details, variant, found.tokenizer)
 
 
+def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+    said = number(options, "optimizer_step")
+    dcp = next(c for c in opened.containers if isinstance(c, Dcp))
+    return optimizer.read_states(dcp, place.folder, None if said is None else int(said))
+
+
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.variant)
 
@@ -93,20 +102,22 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     if checkpoint.format == "olmo-core":
         config = {**checkpoint.config, "model": config["model"]}
     files = partial(_files, config, parse_size(options["shard_size"], 1000))
-    return Draft(config, None, table(Variant(experts=experts)), ONE_RANK, files, tuple(notes))
+    return Draft(config, None, table(Variant(experts=experts)), ONE_RANK, files, tuple(notes), states=files)
 
 
-def _files(config: Config, limit: int, ranks: Ranks) -> Iterable[OutputFile]:
-    stored = ranks[Rank()]
-    tensors = {f"model.{name}": s.tensor for name, s in stored.items()}
+def _files(config: Config, limit: int, ranks: Ranks, written: Written | None = None) -> Iterable[OutputFile]:
+    stored = {f"model.{name}": s for name, s in ranks[Rank()].items()}
+    states, objects = optimizer.stored_states(written, ranks[Rank()]) if written else ({}, {})
+    stored |= states
     return [
         text_file("config.json", to_json(config)),
         text_file(".metadata.json", to_json({"ephemeral": False, "version": VERSION})),
         *dcp_files(
             "model_and_optim/",
-            tensors,
-            planner={name: ("model", name.removeprefix("model.")) for name in tensors},
-            copies=frozenset(f"model.{name}" for name, s in stored.items() if s.copy),
+            {name: s.tensor for name, s in stored.items()},
+            objects,
+            planner={name: tuple(name.split(".", 1)) for name in (*stored, *objects)},
+            copies=frozenset(name for name, s in stored.items() if s.copy),
             file_bytes=limit,
         ),
     ]
@@ -128,10 +139,13 @@ FORMAT = Format(
     tokens=tokens,
     files=FILES,
     entries=ENTRIES,
+    states=states,
     options=(
         Option("experts", "which way experts lie: dropless, or default (transposed, drops tokens over capacity); auto: "
                "as config.json says when reading, dropless when writing", "auto", ("auto", "default", "dropless")),
         Option("max_positions", "longest context, which the model's config does not say; auto: the run's sequences",
+               "auto", (), "read"),
+        Option("optimizer_step", "the optimizer's updates, where its run never counted them; auto: as it says",
                "auto", (), "read"),
         Option("shard_size", "largest .distcp file (same as --shard-size)", "5GB", (), "write"),
     ),

@@ -1,0 +1,48 @@
+"""Tensors that lie one after the other in flat buffers: where each begins, and each as a lazy tensor of its shape.
+
+at = aligned([("a", (3, 5)), ("b", (7,))], 64)      # {"a": 0, "b": 64}, and 71 in all
+cut(buffer, 64, (7,))
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from surgery.errors import LayoutError, show
+from surgery.tensors.axes import Rearrange
+from surgery.tensors.lazy import Lazy, Shape, Slice
+
+
+def cut(buffer: Lazy, start: int, shape: Shape) -> Lazy:
+    """The tensor whose elements, row-major, are those from `start` on.  Raises LayoutError if there are too few."""
+    stop = start + math.prod(shape)
+    if len(buffer.shape) != 1 or not 0 <= start <= stop <= buffer.shape[0]:
+        raise LayoutError(f"a flat buffer of shape {list(buffer.shape)[:8]} has no elements {start} to {stop}")
+    return reshaped(Slice(buffer, 0, start, stop), shape)
+
+
+def reshaped(flat: Lazy, shape: Shape) -> Lazy:
+    """A tensor of one dimension in another shape of as many elements."""
+    if len(shape) == 1:
+        return flat
+    if flat.shape != (math.prod(shape),):
+        raise LayoutError(f"{show(list(flat.shape))} elements do not make the shape {list(shape)[:8]}")
+    axes = tuple(f"d{i}" for i in range(len(shape)))
+    return Rearrange(flat, (axes,), tuple((a,) for a in axes), dict(zip(axes, shape, strict=True)))
+
+
+def aligned(shapes: Iterable[tuple[str, Shape]], to: int, bucket: int | None = None) -> tuple[dict[str, int], int]:
+    """Where each tensor begins, at multiples of `to` in its bucket, and how many elements there are in all.
+
+    A bucket ends with the tensor that fills it up to `bucket` elements; the next one follows without a gap.
+    """
+    out: dict[str, int] = {}
+    begin = at = 0
+    for name, shape in shapes:
+        at += -(at - begin) % to
+        out[name] = at
+        at += math.prod(shape)
+        if bucket is not None and at - begin >= bucket:
+            begin = at
+    return out, at

@@ -1,0 +1,148 @@
+"""Adam's state in Megatron's `torch_dist` folders, under the keys of the weights.
+
+    states = read_states(dcp, root, weights)                  # two variants by weight, a third in cells
+    tensors, entry = stored_states(written, ranks[Rank()])    # `fully_reshardable`
+
+optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY   plain optimizers, in the shape of the weight
+optimizer.state.{exp_avg,exp_avg_sq,param}.KEY        `fully_reshardable` (core 0.15 and later), likewise
+optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY   `fully_sharded_model_space` (before): a grid of cells, each flat
+                                                      along a last axis: [X/x, Y/y, x * y]
+The two variants that keep the buffers of ranks (`dp_reshardable`, `dp_zero_gather_scatter`) are not read.
+Source: megatron/core `optimizer/distrib_optimizer.py`, `optimizer/optimizer.py` (sharded_state_dict).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surgery.containers.dcp import Dcp
+from surgery.errors import LayoutError, show
+from surgery.formats.megatron.optimizer import step_of
+from surgery.formats.optimizer import MASTER, MOMENTS, Group, M, States, V, Written, group_of, one_step
+from surgery.formats.topology import Rank
+from surgery.formats.weave import Stored
+from surgery.tensors.axes import Rearrange
+from surgery.tensors.lazy import Lazy
+
+STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
+_RANKS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
+_ROLES = {"param": MASTER, "fp32_param": MASTER, M: M, V: V}
+_SPARED = re.compile(r"bias$|norm(?:\.weight|_weight)$")
+_DEPTH = 6
+TYPE = "fully_reshardable"
+
+
+def read_states(dcp: Dcp, root: Mapping[Any, Any], weights: Mapping[str, Lazy]) -> States | None:
+    """`root` is the common state.  None if there is no state; raises LayoutError for a variant that is not read."""
+    roles: dict[str, dict[str, Lazy]] = {role: {} for role in (MASTER, *MOMENTS)}
+    for name, tensor in dcp.tensors.items():
+        if m := STATE.fullmatch(name):
+            roles[_ROLES[m[1]]][m[2]] = _like(m[2], tensor, weights, dcp.path)
+    if not roles[M]:
+        if odd := next((n for n in (*dcp.tensors, *dcp.objects) if _RANKS.match(n)), None):
+            raise LayoutError(
+                f"keeps its optimizer in the buffers of ranks ({show(odd)}), which are not read", file=dcp.path,
+                hint="load it with Megatron at the same sizes and save with --dist-ckpt-optim-fully-reshardable",
+            )  # fmt: skip
+        return None
+    groups = list(_groups(root.get("optimizer"), _DEPTH))
+    steps = [step_of({}, group, dcp.folder) for group in groups if "step" in group]
+    steps += list(_common(root.get("optimizer"), dcp.folder, _DEPTH))
+    shards = {role: {Rank(): tensors} for role, tensors in roles.items() if tensors}
+    return States(shards, one_step(steps, dcp.folder), _by_name(groups, roles[M], dcp))
+
+
+def _like(key: str, tensor: Lazy, weights: Mapping[str, Lazy], file: str) -> Lazy:
+    """A state in the shape of its weight: put together from cells where it is stored so."""
+    weight = weights.get(key)
+    if weight is None or tensor.shape == weight.shape:
+        return tensor  # what is no state of a weight is named by whoever takes these
+    *grid, size = tensor.shape
+    fits = len(grid) == len(weight.shape) and all(n and not w % n for n, w in zip(grid, weight.shape, strict=True))
+    cell = [w // n for n, w in zip(grid, weight.shape, strict=True)] if fits else []
+    count = 1
+    for n in cell:
+        count *= n
+    if not fits or count != size:
+        raise LayoutError(f"the state of {show(key)} has the shape {list(tensor.shape)[:8]}, which are no cells of its "
+                          f"weight's {list(weight.shape)[:8]}", file=file)  # fmt: skip
+    outer, inner = [f"g{i}" for i in range(len(grid))], [f"c{i}" for i in range(len(grid))]
+    sizes = dict(zip((*outer, *inner), (*grid, *cell), strict=True))
+    return Rearrange(tensor, (*((a,) for a in outer), tuple(inner)), tuple(zip(outer, inner, strict=True)), sizes)
+
+
+def _groups(node: object, depth: int) -> Iterator[Mapping[Any, Any]]:
+    """Every group of parameters of the optimizers, one or several, in a common state."""
+    if not depth:
+        return
+    if isinstance(node, dict):
+        found = node.get("param_groups")
+        if isinstance(found, list):
+            yield from (group for group in found if isinstance(group, dict))
+        for key, value in node.items():
+            if key != "param_groups":
+                yield from _groups(value, depth - 1)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _groups(value, depth - 1)
+
+
+def _common(node: object, file: object, depth: int) -> Iterator[float]:
+    """The step that all parameters of a plain optimizer share."""
+    if not depth:
+        return
+    if isinstance(node, dict):
+        if "common_step" in node:
+            yield step_of({"step": node["common_step"]}, {}, file)  # type: ignore[arg-type]
+        for value in node.values():
+            yield from _common(value, file, depth - 1)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _common(value, file, depth - 1)
+
+
+def decays(key: str) -> bool:
+    """Whether Megatron lets a parameter decay: all but biases and norms."""
+    return not _SPARED.search(key)
+
+
+def _by_name(groups: list[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp: Dcp) -> dict[str, Group]:
+    kinds = {bool(group.get("wd_mult", 1.0)): group_of(group, dcp.folder) for group in groups}
+    return {key: kinds[decays(key)] for key in keys if decays(key) in kinds}
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def megatron_groups(written: Written, names: Mapping[str, Stored]) -> list[dict[str, Any]]:
+    """The two groups that every Megatron has: what decays, and what does not.
+
+    Raises LayoutError if the source's settings differ in more: Megatron would not apply them.
+    """
+    return [_group(written, [n for n in names if decays(n) == kind], kind) for kind in (True, False)]
+
+
+def _group(written: Written, names: list[str], kind: bool) -> dict[str, Any]:
+    settings = {written.group(name) for name in names} or {Group()}
+    if len({(g.betas, g.eps, g.lr) for g in settings}) > 1:
+        raise LayoutError("Megatron's optimizer has one rate, betas and eps: the source's differ among its weights")
+    found = max(settings, key=lambda group: group.weight_decay)
+    lr, decay = found.lr if found.lr is not None else 0.0, found.weight_decay if kind else 0.0
+    return {
+        "wd_mult": float(kind), "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": lr,
+        "min_lr": 0.0, "lr": lr, "betas": found.betas, "eps": found.eps, "weight_decay": decay, "bias_correction": True,
+        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
+        "fused": None, "decoupled_weight_decay": True,
+    }  # fmt: skip
+
+
+def stored_states(written: Written, names: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The tensors of `fully_reshardable`, and the common state's entry `optimizer`."""
+    mine = [name for name, stored in names.items() if not stored.copy]
+    masters = written.roles[MASTER][Rank()]
+    tensors = {f"optimizer.state.{role}.{name}": written.roles[role][Rank()][name] for name in mine for role in MOMENTS}
+    tensors |= {f"optimizer.state.param.{name}": masters.get(name, Stored(names[name].tensor, True)) for name in mine}
+    groups = [{**group, "step": float(written.step)} for group in megatron_groups(written, names)]
+    return tensors, {"optimizer": {"param_groups": groups}, "param_state": {}, "param_state_sharding_type": TYPE}

@@ -1,0 +1,70 @@
+"""Adam's state as Megatron's legacy files number it, without a distributed optimizer.
+
+    state, replicas = tree(written, {Rank(): {"embedding.word_embeddings.weight": stored, ...}}, False)
+
+Of bf16 and fp16 weights the masters stand beside the state; an fp32 model has torch's bare state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgery.formats.dcp_states import STEP
+from surgery.formats.megatron.dist_optimizer import megatron_groups
+from surgery.formats.megatron.optimizer import MASTERS
+from surgery.formats.optimizer import MASTER, MOMENTS, Written
+from surgery.formats.topology import Rank
+from surgery.formats.weave import Stored
+from surgery.tensors.lazy import Fill
+
+Chunks = Mapping[Rank, Mapping[str, Stored]]
+Owned = tuple[Rank, str]
+
+
+def tree(written: Written, chunks: Chunks, apart: bool) -> tuple[Any, set[str]]:
+    """The entry `optimizer` of a rank's file, and the paths in the file of replicas.
+
+    `apart`: the experts have an optimizer of their own.
+    """
+    owned = [(rank, name) for rank, chunk in chunks.items() for name in chunk]
+    if not apart or not any(".experts." in name for _, name in owned):
+        state, replicas = _one(written, owned, False)
+        return state, {f"optimizer.{path}" for path in replicas}
+    both = [_one(written, [o for o in owned if (".experts." in o[1]) == experts], experts) for experts in (False, True)]
+    return [state for state, _ in both], {
+        f"optimizer.{i}.{path}" for i, (_, paths) in enumerate(both) for path in paths
+    }
+
+
+def _one(written: Written, owned: Sequence[Owned], experts: bool) -> tuple[dict[str, Any], set[str]]:
+    names = {name: written.roles[MOMENTS[0]][rank][name] for rank, name in owned}
+    kinds = [[o for o in owned if _decays(written, o) == kind] for kind in (True, False)]
+    groups, numbers, replicas = megatron_groups(written, names), [o for kind in kinds for o in kind], set[str]()
+    at = 0
+    for group, kind in zip(groups, kinds, strict=True):
+        group |= {"params": list(range(at, at + len(kind))), "is_expert_parallel": experts}
+        at += len(kind)
+    state = {
+        i: {
+            STEP: Fill((), "float32", written.step),  # its own: torch adds to a shared one once for every parameter
+            **{role: written.roles[role][rank][name].tensor for role in MOMENTS},
+        }
+        for i, (rank, name) in enumerate(numbers)
+    }
+    inner = {"state": state, "param_groups": [g for g in groups if g["params"]]}
+    masters = [[written.roles[MASTER][rank][name] for rank, name in kind if name in written.roles[MASTER][rank]]
+               for kind in kinds if kind]  # fmt: skip
+    nested = any(masters)
+    start = "optimizer." if nested else ""
+    for i, (rank, name) in enumerate(numbers):
+        replicas |= {f"{start}state.{i}.{role}" for role in MOMENTS if written.roles[role][rank][name].copy}
+    if not nested:
+        return inner, replicas
+    replicas |= {f"{MASTERS[0]}.{g}.{i}" for g, own in enumerate(masters) for i, s in enumerate(own) if s.copy}
+    return {"optimizer": inner, MASTERS[0]: [[s.tensor for s in own] for own in masters]}, replicas
+
+
+def _decays(written: Written, owned: Owned) -> bool:
+    rank, name = owned
+    return len(written.roles[MOMENTS[0]][rank][name].tensor.shape) > 1 and not name.endswith(".bias")
