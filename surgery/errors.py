@@ -41,7 +41,7 @@ class SurgeryError(Exception):
     ) -> None:
         super().__init__(what)
         self.what, self.member, self.byte, self.hint = what, member, byte, hint
-        self.file = None if file is None else os.fspath(file)
+        self.file = None if file is None else shown(file)
 
     def to_json(self) -> dict[str, object]:
         """What `--json` prints of it."""
@@ -95,6 +95,23 @@ class OutputError(SurgeryError):
 
 class MismatchError(SurgeryError):
     """A verification found a difference."""
+
+
+_names: dict[str, str] = {}
+
+
+def known_as(folder: str, name: str) -> None:
+    """From now on messages and records call this folder by another name: it stands for an address."""
+    _names[folder] = name
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path as messages and records call it."""
+    text = os.fspath(path)
+    for folder, name in _names.items():
+        if text == folder or text.startswith(f"{folder}/"):
+            return name + text[len(folder) :]
+    return text
 
 
 def show(value: object, limit: int = 80) -> str:

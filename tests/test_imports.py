@@ -15,9 +15,9 @@ from surgery.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent / "surgery"
 # Each package imports only what stands before it; single modules are packages of one.
-LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "recognising", "writing", "tokenizer",
-          "model", "formats", "conversion", "running", "verification", "merging", "upcycling", "data", "midtraining",
-          "jobs", "cli")  # fmt: skip
+LADDER = ("errors", "arguments", "units", "settings", "tensors", "containers", "recognising", "writing", "storage",
+          "tokenizer", "model", "formats", "conversion", "running", "verification", "merging", "upcycling", "data",
+          "midtraining", "jobs", "cli")  # fmt: skip
 # the same inside a package that has rungs of its own
 RUNGS = {
     "data": ("extra", "strict", "files", "tokenizing", "rows", "trainers", "plans", "inspection", "payload_index",

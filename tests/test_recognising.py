@@ -217,9 +217,7 @@ def test_a_checkpoint_that_cannot_be_read_is_described_all_the_same(tmp_path: Pa
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("s3://bucket/model", ("s3://bucket/model: is an address", "aws s3 cp")),
-        ("https://x.org/model", ("https://x.org/model", "download")),
-        ("hf://org/name", ("hf download org/name",)),
+        ("ftp://x.org/model", ("ftp://x.org/model: is an address of a kind that is not read", "copy it", "s3://")),
         ("org/name-7b", ("hf download org/name-7b",)),
         ("modle", ("did you mean model?",)),
         ("none/of/this", ("does not exist",)),

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from surgery.cli.console import Rows, console, notes
 from surgery.conversion.report import Plan, Report, Share
-from surgery.errors import some
+from surgery.errors import shown, some
 from surgery.formats.base import Format
 from surgery.units import count, human
 
@@ -76,7 +76,7 @@ def _scan(scan: Json | None) -> str | None:
 def plan_data(plan: Plan) -> dict[str, Any]:
     """`surgery convert --dry-run`, as data."""
     return {
-        "source": {"path": str(plan.source.path), "format": plan.source.format, "family": plan.source.spec.family},
+        "source": {"path": shown(plan.source.path), "format": plan.source.format, "family": plan.source.spec.family},
         "to": plan.to.name,
         "parallel": plan.parallel,
         "files": {f.name: f.size for f in plan.output.files},

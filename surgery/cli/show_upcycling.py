@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from surgery.cli.console import Rows, console, notes
+from surgery.errors import shown
 from surgery.units import count, human
 from surgery.upcycling.proof import Distance, Proof
 from surgery.upcycling.run import Outcome, Prepared
@@ -20,7 +21,7 @@ def plan_data(ready: Prepared) -> dict[str, Any]:
     """`--dry-run`, as data."""
     plan = ready.plan
     return {
-        "source": {"path": str(ready.source.path), "format": ready.source.format,
+        "source": {"path": shown(ready.source.path), "format": ready.source.format,
                    "family": ready.source.spec.family, "parameters": ready.source.spec.parameters()},
         "to": plan.to.name,
         "upcycling": ready.made.to_json(),

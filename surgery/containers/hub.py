@@ -18,6 +18,12 @@ def is_name(text: str) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not os.path.exists(text)
 
 
+def name_and_revision(text: str) -> tuple[str, str | None]:
+    """ORG/NAME@REVISION, taken apart."""
+    name, _, revision = text.partition("@")
+    return name, revision or None
+
+
 def cached(name: str, revision: str | None = None) -> Path:
     """The folder of a repository that is in the cache.  Raises FileError if it is not."""
     folder = cache() / ("models--" + name.replace("/", "--"))

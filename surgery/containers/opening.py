@@ -16,6 +16,7 @@ from surgery.containers.text import read_json
 from surgery.containers.torch_legacy import TorchLegacy
 from surgery.containers.torch_zip import TorchZip, Tree
 from surgery.errors import FileError, show, some
+from surgery.tensors.elsewhere import POINTER
 from surgery.tensors.files import File, plain_name
 from surgery.tensors.lazy import Lazy
 
@@ -23,6 +24,7 @@ CheckpointFile = TorchZip | TorchLegacy | Safetensors
 
 # (first bytes, what the file is, what to do)
 _REFUSED = (
+    (POINTER, "stands for an object that lies elsewhere, and is not the file itself", "give the address that is in it"),
     (b"version https://git-lfs", "is a git-lfs pointer, not the file itself", "run `git lfs pull`"),
     (b"<", "is an HTML or XML page, not a checkpoint", "the download failed; download the file itself"),
     (b"\x1f\x8b", "is compressed by gzip", "unpack it first"),

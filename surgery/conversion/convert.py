@@ -24,7 +24,7 @@ from surgery.conversion.numbers import remarks
 from surgery.conversion.report import Plan, Report, Share, provenance, states_of, version
 from surgery.conversion.request import Convert, Divided, Write
 from surgery.conversion.workers import ENGINES, Task
-from surgery.errors import ConfigError, OutputError, UsageError, show, some
+from surgery.errors import ConfigError, OutputError, UsageError, show, shown, some
 from surgery.formats.base import ALLOW_UNKNOWN, PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
 from surgery.formats.registry import by_side, format_of, named, open_checkpoint
@@ -314,7 +314,7 @@ def _report(
     plan: Plan, dst: Path, written: stream.Written, digests: tuple[str | None, str], verify_seconds: float
 ) -> Report:
     return Report(
-        source=str(plan.source.path),
+        source=shown(plan.source.path),
         source_format=plan.source.format,
         output=str(dst),
         output_format=plan.to.name,

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from surgery.errors import shown
 from surgery.formats.base import Checkpoint
 from surgery.model.fields import CHOICE, NEEDED, PART, SIZE
 from surgery.model.spec import FIELDS, Spec
-from surgery.tensors.files import check_unchanged
+from surgery.tensors.files import check_unchanged, size_of
 from surgery.tensors.lazy import ITEMSIZE, boxes
 
 Json = dict[str, Any]
@@ -30,7 +31,7 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
         kinds[part.dtype] += math.prod(part.shape)
     found = checkpoint.tokenizer
     out: Json = {
-        "path": str(checkpoint.path),
+        "path": shown(checkpoint.path),
         "format": checkpoint.format,
         "family": spec.family,
         "parameters": {"total": spec.parameters(), "active": spec.parameters(active=True)},
@@ -38,8 +39,8 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
         "sizes": sizes(spec),
         "choices": choices(spec),
         "parallel": {k: v for k, v in asdict(checkpoint.topology).items() if isinstance(v, int)},
-        "files": {str(p.relative_to(checkpoint.path)): p.stat().st_size for p in checkpoint.files},
-        "bytes": sum(p.stat().st_size for p in checkpoint.files),
+        "files": {str(p.relative_to(checkpoint.path)): size_of(p) for p in checkpoint.files},
+        "bytes": sum(size_of(p) for p in checkpoint.files),
         "tokenizer": found.summary if found else None,
         "padding_rows": padding_rows(checkpoint),
         "tied": spec.tied,

@@ -18,6 +18,7 @@ from surgery.conversion.request import Write
 from surgery.formats.base import Checkpoint, Format, Options, Output, run_of
 from surgery.formats.optimizer import MASTER
 from surgery.formats.topology import Topology
+from surgery.tensors.files import size_of
 from surgery.tensors.fingerprint import STATE, Ledger
 from surgery.tensors.lazy import Lazy
 
@@ -113,7 +114,7 @@ def provenance(plan: Plan, report: Report, more: Mapping[str, Any]) -> bytes:
         "surgery": version(),
         "command": list(plan.write.command),
         "source": {"path": report.source, "format": report.source_format, "topology": _sizes(plan.source.topology),
-                   "files": {p.name: p.stat().st_size for p in plan.source.files}},
+                   "files": {p.name: size_of(p) for p in plan.source.files}},
         "output": {"format": report.output_format, "topology": dict(report.topology),
                    "files": {f.name: f.size for f in plan.output.files}},
         "source_digest": report.source_digest,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError, show
-from surgery.tensors.files import leads_out
+from surgery.tensors.files import leads_out, size_of
 
 if TYPE_CHECKING:
     from surgery.containers import Container
@@ -111,7 +111,7 @@ def beside(root: Path, read: Collection[Path], rules: Iterable[Rule]) -> Beside:
 def _carried(path: Path, name: str) -> Iterator[tuple[str, Path]]:
     """A small file, or those of a folder."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and file.stat().st_size <= _CARRIED_BYTES:
+        if file.is_file() and size_of(file) <= _CARRIED_BYTES:
             yield name + file.name if path.is_dir() else name, file
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery import tokenizer
 from surgery.containers.output import copied_file
-from surgery.errors import ConfigError, FileError, UsageError, show, some
+from surgery.errors import ConfigError, FileError, UsageError, show, shown, some
 from surgery.formats.account import OPTIMIZER, Rule, beside, inside, summed_up
 from surgery.formats.optimizer import Optimizer, States, Written, gather_states, spread_states, with_masters
 from surgery.formats.parts import Parts, rows_html
@@ -30,8 +30,8 @@ from surgery.formats.unknown import Unknown, settle
 from surgery.formats.weave import Shards, Stored, gather, spread
 from surgery.model.spec import Spec
 from surgery.model.wording import check_held
-from surgery.tensors.files import Stamp
 from surgery.tensors.lazy import Lazy
+from surgery.tensors.stamp import Stamp
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import count
 from surgery.writing.replaceable import PROVENANCE as PROVENANCE
@@ -104,7 +104,7 @@ class Checkpoint:
     def _about(self) -> list[tuple[str, str]]:
         parallel = "".join(f", {name} {n}" for name, n in asdict(self.topology).items() if type(n) is int and n > 1)
         size = f"{count(self.spec.parameters())} in {len(self.parts)} parts, {self.dtype}"
-        return [("path", ascii(str(self.path))), ("format", self.format + parallel), ("family", self.spec.family),
+        return [("path", ascii(shown(self.path))), ("format", self.format + parallel), ("family", self.spec.family),
                 ("parameters", size)]  # fmt: skip
 
     @property

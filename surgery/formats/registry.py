@@ -30,6 +30,8 @@ from surgery.formats.olmo_core import format as olmo_core
 from surgery.formats.unknown import ALL
 from surgery.recognising import Answer, look
 from surgery.recognising.missing import absent
+from surgery.storage.address import is_address
+from surgery.storage.mirror import folder_of
 from surgery.tensors.files import watched
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def recognise(path: str | os.PathLike[str]) -> Format:
 
 def describe(path: str | os.PathLike[str]) -> Answer:
     """What lies at a path, whatever it is, and what to do next.  Raises FileError if nothing does."""
-    return look.describe(path, known)
+    return look.describe(located(path) if is_address(path) else path, known)
 
 
 def known(folder: Path) -> str | None:
@@ -76,17 +78,18 @@ def _recognising(folder: Path) -> list[Format]:
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """A path that exists: as it is given, or in the local cache of the hub if it is a name there.
-
-    Raises FileError that says what may have been meant.
+    """A path that exists: as it is given, in the local cache of the hub if it is a name there, or what stands for an
+    address.  Raises FileError that says what may have been meant.
     """
+    if is_address(path):
+        return folder_of(path)
     place = Path(path)
     if os.fspath(path) and place.exists():
         return place
     text = os.fspath(path)
     if hub.is_name(text):
         with contextlib.suppress(FileError):
-            return hub.cached(text)
+            return hub.cached(*hub.name_and_revision(text))
     raise absent(path)
 
 

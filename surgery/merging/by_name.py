@@ -24,7 +24,7 @@ from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text, read_json
 from surgery.conversion.report import Report, version
-from surgery.errors import LayoutError, UsageError, some
+from surgery.errors import LayoutError, UsageError, shown, some
 from surgery.formats.account import CARRIED, Rule, beside
 from surgery.formats.base import PROVENANCE, main_dtype
 from surgery.formats.hf.files import weight_files
@@ -39,9 +39,10 @@ from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
 from surgery.merging.tokens import with_template
 from surgery.running.expected import check_loads
-from surgery.tensors.files import Stamp, check_unchanged, watched
+from surgery.tensors.files import check_unchanged, size_of, watched
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import Lazy, Same
+from surgery.tensors.stamp import Stamp
 from surgery.units import parse_size
 from surgery.writing import stream
 from surgery.writing.ahead import cores
@@ -298,7 +299,7 @@ def _read_back(ledger: Ledger, written: Path, memory: int, progress: stream.Prog
 
 
 def _record(recipe: Recipe, folders: Folders, request: Soup) -> dict[str, Any]:
-    models = {str(m): {"path": str(f.path), "files": {p.name: p.stat().st_size for p in f.files}}
+    models = {str(m): {"path": shown(f.path), "files": {p.name: size_of(p) for p in f.files}}
               for m, f in folders.items()}  # fmt: skip
     return {"method": recipe.method, "donor": str(recipe.donor), "models": models, "seed": recipe.seed,
             "arithmetic": request.arithmetic, "config": recipe.text}  # fmt: skip

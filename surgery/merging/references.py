@@ -19,6 +19,8 @@ from surgery.formats.registry import open_checkpoint, own_options
 from surgery.merging.adapters import with_adapter
 from surgery.merging.lora_config import FILE
 from surgery.merging.reader import Place, Reference
+from surgery.storage.address import is_address
+from surgery.storage.mirror import folder_of
 from surgery.tensors.files import watched
 
 Opened = Mapping[Reference, Checkpoint]
@@ -26,6 +28,8 @@ Opened = Mapping[Reference, Checkpoint]
 
 def locate(place: Place) -> Path:
     """The folder of a model or adapter.  Raises FileError if it is neither a folder nor in the hub's cache."""
+    if is_address(place.path):
+        return folder_of(str(place))
     folder = Path(os.path.expanduser(place.path))
     if not hub.is_name(place.path):
         if place.revision and folder.exists():

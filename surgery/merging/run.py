@@ -20,7 +20,7 @@ from surgery.containers.output import text_file
 from surgery.containers.text import json_text
 from surgery.conversion.convert import carried_out, plan_for, request_of_share, whole, write_share
 from surgery.conversion.report import Plan, Report, Share
-from surgery.errors import OutputError, UsageError, some
+from surgery.errors import OutputError, UsageError, shown, some
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import by_side, named, recognise
 from surgery.merging import by_name
@@ -33,6 +33,7 @@ from surgery.merging.request import Soup
 from surgery.merging.way import MERGEKIT, NAMES, TABLE, way
 from surgery.running.expected import check_loads
 from surgery.settings import taking
+from surgery.tensors.files import size_of
 from surgery.writing import stream
 from surgery.writing.ahead import cores
 from surgery.writing.scratch import scratch
@@ -144,8 +145,8 @@ def _record(recipe: Recipe, opened: Opened, request: Soup) -> bytes:
         given.setdefault(source.model, []).append({"layers": source.layers, **source.settings})
     models = {
         str(m): {
-            "path": str(c.path), "format": c.format, "parameters": given.get(m, []),
-            "files": {p.name: p.stat().st_size for p in c.files},
+            "path": shown(c.path), "format": c.format, "parameters": given.get(m, []),
+            "files": {p.name: size_of(p) for p in c.files},
         }
         for m, c in opened.items()
     }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery.containers.text import read_json, read_yaml
 from surgery.errors import SurgeryError, show, some
-from surgery.tensors.files import File
+from surgery.tensors.files import File, size_of
 from surgery.units import human
 
 _SHARD = re.compile(r"([\w.]+)-(\d{1,6})-of-(\d{1,6})(\.\w+)")
@@ -53,7 +53,7 @@ def family(folder: Path) -> dict[str, str]:
 
 
 def size(path: Path) -> dict[str, str]:
-    return {"size": human(path.stat().st_size)}
+    return {"size": human(size_of(path))}
 
 
 def npy(path: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from surgery.errors import FileError, SurgeryError, reported, show, some
+from surgery.errors import FileError, SurgeryError, reported, show, shown, some
 from surgery.recognising import files
 from surgery.recognising.contents import Contents, contents
 from surgery.recognising.facts import family
@@ -42,11 +42,11 @@ def describe(path: str | os.PathLike[str], known: Known = lambda folder: None) -
         raise absent(path)
     mode = place.stat().st_mode
     if stat.S_ISDIR(mode) and (format := known(place)):
-        return Answer(str(path), "checkpoint", f"a checkpoint ({format})", family(place))
+        return Answer(shown(path), "checkpoint", f"a checkpoint ({format})", family(place))
     if stat.S_ISDIR(mode):
         return _folder(place, known)
     if not stat.S_ISREG(mode):
-        return Answer(str(path), "special", _SPECIAL.get(stat.S_IFMT(mode), "no regular file"))
+        return Answer(shown(path), "special", _SPECIAL.get(stat.S_IFMT(mode), "no regular file"))
     return _file(place, known)
 
 
@@ -64,7 +64,7 @@ def _cautious(known: Known) -> Known:
 def unread(path: Path, format: str) -> Answer:
     """What can be said of a checkpoint in a known format that cannot be opened as one."""
     held, _ = _read([path])
-    return Answer(str(path), "unread", f"a checkpoint ({format}) that cannot be read as one", family(path), (), held)
+    return Answer(shown(path), "unread", f"a checkpoint ({format}) that cannot be read as one", family(path), (), held)
 
 
 def _answer(kind: Kind, path: Path, held: Contents | None = None, problem: str | None = None,
@@ -73,8 +73,8 @@ def _answer(kind: Kind, path: Path, held: Contents | None = None, problem: str |
     parent = "." if str(path.parent) == "" else str(path.parent)
     words = {**WORDS, **facts, "path": shlex.quote(str(path)), "parent": shlex.quote(parent), "name": path.name}
     steps = tuple(step.format_map(words) for step in kind.next)
-    shown = {name: text for name, text in facts.items() if name != "proper"}
-    return Answer(str(path), kind.name, kind.what.format_map(words), shown, steps, held, problem)
+    told = {name: text for name, text in facts.items() if name != "proper"}
+    return Answer(shown(path), kind.name, kind.what.format_map(words), told, steps, held, problem)
 
 
 def _read(paths: Iterable[Path]) -> tuple[Contents | None, str | None]:
@@ -110,7 +110,7 @@ def _parent(path: Path, inside: Mapping[str, str]) -> Answer:
     what = f"a folder of {len(inside)} checkpoints" if len(inside) > 1 else "a folder with a checkpoint in it"
     listed = some((f"{name} ({format})" for name, format in inside.items()), 8)
     step = f"surgery inspect {shlex.quote(str(path / list(inside)[-1]))}"
-    return Answer(str(path), "parent", what, {"checkpoints": listed}, (step,))
+    return Answer(shown(path), "parent", what, {"checkpoints": listed}, (step,))
 
 
 def _first(folder: Folder, kind: Kind) -> list[str]:
@@ -143,7 +143,7 @@ def _file(path: Path, known: Known) -> Answer:
         file = File(path)
         head = file.read(0, min(file.size, HEAD), "the first bytes")
     except FileError as error:
-        return Answer(str(path), "unreadable", "a file that cannot be read", {}, (), None, str(error))
+        return Answer(shown(path), "unreadable", "a file that cannot be read", {}, (), None, str(error))
     if not file.size:
         return _answer(files.EMPTY, path)
     torch, safetensors = _is_torch(path, head), head[8:9] == b"{" and head[6:8] == b"\0\0"

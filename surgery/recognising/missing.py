@@ -1,7 +1,7 @@
 """A path that is not there: what it may have been meant to be.
 
 absent("../lama0")          # FileError: does not exist, hint: did you mean ../llama0?
-absent("s3://bucket/model") # FileError: is an address, hint: copy it here first
+absent("ftp://host/model")  # FileError: is an address, hint: copy it here first
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from surgery.errors import FileError
 
 MOST = 2000  # names that a wrong one is compared with
 _ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]*)://?(.*)$", re.I)
-_COPY = {"s3": "aws s3 cp --recursive {} FOLDER", "gs": "gcloud storage cp -r {} FOLDER",
-         "hf": "hf download {name} --local-dir FOLDER"}  # fmt: skip
 
 
 def absent(path: str | os.PathLike[str]) -> FileError:
@@ -26,8 +24,8 @@ def absent(path: str | os.PathLike[str]) -> FileError:
     if address := _ADDRESS.match(text):
         scheme, name = address[1].lower(), address[2].lstrip("/")
         full = f"{scheme}://{name}"
-        how = _COPY.get(scheme, "download {}").format(full, name=name)
-        return FileError("is an address; surgery reads what lies on this machine", file=full, hint=f"first {how}")
+        how = "copy it to this machine first; read where they lie are s3://, r2://, gs://, az://, https:// and hf://"
+        return FileError("is an address of a kind that is not read", file=full, hint=how)
     if not text:
         return FileError("an empty path", hint="give a file or folder, . for this one")
     if os.path.islink(text):

@@ -5,5 +5,6 @@ axes.py      named axes and layout patterns                         files.py    
 chunked.py   a tensor of several boxes                              gather.py       rows picked and scaled
 memory.py    peak memory, recycled buffers                          fingerprint.py  digests that need no order
 hashing.py   splitmix64                                             random.py       numbers by their place
-in_memory.py a tensor in memory
+elsewhere.py files that lie in a bucket or on a server           in_memory.py    a tensor in memory
+stamp.py     what tells a file from another
 """

@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
 
 from surgery.errors import ADVICE, FileError, UsageError, show, some
+from surgery.tensors import elsewhere
+from surgery.tensors.stamp import Stamp
 
 MAX_OPEN = 128
 IO: Counter[str] = Counter()  # bytes and calls of all reads in this process, so that claims can be measured
@@ -32,24 +33,6 @@ AGAIN = "wait until whatever writes it is done, then run the same command again"
 _open: OrderedDict[tuple[str, Stamp], _Handle] = OrderedDict()
 _lock = threading.Lock()
 _seen: ContextVar[tuple[dict[str, Stamp], ...]] = ContextVar("seen", default=())
-
-
-class Stamp(NamedTuple):
-    """What tells a file from another, and one save from the next; the times are in nanoseconds.
-
-    `modified` is when the content was written last and can be set by anyone; `changed` is when anything about the
-    file was (content, name, rights), and the system sets it.
-    """
-
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-    @classmethod
-    def of(cls, info: os.stat_result) -> Stamp:
-        return cls(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
 
 
 @contextmanager
@@ -72,6 +55,8 @@ def check_unchanged(stamps: Mapping[str, Stamp]) -> None:
 
 
 def _stamp(path: str) -> Stamp | None:
+    if (remote := elsewhere.at(path)) is not None:
+        return remote.now()
     try:
         return Stamp.of(os.stat(path))
     except OSError:
@@ -107,12 +92,30 @@ def _descriptor(path: str) -> int:
 
 
 class File:
-    """A regular file as it was when it was opened.  Pipes, devices and directories are refused before any reading."""
+    """A regular file as it was when it was opened.  Pipes, devices and directories are refused before any reading.
 
-    __slots__ = ("path", "size", "stamp")
+    Where `path` stands for an object that lies elsewhere, it is read there (`elsewhere.py`).
+    """
+
+    __slots__ = ("path", "remote", "size", "stamp")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self.remote = elsewhere.at(self.path)
+        handle = None
+        if self.remote is not None:
+            self.stamp, self.size = self.remote.stamp, self.remote.stamp.size
+        else:
+            handle = self._open()
+            self.stamp, self.size = Stamp.of(handle.info), handle.info.st_size
+        for stamps in _seen.get():
+            if stamps.setdefault(self.path, self.stamp) != self.stamp:
+                raise FileError("was changed while it was read", file=self.path, hint=AGAIN)
+        if handle is not None:
+            _keep(self, handle)
+
+    def _open(self) -> _Handle:
+        """Raises FileError for all but regular files."""
         try:
             handle = _Handle(self.path)
         except OSError as error:
@@ -124,11 +127,7 @@ class File:
         if not stat.S_ISREG(mode):
             kind = "a directory" if stat.S_ISDIR(mode) else "no regular file (a pipe, device or socket)"
             raise FileError(f"is {kind}", file=self.path)
-        self.stamp, self.size = Stamp.of(handle.info), handle.info.st_size
-        for stamps in _seen.get():
-            if stamps.setdefault(self.path, self.stamp) != self.stamp:
-                raise FileError("was changed while it was read", file=self.path, hint=AGAIN)
-        _keep(self, handle)
+        return handle
 
     def __repr__(self) -> str:
         return f"File({self.path!r}, size={self.size})"
@@ -151,6 +150,9 @@ class File:
 
     def read_into(self, offset: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer of bytes from `offset` on.  Raises FileError if the file ends before."""
+        if self.remote is not None:
+            self.remote.read_into(offset, out, what)
+            return _count(len(out), 1)
         got, calls, size, handle = 0, 0, len(out), _handle(self)
         while got < size:
             try:
@@ -168,10 +170,14 @@ class File:
                 )
             got += n
             calls += 1
-        _count(got, calls)
+        return _count(got, calls)
 
     def read_runs(self, offsets: Iterable[int], size: int, out: memoryview, what: str = "data") -> None:
         """Fill a writable buffer with runs of `size` bytes, one at each offset.  Raises FileError as `read_into`."""
+        if self.remote is not None:
+            for i, offset in enumerate(offsets):
+                self.remote.read_into(offset, out[i * size : (i + 1) * size], what)
+            return _count(len(out), 1)
         handle, at, preadv = _handle(self), 0, os.preadv
         try:
             for offset in offsets:
@@ -181,7 +187,7 @@ class File:
                 at += size
         except OSError as error:
             raise FileError(f"{what}: reading failed: {error.strerror}", file=self.path) from None
-        _count(at, at // size)
+        return _count(at, at // size)
 
 
 def _count(size: int, calls: int) -> None:
@@ -219,6 +225,12 @@ def kept_open() -> int:
     """How many descriptors may be kept: a quarter of what the process is allowed, at most MAX_OPEN."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, allowed // 4))
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a file, also of one that lies elsewhere.  Raises OSError if there is none."""
+    remote = elsewhere.at(os.fspath(path))
+    return os.stat(path).st_size if remote is None else remote.stamp.size
 
 
 def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.conversion.convert import execute, identity, plan_for, refuse_overlap
 from surgery.conversion.report import Plan, Report
+from surgery.errors import shown
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.registry import by_side, named, open_checkpoint, recognise
@@ -138,8 +139,8 @@ def carry_out(
         refuse_overlap(other.path, Path(dst))
 
     def extra(result: Checkpoint) -> Mapping[str, Any]:
-        digests = {str(model.path): _digest(model, ready, told) for model in ready.models}
-        record: dict[str, Any] = {"source_digest": digests[str(ready.source.path)], "upcycling": ready.made.to_json()}
+        digests = {shown(model.path): _digest(model, ready, told) for model in ready.models}
+        record: dict[str, Any] = {"source_digest": digests[shown(ready.source.path)], "upcycling": ready.made.to_json()}
         if others:
             record["source_digests"] = digests
         if tokens:

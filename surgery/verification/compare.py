@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from surgery.errors import shown
 from surgery.formats.base import Checkpoint
 from surgery.formats.unknown import Unknown
 from surgery.model.spec import layout
@@ -71,7 +72,7 @@ def _side(checkpoint: Checkpoint, ledger: Ledger) -> Side:
     spec, parts = checkpoint.spec, checkpoint.parts
     nbytes = sum(part.nbytes for part in parts.values())
     digest = ledger.content_digest()
-    return Side(str(checkpoint.path), checkpoint.format, spec.family, len(parts), spec.parameters(), nbytes, digest)
+    return Side(shown(checkpoint.path), checkpoint.format, spec.family, len(parts), spec.parameters(), nbytes, digest)
 
 
 # --------------------------------------------------------------------------------------------- what is read, in order

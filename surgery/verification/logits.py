@@ -22,6 +22,7 @@ from surgery.formats.base import Checkpoint, Options
 from surgery.formats.registry import lenient, open_checkpoint
 from surgery.running import whole as running
 from surgery.running.loading import check_memory, load
+from surgery.tensors import elsewhere
 from surgery.tensors.files import check_unchanged
 from surgery.units import human
 from surgery.verification.causes import Search
@@ -74,7 +75,8 @@ def compare_logits(
 
 def _is_own(checkpoint: Checkpoint) -> bool:
     """Whether transformers reads the files themselves."""
-    return checkpoint.format == "hf" and all(p.suffix == ".safetensors" for p in checkpoint.files)
+    here = all(p.suffix == ".safetensors" and elsewhere.at(str(p)) is None for p in checkpoint.files)
+    return checkpoint.format == "hf" and here
 
 
 def _stand_in(checkpoint: Checkpoint) -> str:

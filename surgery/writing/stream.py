@@ -27,11 +27,13 @@ from typing import Any
 
 from surgery.containers.output import OutputFile, Region
 from surgery.errors import FileError, LayoutError, OutputError, some
+from surgery.tensors.elsewhere import limited
 from surgery.tensors.extent import Extent
-from surgery.tensors.files import AGAIN, IO, Stamp, check_unchanged, usable_path
+from surgery.tensors.files import AGAIN, IO, check_unchanged, usable_path
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Map, Shape, boxes, bytes_of, inside, lengths, walk, whole
 from surgery.tensors.memory import Peak, keep_blocks
+from surgery.tensors.stamp import Stamp
 from surgery.units import human
 from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
@@ -99,19 +101,19 @@ def write(
     dst = usable_path(dst)
     keep_blocks()
     _check_names(files)
-    sources, block = _sources(files), block_size(max_memory)
+    sources = _sources(files)
     if force:
         _check_sources(sources, dst)
     tally = _Tally(dst, sum(f.size for f in files), progress)
-    with os_errors(dst, tally.missing), Staging.open(dst, force, durable) as stage:
+    with limited(max_memory) as left, os_errors(dst, tally.missing), Staging.open(dst, force, durable) as stage:
         kept = unproven(files, ledger)
         identity = _identity(files, job, ledger, durable, sources)
         journal, state, tally.notes = stage.begin(identity, partial(State, sizes={f.name: f.size for f in files}))
         if shards:
             jobs = _shard_jobs(files, job, ledger, durable, shards)
             adopt(stage, journal, state, {Shard(i, shards): jobs[i] for i in range(shards)}, files)
-        sink = Sink(stage, journal, state, ledger, tally.count, CHECKPOINT * block, kept)
-        _fill(files, sink, tally, ledger, block, threads)
+        sink = Sink(stage, journal, state, ledger, tally.count, CHECKPOINT * block_size(left), kept)
+        _fill(files, sink, tally, ledger, block_size(left), threads)
         _check_complete(ledger, dst)
         check_unchanged(sources)
         everything = list(files)
@@ -146,10 +148,11 @@ def write_shard(
     dst = usable_path(dst)
     keep_blocks()
     _check_names(files)
-    mine, block = shard.share(files), block_size(max_memory)
+    mine = shard.share(files)
     sources, place = _sources(mine), shard.place(dst)
     tally = _Tally(place, sum(f.size for f in mine), progress)
-    with os_errors(place, tally.missing), Staging.open(place, False, durable) as stage:
+    with limited(max_memory) as left, os_errors(place, tally.missing), Staging.open(place, False, durable) as stage:
+        block = block_size(left)
         identity = _shard_jobs(files, job, ledger, durable, shard.count)[shard.index]
         sizes = {f.name: f.size for f in mine}
         journal, state, tally.notes = stage.begin(identity, partial(State, sizes=sizes))

@@ -29,6 +29,7 @@ from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Stored
+from surgery.tensors.files import size_of
 from surgery.tensors.lazy import Lazy
 
 # modules that carry an _extra_state in every version; Transformer Engine's attention does so too
@@ -115,7 +116,7 @@ def _optimizer(ranks: Collection[RankFile]) -> str:
     """Where the optimizer's state is."""
     beside = [p for file in ranks for p in file.path.parent.iterdir() if "optim" in p.name and p != file.path]
     if beside:
-        return f"{len(beside)} x {show(beside[0].name)[1:-1]}, {sum(p.stat().st_size for p in beside)} bytes"
+        return f"{len(beside)} x {show(beside[0].name)[1:-1]}, {sum(size_of(p) for p in beside)} bytes"
     return "in the rank files" if any(file.root.get("optimizer") for file in ranks) else "none"
 
 

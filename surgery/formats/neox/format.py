@@ -44,6 +44,7 @@ from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Stored
 from surgery.model.spec import Rope, Spec
+from surgery.tensors.files import size_of
 from surgery.tensors.lazy import Fill, Lazy, Map
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import divisors
@@ -126,7 +127,7 @@ def _details(found: files.Found, stored: files.Stored) -> dict[str, object]:
     folder = re.fullmatch(r"(?:global_step)?(\d{1,12})", found.folder.name)
     if type(named["iteration"]) is not int and folder:
         named["iteration"] = int(folder[1])
-    size = sum(p.stat().st_size for p in found.optimizer)
+    size = sum(size_of(p) for p in found.optimizer)
     out: dict[str, object] = {k: v if type(v) is int else show(v)[1:-1] for k, v in named.items()
                               if type(v) in (int, str)}  # fmt: skip
     out["layout"] = "a file per layer" if found.layers else "a file per rank (sequential)"

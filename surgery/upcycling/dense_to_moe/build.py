@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from surgery.errors import ConfigError, UsageError
+from surgery.errors import ConfigError, UsageError, shown
 from surgery.formats.base import Checkpoint
 from surgery.model.spec import PARTS, Spec, template_of
 from surgery.model.wording import in_words
@@ -217,7 +217,9 @@ def check_mix(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint]
         gaps = source.spec.changes(other.spec)
         dtypes = [n for n, part in source.parts.items() if n in other.parts and other.parts[n].dtype != part.dtype]
         if gaps:
-            raise ConfigError(f"it is another model than {source.path}: that has {in_words(gaps)}", file=other.path)
+            raise ConfigError(
+                f"it is another model than {shown(source.path)}: that has {in_words(gaps)}", file=other.path
+            )
         if dtypes:
-            raise ConfigError(f"its weights are {other.dtype}, those of {source.path} {source.dtype}", file=other.path,
-                              hint="--dtype casts all of them")  # fmt: skip
+            raise ConfigError(f"its weights are {other.dtype}, those of {shown(source.path)} {source.dtype}",
+                              file=other.path, hint="--dtype casts all of them")  # fmt: skip

@@ -1,0 +1,8 @@
+"""Checkpoints that lie elsewhere: buckets, web servers, the Hugging Face hub.
+
+folder = mirror.folder_of("s3://bucket/Llama-2-7b")     # names and small files here, weights read where they lie
+
+address.py    URLs, and which public one is which bucket     store.py     one client for all of them, errors in words
+listing.py    what lies at an address                        remote.py    ranges of one version of an object
+mirror.py     a folder that stands for an address            hub_repo.py  repositories of the hub
+"""

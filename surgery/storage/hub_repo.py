@@ -1,0 +1,76 @@
+"""Repositories of the Hugging Face hub: one commit, listed by huggingface_hub and read in ranges.
+
+    repository(parse("hf://HuggingFaceTB/SmolLM2-135M")).entries["model.safetensors"].size
+
+HF_ENDPOINT and HF_TOKEN are those of huggingface_hub.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from surgery.errors import FileError, SurgeryError, printable
+from surgery.storage.address import Address
+from surgery.storage.listing import MOST, Listing
+from surgery.storage.store import EXTRA, KEYS, Entry, Store, http_store, needs_client
+
+
+def api() -> Any:
+    """The hub's own client.  Raises SurgeryError if it is not installed."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise SurgeryError("hf:// needs the package huggingface_hub, which is not installed", hint=EXTRA) from None
+    return HfApi()
+
+
+@contextmanager
+def said(address: Address) -> Iterator[None]:
+    """What the hub's client raises, as a FileError."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    of_client = HfHubHTTPError.__bases__[0]  # what its HTTP library raises, whichever that is
+    try:
+        yield
+    except (of_client, HFValidationError, OSError) as error:
+        hint = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
+        raise FileError(f"the hub says: {printable(str(error), 300)}", file=str(address), hint=hint) from None
+
+
+def repository(address: Address) -> Listing:
+    """The files of a repository, or those below a folder of it, or one file; of the commit that it is at now."""
+    client = api()
+    needs_client("hf")
+    kind = "dataset" if address.kind == "datasets" else "model"
+    with said(address):
+        info = client.repo_info(address.place, revision=address.revision, repo_type=kind, files_metadata=True)
+    if len(info.siblings or ()) > MOST:
+        raise FileError(f"holds more than {MOST} files", file=str(address))
+    prefix = "datasets/" if kind == "dataset" else ""
+    token = client.token or _token()
+    headers = {"authorization": f"Bearer {token}"} if token else None
+    raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{info.sha}", headers)
+    store = Store(address, raw, pinned=True)
+    every = [_entry(sibling, address) for sibling in info.siblings or ()]
+    if address.key and (one := [e for e in every if e.name == address.key]):
+        return Listing(store, address.key, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
+    skip = len(address.key) + 1 if address.key else 0
+    below = [e for e in every if not skip or e.name.startswith(f"{address.key}/")]
+    return Listing(store, address.key, {e.name[skip:]: Entry(e.name[skip:], e.size, e.etag) for e in below})
+
+
+def _entry(sibling: Any, address: Address) -> Entry:
+    """Name, bytes and digest of a file, as the hub lists them."""
+    if not isinstance(sibling.size, int) or sibling.size < 0:
+        raise FileError(f"the hub does not say how many bytes {printable(str(sibling.rfilename), 80)} has",
+                        file=str(address))  # fmt: skip
+    return Entry(sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    found: str | None = get_token()
+    return found

@@ -1,0 +1,120 @@
+"""What lies at an address: one listing of a bucket or repository, known names asked for one by one at a web server.
+
+found = listing(parse("s3://bucket/Llama-2-7b"))
+found.entries["config.json"].size
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from surgery.errors import FileError, show
+from surgery.storage.address import Address
+from surgery.storage.store import Entry, Store, open_store
+
+MOST = 100_000  # objects of one checkpoint
+UNFINISHED = ".surgery-push.json"  # lies where a push has begun and has not ended
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# what a checkpoint may consist of, for servers that list nothing
+NAMES = (
+    "config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", *INDEXES,
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "preprocessor_config.json",
+    "config.yaml", "model.pt", "train.pt", "optim.pt", "optim.safetensors",
+    "params.json", "checklist.chk", "consolidated.00.pth", "surgery.json", UNFINISHED,
+)  # fmt: skip
+INDEX_LIMIT = 64 << 20
+_FILE = re.compile(r".+\.(safetensors|bin|pt|pth|json|ya?ml|txt|model|npy|gguf|distcp|ckpt)", re.I)
+_RANK = re.compile(r"consolidated\.\d\d\.pth")
+PARALLEL = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files at an address by their paths below it, and the client that reads them; `single`: it is one file."""
+
+    store: Store
+    prefix: str
+    entries: Mapping[str, Entry]
+    single: bool = False
+
+    def key(self, name: str) -> str:
+        """The key of a file in the store."""
+        return self.prefix if self.single else f"{self.prefix}/{name}" if self.prefix else name
+
+
+def listing(address: Address) -> Listing:
+    """What lies at an address.  Raises FileError if nothing does, or a push there has not ended."""
+    if address.scheme == "hf":
+        from surgery.storage.hub_repo import repository
+
+        found = repository(address)
+    else:
+        store = open_store(address)
+        found = _on_server(store) if address.scheme in ("http", "https") else _in_bucket(store)
+    if not found.entries:
+        raise FileError("holds no files, or does not exist", file=str(address), hint="look at the address")
+    if UNFINISHED in found.entries:
+        hint = "wait until it has; if it was killed, push the same folder again, which ends it"
+        raise FileError("is the output of a push that has not ended", file=str(address), hint=hint)
+    return found
+
+
+def _in_bucket(store: Store) -> Listing:
+    """All objects below the prefix; if there are none, the object of that key."""
+    prefix = store.address.key
+    if entries := [e for e in store.list(prefix, MOST) if e.name and not e.name.endswith("/")]:
+        return Listing(store, prefix, {e.name: e for e in entries})
+    return Listing(store, prefix, _single(store), True)
+
+
+def _single(store: Store) -> dict[str, Entry]:
+    address = store.address
+    entry = store.head(address.key) if address.key else None
+    return {} if entry is None else {address.name: Entry(address.name, entry.size, entry.etag, entry.modified)}
+
+
+def _on_server(store: Store) -> Listing:
+    """One file, by its ending, or a folder: those of the known names that are there, and what an index names."""
+    prefix = store.address.key
+    if _FILE.fullmatch(store.address.name):
+        return Listing(store, prefix, _single(store), True)
+    found = _asked(store, prefix, NAMES)
+    more: list[str] = []
+    for index in INDEXES:
+        if index in found:
+            more += _shards(store, store.address.below(index), found[index])
+    if "consolidated.00.pth" in found:
+        more += [f"consolidated.{i:02d}.pth" for i in range(1, 8)]
+    return Listing(store, prefix, {**found, **_asked(store, prefix, more)})
+
+
+def _asked(store: Store, prefix: str, names: Iterable[str]) -> dict[str, Entry]:
+    """Those of some names that are there."""
+
+    def ask(name: str) -> Entry | None:
+        entry = store.head(f"{prefix}/{name}" if prefix else name)
+        return None if entry is None else Entry(name, entry.size, entry.etag, entry.modified)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        return {entry.name: entry for entry in pool.map(ask, names) if entry is not None}
+
+
+def _shards(store: Store, key: str, index: Entry) -> list[str]:
+    """The files that an index names.  Raises FileError."""
+    url = store.url(key)
+    if index.size > INDEX_LIMIT:
+        raise FileError(f"index of {index.size} bytes is over the limit of {INDEX_LIMIT}", file=url)
+    try:
+        names = set(json.loads(store.fetch(key, 0, index.size, index))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FileError("is no index of shards", file=url) from None
+    if bad := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]{1,255}", n) or n in (".", "..")]:
+        raise FileError(f"names {show(bad[0])}, which is not a plain file name", file=url)
+    if len(names) > MOST:
+        raise FileError(f"names more than {MOST} files", file=url)
+    return sorted(names)

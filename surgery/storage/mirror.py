@@ -1,0 +1,97 @@
+"""A folder that stands for an address: small files are copied, weights are read where they lie.
+
+    folder = folder_of("s3://bucket/Llama-2-7b")        # ~/.cache/surgery/remote/KEY/Llama-2-7b
+    open_checkpoint(folder)                             # a few requests a file; nothing of the weights is copied
+
+KEY is made of the address and of all names, sizes and ETags in it: what has changed gets another folder, and what was
+copied once serves again.  In place of weights lies a line of text that says where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from surgery.errors import FileError, known_as
+from surgery.storage.address import Address, parse
+from surgery.storage.listing import PARALLEL, Listing, listing
+from surgery.storage.remote import remote_of
+from surgery.tensors.elsewhere import POINTER, stand_in
+from surgery.tensors.files import plain_name
+
+COPIED = (".json", ".txt", ".model", ".yaml", ".yml", ".jinja", ".py", ".tiktoken", ".jsonl", ".chk", ".md")
+LARGEST = 64 << 20  # bytes of a file that is copied
+TOGETHER = 1 << 30
+FRESH = 5.0  # seconds that a listing counts: one command looks at the same place several times
+
+_known: dict[Address, tuple[float, Path]] = {}
+
+
+def folder_of(url: str | os.PathLike[str]) -> Path:
+    """The folder (or file) on this machine that stands for an address.  Raises SurgeryError."""
+    address = parse(url)
+    when, path = _known.get(address, (-FRESH, None))
+    if path is None or time.monotonic() - when > FRESH:
+        path = _made(address)
+    _known[address] = time.monotonic(), path
+    return path
+
+
+def cache() -> Path:
+    """Where copies are kept: $SURGERY_CACHE, else ~/.cache/surgery."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("SURGERY_CACHE") or os.path.join(base, "surgery"))
+
+
+def _made(address: Address) -> Path:
+    found = listing(address)
+    folder = (
+        cache() / "remote" / _key(address, found) / (address.place.rpartition("/")[2] if found.single else address.name)
+    )
+    small = [e for e in found.entries.values() if e.name.endswith(COPIED) and e.size <= LARGEST]
+    if sum(e.size for e in small) > TOGETHER:
+        small = []
+    copied = {e.name for e in small}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in found.entries:
+        for part in name.split("/"):
+            plain_name(part, "the store", str(address))
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name not in copied:
+            remote = remote_of(found, name)
+            if not path.exists():
+                _write(path, POINTER + remote.name.encode() + b"\n")
+            stand_in(str(path), remote)
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        list(pool.map(lambda name: _copy(found, name, folder / name), sorted(copied)))
+    known_as(str(folder), str(address).rpartition("/")[0] if found.single else str(address))
+    return folder / address.name if found.single else folder
+
+
+def _key(address: Address, found: Listing) -> str:
+    seen = sorted((e.name, e.size, e.etag, str(e.modified)) for e in found.entries.values())
+    return hashlib.sha256(repr((str(address), seen)).encode()).hexdigest()[:20]
+
+
+def _copy(found: Listing, name: str, path: Path) -> None:
+    entry = found.entries[name]
+    if path.is_file() and path.stat().st_size == entry.size:
+        return
+    data = found.store.fetch(found.key(name), 0, entry.size, entry) if entry.size else b""
+    _write(path, bytes(data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A file that is there whole or not at all, also if several processes write it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise FileError(f"cannot be written: {error.strerror}", file=path, hint="SURGERY_CACHE says where copies are "
+                        "kept") from None  # fmt: skip
