@@ -141,8 +141,8 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
         roles[MASTER] = gather(_of_states(table), proven, spec, topology, _UNTRAINED).parts
     else:
         roles[MASTER] = {}
-    return Optimizer(roles, states.step, _by_part(states.groups, table, spec, topology), MASTER in states.roles, states.notes,
-                     states.files)  # fmt: skip
+    groups = _by_part(states.groups, table, spec, topology)
+    return Optimizer(roles, states.step, groups, MASTER in states.roles, states.notes, states.files)
 
 
 def with_masters(found: Optimizer, parts: Parts) -> Optimizer:
@@ -261,9 +261,8 @@ def spread_states(
     rounded = {rank: {n for n, s in shard.items() if s.tensor.dtype != "float32"} for rank, shard in weights.items()}
     roles[MASTER] = {rank: {n: s for n, s in shard.items() if n in rounded[rank]}
                      for rank, shard in roles[MASTER].items()}  # fmt: skip
-    groups = {
-        _template(r.name): _joined(r, found.groups) for r in table.rows if not found.groups.keys().isdisjoint(r.parts)
-    }
+    rows = sorted({r for r, _ in table.live(spec, topology)}, key=lambda r: not r.copy)  # what is no copy has the say
+    groups = {_template(r.name): _joined(r, found.groups) for r in rows if not found.groups.keys().isdisjoint(r.parts)}
     return Written(roles, found.step, groups)
 
 
