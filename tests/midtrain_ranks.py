@@ -86,8 +86,11 @@ def ranks(count: int, job: Callable[[], None]) -> None:
             raise SystemExit(f"a process ended with status {status}")
 
 
-def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any]) -> None:
-    """Of one stage: stopped by a signal to the first process alone, unless it is the last one."""
+def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any], rows: int = 2) -> None:
+    """Of one stage: stopped by a signal to the first process alone, unless it is the last one.
+
+    One process computes `rows` at once, several one row each.
+    """
     real = after_step.Saves.__call__
 
     def call(self: Any, job: Any, state: Any) -> None:
@@ -95,7 +98,7 @@ def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any])
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, job, state)
 
-    value = settings(folder / "model", folder / "batches.npz", folder / name, micro_batch=1 if count > 1 else 2)
+    value = settings(folder / "model", folder / "batches.npz", folder / name, micro_batch=1 if count > 1 else rows)
     value |= {"checkpoint": {"every": 5}, "average": {"last": 3}, "train": value["train"] | {"z_loss": 1e-3}, **more}
     after_step.Saves.__call__ = call
     try:
@@ -138,16 +141,19 @@ def planted(folder: Path) -> None:
         (folder / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
-def main(folder: Path, chains: Chains, rows: int) -> dict[str, Any]:
-    """How far the last metrics, weights and moments of each chain lie from those of one process, relatively."""
+def main(folder: Path, chains: Chains, size: int, rows: int) -> dict[str, Any]:
+    """How far the last metrics, weights and moments of each chain lie from those of one process, relatively.
+
+    The router losses are those of the rows that all processes have at once, `size`, of the `rows` of a step.
+    """
     ranks(1, lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16, e=8),
                       record(folder / "batches.npz", masked=True, packed=True, rows=rows)))  # fmt: skip
-    ranks(1, lambda: train(folder, "one", 1, 20, {}))
+    ranks(1, lambda: train(folder, "one", 1, 20, {}, size))
     said: dict[str, Any] = {}
     one, whole = lines(folder, "one"), weights(folder, "one")
     for name, stages in chains.items():
         for count, until, more in stages:
-            ranks(count, lambda c=count, u=until, m=more, n=name: train(folder, n, c, u, m))
+            ranks(count, lambda c=count, u=until, m=more, n=name: train(folder, n, c, u, m, size))
         found = weights(folder, name)
         assert found.keys() == whole.keys()
         far = {n: float((t - whole[n]).norm() / whole[n].norm().clamp(min=1e-30)) for n, t in found.items()}
@@ -157,7 +163,7 @@ def main(folder: Path, chains: Chains, rows: int) -> dict[str, Any]:
 
 def of_two(folder: Path) -> dict[str, Any]:
     """Also whether a run that was stopped has the same bits, and what the self-test says of wrong gradients."""
-    said = main(folder, CHAINS, ROWS)
+    said = main(folder, CHAINS, 2, ROWS)
     same = [(folder / name / "metrics.jsonl").read_bytes() for name in ("ep", "ep, stopped")]
     a, b = weights(folder, "ep"), weights(folder, "ep, stopped")
     said["the same bits"] = same[0] == same[1] and all(torch.equal(a[n], b[n]) for n in a)
@@ -168,4 +174,4 @@ def of_two(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    print(json.dumps(main(where, FOUR, rows=8) if sys.argv[2:] == ["4"] else of_two(where)))
+    print(json.dumps(main(where, FOUR, 4, 8) if sys.argv[2:] == ["4"] else of_two(where)))
