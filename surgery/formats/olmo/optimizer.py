@@ -1,7 +1,7 @@
 """Adam's state in OLMo's layouts: optim.pt of whole tensors by name, torch's DCP, and the flat pieces of FSDP.
 
     states = read_states(Path("step1000-unsharded"), "unsharded")
-    torch_file("optim.pt", optim_tree(written, names))
+    tree, replicas = optim_tree(written, names, spell)
 
 Weights are fp32, and so the masters.  Names in a group are sorted as texts (blocks.10 before blocks.2).  Of the layout
 `local`, each rank's optim/rankN.pt holds one piece per tensor that it has something of, numbered by the list
