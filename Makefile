@@ -46,7 +46,7 @@ types: $(VENV)/.ready-dev
 pytest: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a few seconds each
+test-fast: $(VENV)/.ready-dev  ## the tests that take no more than a second or two each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not slow and not thorough"
 
 test-thorough: $(VENV)/.ready-dev  ## the whole matrices and long runs of kills that `make test` takes samples of

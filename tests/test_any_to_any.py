@@ -69,6 +69,7 @@ def test_the_matrix_names_every_family_and_format():
     assert SETTINGS.keys() == FORMATS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_pair_of_formats(family, made, tiny_hf, tmp_path):
     digests = set()

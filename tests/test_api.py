@@ -24,6 +24,7 @@ def test_names() -> None:
     assert surgery.__version__[0].isdigit() or surgery.__version__ == "unknown"
 
 
+@pytest.mark.slow
 def test_flags_are_keywords(tiny_hf, tmp_path: Path) -> None:
     report = surgery.convert(tiny_hf("llama"), tmp_path / "a", to="meta", tp=2, max_memory="1GB")
     assert report.topology == {"tp": 2} and report.max_memory == 10**9
@@ -102,6 +103,7 @@ def test_reprs_are_short_and_tables_in_notebooks(tiny_hf, tmp_path: Path) -> Non
     assert "<script>" not in surgery.open_checkpoint(tmp_path / "<script>")._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_clone_that_is_called_surgery_is_not_the_package(tmp_path: Path) -> None:
     """An editable install is a path, which stands behind no namespace: not a finder, which does."""
     shutil.copytree(ROOT / "surgery", tmp_path / "clone/surgery/surgery")

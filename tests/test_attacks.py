@@ -72,6 +72,7 @@ def test_names_of_a_payload_are_listed(name: str, tmp_path: Path) -> None:
     assert found.globals and not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 def test_payloads_are_live(tmp_path: Path) -> None:
     """A pickle library that loads them does run them: else refusing them would prove nothing."""
     files = []
@@ -108,6 +109,7 @@ print("survived")
 """
 
 
+@pytest.mark.slow
 def test_bombs_within_little_memory(tmp_path: Path) -> None:
     """What aims at memory or time, in a process that may not have more: no MemoryError, no crash, no waiting."""
     here = Path(__file__).parent

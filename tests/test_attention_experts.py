@@ -149,6 +149,7 @@ def test_padding_caching_and_training(dense, tmp_path):
     assert torch.equal(logits(loaded(tmp_path / "again")), logits(model.eval()))
 
 
+@pytest.mark.slow
 def test_the_folder_needs_nothing_of_ours(dense, tmp_path):
     """Loaded by a program that cannot import surgery."""
     out = tmp_path / "out"

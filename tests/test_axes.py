@@ -57,6 +57,7 @@ def einops_pattern(axes):
     return " ".join(f"({' '.join(g)})" for g in axes)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(rearrangements(), st.data())
 def test_rearrange_is_einops(case, data):

@@ -48,6 +48,7 @@ def test_experts(family, key, experts, tiny_hf, tmp_path):
         open_checkpoint(hf(tiny_hf(family), tmp_path / "source", **also, **{key: experts}))
 
 
+@pytest.mark.slow
 def test_other_formats(tmp_path):
     for i, layers in enumerate((10**9, 16_000)):
         with pytest.raises(ConfigError, match=f"{layers}"):
@@ -82,6 +83,7 @@ def header(path, entries, more=None):
     return path
 
 
+@pytest.mark.slow
 def test_tensors_and_metadata_of_a_header(tmp_path):
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     with pytest.raises(FileError, match="over the limit"):
@@ -90,6 +92,7 @@ def test_tensors_and_metadata_of_a_header(tmp_path):
         open_file(header(tmp_path / "told", {"t": empty}, {str(i): "" for i in range(600_000)}))
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b'{"model": {"vocab": {"a": [' + b"0," * 3_100_000 + b"0]}}}")

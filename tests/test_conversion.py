@@ -163,6 +163,7 @@ def test_a_damaged_output_is_not_published(tmp_path, tiny_hf, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_budget(tmp_path):
     """A model several times the budget, in a process of its own."""
     source = tiny.save("llama", tmp_path / "big", "float32", v=60_000, h=240, f=2400)

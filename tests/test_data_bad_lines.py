@@ -190,6 +190,7 @@ def parsed(lines):
     return good, bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_damage_gives_what_is_really_there_or_nothing(suffix, tmp_path, monkeypatch):
     """300 damaged files of each packing: the documents are those that the libraries see, or none of the file."""
@@ -210,6 +211,7 @@ def test_damage_gives_what_is_really_there_or_nothing(suffix, tmp_path, monkeypa
     assert seen["some" if suffix == "jsonl" else "broken"] > 150, seen
 
 
+@pytest.mark.slow
 def test_damaged_parquet_gives_what_pyarrow_reads_or_nothing(tmp_path):
     table = pa.table({"text": TEXTS})
     pq.write_table(table, tmp_path / "good", row_group_size=40, write_page_checksum=True, use_dictionary=False)

@@ -56,6 +56,7 @@ def write(path, entries):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["marked", "bare"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ids_and_masks_as_trl_makes_them(name, workers, tmp_path, chats):

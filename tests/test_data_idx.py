@@ -56,6 +56,7 @@ def naive(path: Path) -> tuple[list[int], list[int], list[int]]:
     return list(lengths), list(offsets), list(struct.unpack(f"<{d}q", data[34 + 12 * n : 34 + 12 * n + 8 * d]))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=12), st.integers(1, 5), st.booleans())
 def test_any_documents_come_back(tmp_path_factory, documents, chunk, whole):

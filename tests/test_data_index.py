@@ -182,6 +182,7 @@ def test_inspect_says_what_looks_wrong(tmp_path):
         inspect_tokens(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_random_damage_is_an_error_or_changes_nothing_but_ids(other):
     """Of the .csv.gz, the .ds.index and the payloads' sizes: never another number of tokens in silence."""
     rng = np.random.default_rng(5)

@@ -134,6 +134,7 @@ def naive_samples(lengths: list[int], length: int, count: int, extra: int) -> li
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=25), st.integers(2, 11), st.booleans(), st.booleans())
 def test_sample_indices_against_a_loop(lengths, length, extra, drop_last):
@@ -162,6 +163,7 @@ def naive_order(lengths: list[int], samples: int, length: int, seed: int, extra:
     return order, naive_samples([lengths[i] for i in order], length, total, extra), [*first, *last]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 60), st.integers(2, 30), st.booleans())
 def test_orders_of_any_number_of_epochs_against_a_loop(lengths, samples, length, extra):
@@ -240,6 +242,7 @@ def test_a_cache_of_other_data_is_refused(tmp_path):
         open_megatron(described, 1)
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_never_gives_other_tokens(tmp_path):
     """Any one number of its indices changed: an error when it is opened, or the same samples in another order."""
     shutil.copytree(MEGATRON / "cache" / "blend", tmp_path / "run")

@@ -44,6 +44,7 @@ wants = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(wants, st.integers(1, 2000))
 def test_amounts_add_up_keep_caps_and_keep_proportions(given_wants, total):

@@ -23,6 +23,7 @@ sources = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(sources, st.integers(0, 2**63 - 1), st.integers(1, 7))
 def test_every_instance_comes_as_often_as_any_other(given_sources, seed, block):
@@ -67,6 +68,7 @@ def test_held_out_instances_are_spread_evenly():
         assert len(set(found.tolist())) == out and 0 <= found.min() <= found.max() < have + out
 
 
+@pytest.mark.slow
 def test_a_partial_pass_is_a_fair_sample():
     """Every instance is drawn equally often, in blocks as in one piece (chi-square, 6 sigma)."""
     counts = np.zeros(23)
@@ -99,6 +101,7 @@ def naive_best_fit(sizes: list[int], room: int) -> list[int]:
     return sorted(bins)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 30), st.data())
 def test_best_fit_packs_as_a_loop_does(room, data):
@@ -112,6 +115,7 @@ def test_best_fit_packs_as_a_loop_does(room, data):
 documents = st.lists(st.integers(0, 70), max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(documents, st.integers(1, 20))
 def test_packing_uses_every_token_once_and_splits_only_what_does_not_fit(lengths, room):

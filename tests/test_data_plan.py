@@ -344,6 +344,7 @@ def test_an_index_that_is_made_later_changes_nothing(tmp_path):
     assert open_plan(plan.folder).digest == plan.digest
 
 
+@pytest.mark.slow
 def test_hundreds_of_files_with_few_open(tmp_path):
     for number in range(400):
         np.save(tmp_path / f"f{number:03d}.npy", np.full(5, number, np.uint16))

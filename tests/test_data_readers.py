@@ -114,6 +114,7 @@ def test_plain_numpy_files_and_documents_by_their_last_id(tmp_path):
         open_tokens(tmp_path / "o.npy")
 
 
+@pytest.mark.slow
 def test_folders_of_datasets(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [[1, 2, 3], [], [4, 5], [6]]
@@ -214,6 +215,7 @@ def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(tmp_path):
 Parts = st.lists(st.lists(st.integers(0, 7), max_size=12), min_size=1, max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(Parts, st.data())
 def test_windows_anywhere_in_a_stream_of_files(parts, data):

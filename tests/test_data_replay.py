@@ -108,6 +108,7 @@ def naive_repetitive(row: list[int], low: int, high: int, times: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 1), min_size=9, max_size=26), st.integers(1, 3), st.integers(1, 4), st.integers(3, 5))
 def test_repetition_against_a_loop(row, low, high, times):

@@ -82,6 +82,7 @@ def here(monkeypatch):
     monkeypatch.chdir(GOLDEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "workers"), [("uint16", 1), ("int32", 1), ("uint16", 2)])
 def test_megatrons_files_byte_for_byte(dtype, workers, tmp_path):
     report = run(GOLDEN / "documents", tmp_path / "out", replace(MEGATRON, dtype=dtype), workers=workers)
@@ -107,6 +108,7 @@ def test_dolmas_documents(here, tmp_path):
     assert report.total.blank == 15
 
 
+@pytest.mark.slow
 def test_dolmas_order_is_that_of_the_seed(here, tmp_path, monkeypatch):
     def order(name, choices, block=text.BLOCK, **more):
         monkeypatch.setattr(text, "BLOCK", block)
@@ -152,6 +154,7 @@ def packed(folder):
     return sorted(folder.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1 << 20, 4096, 61])
 def test_the_format_and_where_blocks_end_do_not_matter(block, tmp_path, monkeypatch):
     files, golden = packed(tmp_path / "in"), (GOLDEN / "megatron_uint16.bin").read_bytes()
@@ -305,6 +308,7 @@ def test_an_output_is_not_replaced_and_another_job_not_mixed_in(tmp_path, monkey
     assert report.resumed == 0 and "discarded the unfinished output of another job" in report.notes
 
 
+@pytest.mark.slow
 def test_progress_adds_up(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "BLOCK", 512)
     files, calls = packed(tmp_path / "in"), []

@@ -24,12 +24,14 @@ def run(*args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sigkill_before_and_after_every_call_that_changes_something(tmp_path):
     outcome = run("calls", tmp_path, "dolma")
     assert outcome["kills"] > 60
     assert outcome["resumed"] > 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["megatron", "messages"])
 def test_sigkill_at_random_times(kind, tmp_path):
     outcome = run("random", tmp_path, kind, 20)
@@ -75,6 +77,7 @@ def grown(folder):
     return any(p.stat().st_size for p in folder.glob(".out.surgery-partial/data/*.bin"))
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_run_and_the_next_run_gives_the_same(text):
     process = start(text, "whole")
     assert process.wait() == 0
@@ -90,6 +93,7 @@ def test_workers_end_with_a_killed_run_and_the_next_run_gives_the_same(text):
     assert tree(text / "out") == tree(text / "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_stops_in_order_and_the_next_run_resumes(text):
     process = start(text)
     until(lambda: grown(text))
@@ -103,6 +107,7 @@ def test_a_signal_stops_in_order_and_the_next_run_resumes(text):
     assert 0 < report["resumed_tokens"] < report["tokens"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_an_error_that_says_so(text):
     process = start(text)
     until(lambda: grown(text))

@@ -191,6 +191,7 @@ def test_a_failure_keeps_no_objects_alive() -> None:
     assert caught.value.__context__ is None
 
 
+@pytest.mark.slow
 def test_flatten() -> None:
     tree = {"a": [1, {"b": (2, 3)}], 5: "x", None: {}}
     assert list(flatten(tree)) == [("a.0", 1), ("a.1.b.0", 2), ("a.1.b.1", 3), ("5", "x")]

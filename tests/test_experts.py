@@ -24,6 +24,7 @@ def run(*words):
     return CliRunner().invoke(cli.main, [str(w) for w in words])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "olmoe", "granitemoeshared"])
 @pytest.mark.parametrize("words", [("--permute", "7,6,5,4,3,2,1,0"), ("--duplicate", 2)])
 def test_what_keeps_the_function(family, words, tiny_hf, tmp_path):
@@ -36,6 +37,7 @@ def test_what_keeps_the_function(family, words, tiny_hf, tmp_path):
     assert (count, config["num_experts_per_tok"]) == ((16, 6) if words[1] == 2 else (8, 3))
 
 
+@pytest.mark.slow
 def test_pruning_and_merging_by_a_loop(tiny_hf, tmp_path):
     source = weights(tiny_hf("mixtral"))
     for flag, text, groups in (("--prune", "0,2-4", [[1], [5], [6], [7]]), ("--keep", "6,1,3", [[6], [1], [3]]),
@@ -88,6 +90,7 @@ MADE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "settings"), MADE)
 def test_collapsing_is_the_inverse_of_upcycling(family, settings, tiny_hf, tmp_path):
     surgery.upcycle(tiny_hf(family), tmp_path / "moe", verify_tokens=0, **settings)
@@ -101,6 +104,7 @@ def test_collapsing_is_the_inverse_of_upcycling(family, settings, tiny_hf, tmp_p
     assert model_type == tiny.FAMILIES[family][0]
 
 
+@pytest.mark.slow
 def test_experts_that_differ_are_averaged_when_asked(tiny_hf, tmp_path):
     refused = run("upcycle", tiny_hf("mixtral"), tmp_path / "no", "--collapse")
     assert refused.exit_code == 2

@@ -23,6 +23,7 @@ def numbers(tmp_path_factory):
     return path, values
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_box_reads_exactly_its_bytes(numbers, data):
@@ -40,6 +41,7 @@ def test_any_box_reads_exactly_its_bytes(numbers, data):
     assert IO["bytes"] - before == want.nbytes
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_way_of_reading_gives_the_same(numbers, data):

@@ -220,6 +220,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_no_temporary_model(signum, tiny_hf, tmp_path):
     surgery.convert(tiny_hf("llama"), tmp_path / "meta", to="meta")
@@ -326,6 +327,7 @@ PLACES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_no_text_from_a_file_reaches_the_terminal_raw(place, tiny_hf, tmp_path):
     import shutil
@@ -356,6 +358,7 @@ def test_commands_print_through_the_one_door():
                 assert name != "click.echo" or said.startswith("click.echo(json.dumps("), (path, said)
 
 
+@pytest.mark.slow
 def test_a_terminal_of_another_encoding_is_no_obstacle(tiny_hf, tmp_path):
     command = [sys.executable, "-m", "surgery", "convert", tiny_hf("llama"), os.fsencode(tmp_path) + b"/a\xff\xc3\xbc",
                "--to", "hf"]  # fmt: skip

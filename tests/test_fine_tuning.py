@@ -150,6 +150,7 @@ def test_what_is_wrong_is_said(reader):
     assert "20 no conversation" in told(sources=[{"name": "a", "paths": "bad.jsonl"}])
 
 
+@pytest.mark.slow
 def test_the_page(reader):
     for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.S):
         for old, new in SMALL.items():

@@ -63,6 +63,7 @@ def random_partition(draw, box):
     return random_partition(draw, left) + random_partition(draw, right)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_partition_in_any_order_gives_the_naive_sum(data):

@@ -88,6 +88,7 @@ PAIRS = [(family, to) for family in ("llama", "mixtral") for to in FORMATS] + [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "to"), PAIRS)
 def test_what_a_format_does_not_know_is_refused_when_it_plans(family, to, tmp_path):
     written, refused = [], []

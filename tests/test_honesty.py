@@ -12,6 +12,7 @@ import surgery
 from tests import honesty, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral", "gpt_neox"])
 def test_no_lie_in_a_sample(family: str, tmp_path: Path) -> None:
     tally = honesty.judge(family, tmp_path, sample=20, seed=1)

@@ -184,6 +184,7 @@ def test_json_and_verbose(place):
     assert said.endswith("7\n")
 
 
+@pytest.mark.slow
 def test_commands_of_surgery_and_scripts(place, tiny_hf):
     model = tiny_hf("llama")
     (place / "hello.py").write_text("import sys; print(sys.argv[1:]); open(sys.argv[1], 'w').write('hello')")

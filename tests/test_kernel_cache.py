@@ -36,6 +36,7 @@ def loops(tmp_path):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_change_in_an_imported_file_is_seen(loops):
     folder, run = loops
     assert run(NUMBA_CACHE_DIR="") == (21.0, 0)
@@ -45,6 +46,7 @@ def test_a_change_in_an_imported_file_is_seen(loops):
     assert len(list((folder / "__pycache__").glob("numba-*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["elsewhere", ""])
 def test_where_it_is_kept(loops, tmp_path, given):
     """Below NUMBA_CACHE_DIR, or in the user's cache if the folder cannot be written."""
@@ -57,6 +59,7 @@ def test_where_it_is_kept(loops, tmp_path, given):
     assert list(place.glob("numba-*/loops_*/*.nbi"))
 
 
+@pytest.mark.slow
 def test_nowhere_to_keep_it(loops, tmp_path):
     folder, run = loops
     (folder / "__pycache__").write_text("not a folder")

@@ -20,12 +20,14 @@ def run(*args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_times(tmp_path):
     outcome = run("random", tmp_path, 60)
     assert outcome["kills"] >= 60
     assert outcome["completed"] >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("renames", "least"), [("calls", 100), ("plain", 20)])
 def test_sigkill_before_and_after_every_call_that_changes_something(renames, least, tmp_path):
     outcome = run(renames, tmp_path)
@@ -33,6 +35,7 @@ def test_sigkill_before_and_after_every_call_that_changes_something(renames, lea
     assert outcome["resumed"] > 20
 
 
+@pytest.mark.slow
 def test_signals_and_limits_stop_cleanly_and_the_next_run_goes_on(tmp_path):
     outcome = run("stops", tmp_path)
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -37,6 +37,7 @@ def make(path: Path, at: Path) -> None:
             merges.disturb(at / name, i)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_runs_under_both(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -83,6 +83,7 @@ def trained(place):
     return invoke("midtrain", str(place / "run.yaml")), place / "runs" / "anneal"
 
 
+@pytest.mark.slow
 def test_a_run_from_metas_files_to_megatrons(trained, place):
     said, folder = trained
     run = read_folder(folder)
@@ -189,6 +190,7 @@ def test_keys_are_explained_and_have_a_schema(place):
     assert "which run?" in invoke("midtrain", fails=True)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_watched(place):
     """The same data, an upcycled model: balance, loads and drift are told."""
     invoke("upcycle", str(place / "hf"), str(place / "moe"), "--experts", "4", "--top-k", "2", "--no-sync")

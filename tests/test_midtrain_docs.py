@@ -43,6 +43,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S)
 
 
+@pytest.mark.slow
 def test_the_page(reader):
     for text in blocks("yaml"):
         name = re.match(r"# (\S+)", text)[1]

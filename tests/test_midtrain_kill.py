@@ -18,15 +18,18 @@ def run(*args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_times(tmp_path):
     assert run("random", tmp_path, 3)["kills"] == 3
 
 
+@pytest.mark.slow
 def test_sigkill_at_system_calls(tmp_path):
     said = run("calls", tmp_path, 2)
     assert said["kills"] == 2 and said["calls"] > 1000
 
 
+@pytest.mark.slow
 def test_signals_and_a_limit_on_files_stop_with_a_checkpoint(tmp_path):
     said = run("stops", tmp_path)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):

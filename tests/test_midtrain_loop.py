@@ -141,6 +141,7 @@ CASES = [("llama", 6, False, False, 0.0, 0), ("llama", 2, True, True, 1e-3, 0), 
          ("olmoe", 3, True, True, 1e-3, 0.02), ("mixtral", 6, False, False, 0.0, 0)]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "micro", "masked", "packed", "z", "balance"), CASES)
 def test_twenty_steps_are_those_of_a_naive_loop(family, micro, masked, packed, z, balance, small, tmp_path):
     batches, moe = record(tmp_path / "b.npz", masked, packed), {"balance": balance, "router_z": balance / 2}
@@ -154,6 +155,7 @@ def test_twenty_steps_are_those_of_a_naive_loop(family, micro, masked, packed, z
     assert log.steps[-1]["ce"] < log.steps[0]["ce"] - 0.3  # it does learn
 
 
+@pytest.mark.slow
 def test_backends_checkpointing_and_micro_batches_change_nothing(small, tmp_path):
     batches = record(tmp_path / "b.npz", masked=True, packed=True)
     plain, _ = run(settings(small("olmoe"), batches, tmp_path, micro_batch=3))
@@ -165,6 +167,7 @@ def test_backends_checkpointing_and_micro_batches_change_nothing(small, tmp_path
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["autocast", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_rounded_products_learn_the_same(precision, family, small, tmp_path):
@@ -218,6 +221,7 @@ def test_spikes_are_left_out_and_what_is_not_finite_ends_a_run_that_leaves_nothi
         train(job, fresh_state(job), Kept())
 
 
+@pytest.mark.slow
 def test_all_that_resuming_needs_is_in_the_state(small, tmp_path):
     """Half a run, its state_dicts carried into a new job, the other half: bit for bit the whole run."""
     batches = record(tmp_path / "b.npz", masked=True, packed=True)
@@ -255,6 +259,7 @@ def test_routers_are_balanced_by_a_bias_without_a_loss(small, tmp_path):
     assert loads[0.05][0] == loads[0.0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_compiled_layers_learn_the_same(family, small, tmp_path, monkeypatch):
     """Traced and differentiated by torch.compile, but not turned into C++, which takes minutes."""

@@ -59,6 +59,7 @@ def exported(place: Path, seed: int) -> Path:
     return next((place / "runs" / f"seed-{seed}" / "export").glob("*-hf")) / "model.safetensors"
 
 
+@pytest.mark.slow
 def test_the_soup_is_the_mean_of_runs_in_other_orders(said, place):
     weights = [load_file(exported(place, seed)) for seed in SEEDS]
     assert not torch.equal(weights[0]["model.norm.weight"], weights[1]["model.norm.weight"])

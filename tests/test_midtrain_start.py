@@ -169,6 +169,7 @@ def test_frozen_parameters_need_no_moments(tiny_hf, tmp_path):
     assert len(optimizer.state) == sum(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "export"), [("llama", {"to": "megatron", "tp": 2}), ("olmoe", {"to": "hf"})])
 def test_a_second_run_from_what_the_first_exported_goes_on_as_one_run_would(family, export, tmp_path):
     """Rate and moments are inherited, whatever the format: the numbers are those of one run over all batches."""

@@ -43,6 +43,7 @@ def test_the_first_steps_are_not_timed():
     assert log.rate() == statistics.median((100, 50, 25, 100)) and log.loss == -3.0
 
 
+@pytest.mark.slow
 def test_a_sweep_says_what_each_comes_to_and_goes_on_where_one_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model, batches = tiny.save("llama", tmp_path / "m", l=1, h=48, f=40), record(tmp_path / "b.npz", False, False)

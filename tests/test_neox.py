@@ -125,6 +125,7 @@ def module(path: Path) -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)["module"]
 
 
+@pytest.mark.slow
 def test_between_parallel_sizes_and_kinds_of_files(tmp_path):
     digests, at = set(), golden(SPLIT)
     for i, sizes in enumerate([Topology(tp=4, pp=2), Topology(tp=1, pp=0), Topology(tp=8, pp=1), Topology(tp=2, pp=0)]):

@@ -239,6 +239,7 @@ def swap(axis: str) -> str:
     return {"two": "half", "half": "two"}.get(axis, axis)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["olmo2", "biases-clip", "complex-full-norm", "complex-head-norm", "fused", "flex-default", "dropless-mixed"],

@@ -113,6 +113,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "way"), PAIRS)
 def test_there_and_the_state_is_the_same(case, way, tmp_path):
     """Every golden into every format that has a place for it: equal bits, equal steps, equal settings."""

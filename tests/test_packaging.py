@@ -52,6 +52,7 @@ def foreign_imports(file: Path) -> Iterator[str]:
 SOURCES = sorted((ROOT / "surgery").rglob("*.py"))
 
 
+@pytest.mark.slow
 def test_every_import_is_declared() -> None:
     declared = requirements(PROJECT["dependencies"], *EXTRAS.values())
     found = {name: file for file in SOURCES for name in foreign_imports(file)}

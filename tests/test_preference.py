@@ -144,6 +144,7 @@ def test_frozen_routers_stay_and_the_run_says_how_it_goes(tmp_path):
     assert steps[0]["length/chosen"] > 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(tmp_path):
     class Stops:
         def event(self, record: Any) -> None:

@@ -131,6 +131,7 @@ TARGETS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", TARGETS)
 def test_a_conversion_finds_a_flipped_bit_in_any_of_its_files(to, tiny_hf, tmp_path, monkeypatch):
     """In the middle of every text, in the header of safetensors, at both ends of archives."""

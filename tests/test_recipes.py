@@ -190,6 +190,7 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     assert {s["state"] for s in json.loads(again.stdout)["steps"]} == {"unchanged"}
 
 
+@pytest.mark.slow
 def test_the_quickstart_stops_at_a_bad_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run("-v", "--set", "model=empty", cwd=tmp_path)

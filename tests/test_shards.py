@@ -94,6 +94,7 @@ def test_a_share_whose_file_was_spoilt_is_written_anew_or_caught(tmp_path, tiny_
     assert tree(out) == tree(whole)
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes(tmp_path, tiny_hf, whole):
     words = [sys.executable, "-m", "surgery", "convert", tiny_hf("mixtral"), "out", *FLAGS, "--workers", 2, "--json"]
     done = subprocess.run([*map(str, words)], cwd=tmp_path, env=ENV, capture_output=True, text=True, check=False)
@@ -186,6 +187,7 @@ models:
     return tmp_path / "soup.yaml"
 
 
+@pytest.mark.slow
 def test_a_soup_by_shares_and_by_workers(tmp_path, tiny_hf):
     config = soup_of(tmp_path, tiny_hf("llama"))
     flags = ["--to", "meta", "--tp", 2]

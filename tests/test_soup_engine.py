@@ -78,6 +78,7 @@ ALL = [(name, {}) for name in METHODS] + [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "own"), ALL, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
 @pytest.mark.parametrize("shape", [(24, 50), (4, 10, 14), (900,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,6 +107,7 @@ def test_any_box_in_any_threads_is_the_same(name, own, shape, dtype, loops, monk
 LARGE = {"density": [0.5, 0.2, 0.7]} | {"gamma": [0.1, 0.0, 0.3]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"normalize": False, "lambda": 0.7}, {"normalize": True, "rescale": True}, LARGE])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_compiled_loops_and_torch_give_the_same_bits(name, own):

@@ -146,6 +146,7 @@ print(surgery.convert(sys.argv[1], sys.argv[2], to=sys.argv[3], sync=False, opti
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_with_forty_descriptors(tiny_hf, tmp_path):
     source, tensors = tmp_path / "many", load_file(tiny_hf("qwen3_moe") / "model.safetensors")
     source.mkdir()

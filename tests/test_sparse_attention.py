@@ -122,6 +122,7 @@ def test_values_and_gradients_of_upstream(kind):
         assert (found - arrays[f"{kind}.{name}"]).abs().max() < 5e-6
 
 
+@pytest.mark.slow
 def test_blocks_of_flex_attention_are_the_same_masks():
     """What a GPU computes with: rows of two documents, in blocks; the values by the eager form of flex_attention."""
     heads, length = 5, 160
@@ -265,6 +266,7 @@ def test_what_is_not_known_is_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- to look at
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_upstream_masks():
     for length, heads in ((128, 8), (1024, 16)):
         for kind in MASKS["kinds"]:
@@ -293,6 +295,7 @@ def test_show_draws_what_it_says(tmp_path):
     assert wrong.exit_code == 2 and "there are full, sliding" in wrong.output
 
 
+@pytest.mark.slow
 def test_the_page(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text()
     monkeypatch.chdir(tmp_path)

@@ -244,6 +244,7 @@ def test_a_name_planned_twice_is_refused(tmp_path):
     assert not (tmp_path / "out").exists() and not hidden(tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_budget(tmp_path):
     """Measured in a process of its own: copying, weaving and slicing columns of 192 MiB within 64 MiB."""
     code = """
@@ -688,6 +689,7 @@ def test_without_fsync_a_new_boot_starts_afresh(source, tmp_path, monkeypatch):
     assert done.notes
 
 
+@pytest.mark.slow
 def test_time_is_linear_in_the_number_of_tensors(tmp_path):
     """4 times as many take about 4 times as long (with anything done per tensor for all before it: 16 times)."""
 

@@ -278,6 +278,7 @@ def test_a_mix_of_models(tmp_path, tiny_hf, up):
     assert oracle.same_bits(weights(first)[name], stored[name])
 
 
+@pytest.mark.slow
 def test_seeds_give_the_same_bits_in_blocks_of_any_size(up):
     asked = {**COPY, "strategy": "drop", "noise": 0.01, "force_lossy": True}
     wide, narrow, other = up(**asked), up(**asked, max_memory=1 << 18), up(**asked, seed=1)

@@ -199,6 +199,7 @@ def test_digests_of_the_source_read_only_what_is_lost(settings, read, tiny_hf, t
     assert record["source_digest"] == surgery.convert(source, tmp_path / "same", to="hf").content_digest
 
 
+@pytest.mark.slow
 def test_the_proof_is_seen_on_a_terminal(tiny_hf, tmp_path):
     words = ["upcycle", tiny_hf("llama"), tmp_path / "out", "--experts", "8", "--top-k", "4", "--verify-tokens", "512"]
     master, slave = pty.openpty()
@@ -273,6 +274,7 @@ def test_the_shell_calls_the_same_functions():
 # ---------------------------------------------------------------------------------------------- noise on duplicates
 
 
+@pytest.mark.slow
 def test_noise_goes_to_the_copies_of_experts(tiny_hf, tmp_path):
     source = tiny_hf("mixtral")
     with pytest.raises(UsageError, match=r"noise: 0\.1 of the weights'"):

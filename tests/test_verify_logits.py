@@ -161,6 +161,7 @@ def told(report: LogitReport) -> str:
     return "\n".join(c.text for c in report.causes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_cause_is_named(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
     family, weights, config, first, causes = CASES[name]

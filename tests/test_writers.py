@@ -115,6 +115,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(PLAIN)
 def test_plain_data_come_back_as_they_were(tmp_path_factory, tree):
