@@ -104,8 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "503":
             return self.answer(503, [("content-type", "application/xml")], b"<Error><Code>SlowDown</Code></Error>")
-        if fault == "redirect":
-            return self.answer(302, [("location", "file:///etc/hostname")], b"")
+        if isinstance(fault, str) and fault.startswith("redirect"):
+            place = fault.partition(" ")[2] or "file:///etc/hostname"
+            return self.answer(302, [("location", place)], b"")
+        if fault == "whole":  # as a server that knows no ranges
+            del self.headers["Range"]
         if callable(fault):  # something happens in between
             fault()
         status, headers, data = self.ask(body)

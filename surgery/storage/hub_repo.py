@@ -7,11 +7,12 @@ HF_ENDPOINT and HF_TOKEN are those of huggingface_hub.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from surgery.errors import FileError, SurgeryError, printable
+from surgery.errors import FileError, SurgeryError, printable, show
 from surgery.storage.address import Address
 from surgery.storage.listing import MOST, Listing
 from surgery.storage.store import EXTRA, KEYS, Entry, Store, http_store, needs_client
@@ -34,7 +35,11 @@ def said(address: Address) -> Iterator[None]:
     of_client = HfHubHTTPError.__bases__[0]  # what its HTTP library raises, whichever that is
     try:
         yield
-    except (of_client, HFValidationError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, HFValidationError):
+            raise FileError(printable(str(error), 300), file=str(address)) from None
+        raise FileError("the hub's answer is none that its client understands", file=str(address)) from None
+    except (of_client, OSError) as error:
         hint = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
         raise FileError(f"the hub says: {printable(str(error), 300)}", file=str(address), hint=hint) from None
 
@@ -46,14 +51,16 @@ def repository(address: Address) -> Listing:
     kind = "dataset" if address.kind == "datasets" else "model"
     with said(address):
         info = client.repo_info(address.place, revision=address.revision, repo_type=kind, files_metadata=True)
-    if len(info.siblings or ()) > MOST:
+    if not isinstance(info.sha, str) or not re.fullmatch(r"[0-9a-f]{40}", info.sha) or info.siblings is None:
+        raise FileError("the hub says neither which commit it is nor what is in it", file=str(address))
+    if len(info.siblings) > MOST:
         raise FileError(f"holds more than {MOST} files", file=str(address))
     prefix = "datasets/" if kind == "dataset" else ""
     token = client.token or _token()
     headers = {"authorization": f"Bearer {token}"} if token else None
     raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{info.sha}", headers)
     store = Store(address, raw, pinned=True)
-    every = [_entry(sibling, address) for sibling in info.siblings or ()]
+    every = [_entry(sibling, address) for sibling in info.siblings]
     if address.key and (one := [e for e in every if e.name == address.key]):
         return Listing(store, address.key, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
     skip = len(address.key) + 1 if address.key else 0
@@ -63,9 +70,8 @@ def repository(address: Address) -> Listing:
 
 def _entry(sibling: Any, address: Address) -> Entry:
     """Name, bytes and digest of a file, as the hub lists them."""
-    if not isinstance(sibling.size, int) or sibling.size < 0:
-        raise FileError(f"the hub does not say how many bytes {printable(str(sibling.rfilename), 80)} has",
-                        file=str(address))  # fmt: skip
+    if not isinstance(sibling.rfilename, str) or type(sibling.size) is not int or not 0 <= sibling.size < 1 << 63:
+        raise FileError(f"the hub does not say how many bytes {show(sibling.rfilename)} has", file=str(address))
     return Entry(sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else sibling.blob_id)
 
 

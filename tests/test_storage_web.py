@@ -1,0 +1,142 @@
+"""Reading from web servers and from the hub: the right bytes or a clear error, whatever they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surgery
+from surgery.errors import FileError, SurgeryError
+from surgery.formats.registry import open_checkpoint
+from surgery.storage import mirror
+from surgery.tensors.files import File
+from tests.buckets import Proxy, every, none
+from tests.servers import Hub, web
+
+DATA = bytes(range(256)) * 8192
+
+
+@pytest.fixture(autouse=True)
+def no_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
+    mirror._known.clear()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    with Hub() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", found.token)
+        yield found
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_web_server_is_read_in_ranges(tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny_hf("llama")
+    with web(source.parent) as upstream, Proxy(upstream) as proxy:
+        url = f"{proxy.url}/{source.name}"
+        there = surgery.convert(url, tmp_path / "there", to="meta")
+        ranges = proxy.gets("model.safetensors")
+    assert there.content_digest == surgery.convert(source, tmp_path / "here", to="meta").content_digest
+    assert there.source == url
+    assert len(ranges) <= 10 and all(ranges)
+
+
+@pytest.mark.parametrize("fault", ["longer", "endless", "shifted", "huge", "other tag", "redirect", "whole"])
+def test_a_web_server_that_lies_is_an_error_in_bounded_memory(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "x.bin").write_bytes(DATA)
+    with web(tmp_path) as upstream, Proxy(upstream) as proxy:
+        path = mirror.folder_of(f"{proxy.url}/x.bin")
+        proxy.fault = every(1, fault, "GET")
+        with pytest.raises(FileError) as caught:
+            File(path).read(0, 1000)
+        assert f"{proxy.url}/x.bin" in str(caught.value)
+        assert proxy.sent < 20_000_000
+        proxy.fault = none
+        assert File(path).read(300_000, 600_000) == DATA[300_000:900_000]
+
+
+@pytest.mark.parametrize("fault", ["drop", "half", "503", "lost"])
+def test_faults_of_a_web_server_change_no_byte(tmp_path: Path, fault: str) -> None:
+    (tmp_path / "x.bin").write_bytes(DATA)
+    with web(tmp_path) as upstream, Proxy(upstream) as proxy:
+        path = mirror.folder_of(f"{proxy.url}/x.bin")
+        proxy.fault = every(2, fault)
+        assert File(path).read(0, len(DATA)) == DATA
+
+
+def test_another_host_must_have_the_same_version(tmp_path: Path) -> None:
+    """A redirect is followed as browsers do; what is found there must be what was listed."""
+    for name, data in {"same": DATA, "other": DATA[::-1]}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.bin").write_bytes(data)
+    with web(tmp_path / "same") as upstream, web(tmp_path / "other") as other, Proxy(upstream) as proxy:
+        path = mirror.folder_of(f"{proxy.url}/x.bin")
+        proxy.fault = every(1, f"redirect {upstream}/x.bin", "GET")
+        assert File(path).read(5, 1000) == DATA[5:1005]
+        proxy.fault = every(1, f"redirect {other}/x.bin", "GET")
+        with pytest.raises(FileError, match="replaced or removed"):
+            File(path).read(1_000_000, 1000)
+
+
+def test_a_repository_of_the_hub_is_one_commit(hub: Hub, tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny_hf("llama")
+    sha = hub.put("org/name", files_of(source))
+    checkpoint = open_checkpoint("hf://org/name")
+    hub.put("org/name", {"model.safetensors": b"x", "config.json": b"{}"})  # another commit changes nothing
+    there = surgery.convert("hf://org/name@" + sha, tmp_path / "there", to="meta")
+    assert there.content_digest == surgery.convert(source, tmp_path / "here", to="meta").content_digest
+    assert checkpoint.parts["embed"].full().equal(open_checkpoint(source).parts["embed"].full())
+
+
+def test_the_token_stays_with_the_hub(hub: Hub) -> None:
+    hub.put("org/name", {"x.bin": DATA})
+    assert File(mirror.folder_of("hf://org/name/x.bin")).read(7, 9) == DATA[7:16]
+    asked = {auth for _, path, auth in hub.seen if "resolve" in path}
+    given = {auth for _, path, auth in hub.seen if path.lstrip("/") in hub.blobs}
+    assert asked == {"Bearer hf_secret"}
+    assert given == {None}
+
+
+def _sibling(**change: Any) -> Callable[[str, Any], Any]:
+    return lambda path, data: {**data, "siblings": [{**s, **change} for s in data["siblings"]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _sibling(rfilename="../../evil.json"),
+        _sibling(rfilename="/etc/evil.json"),
+        _sibling(rfilename=7),
+        _sibling(size=-1),
+        _sibling(size="9"),
+        _sibling(size=1 << 70),
+        lambda path, data: {**data, "sha": "../../other/repo/resolve/main"},
+        lambda path, data: {**data, "sha": None},
+        lambda path, data: {"id": "org/name"},
+        lambda path, data: [],
+        lambda path, data: {**data, "siblings": 7},
+    ],
+)
+def test_a_hub_that_lies_is_an_error(hub: Hub, tmp_path: Path, change: Any) -> None:
+    hub.put("org/name", {"config.json": b"{}"})
+    hub.change = change
+    with pytest.raises(SurgeryError) as caught:
+        open_checkpoint("hf://org/name")
+    assert "hf://org/name" in str(caught.value) and "reach" not in str(caught.value)
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_what_the_hub_does_not_have_says_so(hub: Hub) -> None:
+    with pytest.raises(FileError, match=r"hf://org/nothing: the hub says: .*not found|404"):
+        open_checkpoint("hf://org/nothing")
