@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +27,7 @@ import surgery
 from surgery.running.chat import answer
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+FORKED = ("tests.forked_steps",)  # the same steps, of which not each imports torch
 
 
 def module(name: str) -> ModuleType:
@@ -154,9 +156,11 @@ def build(folder: Path, heads: int, groups: int) -> None:
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
-def run(*arguments: object, cwd: Path, recipe: str = "quickstart") -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, cwd: Path, recipe: str = "quickstart", command: Sequence[str] = ("surgery", "run")
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "surgery", "run", RECIPES / f"{recipe}.yaml", *map(str, arguments)],
+        [sys.executable, "-m", *command, RECIPES / f"{recipe}.yaml", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -171,7 +175,7 @@ def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     build(model, heads=4, groups=2)
     before = tree(model)
     sets = [f"--set={text}" for text in (f"model={model}", "tp=2", "context=2048")]
-    result = run("-v", "--folder", work, *sets, cwd=tmp_path)
+    result = run("-v", "--folder", work, *sets, cwd=tmp_path, command=FORKED)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.findall(r"^(\d+)\. ", result.stdout, re.MULTILINE) == [str(n) for n in range(1, 18)]
     assert "$ surgery inspect 'a model'" in result.stdout
@@ -225,11 +229,11 @@ def corpus(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # nineteen commands, each of which imports torch: a minute where nothing else runs
+@pytest.mark.timeout(600)  # eighteen steps
 def test_midtraining_runs_as_written(tmp_path: Path) -> None:
     """A few steps each: whatever is learnt, the mixture of experts begins where the base ended."""
     sets = ["--set", f"corpus={corpus(tmp_path / 'corpus')}", "--set", "length=32"]
-    result = run("-v", "--small", "--folder", "work", *sets, cwd=tmp_path, recipe="midtrain")
+    result = run("-v", "--small", "--folder", "work", *sets, cwd=tmp_path, recipe="midtrain", command=FORKED)
     assert result.returncode == 0, result.stdout + result.stderr
     table = re.search(r"^ +code +math +prose +mean\n((?:.+\n)+)", result.stdout, re.MULTILINE)
     assert table is not None
@@ -257,7 +261,7 @@ def test_a_corpus_is_cut_into_documents_once_each() -> None:
     assert any("A byte-level BPE tokenizer" in text for text in made.docstrings([RECIPES / "corpus.py"]))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.network
 def test_a_real_model_speaks_before_and_after(recipe: ModuleType, tmp_path: Path) -> None:
     try:
@@ -274,7 +278,7 @@ def test_a_real_model_speaks_before_and_after(recipe: ModuleType, tmp_path: Path
     assert all(torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8)) for name in old)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.network
 def test_a_soup_of_disturbed_copies_is_better_than_each(recipe: ModuleType, tmp_path: Path) -> None:
     try:
