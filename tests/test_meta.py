@@ -15,12 +15,12 @@ from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError, Us
 from surgery.formats.base import Checkpoint
 from surgery.formats.hf import config as hf_config
 from surgery.formats.meta import config as meta_params
-from surgery.formats.meta import format as meta
 from surgery.formats.meta import table as meta_table
 from surgery.formats.registry import open_checkpoint
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import gather
+from surgery.tensors.extent import look_equal
 from surgery.tensors.lazy import Fill
 from tests import oracle, reference
 from tests.test_hf import mutants
@@ -192,6 +192,25 @@ def test_guesses_are_named():
     assert any("factor: 32" in n for n in tied.notes)
 
 
+def test_the_window_of_a_mistral_is_read(tmp_path):
+    folder = tmp_path / "mistral"
+    shutil.copytree(oracle.GOLDEN / "meta" / "llama2-gqa-mp2" / "checkpoint", folder)
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "sliding_window": 5}))
+    found = open_checkpoint(folder)
+    assert any("sees 5 with itself" in note for note in found.notes)
+    surgery.convert(folder, tmp_path / "hf", to="hf")
+    surgery.convert(oracle.GOLDEN / "meta" / "llama2-gqa-mp2" / "checkpoint", tmp_path / "whole", to="hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["model_type"], config["sliding_window"], config["max_position_embeddings"]) == ("mistral", 5, 32768)
+    ids, _ = oracle.expected("meta/llama2-gqa-mp2")
+    seen, all_seen = (oracle.hf_logits(tmp_path / name, ids) for name in ("hf", "whole"))
+    assert oracle.gap(seen[:, :5], all_seen[:, :5]) < 1e-4
+    assert oracle.gap(seen[:, 5:], all_seen[:, 5:]) > 0.01
+    with pytest.raises(ConfigError, match="sliding window: 5 in"):
+        surgery.convert(folder, tmp_path / "meta", to="meta")
+
+
 def test_ffn_numbers_of_the_releases():
     for dim, width in ((4096, 11008), (8192, 28672), (4096, 14336), (2048, 8192), (3072, 8192), (576, 1536), (40, 97)):
         multiple, multiplier = meta_params.ffn_numbers(dim, width)
@@ -219,6 +238,6 @@ def test_options_that_do_not_apply_are_errors(tmp_path):
         surgery.convert(source, tmp_path / "x", to="hf", options={"rope_factor": "8"})
 
 
-def test_looks_equal_reads_little():
+def test_look_equal_reads_little():
     checkpoint = read("llama31-mp2")
-    assert not meta._looks_equal(checkpoint.parts["embed"], Fill((4, 4), "bfloat16"))
+    assert not look_equal(checkpoint.parts["embed"], Fill((4, 4), "bfloat16"))

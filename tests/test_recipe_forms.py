@@ -89,8 +89,9 @@ def bomb() -> str:
 )
 def test_aliases_that_go_wrong(text: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.yml").write_text(text)
-    with pytest.raises(SurgeryError, match=words):
+    with pytest.raises(SurgeryError, match=words) as caught:
         read_yaml(tmp_path / "x.yml", aliases=True)
+    assert ("a file of each document" in str(caught.value.hint)) == ("---" in text)
 
 
 def test_a_last_slice_of_no_layers_gives_the_head(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
 
@@ -268,7 +269,7 @@ def test_what_differs_between_models_is_told_or_refused(mixed, tmp_path):
     report = surgery.soup(mean([hf[0], str(other)]), tmp_path / "eps")
     assert any("norm_eps" in note and "0.0003" in note for note in report.notes)
     wide = tiny.save("llama", tmp_path / "wide", **{**merges.SMALL, "l": 4, "f": 88})
-    with pytest.raises(LayoutError, match="ffn is 88"):
+    with pytest.raises(LayoutError, match="ffn width 88 in"):
         surgery.soup(mean([hf[0], str(wide)]), tmp_path / "no")
     short = tiny.save("llama", tmp_path / "short", **{**merges.SMALL, "l": 3})
     with pytest.raises(LayoutError, match="different numbers of layers"):
@@ -391,6 +392,9 @@ def test_what_only_mergekit_knows_is_done_by_mergekit(tmp_path):
     assert "merged by mergekit" in (tmp_path / "out" / "surgery.json").read_text()
     with pytest.raises(UsageError, match="Hugging Face folders only"):
         surgery.soup(mean(folders), tmp_path / "no", to="meta")
+    llama = str(tiny.save("llama", tmp_path / "llama"))
+    with pytest.raises(ConfigError, match="of different architectures"):
+        surgery.soup(mean([folders[0], llama]), tmp_path / "no")
 
 
 def test_command_line(mixed, tmp_path):
@@ -418,6 +422,25 @@ def test_command_line(mixed, tmp_path):
     assert "read back and equal" in shown.output
     for flags in (["--greedy"], ["--eval", str(path)], ["--greedy", "--search", "3", "--eval", str(path)]):
         assert run_(cli.main, ["soup", str(path), str(tmp_path / "x"), *flags]).exit_code == 2
+
+
+def test_who_brought_values_that_are_no_numbers_is_named(deep, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    odd = tmp_path / "odd"
+    shutil.copytree(deep[1], odd)
+    file = odd / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    notes = surgery.soup(mean([deep[0], str(odd)]), tmp_path / "out").notes
+    assert f"weights NaN or infinite: 3 in all, in layers.1.mlp.up (3); brought by {odd} (3)" in notes
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = torch.finfo(torch.bfloat16).max
+    save_file(tensors, file, {"format": "pt"})
+    twice = mean([str(odd), deep[0]])
+    twice["models"][0]["parameters"]["weight"] = 8
+    notes = surgery.soup({**twice, "parameters": {"normalize": False}}, tmp_path / "far").notes
+    assert [n for n in notes if n.endswith("what they are made of is finite")]
 
 
 def test_record(mixed, tmp_path):

@@ -79,7 +79,6 @@ def test_a_key_of_hugging_face_is_refused_until_it_is_allowed(tiny_hf, tmp_path,
 @pytest.mark.parametrize(
     ("make", "key", "value"),
     [
-        (meta, "sliding_window", 4096),  # Mistral 7B v0.1 as it was released
         (meta, "attention_chunk_size", 8192),  # Llama 4
         (meta, "nope_layer_interval", 4),
         (meta, "use_qk_norm", True),

@@ -97,6 +97,9 @@ _Loader.add_constructor(PLAIN + "float", _Loader.construct_finite)
 _Loader.add_constructor(None, _Loader.construct_unknown)
 
 
+ONE = "make a file of each document, and give them one after the other"
+
+
 def parse_yaml(data: bytes, file: str, what: str, aliases: bool = False) -> Any:
     """The value of YAML text; with `aliases`, which may repeat what they name as far as NODE_LIMIT allows.
 
@@ -113,8 +116,11 @@ def parse_yaml(data: bytes, file: str, what: str, aliases: bool = False) -> Any:
     except yaml.YAMLError as error:
         place = _place(getattr(error, "problem_mark", None))
         said = str(getattr(error, "problem", None) or "it cannot be parsed")
-        problem = "it holds several documents (---)" if "another document" in said else show(said)
-        raise FileError(f"{what} is not valid YAML{place}: {problem}", file=file) from None
+        several = "another document" in said
+        problem = "it holds several documents (---)" if several else show(said)
+        raise FileError(
+            f"{what} is not valid YAML{place}: {problem}", file=file, hint=ONE if several else None
+        ) from None
     except UnicodeDecodeError as error:
         raise FileError(f"{what} is not UTF-8", file=file, byte=error.start) from None
     except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, RecursionError):

@@ -331,5 +331,5 @@ def _report(
         content_digest=digests[1],
         verified=plan.write.verify,
         dropped=dict(plan.source.ignored),
-        notes=(*plan.notes, *remarks(plan.ledger)),
+        notes=(*plan.notes, *remarks(plan.ledger, plan.source.parts)),
     )

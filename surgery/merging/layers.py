@@ -73,9 +73,11 @@ def merged_spec(recipe: Recipe, opened: Opened, layers: Sequence[Layer], rows: i
             if name in SILENT:
                 notes.append(f"{name} of {model} is {_short(theirs)}; the merge has {_short(ours)}, as {recipe.donor}")
             elif name not in FREE:
-                wrong.append(f"{name} is {_short(theirs)} in {model}, {_short(ours)} in {recipe.donor}")
+                label = FIELDS[name].label
+                wrong.append(f"{label} {_short(theirs)} in {model} and {_short(ours)} in {recipe.donor}")
     if wrong:
-        raise LayoutError(f"the models do not fit together: {some(wrong)}")
+        raise LayoutError(f"the models do not fit together: {some(wrong)}",
+                          hint="only models whose layers have the same sizes can be merged")  # fmt: skip
     tied = all(opened[m].spec.tied for m in used)
     if tied != donor.tied or any(opened[m].spec.tied != tied for m in used):
         notes.append("some models share the embedding with the head and others do not; the merge has both")

@@ -58,6 +58,9 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         try:
             run_merge(Ordered.model_validate(yaml.safe_load(text)), str(out), options, config_source=text)
         except Exception as error:
+            if "--allow-crimes" in str(error):  # a flag of mergekit's that lets it do what nobody can mean
+                raise ConfigError("the models are of different architectures, whose tensors mean other things",
+                                  hint=why) from error  # fmt: skip
             raise ConfigError(f"mergekit could not do the merge either: {type(error).__name__}: {error}",
                               hint=why) from error  # fmt: skip
         notes = [f"merged by mergekit, not by surgery, and in memory of its own: {why}", *recipe.notes]

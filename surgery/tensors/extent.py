@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import FileError
 from surgery.tensors.files import File
-from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Shape, bytes_of, empty, lengths, whole
+from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, Shape, bytes_of, empty, lengths, same_bits, whole
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,18 @@ class Extent(Lazy):
         start = self.offset + sum(a * s for (a, _), s in zip(box, self.strides, strict=True)) * item
         self.file.read_into(start, bytes_of(raw), "tensor data")
         return raw.as_strided(lens, self.strides).contiguous()
+
+
+def look_equal(a: Lazy, b: Lazy) -> bool:
+    """Whether two tensors of one shape and dtype agree in a few of their rows, bit for bit; little is read."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    rows = {a.shape[0] * i // 16 for i in range(16)} | {a.shape[0] - 1}
+    if not all(isinstance(t, Extent) and t.strides is None and not t.swap for t in (a, b)):
+        return all(same_bits(a[r : r + 1], b[r : r + 1]) for r in rows)
+    size = a.nbytes // a.shape[0]
+    ours, theirs = ((t.file, t.offset) for t in (a, b) if isinstance(t, Extent))  # of the bytes, torch is not needed
+    return all(ours[0].read(ours[1] + r * size, size) == theirs[0].read(theirs[1] + r * size, size) for r in rows)
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

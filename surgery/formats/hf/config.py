@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.errors import ConfigError, show
 from surgery.formats.hf.families import EXTRA, FAMILIES, REFUSED, USUAL, Family
+from surgery.formats.hf.further import without
 from surgery.formats.hf.inert import INERT
 from surgery.formats.hf.moe import read_moe, write_moe
 from surgery.formats.hf.rope import check_factors, read_rope, write_rope
@@ -169,7 +170,7 @@ def write_config(spec: Spec, facts: Mapping[str, object], dtype: str, model_type
     config |= {also: config[key] for key, also in family.aliases.items()}
     if {"ffn", "expert_ffn"} <= set(family.keys.values()):
         config["intermediate_size"] = spec.ffn or spec.expert_ffn  # which no layer has if all have experts
-    config["torch_dtype"] = dtype
+    config = {**without(config), "torch_dtype": dtype}
     return {family.renamed.get(k, k): v for k, v in config.items()}
 
 

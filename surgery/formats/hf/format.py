@@ -34,6 +34,8 @@ from surgery.formats.hf import sparse
 from surgery.formats.hf.config import choose_family, misfits, read_config, write_config
 from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
+from surgery.formats.hf.further import further, without
+from surgery.formats.hf.heads import settled
 from surgery.formats.hf.rope import CLASSIC as ROPE
 from surgery.formats.hf.table import table
 from surgery.formats.table import Table
@@ -54,12 +56,16 @@ def locate(folder: Path) -> Place | None:
 
 def read(place: Place, options: Options) -> Opened:
     file = place.folder / "config.json"
-    config, stored = mapping(file, read_json), open_tensors(place.folder)
+    stated, stored = mapping(file, read_json), open_tensors(place.folder)
     read = [file, *([] if stored.index is None else [stored.index])]
-    family = FAMILIES.get(str(config.get("model_type")))
-    code = [place.folder / name for name in _code(family.code if family else "", config)]
+    family = FAMILIES.get(str(stated.get("model_type")))
+    code = [place.folder / name for name in _code(family.code if family else "", stated)]
     read += [path for path in code if path.is_file()]
     tensors, notes = unwrapped(stored)
+    config: Config = stated
+    if family and stated.get("tie_word_embeddings", family.absent["tie_word_embeddings"]) is True:
+        config, tensors, more = settled(stated, tensors, table(family.model_type, tensors), options["tied"], str(file))
+        notes += more
     notes += [note for path in code for note in check_code(path)]
     if stored.index is None and len(stored.containers) > 1:
         notes.append("the shards have no index; all of them are there, and no name is in two of them")
@@ -72,7 +78,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
 
 
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
-    return table(reading.spec.family, opened.shards[Rank()])
+    return table(reading.spec.family, opened.shards[Rank()], further(opened.config))
 
 
 def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
@@ -109,6 +115,7 @@ def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object
     """From Hugging Face to itself, the config stays as it was wherever it means the same."""
     anew = ("dtype", "torch_dtype", *((sparse.KEY, "auto_map") if sparse.KEY in checkpoint.config else ()))
     old = {k: v for k, v in checkpoint.config.items() if k not in anew} | sparse.write_sparse(checkpoint.spec.sparse)
+    old = without(old)
     same = read_config(old, "config.json")[0].differences(checkpoint.spec).keys() <= {"true_vocab"}
     if not same:
         return {**old, **config}
@@ -137,6 +144,8 @@ FORMAT = Format(
     draft=draft,
     tokens=tokens,
     options=(
+        Option("tied", "whether the head is the embedding, where files disagree with config.json", "auto",
+               ("auto", "yes", "no"), "read"),
         Option("family", "the model_type to write; auto: the source's, else the first that holds it exactly", "auto",
                ("auto", *FAMILIES), "write"),
         Option("shard_size", "largest weight file (same as --shard-size)", "5GB", (), "write"),

@@ -176,5 +176,6 @@ GPT2_SPELLINGS: Spellings = (
 IGNORED = (
     (r"^(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
     (r"rotary_emb\.inv_freq$", "a buffer that is computed from the rope base"),
+    (r" beside the embedding$", "the head of a tied model is its embedding (-O tied=yes)"),
     (r"^gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias)$", "the causal mask, a constant buffer"),
 )

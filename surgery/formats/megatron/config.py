@@ -22,6 +22,8 @@ from surgery.model.spec import Rope, Spec
 UPSTREAM = "megatron.training"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 BUILT_IN_FACTOR = 8.0  # what pretrain_gpt.py and gpt_builders.py compute with, whatever rope_scaling_factor says
+SWIFT_ROPE = ("ms-swift scales the rope by it in code of its own, and without it the model is another one; ms-swift's "
+              "own export (swift export --to_hf true) knows it")  # fmt: skip
 _FACTOR = "rope_factor"  # not of Megatron: how the reader says the rope's factor
 
 ABSENT: Mapping[str, Any] = {
@@ -301,7 +303,8 @@ def read_args(
     notes += keys.note(UPSTREAM) + _remarks(args)
     checked = {entry.name for entry in (*FIXED, *FIXED_MOE, *DENSE, *MOE) if isinstance(entry, (Key, Fixed))}
     unknown = keys.unknown(ABSENT).items()
-    notes += [Unknown(key, value) for key, value in unknown if not is_inert(key.removeprefix("args."), checked)]
+    odd = [pair for pair in unknown if not is_inert(pair[0].removeprefix("args."), checked)]
+    notes += [Unknown(key, value, what=SWIFT_ROPE if key == "args.rope_scaling" else "") for key, value in odd]
     return Spec(family=family, vocab=vocab, **fields), tuple(notes)
 
 

@@ -23,7 +23,7 @@ _INERT = ("max_batch_size", "max_seq_len", "flash", "lora_args", "quantization_a
           "multiple_of", "ffn_dim_multiplier", "hidden_dim", "rope_scaling_factor",
           "rope_high_freq_factor")  # fmt: skip
 _ABSENT = {"n_kv_heads": None, "head_dim": None, "vocab_size": None, "rope_theta": None, "use_scaled_rope": False,
-           "rope_scaling_factor": None, "rope_high_freq_factor": None}  # fmt: skip
+           "rope_scaling_factor": None, "rope_high_freq_factor": None, "sliding_window": None}  # fmt: skip
 
 
 def _read_heads(keys: Keys) -> dict[str, Any]:
@@ -78,11 +78,15 @@ def read_params(
             f"params.json does not say rope_theta: {base:g}, as {'Llama 3' if llama3 else 'Llama 1 and 2'} take it"
         )
     scaling, more = _scaling(keys, evidence.tied, rope_factor)
-    length = int(positions) if positions else _positions(bool(scaling), base, fields["norm_eps"], llama3)
+    window = keys.maybe_integer("sliding_window") or 0
+    length = int(positions) if positions else _positions(bool(scaling), base, fields["norm_eps"], llama3, window)
+    if window:
+        more.append(f"a Mistral: each token sees {window} with itself, as transformers reads its sliding_window")
     if not positions:
         more.append(f"params.json does not say the longest context: {length} (-O max_positions=N)")
-    spec = Spec(family="llama", vocab=evidence.vocab, ffn=evidence.ffn, rope=Rope(base, 1.0, scaling),
-                tied=evidence.tied, context=length, **fields)  # fmt: skip
+    spec = Spec(family="mistral" if window else "llama", windows=(window,) * fields["layers"] if window else (),
+                vocab=evidence.vocab, ffn=evidence.ffn, rope=Rope(base, 1.0, scaling), tied=evidence.tied,
+                context=length, **fields)  # fmt: skip
     notes += [Unknown(key, value) for key, value in keys.unknown(_INERT).items()]
     return spec, notes + keys.note("the reference code") + more
 
@@ -106,7 +110,9 @@ def _scaling(keys: Keys, tied: bool, factor: float | None) -> tuple[dict[str, ob
     return {"type": "llama3", "factor": factor or stated, **numbers}, notes
 
 
-def _positions(scaled: bool, base: float, eps: float, llama3: bool) -> int:
+def _positions(scaled: bool, base: float, eps: float, llama3: bool, window: int) -> int:
+    if window:
+        return 32768  # Mistral 7B v0.1
     if scaled:
         return 131072
     if llama3 or base == 500000.0:

@@ -38,8 +38,7 @@ from surgery.formats.meta.table import table
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Shards
-from surgery.tensors.extent import Extent
-from surgery.tensors.lazy import Lazy
+from surgery.tensors.extent import look_equal
 from surgery.tokenizer import Carried, Tokenizer
 
 _CUT = {"vocab": "the vocabulary", "width": "the model width"}
@@ -108,19 +107,8 @@ def _evidence(shards: Shards, dim: object, folder: Path, tiktoken: bool) -> Evid
             f"output.weight has {rows} rows on each of {ranks} ranks, but the embedding {vocab}",
             file=folder / "consolidated.00.pth",
         )
-    tied = embedding == "vocab" and _looks_equal(first["tok_embeddings.weight"], first["output.weight"])
+    tied = embedding == "vocab" and look_equal(first["tok_embeddings.weight"], first["output.weight"])
     return Evidence(vocab, shapes["layers.0.feed_forward.w1.weight"][0] * ranks, embedding, tied, tiktoken)
-
-
-def _looks_equal(a: Lazy, b: Lazy) -> bool:
-    """Whether two tensors agree in a few rows; every row is compared when the weights are read."""
-    if not (isinstance(a, Extent) and isinstance(b, Extent)) or (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    if a.strides or b.strides:
-        return bool((a[:1] == b[:1]).all())
-    size = a.nbytes // a.shape[0]
-    rows = {0, a.shape[0] // 3, a.shape[0] // 2, a.shape[0] - 1}
-    return all(a.file.read(a.offset + r * size, size) == b.file.read(b.offset + r * size, size) for r in rows)
 
 
 def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading:
