@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.errors import FileError, SurgeryError, UsageError, printable, show
 from surgery.storage.address import LOCAL, Address
 from surgery.tensors.files import AGAIN
 
+R = TypeVar("R")
 TRIES = 3  # of a range, beyond what the client itself tries again
+FEWER = "name one checkpoint, not a folder of many"
 TIMEOUT = timedelta(seconds=120)  # of one request with its body
 SLOW = timedelta(seconds=60)  # that the client goes on trying
 KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE", "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -66,8 +68,7 @@ class Store:
             except (FileNotFoundError, obstore.exceptions.NotFoundError):
                 return None
 
-    def list(self, prefix: str, most: int) -> list[Entry]:
-        """The objects below a prefix, by their path after it.  Raises FileError, also if there are more than `most`."""
+    def _list(self, prefix: str, most: int) -> list[Entry]:
         import obstore
 
         found: list[Entry] = []
@@ -76,18 +77,24 @@ class Store:
             for chunk in obstore.list(self.raw, prefix=prefix or None, chunk_size=1000):
                 found += [entry_of(meta, str(meta["path"])[skip:], self.url(prefix)) for meta in chunk]
                 if len(found) > most:
-                    raise FileError(f"holds more than {most} objects", file=self.url(prefix),
-                                    hint="name one checkpoint, not a folder of many")  # fmt: skip
+                    raise FileError(f"holds more than {most} objects", file=self.url(prefix), hint=FEWER)
         return found
+
+    def list(self, prefix: str, most: int) -> list[Entry]:
+        """The objects below a prefix, by their path after it.  Raises FileError, also if there are more than `most`."""
+        return self._again(lambda: self._list(prefix, most))
 
     def fetch(self, key: str, start: int, stop: int, version: Entry) -> bytearray:
         """Bytes [start, stop) of one version of an object.  Raises FileError if it is another, or they do not come."""
+        return self._again(lambda: self._get(key, start, stop, version))
+
+    def _again(self, ask: Callable[[], R]) -> R:
+        """What the client does not try again by itself: an answer whose body is cut."""
         for attempt in range(1, TRIES + 1):
             try:
-                with self.said(key):
-                    return self._get(key, start, stop, version)
+                return ask()
             except FileError as error:
-                if attempt == TRIES or error.hint == AGAIN:
+                if attempt == TRIES or error.hint in (AGAIN, FEWER):
                     raise
         raise AssertionError
 
@@ -97,7 +104,11 @@ class Store:
         options: dict[str, Any] = {"range": (start, stop)}
         if version.etag and not self.pinned:
             options["if_match"] = version.etag
-        result = obstore.get(self.raw, key, options=options)
+        with self.said(key):
+            return self._received(obstore.get(self.raw, key, options=options), key, start, stop, version)
+
+    def _received(self, result: Any, key: str, start: int, stop: int, version: Entry) -> bytearray:
+        """The bytes of an answer, and no more of it than was asked for."""
         tag = result.meta["e_tag"]
         if result.meta["size"] != version.size or (not self.pinned and version.etag and tag and tag != version.etag):
             raise replaced(self.url(key))

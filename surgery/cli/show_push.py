@@ -1,0 +1,46 @@
+"""What `surgery push` prints for people.  Every function takes the plain data that `--json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from surgery.cli.console import Rows, console, notes
+from surgery.storage.push import Pushing
+from surgery.units import human
+
+Json = Mapping[str, Any]
+
+
+def planned(plan: Pushing) -> dict[str, Any]:
+    """`surgery push --dry-run`, as data: the files in the order in which they are sent."""
+    files = [{"name": i.name, "bytes": i.size, "there": i.name in plan.there} for i in plan.items]
+    return {"address": str(plan.address), "bytes": plan.bytes, "bytes_to_send": plan.bytes_to_send, "files": files}
+
+
+def plan(found: Json) -> None:
+    """`surgery push --dry-run`."""
+    out = console()
+    there = sum(f["there"] for f in found["files"])
+    out.print(Text(found["address"], style="bold"))
+    out.print(Rows([("files", f"{len(found['files'])}, {human(found['bytes'])}"),
+                    ("there", f"{there} of them, equal" if there else None),
+                    ("to send", human(found["bytes_to_send"]))]))  # fmt: skip
+    for file in found["files"]:
+        out.print(Text(f"  {human(file['bytes']):>9}  {file['name']}{'  (there)' if file['there'] else ''}"))
+
+
+def pushed(done: Json) -> None:
+    """`surgery push`."""
+    out = console()
+    out.print(Text(done["address"], style="bold"))
+    compared = "by ETag" if not done["read_back"] else f"by ETag, {done['read_back']} of them read back"
+    out.print(Rows([("sent", f"{human(done['sent_bytes'])} in {done['sent_files']} files"),
+                    ("there", f"{done['files'] - done['sent_files']} files were, equal"
+                     if done["files"] > done["sent_files"] else None),
+                    ("compared", compared),
+                    ("aborted", f"{done['aborted']} uploads that never ended" if done["aborted"] else None),
+                    ("time", f"{done['seconds']:.1f} s")]))  # fmt: skip
+    notes(out, done["notes"])

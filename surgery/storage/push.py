@@ -1,0 +1,210 @@
+"""Push a folder to a bucket: in parallel, each object compared, and nothing seen as a checkpoint before all is there.
+
+    push("SmolLM2-moe", "s3://bucket/moe").verified         # True
+
+The prefix is claimed first (`claim.py`) and must be empty.  A push that was killed is gone on with by the same call;
+what is there and equal is left.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from surgery.errors import FileError, MismatchError, OutputError, UsageError, show, some
+from surgery.settings import Checked, taking
+from surgery.storage.address import BUCKETS, Address, is_address, parse
+from surgery.storage.claim import claim, release, standing, taken
+from surgery.storage.contents import Item, Told, contents, digest_of, etag_of
+from surgery.storage.leftovers import abort
+from surgery.storage.listing import MOST, UNFINISHED
+from surgery.storage.store import Entry, Store, open_store
+from surgery.storage.upload import upload
+from surgery.tensors.files import File, check_unchanged
+
+FILES = 4  # at a time
+Path_ = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push(Checked):
+    """How a folder is pushed.  `progress` is told numbers of bytes: read for their digests, and sent."""
+
+    progress: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class Pushing:
+    """What a push would do: `there` are the names of files that the place has and that are equal."""
+
+    address: Address
+    items: tuple[Item, ...]
+    etags: Mapping[str, str]
+    there: frozenset[str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.size for item in self.items)
+
+    @property
+    def bytes_to_send(self) -> int:
+        return sum(item.size for item in self.items if item.name not in self.there)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did.
+
+    files, bytes     of the folder                 sent_files, sent_bytes   of it, that were not there yet
+    read_back        files whose ETags are no digests, so that their bytes were compared
+    aborted          uploads of an earlier push, which had not ended
+    """
+
+    source: str
+    address: str
+    files: int
+    bytes: int
+    sent_files: int
+    sent_bytes: int
+    read_back: int
+    aborted: int
+    verified: bool
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+
+@taking(Push)
+def push(src: Path_, dst: Path_, request: Push) -> Pushed:
+    """Push a folder to an address; every keyword is a flag of `surgery push`.
+
+    surgery.push("SmolLM2-moe", "s3://bucket/moe")
+
+    Raises SurgeryError; a push that did not end is gone on with by the same call.
+    """
+    return carried_out(prepare(src, dst, request), src, request)
+
+
+def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
+    """Look at the folder and at the place; nothing is written.  Raises SurgeryError if it may not be pushed there."""
+    if is_address(src) or not is_address(dst):
+        raise UsageError("surgery push takes a folder of this machine and an address",
+                         hint="surgery push FOLDER s3://BUCKET/PREFIX")  # fmt: skip
+    address = parse(dst)
+    if address.scheme not in BUCKETS:
+        raise UsageError(f"{show(str(address))}: only buckets are written to",
+                         hint=f"schemes: {', '.join(f'{s}://' for s in BUCKETS)}")  # fmt: skip
+    items, told = contents(Path(src)), request.progress or (lambda n: None)
+    with ThreadPoolExecutor(FILES) as pool:
+        etags = list(pool.map(lambda item: etag_of(item, told), items))
+    known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
+    store = open_store(address)
+    return Pushing(address, tuple(items), known, _there(store, items, known))
+
+
+def _there(store: Store, items: Sequence[Item], etags: Mapping[str, str]) -> frozenset[str]:
+    """The names of what is there already.  Raises OutputError if the place is another's."""
+    found = {e.name: e for e in store.list(store.address.key, MOST + 1) if e.name and not e.name.endswith("/")}
+    sizes = {item.name: item.size for item in items}
+    equal = frozenset(n for n, size in sizes.items() if n in found and is_equal(found[n], size, etags[n]))
+    if UNFINISHED in found:
+        plan = standing(store)
+        if plan and plan.get("plan") != digest_of(items, [etags[item.name] for item in items]):
+            raise taken(store, plan)
+        odd = found.keys() - {UNFINISHED, *sizes}
+    else:
+        odd = set() if equal == found.keys() == sizes.keys() else set(found)
+    if odd:
+        raise OutputError(f"holds other objects: {some(sorted(odd))}", file=str(store.address),
+                          hint="choose another place, or remove what is there")  # fmt: skip
+    return equal
+
+
+def is_equal(entry: Entry, size: int, etag: str) -> bool:
+    """Whether an object is a file, as far as its size and ETag say."""
+    return (entry.size, entry.etag) == (size, etag)
+
+
+def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
+    """Push what `prepare` has looked at."""
+    began, told = time.monotonic(), request.progress or (lambda n: None)
+    store = open_store(plan.address)
+    if len(plan.there) == len(plan.items) and not standing(store):
+        return _report(plan, src, began)
+    digest = digest_of(plan.items, [plan.etags[item.name] for item in plan.items])
+    claim(store, digest, len(plan.items), plan.bytes)
+    try:
+        plan = replace(plan, there=_there(store, plan.items, plan.etags))  # what came before the claim was made
+    except OutputError:
+        release(store)
+        raise
+    aborted, notes = _aborted(store, plan)
+    todo = [item for item in plan.items if item.name not in plan.there]
+    done: dict[str, tuple[Entry, bool]] = {}
+    for rank in sorted({item.rank for item in todo}):
+        done |= _uploaded(store, plan, [item for item in todo if item.rank == rank], told)
+    check_unchanged({i.source.path: i.source.stamp for i in plan.items if isinstance(i.source, File)})
+    more, _ = _aborted(store, plan)  # a lost answer to the beginning of an upload leaves one
+    _check(store, plan, {name: entry for name, (entry, _) in done.items()})
+    release(store)
+    read_back = sum(again for _, again in done.values())
+    return _report(plan, src, began, todo, read_back, aborted + more, notes)
+
+
+def _uploaded(store: Store, plan: Pushing, items: Sequence[Item], told: Told) -> dict[str, tuple[Entry, bool]]:
+    """Upload some files, several at a time; if one fails, the others stop at their next part."""
+    stop, lock = threading.Event(), threading.Lock()
+
+    def advance(n: int) -> None:
+        with lock:
+            told(n)
+
+    def one(item: Item) -> tuple[Entry, bool]:
+        try:
+            return upload(store, plan.address.below(item.name), item, plan.etags[item.name], advance, stop)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(FILES) as pool:
+        waiting = [pool.submit(one, item) for item in items]
+        try:
+            return {item.name: future.result() for item, future in zip(items, waiting, strict=True)}
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _aborted(store: Store, plan: Pushing) -> tuple[int, tuple[str, ...]]:
+    try:
+        return abort(store, {plan.address.below(item.name) for item in plan.items}), ()
+    except FileError as error:
+        return 0, (f"{error.what} ({error.hint})",)
+
+
+def _check(store: Store, plan: Pushing, sent: Mapping[str, Entry]) -> None:
+    """Compare what the place lists with what was sent, once more and all of it.  Raises MismatchError."""
+    found = {e.name: e for e in store.list(plan.address.key, MOST + 1)}
+    wrong = [
+        item.name
+        for item in plan.items
+        if (e := found.get(item.name)) is None
+        or not is_equal(e, item.size, (sent[item.name].etag if item.name in sent else None) or plan.etags[item.name])
+    ]
+    if wrong:
+        raise MismatchError(f"{some(wrong)}: what is there is not what was sent", file=str(plan.address),
+                            hint="another program writes there; push again, or choose another place")  # fmt: skip
+
+
+def _report(
+    plan: Pushing, src: Path_, began: float, sent: Sequence[Item] = (), read_back: int = 0, aborted: int = 0,
+    notes: tuple[str, ...] = (),
+) -> Pushed:  # fmt: skip
+    size, seconds = sum(item.size for item in sent), time.monotonic() - began
+    return Pushed(os.fspath(src), str(plan.address), len(plan.items), plan.bytes, len(sent), size, read_back, aborted,
+                  True, seconds, notes)  # fmt: skip

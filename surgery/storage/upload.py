@@ -1,0 +1,85 @@
+"""One file becomes one object, which is compared with it.
+
+    upload(store, "model/config.json", item, etag, told, stop)      # the object as it is there
+
+An object of several parts appears when all of them are there.  Its ETag says that it is the file's bytes where the
+store computes ETags as S3 does; elsewhere it is read back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from surgery.errors import FileError, SurgeryError
+from surgery.storage.contents import PART, Item, Told, part_size
+from surgery.storage.store import TRIES, Entry, Store
+from surgery.tensors.files import AGAIN
+
+TOGETHER = 4  # parts of one file at a time
+READ_BACK = 8 << 20  # bytes of one request
+
+
+class Stopped(SurgeryError):
+    """Another file failed, or the user stopped it."""
+
+
+def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: threading.Event) -> tuple[Entry, bool]:
+    """The object, and whether it had to be read back to compare it.  Raises SurgeryError."""
+    for attempt in range(1, TRIES + 1):
+        sent = 0
+
+        def advance(n: int) -> None:
+            nonlocal sent
+            sent += n
+            told(n)
+
+        try:
+            _put(store, key, item, advance, stop)
+        except FileError as error:
+            # the answer may be all that was lost
+            if error.hint == AGAIN or (attempt == TRIES and not _equal(store, key, item, etag)):
+                raise
+        entry = store.head(key)
+        if entry is not None and entry.size == item.size:
+            if entry.etag == etag:
+                return entry, False
+            if _same_bytes(store, key, item, entry):
+                return entry, True
+        told(-sent)
+    raise FileError("is not what was sent", file=store.url(key), hint="look at the store and the network")
+
+
+def _equal(store: Store, key: str, item: Item, etag: str) -> bool:
+    entry = store.head(key)
+    return entry is not None and (entry.size, entry.etag) == (item.size, etag)
+
+
+def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) -> None:
+    import obstore
+
+    def parts() -> Iterator[bytes]:
+        for part in item.parts():
+            if stop.is_set():
+                raise Stopped("stopped")
+            yield part
+            told(len(part))
+
+    with store.said(key):
+        if item.size <= part_size(item.size):
+            obstore.put(store.raw, key, b"".join(parts()), use_multipart=False)
+        else:
+            obstore.put(store.raw, key, parts(), use_multipart=True, chunk_size=part_size(item.size),
+                        max_concurrency=TOGETHER)  # fmt: skip
+
+
+def _same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
+    """Whether what is there is what was sent, byte by byte."""
+    for start in range(0, item.size, READ_BACK):
+        end = min(start + READ_BACK, item.size)
+        if store.fetch(key, start, end, entry) != item.read(start, end):
+            return False
+    return True
+
+
+MEMORY = TOGETHER * PART  # bytes that one file takes while it is uploaded

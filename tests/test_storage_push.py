@@ -1,0 +1,256 @@
+"""Pushing to buckets: the right bytes or a clear error, whatever happens, and nothing seen before all is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from surgery.cli.main import main
+from surgery.errors import FileError, OutputError, UsageError
+from surgery.storage import contents, mirror
+from surgery.storage.address import parse
+from surgery.storage.claim import claim
+from surgery.storage.listing import UNFINISHED, listing
+from surgery.storage.push import Pushed, push
+from surgery.storage.store import open_store
+from tests.buckets import Proxy, every, moto, none
+
+pytest.importorskip("moto")
+BUCKET = "bucket"
+FILES = {"model-00001.safetensors": 11 << 20, "model-00002.safetensors": 3000, "config.json": 40,
+         "model.safetensors.index.json": 90, "surgery.json": 7, "a/tokenizer.json": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with moto() as url:
+        yield url
+
+
+class Bucket:
+    def __init__(self, client: Any, proxy: Proxy) -> None:
+        self.client, self.proxy = client, proxy
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
+        keys = [item["Key"] for item in found]
+        return {k[len(prefix) + 1 :]: self.client.get_object(Bucket=BUCKET, Key=k)["Body"].read() for k in keys}
+
+    def unfinished(self) -> list[str]:
+        return [u["Key"] for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+    def puts(self) -> list[str]:
+        """The objects that were sent, in order, each once."""
+        sent = [p.partition("?")[0] for m, p, _ in self.proxy.seen if m in ("PUT", "POST") and "?delete" not in p]
+        return [path.removeprefix(f"/{BUCKET}/").split("/", 1)[1] for path in dict.fromkeys(sent)]
+
+
+@pytest.fixture
+def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    import boto3
+
+    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
+                        "SURGERY_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.setattr(contents, "PART", 5 << 20)
+    mirror._known.clear()
+    client = boto3.client("s3", endpoint_url=s3)
+    client.create_bucket(Bucket=BUCKET)
+    with Proxy(s3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield Bucket(client, proxy)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, (name, size) in enumerate(FILES.items()):
+        path = tmp_path / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((bytes([i]) + os.urandom(1023)) * (size // 1024) + bytes(size % 1024))
+    return tmp_path / "model"
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_is_pushed_in_the_order_in_which_it_may_be_seen(bucket: Bucket, folder: Path) -> None:
+    done = push(folder, f"s3://{BUCKET}/order")
+    assert bucket.objects("order") == held(folder)
+    assert (done.sent_files, done.read_back, done.verified) == (len(FILES), 0, True)
+    puts = bucket.puts()
+    assert puts[0] == UNFINISHED
+    assert set(puts[1:3]) == {"model-00001.safetensors", "model-00002.safetensors"}
+    assert puts[-3:] == ["model.safetensors.index.json", "config.json", "surgery.json"]
+    assert listing(parse(f"s3://{BUCKET}/order")).entries.keys() == FILES.keys()
+    assert bucket.unfinished() == []
+    before, was = len(bucket.proxy.seen), bucket.objects("order")
+    assert push(folder, f"s3://{BUCKET}/order").sent_files == 0  # the same again sends nothing
+    assert {m for m, _, _ in bucket.proxy.seen[before:]} == {"GET", "HEAD"}
+    (folder / "config.json").write_bytes(b"{}")
+    with pytest.raises(OutputError, match="holds other objects"):
+        push(folder, f"s3://{BUCKET}/order")
+    assert bucket.objects("order") == was
+
+
+ALL = pytest.mark.thorough
+
+
+@pytest.mark.parametrize("fault", ["lost", *(pytest.param(f, marks=ALL) for f in ("half", "drop", "503"))])
+def test_faults_on_the_way_change_no_byte(bucket: Bucket, folder: Path, fault: str) -> None:
+    bucket.proxy.fault = every(3, fault)
+    done = push(folder, f"s3://{BUCKET}/fault-{fault}")
+    assert done.verified and bucket.objects(f"fault-{fault}") == held(folder)
+    assert bucket.unfinished() == []
+    assert len(bucket.proxy.seen) > 2 * len(FILES)
+
+
+def test_what_a_store_spoils_is_found(bucket: Bucket, folder: Path) -> None:
+    def spoil(number: int, method: str, path: str) -> Any:
+        if method == "HEAD" and path.endswith("/config.json"):
+            bucket.client.put_object(Bucket=BUCKET, Key="spoilt/config.json", Body=b"x" * FILES["config.json"])
+        return None
+
+    bucket.proxy.fault = spoil
+    with pytest.raises(FileError, match=r"spoilt/config.json: is not what was sent"):
+        push(folder, f"s3://{BUCKET}/spoilt")
+    bucket.proxy.fault = none
+    with pytest.raises(FileError, match="a push that has not ended"):
+        listing(parse(f"s3://{BUCKET}/spoilt"))
+
+
+def test_bytes_are_read_back_where_etags_are_no_digests(bucket: Bucket, folder: Path) -> None:
+    bucket.proxy.fault = every(1, "opaque")
+    assert push(folder, f"s3://{BUCKET}/opaque").read_back == len(FILES)
+    assert bucket.objects("opaque") == held(folder)
+    for name, size in FILES.items():
+        assert bool(bucket.proxy.gets(f"opaque/{name}")) == bool(size)
+
+
+@pytest.mark.parametrize("same", [False, pytest.param(True, marks=ALL)])
+def test_a_place_is_one_pushs(bucket: Bucket, folder: Path, tmp_path: Path, same: bool) -> None:
+    """A second push begins while the first is at its first file."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_bytes(b"{}")
+    other, came = [], []
+
+    def meanwhile() -> None:
+        try:
+            other.append(push(folder if same else tmp_path / "other", url))
+        except OutputError as error:
+            other.append(error)
+
+    def at(number: int, method: str, path: str) -> Any:
+        if method in ("PUT", "POST") and "model-0000" in path and not came:
+            came.append(1)
+            return meanwhile
+        return None
+
+    url = f"s3://{BUCKET}/race-{same}"
+    bucket.proxy.fault = at
+    push(folder, url)
+    assert bucket.objects(f"race-{same}") == held(folder)
+    assert isinstance(other[0], Pushed if same else OutputError)
+    if not same:
+        assert "another push" in str(other[0]) and "choose another place" in str(other[0])
+
+
+def test_a_lost_answer_to_a_claim_is_no_other_push(bucket: Bucket) -> None:
+    bucket.proxy.fault = lambda number, method, path: "lost" if method == "PUT" and number == 1 else None
+    store = open_store(parse(f"s3://{BUCKET}/lost"))
+    assert claim(store, "plan", 1, 1) is False
+    assert [m for m, _, _ in bucket.proxy.seen].count("PUT") > 1
+    assert claim(store, "plan", 1, 1) is True
+    with pytest.raises(OutputError, match="another push"):
+        claim(store, "other", 1, 1)
+
+
+def test_a_place_that_was_filled_meanwhile_is_left_alone(bucket: Bucket, folder: Path) -> None:
+    def at(number: int, method: str, path: str) -> Any:
+        if UNFINISHED in path and method == "PUT":
+            return lambda: bucket.client.put_object(Bucket=BUCKET, Key="filled/thesis.txt", Body=b"mine")
+        return None
+
+    bucket.proxy.fault = at
+    with pytest.raises(OutputError, match=r"thesis.txt"):
+        push(folder, f"s3://{BUCKET}/filled")
+    assert bucket.objects("filled") == {"thesis.txt": b"mine"}
+
+
+PUSH = """import sys
+from surgery.storage import contents, push
+contents.PART = 5 << 20
+push.push(*sys.argv[1:])"""
+
+
+@pytest.mark.slow
+def test_a_push_that_is_killed_is_seen_by_nobody_and_goes_on(bucket: Bucket, folder: Path) -> None:
+    url = f"s3://{BUCKET}/killed"
+    run: list[subprocess.Popen[bytes]] = []
+
+    def at(number: int, method: str, path: str) -> Any:
+        return (lambda: os.kill(run[0].pid, signal.SIGKILL)) if "partNumber=2" in path else None
+
+    bucket.proxy.fault = at
+    run.append(subprocess.Popen([sys.executable, "-c", PUSH, str(folder), url]))
+    assert run[0].wait(120) == -signal.SIGKILL
+    bucket.proxy.fault = none
+    there = bucket.objects("killed")
+    assert UNFINISHED in there and not {"config.json", "surgery.json", "model-00001.safetensors"} & there.keys()
+    assert bucket.unfinished() == ["killed/model-00001.safetensors"]
+    with pytest.raises(FileError, match="a push that has not ended"):
+        listing(parse(url))
+    done = push(folder, url)
+    assert done.aborted == 1 and bucket.unfinished() == []
+    assert done.sent_files == len(FILES) - len(there.keys() & FILES.keys())
+    assert bucket.objects("killed") == held(folder)
+
+
+def test_a_source_that_changes_is_refused(bucket: Bucket, folder: Path) -> None:
+    def at(number: int, method: str, path: str) -> Any:
+        return (lambda: (folder / "config.json").write_bytes(b"{}")) if "model-00002" in path else None
+
+    bucket.proxy.fault = at
+    with pytest.raises(FileError, match=r"config.json"):
+        push(folder, f"s3://{BUCKET}/changing")
+    assert UNFINISHED in bucket.objects("changing")
+
+
+def said_by(*words: object) -> str:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command(bucket: Bucket, folder: Path) -> None:
+    url = f"s3://{BUCKET}/command"
+    planned = json.loads(said_by("push", folder, url, "--dry-run", "--json"))
+    assert planned["bytes_to_send"] == sum(FILES.values()) and bucket.objects("command") == {}
+    assert [f["name"] for f in planned["files"]][-1] == "surgery.json"
+    said = said_by("push", folder, url)
+    assert url in said and f"{len(FILES)} files" in said
+    assert json.loads(said_by("push", folder, url, "--json"))["sent_files"] == 0
+
+
+def test_what_cannot_be_pushed_says_so(bucket: Bucket, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only buckets"):
+        push(folder, "https://host/x")
+    with pytest.raises(UsageError, match="a folder of this machine and an address"):
+        push(folder, tmp_path / "x")
+    with pytest.raises(UsageError, match="is no folder"):
+        push(tmp_path / "nothing", f"s3://{BUCKET}/x")
+    with pytest.raises(FileError, match="no-bucket"):
+        push(folder, "s3://no-bucket/x")
+    (folder / "link").symlink_to("/etc/hostname")
+    with pytest.raises(FileError, match="is a link"):
+        push(folder, f"s3://{BUCKET}/x")
