@@ -12,6 +12,7 @@
     surgery.collapse("SmolLM2-moe", "dense")                               # and the way back
     surgery.save_checkpoint(model, "edited", parts={"embed": tensor})      # of a model that was opened
     surgery.push("edited", "s3://bucket/edited")                           # to a bucket, whole or not at all
+    surgery.pull("s3://bucket/edited", "here")                             # and from one, or from the hub
     surgery.describe("something").what                                     # whatever it is
     surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
 
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from surgery.formats.registry import describe, open_checkpoint
     from surgery.formats.topology import Topology
     from surgery.merging.run import soup
+    from surgery.storage.pull import pull
     from surgery.storage.push import push
     from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification import verify
 
 __all__ = [
-    "Topology", "collapse", "convert", "describe", "experts", "open_checkpoint", "open_tensors", "push",
-    "save_checkpoint", "soup", "upcycle", "verify",
+    "Topology", "collapse", "convert", "describe", "experts", "open_checkpoint", "open_tensors", "pull",
+    "push", "save_checkpoint", "soup", "upcycle", "verify",
 ]  # fmt: skip
 
 _WHERE = {
@@ -46,6 +48,7 @@ _WHERE = {
     "experts": ("surgery.upcycling.api", "experts"),
     "open_checkpoint": ("surgery.formats.registry", "open_checkpoint"),
     "open_tensors": ("surgery.containers", "open_tensors"),
+    "pull": ("surgery.storage.pull", "pull"),
     "push": ("surgery.storage.push", "push"),
     "save_checkpoint": ("surgery.conversion.saving", "save_checkpoint"),
     "soup": ("surgery.merging.run", "soup"),

@@ -148,7 +148,7 @@ class _Hub(Quiet):
                 return self.answer(404)
             if match[3].endswith(LFS):
                 place = f"{self.owner.elsewhere}/{hashlib.sha256(data).hexdigest()}"
-                self.owner.blobs[hashlib.sha256(data).hexdigest()] = data
+                self.owner.blobs.setdefault(hashlib.sha256(data).hexdigest(), data)
                 return self.answer(302, b"", {"location": place})
             return self.ranged(data)
         return self.answer(404)

@@ -140,3 +140,21 @@ def test_a_hub_that_lies_is_an_error(hub: Hub, tmp_path: Path, change: Any) -> N
 def test_what_the_hub_does_not_have_says_so(hub: Hub) -> None:
     with pytest.raises(FileError, match=r"hf://org/nothing: the hub says: .*not found|404"):
         open_checkpoint("hf://org/nothing")
+
+
+def test_a_repository_is_pulled_and_held_to_the_digests_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    files = {"config.json": b"{}", "model.safetensors": DATA}
+    hub.put("org/name", files)
+    done = surgery.pull("hf://org/name", tmp_path / "got")
+    assert files_of(tmp_path / "got") == files and done.checked == 2
+    hub.blobs = {name: data[::-1] for name, data in hub.blobs.items()}
+    with pytest.raises(FileError, match="not what the hub's digest says"):
+        surgery.pull("hf://org/name", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_web_server_is_pulled_from(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(DATA)
+    with web(tmp_path) as url:
+        surgery.pull(f"{url}/x.bin", tmp_path / "got")
+    assert files_of(tmp_path / "got") == {"x.bin": DATA}

@@ -4,7 +4,7 @@ main.py       the commands, a line each      group.py      which imports the one
 flags.py      flags made of requests         command.py    flags that all have, and help in sections
 terminal.py   streams, signals, logging      console.py    what is printed for people, escaped
 
-inspect.py convert.py verify.py formats.py ask.py soup.py upcycle.py push.py              a command each
+inspect.py convert.py verify.py formats.py ask.py soup.py upcycle.py push.py pull.py      a command each
 data.py (tokenize_flags.py, data_plan.py) attention.py midtrain.py eval.py report.py run.py launch.py
 
 show.py and show_answer.py, show_upcycling.py, show_verification.py, show_data.py, show_tokens.py, show_attention.py,

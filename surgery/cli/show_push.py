@@ -1,4 +1,4 @@
-"""What `surgery push` prints for people.  Every function takes the plain data that `--json` prints."""
+"""What `surgery push` and `surgery pull` print.  Every function takes the plain data that `--json` prints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from surgery.cli.console import Rows, console, notes
+from surgery.storage.pull import Pulling
 from surgery.storage.push import Pushing
 from surgery.units import human
 
@@ -20,14 +21,20 @@ def planned(plan: Pushing) -> dict[str, Any]:
     return {"address": str(plan.address), "bytes": plan.bytes, "bytes_to_send": plan.bytes_to_send, "files": files}
 
 
+def to_pull(plan: Pulling) -> dict[str, Any]:
+    """`surgery pull --dry-run`, as data."""
+    files = [{"name": e.name, "bytes": e.size, "there": False} for e in plan.found.entries.values()]
+    return {"address": str(plan.address), "bytes": plan.bytes, "bytes_to_send": plan.bytes, "files": files}
+
+
 def plan(found: Json) -> None:
-    """`surgery push --dry-run`."""
+    """`surgery push --dry-run` and `surgery pull --dry-run`."""
     out = console()
     there = sum(f["there"] for f in found["files"])
     out.print(Text(found["address"], style="bold"))
     out.print(Rows([("files", f"{len(found['files'])}, {human(found['bytes'])}"),
                     ("there", f"{there} of them, equal" if there else None),
-                    ("to send", human(found["bytes_to_send"]))]))  # fmt: skip
+                    ("to come or go", human(found["bytes_to_send"]))]))  # fmt: skip
     for file in found["files"]:
         out.print(Text(f"  {human(file['bytes']):>9}  {file['name']}{'  (there)' if file['there'] else ''}"))
 
@@ -44,3 +51,15 @@ def pushed(done: Json) -> None:
                     ("aborted", f"{done['aborted']} uploads that never ended" if done["aborted"] else None),
                     ("time", f"{done['seconds']:.1f} s")]))  # fmt: skip
     notes(out, done["notes"])
+
+
+def pulled(done: Json) -> None:
+    """`surgery pull`."""
+    out = console()
+    out.print(Text(done["output"], style="bold"))
+    had = done["resumed_bytes"]
+    out.print(Rows([("from", done["address"]),
+                    ("pulled", f"{human(done['bytes'])} in {done['files']} files"),
+                    ("resumed", f"{human(had)} were there" if had else None),
+                    ("compared", f"{done['checked']} files by a digest, all by size and version"),
+                    ("time", f"{done['seconds']:.1f} s")]))  # fmt: skip

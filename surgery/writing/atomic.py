@@ -39,7 +39,7 @@ def atomic_file(path: str | os.PathLike[str], force: bool = True) -> Iterator[Bi
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path) if force else _move(partial, path)
+        os.replace(partial, path) if force else into_free(partial, path)
         sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
@@ -49,7 +49,7 @@ def atomic_file(path: str | os.PathLike[str], force: bool = True) -> Iterator[Bi
         raise
 
 
-def _move(partial: Path, path: Path) -> None:
+def into_free(partial: Path, path: Path) -> None:
     """Give the file its name, which another program may have taken meanwhile.  Raises OutputError."""
     try:
         os.link(partial, path)
