@@ -1,7 +1,8 @@
 """Adam's state between formats: the programs' own files, every way through every format, and what may not pass.
 
 The goldens are two updates by Megatron-LM (plain, distributed, and as cells of torch_dist), by GPT-NeoX with ZeRO-1 on
-two ranks, and by OLMo-core with FSDP on two ranks (`tests/upstream/make_olmo_core_goldens.py`).
+two ranks, by OLMo-core with FSDP on two ranks (`tests/upstream/make_olmo_core_goldens.py`), and by transformers'
+Trainer (`tests/upstream/make_trainer_goldens.py`; `tests/test_optimizer_hf.py` has more).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from tests import oracle
 
 GOLDEN = oracle.GOLDEN / "optimizer"
 OPTIONS = {"neox-zero1": {"release": "2024-11"}}
-CASES = ("megatron-plain", "megatron-flat", "megatron-cells", "neox-zero1", "olmo-core")
+CASES = ("megatron-plain", "megatron-flat", "megatron-cells", "neox-zero1", "olmo-core", "hf-llama", "hf-qwen3_moe")
+NO_MASTERS = ("olmo-core", "hf-llama", "hf-qwen3_moe")
 MODEL = "iter_0000002/mp_rank_00/model_optim_rng.pt"
 FLAT = "iter_0000002/mp_rank_00/distrib_optim.pt"
 RANK = "global_step250/bf16_zero_pp_rank_0_mp_rank_0{}_optim_states.pt"
@@ -67,7 +69,7 @@ def test_masters_round_to_the_stored_weights(case):
     checkpoint = opened(GOLDEN / case, case)
     found = checkpoint.optimizer
     assert found and found.step == 2
-    assert found.kept == (case != "olmo-core")
+    assert found.kept == (case not in NO_MASTERS)
     for name, part in checkpoint.parts.items():
         master = found.roles[MASTER][name].full()
         assert master.dtype == torch.float32
@@ -103,6 +105,7 @@ WAYS = {
     "megatron-dist": {"to": "megatron-dist"},
     "olmo": {"to": "olmo"},
     "olmo-core": {"to": "olmo-core"},
+    "hf": {"to": "hf"},
 }
 
 

@@ -9,7 +9,7 @@ keys.py        keys of a config, in both directions              replicas.py   c
 operations.py  from checkpoint to checkpoint: dtype, rows        names.py      many names in few words
 unknown.py     what nobody understands is refused                wrappers.py   names without what training wraps around
 optimizer.py   Adam's state beside the weights                   dcp_states.py states in torch's DCP folders
-flat.py        tensors in flat buffers
+flat.py        tensors in flat buffers                          torch_states.py  states in torch's state dicts
 
 A folder per format, each with `format.py`, `table.py` and `config.py`: hf, meta, neox, megatron, olmo, olmo_core.
 """

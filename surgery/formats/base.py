@@ -203,6 +203,7 @@ class Draft:
     who: str = ""
     hint: str | None = None
     states: Callable[[Ranks, Written], Iterable[OutputFile]] | None = None  # the files, with an optimizer's state
+    states_table: Table | None = None  # how that lies, if not as the weights
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Format:
     options: tuple[Option, ...] = ()
     files: tuple[Rule, ...] = ()
     entries: tuple[Rule, ...] = ()
-    states: Callable[[Place, Opened, Reading, Options], States | None] | None = None
+    states: Callable[[Place, Opened, Reading, Mapping[str, Lazy], Options], States | None] | None = None
     masters: bool = False
 
     def recognise(self, folder: Path) -> bool:
@@ -264,7 +265,7 @@ class Format:
         _check_counts(reading.spec, opened)
         table = self.table(opened, reading, options)
         gathered = gather(table, opened.shards, reading.spec, opened.topology)
-        states = self.states(place, opened, reading, options) if optimizer and self.states else None
+        states = self.states(place, opened, reading, gathered.parts, options) if optimizer and self.states else None
         found = gather_states(states, table, opened.shards, reading.spec, opened.topology) if states else None
         strange = dtypes_in_words(gathered.parts.values())
         said = settle((*reading.notes, *strange), options.get(ALLOW_UNKNOWN.name, ""), opened.file)
@@ -332,7 +333,9 @@ class Format:
         if draft.states is None:
             raise ConfigError(f"{self.name} checkpoints are written without an optimizer's state",
                               hint="without --optimizer the weights alone are converted")  # fmt: skip
-        found = spread_states(checkpoint.optimizer, draft.table, checkpoint.spec, draft.topology, ranks)
+        found = spread_states(
+            checkpoint.optimizer, draft.states_table or draft.table, checkpoint.spec, draft.topology, ranks
+        )
         return draft.states(ranks, found)
 
     # --------------------------------------------------------------------------------------------- options

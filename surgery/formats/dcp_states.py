@@ -12,17 +12,17 @@ Source: torch/distributed/checkpoint/state_dict.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from surgery.containers.dcp import Dcp
 from surgery.errors import FileError, LayoutError, show
 from surgery.formats.optimizer import MOMENTS, Group, group_of, one_step
+from surgery.formats.torch_states import OTHERS, STEP, number_of, torch_group
 from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill, Lazy
 
 FIELDS = ("lr", "betas", "eps", "weight_decay")
-STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,10 @@ def read_named(dcp: Dcp, top: str) -> Named | None:
             steps.append(number_of(tensor, dcp.path))
         else:
             raise LayoutError(f"has {show(key)}, which is no state of Adam", file=dcp.path,
-                              hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
+                              hint=OTHERS)  # fmt: skip
     objects = {name: load for name, load in dcp.objects.items() if name.startswith(start)}
     steps += [_plain_number(name, load, dcp.path) for name, load in objects.items() if name.endswith(f".{STEP}")]
     return Named(roles, one_step(steps, dcp.path), _groups(dcp, f"{top}.param_groups."))
-
-
-def number_of(tensor: Lazy, file: object) -> float:
-    """The only element of a tensor."""
-    if tensor.shape not in ((), (1,)):
-        raise FileError(f"counts steps in a tensor of shape {list(tensor.shape)[:8]}", file=str(file))
-    return float(tensor.full())
 
 
 def _plain_number(name: str, load: Callable[[], Any], file: str) -> float:
@@ -88,15 +81,6 @@ def _groups(dcp: Dcp, start: str) -> dict[str, Group]:
 
 
 # ------------------------------------------------------------------------------------------------------- writing
-
-
-def torch_group(group: Group) -> dict[str, Any]:
-    """The fields of a group of torch's AdamW, and of those made after it."""
-    return {
-        **asdict(group), "lr": group.lr if group.lr is not None else 0.0, "amsgrad": False, "maximize": False,
-        "foreach": None, "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
-        "initial_lr": group.lr if group.lr is not None else 0.0,
-    }  # fmt: skip
 
 
 def named_tensors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from surgery.errors import LayoutError, show
+from surgery.errors import LayoutError
 from surgery.tensors.axes import Rearrange
 from surgery.tensors.lazy import Lazy, Shape, Slice
 
@@ -27,7 +27,7 @@ def reshaped(flat: Lazy, shape: Shape) -> Lazy:
     if len(shape) == 1:
         return flat
     if flat.shape != (math.prod(shape),):
-        raise LayoutError(f"{show(list(flat.shape))} elements do not make the shape {list(shape)[:8]}")
+        raise LayoutError(f"{list(flat.shape)[:8]} elements do not make the shape {list(shape)[:8]}")
     axes = tuple(f"d{i}" for i in range(len(shape)))
     return Rearrange(flat, (axes,), tuple((a,) for a in axes), dict(zip(axes, shape, strict=True)))
 

@@ -32,7 +32,7 @@ MASTER, M, V = "master", "exp_avg", "exp_avg_sq"
 MOMENTS = (M, V)
 ROLES = (MASTER, *MOMENTS)
 LAST_EXACT = 1 << 24  # steps: fp32, in which most formats count them, holds every whole number up to here
-_DTYPES = {"float32", "bfloat16", "float16", "float64"}
+_DTYPES = {"float32", "bfloat16", "float16"}
 _UNTRAINED = frozenset({"layers.{l}.router.bias"})  # parts that no optimizer moves, but the router itself
 
 
@@ -51,7 +51,8 @@ class States:
     """An optimizer's state as a format stores it.
 
     `roles` holds the ranks' tensors by the names of their weights; without masters the weights themselves are those.
-    `groups` are by name of a weight; `files` all that was opened besides the weights.
+    `groups` are by name of a weight; `files` all that was opened besides the weights.  Where the state does not lie as
+    the weights do, `table` says how, and `weights` are the weights in that form.
     """
 
     roles: Mapping[str, Shards]
@@ -59,6 +60,8 @@ class States:
     groups: Mapping[str, Group]
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    table: Table | None = None
+    weights: Shards | None = None
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,15 @@ class Rounded(Lazy):
 
 def gather_states(states: States, table: Table, weights: Shards, spec: Spec, topology: Topology) -> Optimizer:
     """The canonical state behind what a format stores.  Raises LayoutError naming all that is missing or left over."""
+    table, weights = states.table or table, states.weights or weights
     _check(states, weights)
     if MASTER in states.roles and topology.tp > 1 and any(r.summed for r, _ in table.live(spec, topology)):
         raise LayoutError("stores biases as shares of a sum, and the masters of these are not read",
                           hint="convert the weights alone, without --optimizer")  # fmt: skip
     roles: dict[str, Parts] = {}
     for role in MOMENTS:
-        roles[role] = gather(_of_moments(table), states.roles[role], spec, topology, _UNTRAINED).parts
+        found = gather(_of_moments(table), states.roles[role], spec, topology, _UNTRAINED).parts
+        roles[role] = {name: cast(tensor, "float32") for name, tensor in found.items()}
     if MASTER in states.roles:
         proven = {rank: {name: Rounded(t, weights[rank][name], name) for name, t in shard.items()}
                   for rank, shard in states.roles[MASTER].items()}  # fmt: skip
@@ -142,7 +147,14 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
     else:
         roles[MASTER] = {}
     groups = _by_part(states.groups, table, spec, topology)
-    return Optimizer(roles, states.step, groups, MASTER in states.roles, states.notes, states.files)
+    notes = (*states.notes, *_widened(states))
+    return Optimizer(roles, states.step, groups, MASTER in states.roles, notes, states.files)
+
+
+def _widened(states: States) -> list[str]:
+    """A note on moments of fewer bits."""
+    kinds = {t.dtype for role in MOMENTS for shard in states.roles[role].values() for t in shard.values()}
+    return [f"moments in {some(sorted(narrow))} are widened to fp32"] if (narrow := kinds - {"float32"}) else []
 
 
 def with_masters(found: Optimizer, parts: Parts) -> Optimizer:
@@ -182,6 +194,10 @@ def group_of(fields: Mapping[object, object], file: object) -> Group:
         said = {name: fields.get(name) for name in ("betas", "eps", "weight_decay", "lr")}
         raise LayoutError(f"has a group of parameters that is none of Adam: {show(said)}", file=str(file),
                           hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
+    if fields.get("amsgrad") or (decay and fields.get("decoupled_weight_decay") is False):
+        what = "keeps maxima (amsgrad)" if fields.get("amsgrad") else "adds weight decay to gradients (Adam, not AdamW)"
+        raise LayoutError(f"is of an optimizer that {what}, which no other format can say", file=str(file),
+                          hint="convert the weights alone, without --optimizer")  # fmt: skip
     return Group((float(betas[0]), float(betas[1])), float(eps), float(decay), None if lr is None else float(lr))  # type: ignore[index,arg-type]
 
 

@@ -5,4 +5,5 @@ config.py     config.json <-> Spec              rope.py       its rotary embeddi
 table.py      the tensors of a family           rows.py       as data                   files.py the weight files
 inert.py      keys that change nothing, and why                               sparse.py   sparse attention
 heads.py      tied models whose head is stored alone, or is another one        further.py  layers for further tokens
+optimizer.py  a state of Adam beside the weights        order.py      the numbers that a Trainer gives it
 """

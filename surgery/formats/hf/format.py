@@ -2,11 +2,12 @@
 
 families.py   what the keys of each family mean      table.py   the tensors
 config.py     config.json <-> Spec (moe.py: of experts)      files.py   the weight files
+optimizer.py  a Trainer's state (order.py: its numbers)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,13 @@ from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
 from surgery.formats.hf.further import further, without
 from surgery.formats.hf.heads import settled
+from surgery.formats.hf.optimizer import in_memory, read_states, trainer_files, trainer_notes
 from surgery.formats.hf.rope import CLASSIC as ROPE
 from surgery.formats.hf.table import table
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.weave import Parts
 from surgery.formats.wrappers import unwrapped
 from surgery.model.wording import in_words
 from surgery.tokenizer import Carried, Tokenizer
@@ -81,6 +85,10 @@ def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
     return table(reading.spec.family, opened.shards[Rank()], further(opened.config))
 
 
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
+    return read_states(place.folder, reading.spec, parts)
+
+
 def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
     """config.json and the weights, of a family that holds the model."""
     family = options["family"]
@@ -98,7 +106,10 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     elif code:
         notes = ["the folder runs code of its own: load it with trust_remote_code=True"]
     files = partial(_files, config, parse_size(options["shard_size"], 1000), code)
-    return Draft(config, None, table(family), ONE_RANK, files, tuple(notes))
+    states = partial(_with_states, files, family)
+    notes += trainer_notes(checkpoint.optimizer, family) if checkpoint.optimizer else ()
+    return Draft(config, None, table(family), ONE_RANK, files, tuple(notes), states=states,
+                 states_table=in_memory(family))  # fmt: skip
 
 
 def _code(of_family: str, config: Config) -> tuple[str, ...]:
@@ -109,6 +120,12 @@ def _code(of_family: str, config: Config) -> tuple[str, ...]:
 def _files(config: Config, limit: int, code: Sequence[str], ranks: Ranks) -> Iterable[OutputFile]:
     own = [text_file(name, code_of(name)) for name in code]
     return [text_file("config.json", to_json(config)), *own, *weight_files(ranks[Rank()], limit)]
+
+
+def _with_states(
+    files: Callable[[Ranks], Iterable[OutputFile]], family: str, ranks: Ranks, written: Written
+) -> Iterable[OutputFile]:
+    return [*files(ranks), *trainer_files(written, family)]
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:
@@ -143,6 +160,7 @@ FORMAT = Format(
     table=stored_table,
     draft=draft,
     tokens=tokens,
+    states=states,
     options=(
         Option("tied", "whether the head is the embedding, where files disagree with config.json", "auto",
                ("auto", "yes", "no"), "read"),

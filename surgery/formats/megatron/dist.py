@@ -30,6 +30,7 @@ from surgery.formats.megatron.table import dist_table
 from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.weave import Parts
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 
@@ -116,7 +117,7 @@ def _optimizer(dcp: Dcp) -> str:
     return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
 
 
-def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     dcp, holder = opened.containers
     assert isinstance(dcp, Dcp)
     return dist_optimizer.read_states(dcp, holder.entries, opened.shards[Rank()])

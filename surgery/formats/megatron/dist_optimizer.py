@@ -19,9 +19,9 @@ from typing import Any
 
 from surgery.containers.dcp import Dcp
 from surgery.errors import LayoutError, show
-from surgery.formats.megatron.optimizer import step_of
 from surgery.formats.optimizer import MASTER, MOMENTS, Group, M, States, V, Written, group_of, one_step
 from surgery.formats.topology import Rank
+from surgery.formats.torch_states import step_of
 from surgery.formats.weave import Stored
 from surgery.tensors.axes import Rearrange
 from surgery.tensors.lazy import Lazy

@@ -28,7 +28,7 @@ from surgery.formats.megatron.table import PRECORE, precore_table, table
 from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
-from surgery.formats.weave import Stored
+from surgery.formats.weave import Parts, Stored
 from surgery.tensors.files import size_of
 from surgery.tensors.lazy import Lazy
 
@@ -120,7 +120,7 @@ def _optimizer(ranks: Collection[RankFile]) -> str:
     return "in the rank files" if any(file.root.get("optimizer") for file in ranks) else "none"
 
 
-def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     ranks = [rank for rank in opened.shards if rank.chunk == 0]
     trees = [c for c in opened.containers if isinstance(c, Tree)]
     chunks = range(opened.topology.vpp)

@@ -17,16 +17,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from surgery.containers import open_file
-from surgery.containers.pickles.records import Global, TensorRecord
-from surgery.errors import FileError, LayoutError, show
-from surgery.formats.dcp_states import STEP, number_of
+from surgery.containers.pickles.records import Global
+from surgery.errors import FileError, LayoutError, show, some
 from surgery.formats.flat import aligned, cut
 from surgery.formats.megatron.files import RankFile
 from surgery.formats.optimizer import MASTER, MOMENTS, ROLES, Group, M, States, V, group_of, one_step
 from surgery.formats.topology import Rank
+from surgery.formats.torch_states import Fields, step_of, tensor_of
 from surgery.tensors.lazy import Lazy, Shape
 
 FLAT = "distrib_optim.pt"
@@ -35,7 +34,6 @@ MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
 ALIGN = 64
 _NO_PARAMETER = re.compile(r"\.expert_bias$|inv_freq$|tokens_per_expert$")
 _BUFFERS = {"param": MASTER, M: M, V: V}
-Fields = Mapping[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -165,24 +163,6 @@ def _belongs(p: Parameter, group: Fields, groups: Sequence[Fields], spared: bool
     return True
 
 
-def step_of(fields: Fields, group: Fields, path: Path) -> float:
-    """How often a parameter was updated: its own count, else (Apex) that of its group."""
-    step = fields.get(STEP, group.get(STEP))
-    if isinstance(step, Lazy):
-        return number_of(step, path)
-    if isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise FileError("does not say how often its parameters were updated", file=path)
-    return float(step)
-
-
-def tensor_of(fields: Fields, role: str, path: Path) -> Lazy:
-    found = fields.get(role)
-    if not isinstance(found, TensorRecord):
-        raise LayoutError(f"has no {role} among {show(sorted(map(str, fields)))}", file=path,
-                          hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
-    return found
-
-
 # ------------------------------------------------------------------------------------------------- flat buffers
 
 
@@ -203,7 +183,7 @@ def _flat(
     wanted = [(v, dtype) for v in dict.fromkeys(p.chunk for p in mine)
               for dtype in dict.fromkeys(p.weight.dtype for p in mine if p.chunk == v)]  # fmt: skip
     if [dtype for _, dtype in wanted] != [dtype for dtype, _ in buffers]:
-        raise LayoutError(f"has buffers of {show([d for d, _ in buffers])}, the model {show([d for _, d in wanted])}",
+        raise LayoutError(f"has buffers of {some(d for d, _ in buffers)}, the model {some(d for _, d in wanted)}",
                           file=path)  # fmt: skip
     for (chunk, dtype), (_, fields) in zip(wanted, buffers, strict=True):
         owned = [p for p in mine if p.chunk == chunk and p.weight.dtype == dtype]

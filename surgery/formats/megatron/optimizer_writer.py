@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from surgery.formats.dcp_states import STEP
 from surgery.formats.megatron.dist_optimizer import megatron_groups
 from surgery.formats.megatron.optimizer import MASTERS
 from surgery.formats.optimizer import MASTER, MOMENTS, Written
 from surgery.formats.topology import Rank
+from surgery.formats.torch_states import STEP
 from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill
 

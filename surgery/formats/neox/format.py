@@ -42,7 +42,7 @@ from surgery.formats.neox.table import Spelling, table
 from surgery.formats.optimizer import States
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
-from surgery.formats.weave import Stored
+from surgery.formats.weave import Parts, Stored
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import size_of
 from surgery.tensors.lazy import Fill, Lazy, Map
@@ -96,7 +96,7 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
     return Reading(found.spec, notes, details=details, variant=found.qkv)
 
 
-def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     found = files.find(place.root, options.get("config", ""))
     if not found.optimizer and opened.details["optimizer"] != "none":
         raise LayoutError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,

@@ -14,23 +14,21 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from surgery.containers import open_file
 from surgery.containers.pickles.records import TensorRecord
 from surgery.errors import FileError, LayoutError, show
-from surgery.formats.dcp_states import STEP, number_of
 from surgery.formats.flat import cut
 from surgery.formats.neox.files import Found
 from surgery.formats.optimizer import MASTER, ROLES, Group, States, group_of, one_step
 from surgery.formats.topology import Rank
+from surgery.formats.torch_states import STEP, Fields, number_of
 from surgery.formats.weave import Shards
 from surgery.tensors.lazy import Concat, Lazy, Shape
 
 _NAME = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MASTERS = "single_partition_of_fp32_groups"
 _PADDING = 64  # elements for each data-parallel rank that a group may be padded by
-Fields = Mapping[Any, Any]
 
 
 def read_states(found: Found, shards: Shards, tp: int) -> States | None:

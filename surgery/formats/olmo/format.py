@@ -37,6 +37,7 @@ from surgery.formats.olmo.table import table
 from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.weave import Parts
 from surgery.tokenizer import Carried, Tokenizer
 
 FILES = (Rule(r"data-indices/", "the order of the run's data"),)
@@ -61,7 +62,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, variant=found.block_type, tokenizer=found.tokenizer)
 
 
-def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     return optimizer.read_states(place.folder, str(opened.details["layout"]))
 
 

@@ -15,20 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.containers import open_file
 from surgery.containers.dcp import Dcp
-from surgery.containers.pickles.records import TensorRecord
 from surgery.errors import FileError, LayoutError, show
-from surgery.formats.dcp_states import STEP, Named, number_of, read_named, torch_group
+from surgery.formats.dcp_states import Named, read_named
 from surgery.formats.olmo.files import plain, ungrouped, unwrapped
 from surgery.formats.olmo.sharded import Run, assemble, flat_pieces, rank_files
 from surgery.formats.optimizer import MOMENTS, Group, M, States, V, Written, group_of, one_step
 from surgery.formats.topology import Rank
+from surgery.formats.torch_states import STEP, Fields, moments_of, read_tree, step_of, torch_group
 from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill, Lazy
 
 FILE = "optim.pt"
-Fields = Mapping[Any, Any]
 
 
 def read_states(folder: Path, layout: str) -> States | None:
@@ -52,7 +50,7 @@ def _whole(folder: Path) -> Found:
     path = folder / FILE
     if not path.is_file():
         return None, ()
-    states, groups = _tree(path)
+    states, groups = read_tree(path)
     if not states:
         return None, ()
     names = _names(groups, path)
@@ -60,9 +58,9 @@ def _whole(folder: Path) -> Found:
     steps = []
     for key, fields in states.items():
         name = _name(key, names, path)
-        steps.append(_step(fields, name, path))
-        for role in MOMENTS:
-            roles[role][name] = _tensor(fields, role, name, path)
+        steps.append(step_of(fields, {}, path))
+        for role, tensor in moments_of(fields, name, path).items():
+            roles[role][name] = tensor
     settings = {name: group_of(group, path) for group in groups for name in _listed(group, path)}
     return Named(roles, one_step(steps, path), settings), (path,)
 
@@ -83,14 +81,14 @@ def _pieces(folder: Path) -> Found:
     shapes: dict[str, tuple[int, ...]] = {}
     steps: list[float] = []
     groups: dict[str, Group] = {}
-    trees = [_tree(path) for path in files]
+    trees = [read_tree(path) for path in files]
     if not any(states for states, _ in trees):
         return None, ()
     for path, model, (states, found) in zip(files, models, trees, strict=True):
         names = _names(found, path)
         groups |= {name: group_of(group, path) for group in found for name in _listed(group, path)}
         mine = {_name(key, names, path): fields for key, fields in states.items()}
-        steps += [_step(fields, name, path) for name, fields in mine.items()]
+        steps += [step_of(fields, {}, path) for name, fields in mine.items()]
         held = {plain(name)[0]: fields for name, fields in mine.items()}
         for stored, shape, start, stop in flat_pieces(model):
             name = plain(stored)[0]
@@ -98,7 +96,7 @@ def _pieces(folder: Path) -> Found:
             for role in MOMENTS if start < stop else ():
                 if name not in held:
                     raise FileError(f"has no state for its piece of {show(name)}", file=path)
-                runs[role].setdefault(name, []).append((start, stop, _tensor(held[name], role, name, path)))
+                runs[role].setdefault(name, []).append((start, stop, moments_of(held[name], name, path)[role]))
     roles = {role: {n: assemble(n, shapes[n], pieces, str(folder / "optim")) for n, pieces in named.items()}
              for role, named in runs.items()}  # fmt: skip
     return Named(roles, one_step(steps, folder / "optim"), groups), tuple(files)
@@ -109,16 +107,6 @@ READERS: Mapping[str, Callable[[Path], Found]] = {
     "sharded: torch_new": _sharded,
     "sharded: local": _pieces,
 }
-
-
-def _tree(path: Path) -> tuple[Mapping[Any, Fields], Sequence[Fields]]:
-    root = getattr(open_file(path), "root", None)
-    states = root.get("state") if isinstance(root, dict) else None
-    groups = root.get("param_groups") if isinstance(root, dict) else None
-    good = isinstance(states, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
-    if not good or not all(isinstance(f, dict) for f in states.values()):  # type: ignore[union-attr]
-        raise FileError("is no state dict of an optimizer", file=path)
-    return states, groups  # type: ignore[return-value]
 
 
 def _names(groups: Sequence[Fields], path: Path) -> list[str]:
@@ -140,24 +128,6 @@ def _name(key: object, names: Sequence[str], path: Path) -> str:
     if type(key) is int and 0 <= key < len(names):
         return names[key]
     raise FileError(f"has a state for {show(key)}, which no group lists", file=path)
-
-
-def _step(fields: Fields, name: str, path: Path) -> float:
-    step = fields.get(STEP)
-    if isinstance(step, Lazy):
-        return number_of(step, path)
-    if isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise FileError(f"does not say how often {show(name)} was updated", file=path)
-    return float(step)
-
-
-def _tensor(fields: Fields, role: str, name: str, path: Path) -> Lazy:
-    found = fields.get(role)
-    if not isinstance(found, TensorRecord):
-        what = sorted(str(key) for key in fields)
-        raise LayoutError(f"has no {role} for {show(name)}, but {show(what)}", file=path,
-                          hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -40,6 +40,7 @@ from surgery.formats.olmo_core.write_config import to_json, write_config
 from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
+from surgery.formats.weave import Parts
 from surgery.tokenizer import Carried, Tokenizer
 from surgery.units import parse_size
 
@@ -81,7 +82,7 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     return Reading(found.spec, found.notes, found.facts, details, variant, found.tokenizer)
 
 
-def states(place: Place, opened: Opened, reading: Reading, options: Options) -> States | None:
+def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     said = number(options, "optimizer_step")
     dcp = next(c for c in opened.containers if isinstance(c, Dcp))
     return optimizer.read_states(dcp, place.folder, None if said is None else int(said))
