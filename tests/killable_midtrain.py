@@ -3,9 +3,10 @@
     python -m tests.killable_midtrain random FOLDER 50     # SIGKILL at random times, resumed until it ends, again
     python -m tests.killable_midtrain calls FOLDER 12      # SIGKILL at system calls of a save, before and after them
     python -m tests.killable_midtrain stops FOLDER         # SIGTERM, SIGUSR1, SIGINT and a limit on file sizes
+    python -m tests.killable_midtrain sample FOLDER        # a few of each
 
 Whenever the run has ended, its log, its weights, moments and random state, and its exports must be those of a run that
-nobody disturbed.  Children are forked from a process that has imported torch but runs no thread.
+nobody disturbed.  Children are forked from a process that has imported torch and the model but runs no thread.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.olmoe.modeling_olmoe  # noqa: F401  seconds that each child would take anew
 
 from surgery.errors import SurgeryError
 from surgery.midtraining import after_step
@@ -32,7 +35,7 @@ from tests import tiny
 from tests.killing import dies_at, forked
 from tests.test_midtrain_loop import record, settings
 
-STEPS = 20
+STOPS = ("SIGTERM", "SIGUSR1", "SIGINT", "full")
 SAME = ("metrics.jsonl", "experts.jsonl", "evals.jsonl", "checkpoints/**/*", "export/*/model.safetensors")
 
 
@@ -57,7 +60,10 @@ def outcome(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def undisturbed(folder: Path) -> tuple[dict[str, bytes], float]:
+Whole = tuple[dict[str, bytes], float]
+
+
+def undisturbed(folder: Path) -> Whole:
     """What the run comes to, and how many seconds it takes."""
     child(lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16),
                    record(folder / "batches.npz", masked=True, packed=True)))  # fmt: skip
@@ -73,16 +79,16 @@ def child(job: Any) -> None:
     assert os.waitpid(forked(job), 0)[1] == 0
 
 
-def compare(folder: Path, whole: dict[str, bytes]) -> None:
-    found = outcome(folder / "out")
-    assert found.keys() == whole.keys(), sorted(found.keys() ^ whole.keys())
-    assert [name for name in found if found[name] != whole[name]] == []
+def compare(folder: Path, whole: Whole) -> None:
+    wanted, found = whole[0], outcome(folder / "out")
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())
+    assert [name for name in found if found[name] != wanted[name]] == []
     assert not list((folder / "out").rglob(".*")), "something half-written is left"
     shutil.rmtree(folder / "out")
 
 
-def random_kills(folder: Path, kills: int) -> dict[str, int]:
-    whole, seconds = undisturbed(folder)
+def random_kills(folder: Path, whole: Whole, kills: int = 50) -> dict[str, int]:
+    seconds = whole[1]
     chance, done, ended = random.Random(11), 0, 0
     while done < kills or (folder / "out").exists():
         pid = forked(lambda: train(folder))
@@ -98,9 +104,8 @@ def random_kills(folder: Path, kills: int) -> dict[str, int]:
     return {"kills": done, "ended": ended}
 
 
-def calls(folder: Path, count: int) -> dict[str, int]:
+def calls(folder: Path, whole: Whole, count: int = 12) -> dict[str, int]:
     """Kill at some of the system calls that change something, before or after them, then go on to the end."""
-    whole, _ = undisturbed(folder)
     most = folder / "calls"
     child(lambda: (n := dies_at(0, after=False), train(folder), most.write_text(str(n[0]))))
     compare(folder, whole)
@@ -114,11 +119,10 @@ def calls(folder: Path, count: int) -> dict[str, int]:
     return {"kills": kills, "calls": int(most.read_text())}
 
 
-def stops(folder: Path) -> dict[str, Any]:
+def stops(folder: Path, whole: Whole, names: Sequence[str] = STOPS) -> dict[str, Any]:
     """What the run says that a signal stops in step 7, or that may write no file as large as its checkpoints."""
-    whole, _ = undisturbed(folder)
     told: dict[str, Any] = {}
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "full"):
+    for name in names:
 
         def job(name: str = name) -> None:
             before_saving(7, (lambda: narrow(folder)) if name == "full" else lambda: stop(name))
@@ -135,6 +139,11 @@ def stops(folder: Path) -> dict[str, Any]:
         child(lambda: train(folder))
         compare(folder, whole)
     return told
+
+
+def sample(folder: Path, whole: Whole) -> dict[str, Any]:
+    found = {"random": random_kills(folder, whole, 2), "calls": calls(folder, whole, 2)}
+    return found | {"stops": stops(folder, whole, ("SIGINT", "full"))}
 
 
 def before_saving(step: int, act: Any) -> None:
@@ -165,4 +174,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     mode, place, *rest = sys.argv[1:]
     Path(place).mkdir(parents=True, exist_ok=True)
-    print(json.dumps({"random": random_kills, "calls": calls, "stops": stops}[mode](Path(place), *map(int, rest))))
+    program = {"random": random_kills, "calls": calls, "stops": stops, "sample": sample}[mode]
+    print(json.dumps(program(Path(place), undisturbed(Path(place)), *map(int, rest))))

@@ -1,10 +1,11 @@
-"""Runs in several processes, forked from one that has imported torch but runs no thread: see test_midtrain_ranks.py.
+"""Runs in several processes, forked from one that imported all they need but runs no thread (test_midtrain_ranks.py).
 
-    python -m tests.midtrain_ranks FOLDER          # prints, as JSON, how far each run lies from one process
-    python -m tests.midtrain_ranks FOLDER 4        # in four processes instead of two
+    python -m tests.midtrain_ranks FOLDER few      # prints, as JSON, how far some runs of 8 steps lie from one process
+    python -m tests.midtrain_ranks FOLDER two      # all of them, and 20 steps
+    python -m tests.midtrain_ranks FOLDER four     # in four processes instead of two
 
-Each run has 20 steps of a tiny mixture of experts with masks and packed rows; the chains are stopped by a signal on the
-way, and go on in another number of processes, or divided in another way.
+They train a tiny mixture of experts with masks and packed rows; the chains are stopped by a signal on the way, and go
+on in another number of processes, or divided in another way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed.fsdp
 import transformers.distributed
-import transformers.modeling_layers  # noqa: F401
+import transformers.models.olmoe.modeling_olmoe  # noqa: F401  seconds that each child would take anew
 from safetensors.torch import load_file
 
 from surgery.errors import MismatchError
@@ -37,24 +38,30 @@ from tests import tiny
 from tests.killing import forked
 from tests.test_midtrain_loop import ROWS, record, settings
 
-Chains = Mapping[str, Sequence[tuple[int, int, dict[str, Any]]]]
+Stage = tuple[int, int | None, dict[str, Any]]  # so many processes, up to which step, with which settings
+Chains = Mapping[str, Sequence[Stage]]
 KEYS = ("loss", "ce", "balance", "router_z", "grad_norm")
-EP = {"parallel": {"ep": 2}}
-# name: stages, each so many processes, up to which step, with which settings
-CHAINS: Chains = {
-    "fsdp": [(2, 20, {})],
-    "replicate": [(2, 20, {"parallel": {"replicate": 2}})],
-    "ep": [(2, 20, EP)],
-    "ep, stopped": [(2, 7, EP), (2, 20, EP)],
-    "2 -> 1 -> 2": [(2, 7, {}), (1, 12, {}), (2, 20, {})],
-    "ep -> fsdp -> ep": [(2, 6, EP), (2, 13, {}), (2, 20, EP)],
+EP: dict[str, Any] = {"parallel": {"ep": 2}}
+COPIES: dict[str, Any] = {"parallel": {"replicate": 2}}
+FEW: Chains = {
+    "ep": [(2, None, EP)],
+    "ep, stopped": [(2, 3, EP), (2, None, EP)],
+    "2 -> 1 -> copies -> ep": [(2, 2, {}), (1, 4, {}), (2, 6, COPIES), (2, None, EP)],
+}
+TWO: Chains = {
+    "fsdp": [(2, None, {})],
+    "replicate": [(2, None, COPIES)],
+    "ep": [(2, None, EP)],
+    "ep, stopped": [(2, 7, EP), (2, None, EP)],
+    "2 -> 1 -> 2": [(2, 7, {}), (1, 12, {}), (2, None, {})],
+    "ep -> fsdp -> ep": [(2, 6, EP), (2, 13, {}), (2, None, EP)],
 }
 FOUR: Chains = {
-    "fsdp 4": [(4, 20, {})],
-    "ep 4": [(4, 20, {"parallel": {"ep": 4}})],
-    "ep 2 x fsdp 2": [(4, 20, EP)],
-    "replicate 2 x fsdp 2": [(4, 20, {"parallel": {"replicate": 2}})],
-    "4 -> 1 -> ep 4": [(4, 7, {}), (1, 12, {}), (4, 20, {"parallel": {"ep": 4}})],
+    "fsdp 4": [(4, None, {})],
+    "ep 4": [(4, None, {"parallel": {"ep": 4}})],
+    "ep 2 x fsdp 2": [(4, None, EP)],
+    "replicate 2 x fsdp 2": [(4, None, COPIES)],
+    "4 -> 1 -> ep 4": [(4, 7, {}), (1, 12, {}), (4, None, {"parallel": {"ep": 4}})],
 }
 
 
@@ -86,15 +93,15 @@ def ranks(count: int, job: Callable[[], None]) -> None:
             raise SystemExit(f"a process ended with status {status}")
 
 
-def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any], rows: int = 2) -> None:
-    """Of one stage: stopped by a signal to the first process alone, unless it is the last one.
+def train(folder: Path, name: str, stage: Stage, rows: int = 2) -> None:
+    """One stage: stopped by a signal to the first process alone, unless it is the last one.
 
     One process computes `rows` at once, several one row each.
     """
-    real = after_step.Saves.__call__
+    real, (count, until, more) = after_step.Saves.__call__, stage
 
     def call(self: Any, job: Any, state: Any) -> None:
-        if state["progress"].step == until < 20 and job.world.main:
+        if state["progress"].step == until and job.world.main:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, job, state)
 
@@ -104,7 +111,7 @@ def train(folder: Path, name: str, count: int, until: int, more: dict[str, Any],
     try:
         midtrain(make_run(value))
     except Requeue:
-        assert until < 20
+        assert until
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -118,7 +125,7 @@ def apart(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> flo
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     saved = newest(folder / name / "checkpoints", World()).saved
-    assert saved and saved.step == 20
+    assert saved and saved.step == len(lines(folder, name))
     found = {n: t.full() for n, t in saved.tensors.items() if not n.startswith(("rng.", "readings."))}
     exported = next((folder / name / "export").glob("*-hf"))
     return found | {f"export.{n}": t for n, t in load_file(exported / "model.safetensors").items()}
@@ -136,24 +143,25 @@ def planted(folder: Path) -> None:
 
     mesh.shard = shard
     try:
-        train(folder, "planted", 2, 20, EP)
+        train(folder, "planted", (2, None, EP))
     except MismatchError as error:
         (folder / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
-def main(folder: Path, chains: Chains, size: int, rows: int) -> dict[str, Any]:
+def main(folder: Path, chains: Chains, steps: int, size: int = 2, rows: int = ROWS) -> dict[str, Any]:
     """How far the last metrics, weights and moments of each chain lie from those of one process, relatively.
 
     The router losses are those of the rows that all processes have at once, `size`, of the `rows` of a step.
     """
     ranks(1, lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16, e=8),
-                      record(folder / "batches.npz", masked=True, packed=True, rows=rows)))  # fmt: skip
-    ranks(1, lambda: train(folder, "one", 1, 20, {}, size))
+                      record(folder / "batches.npz", masked=True, packed=True, steps=steps, rows=rows)))  # fmt: skip
+    ranks(1, lambda: train(folder, "one", (1, None, {}), size))
     said: dict[str, Any] = {}
     one, whole = lines(folder, "one"), weights(folder, "one")
+    assert len(one) == steps
     for name, stages in chains.items():
-        for count, until, more in stages:
-            ranks(count, lambda c=count, u=until, m=more, n=name: train(folder, n, c, u, m, size))
+        for stage in stages:
+            ranks(stage[0], lambda s=stage, n=name: train(folder, n, s, size))
         found = weights(folder, name)
         assert found.keys() == whole.keys()
         far = {n: float((t - whole[n]).norm() / whole[n].norm().clamp(min=1e-30)) for n, t in found.items()}
@@ -161,9 +169,9 @@ def main(folder: Path, chains: Chains, size: int, rows: int) -> dict[str, Any]:
     return said
 
 
-def of_two(folder: Path) -> dict[str, Any]:
+def of_two(folder: Path, chains: Chains, steps: int) -> dict[str, Any]:
     """Also whether a run that was stopped has the same bits, and what the self-test says of wrong gradients."""
-    said = main(folder, CHAINS, 2, ROWS)
+    said = main(folder, chains, steps)
     same = [(folder / name / "metrics.jsonl").read_bytes() for name in ("ep", "ep, stopped")]
     a, b = weights(folder, "ep"), weights(folder, "ep, stopped")
     said["the same bits"] = same[0] == same[1] and all(torch.equal(a[n], b[n]) for n in a)
@@ -173,5 +181,7 @@ def of_two(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1])
-    print(json.dumps(main(where, FOUR, 4, 8) if sys.argv[2:] == ["4"] else of_two(where)))
+    where, how = Path(sys.argv[1]), sys.argv[2]
+    wanted = {"few": lambda: of_two(where, FEW, 8), "two": lambda: of_two(where, TWO, 20),
+              "four": lambda: main(where, FOUR, 20, 4, 8)}  # fmt: skip
+    print(json.dumps(wanted[how]()))

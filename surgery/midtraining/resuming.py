@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,7 @@ def said(job: Job, saved: Saved) -> Iterator[str]:
         yield f"other versions than the checkpoint's: {', '.join(other)}"
 
 
-def versions() -> dict[str, str]:
-    """Of what computes."""
+@cache
+def versions() -> Mapping[str, str]:
+    """Of what computes; read once, as every checkpoint says it."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
