@@ -6,6 +6,7 @@ def main(): ...
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
 import os
@@ -59,6 +60,17 @@ class Group(click.Group):
         super().__init__(*args, **more)
         self.about = about
 
+    def main(self, *args: Any, **more: Any) -> Any:
+        """Run, and end; at once where this is one of several processes."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return super().main(*args, **more)
+        ending = Ending()
+        try:
+            return super().main(*args, **more)
+        except SystemExit as ended:
+            ending.status = ended.code
+            raise
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands in help."""
         with formatter.section("Commands"):
@@ -87,6 +99,23 @@ class Group(click.Group):
                 sys.exit(128 + signal.SIGINT)
             except BrokenPipeError:
                 return _unread()
+
+
+class Ending:
+    """How a process of several ends: without taking Python down, when all has been done that is due at its exit.
+
+    Threads of gloo outlive `destroy_process_group` as long as a divided model holds their groups, and one that lets go
+    of a tensor while Python is taken down aborts the process (pytorch issue 190489), however well the run went.
+    """
+
+    def __init__(self) -> None:
+        self.status: str | int | None = 1
+        atexit.register(self.at_once)  # before a command's libraries register theirs, which are thus called first
+
+    def at_once(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self.status if isinstance(self.status, int) else 0 if self.status is None else 1)
 
 
 def _advice(wrong: click.UsageError) -> str:
