@@ -15,18 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.midtraining.evaluation.opened import open_for_evaluation
+from surgery.midtraining.evaluation.opened import Opened, open_for_evaluation
 from surgery.midtraining.evaluation.run import Wanted, evaluate
+from surgery.midtraining.report.tables import worth
 
 ROWS = 96  # of each domain
 SOUP = "soup"
 
 
-def heldout(plan: str, model: str) -> dict[str, dict[str, Any]]:
+def heldout(plan: str, opened: Opened) -> dict[str, dict[str, Any]]:
     """`loss` and `bpb` of each domain, in fp32."""
-    found: dict[str, dict[str, Any]] = evaluate(open_for_evaluation(model), Wanted(data=[plan], limit=ROWS))[0][
-        "heldout"
-    ]
+    found: dict[str, dict[str, Any]] = evaluate(opened, Wanted(data=[plan], limit=ROWS))[0]["heldout"]
     return found
 
 
@@ -56,12 +55,16 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     parser.add_argument("--soup", type=Path, metavar="FILE")
     args = parser.parse_args()
-    found = {name: heldout(args.plan, model) for name, model in named(args.models)}
-    print("\n".join(table(found)))
+    found, sizes = {}, []
+    for name, model in named(args.models):
+        opened = open_for_evaluation(model)
+        found[name] = heldout(args.plan, opened)
+        sizes.append(opened.model.num_parameters())
+    print("\n".join([*table(found), "", *worth(min(sizes))]))
     ingredients = {name: losses for name, losses in found.items() if name[-1].isdigit()}
     best = min(ingredients, key=lambda name: mean(ingredients[name]))
     gain = mean(ingredients[best]) - mean(found[SOUP])
-    print(f"\nThe soup is {abs(gain):.4f} {'better' if gain > 0 else 'worse'} than its best ingredient, {best}.")
+    print(f"The soup is {abs(gain):.4f} {'better' if gain > 0 else 'worse'} than its best ingredient, {best}.")
     if args.soup:
         told = {"ingredients": [{"name": name, "heldout": losses} for name, losses in ingredients.items()],
                 "soup": {"heldout": found[SOUP]}, "kept": SOUP if gain > 0 else best}  # fmt: skip

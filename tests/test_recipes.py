@@ -244,6 +244,7 @@ def test_midtraining_runs_as_written(tmp_path: Path) -> None:
                           "annealed, spattention", "upcycled", "upcycled, annealed"]  # fmt: skip
     assert rows["upcycled"] == rows["base"] and len({tuple(losses) for losses in rows.values()}) == 8
     assert "proof  exact" in result.stdout and "than its best ingredient, annealed " in result.stdout
+    assert "parameters show that each of these can be trained" in result.stdout
     report = (tmp_path / "work" / "report.html").read_text()
     assert "soup against the best ingredient" in report
     kept = json.loads((tmp_path / "work" / "runs" / "soup.json").read_text())

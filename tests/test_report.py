@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import plotly.graph_objects as go
@@ -145,6 +146,14 @@ def test_the_least_of_a_column_is_marked(seeds):
     table = tables(opened(seeds), read_soup(seeds))[0]
     marked = {(row[0].text, i) for row in table.rows for i, cell in enumerate(row) if cell.kind == "best"}
     assert marked == {("soup", i) for i in range(1, 5)}
+
+
+def test_a_comparison_of_small_models_says_what_it_is_worth(seeds):
+    told = "Models of 1.05M parameters show that each of these can be trained"
+    assert told in tables(opened(seeds), {})[0].note and any(told in text for text in page(seeds).text)
+    assert told not in tables(opened(seeds)[:1], {})[0].note  # nothing is compared
+    large = [replace(run, run=run.run | {"model": {"active_parameters": 7e9}}) for run in opened(seeds)]
+    assert tables(large, {})[0].note == "The least of each column is marked."
 
 
 @pytest.mark.parametrize(("gain", "said"), [(0.04, "The soup beats its best ingredient, seed-7"),

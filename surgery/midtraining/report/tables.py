@@ -12,11 +12,12 @@ from typing import Any
 
 from surgery.midtraining.report.curves import listed, mean, named, number, within
 from surgery.midtraining.run_folder import RunFolder
-from surgery.units import human
+from surgery.units import count, human
 
 BASE, MERGED = "before the run", "soup"
 NONE = "-"
 EVENTS = 200  # that are shown
+SMALL = 100e6  # parameters, below which a comparison of runs says what it is worth
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,20 @@ def _heldout(runs: Sequence[RunFolder], soup: Mapping[str, Any], metric: str, ti
     if MERGED in grid and ingredients:
         against = [_less(grid[MERGED][i], [row[i] for row in ingredients]) for i in range(len(columns))]
         rows.append((Cell("soup against the best ingredient"), *(_figure(v, "{:+.4f}") for v in against)))
-    note = "The least of each column is marked." if len(grid) > 1 else ""
+    notes = ["The least of each column is marked."] if len(grid) > 1 else []
+    sizes = [size for run in runs if (size := number(named(run.run, "model").get("active_parameters")))]
+    if len(runs) > 1 and sizes:
+        notes += worth(max(sizes))
     head = (("model", False), *((name, True) for name in columns))
-    return Table("Held-out loss", title, note, head, tuple(rows))
+    return Table("Held-out loss", title, " ".join(notes), head, tuple(rows))
+
+
+def worth(parameters: float) -> list[str]:
+    """What a comparison of models with so many active parameters can and cannot show; [] if they are not few."""
+    if parameters >= SMALL:
+        return []
+    text = "can be trained, and what it loses at equal tokens here; which is better at full size they cannot show."
+    return [f"Models of {count(parameters)} parameters show that each of these {text}"]
 
 
 def _less(value: float | None, others: Sequence[float | None]) -> float | None:
