@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from surgery.midtraining.export import export
-from surgery.midtraining.loop import fresh_state, prepare, train
+from surgery.midtraining.loop import Job, fresh_state, prepare, train
 from surgery.midtraining.reference import with_reference
 from surgery.midtraining.run_file import make_run
 
@@ -120,16 +120,17 @@ class Curve:
         print(f"{level}: {text}")
 
 
-def replay(case: Path, out: Path) -> None:
-    """Run the loop on a case."""
+def replay(case: Path, out: Path, more: Mapping[str, Any] | None = None) -> Job:
+    """Run the loop on a case, with `more` sections in place of its own."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    job = with_reference(prepare(make_run(settings(case, out))))
+    job = with_reference(prepare(make_run({**settings(case, out), **(more or {})})))
     curve = Curve(out / "curve.jsonl")
     train(job, fresh_state(job), curve)
     curve.file.close()
     export(job, job.run.export[0], out / "export")
     shutil.move(out / "export" / "model.safetensors", out / "model.safetensors")
+    return job
 
 
 if __name__ == "__main__":

@@ -120,10 +120,10 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     with parallel.main_first(world):
         batches = open_batches(run)
     source, attention_notes = attending(run, source, batches.sequence_length)
-    peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source)
+    start = Start(None, saved.note) if saved else find_start(run.init, source, run.model.options)
+    peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source, start.lr)
     course = Course.of(train, batches, world.size, peak)
     check(course, batches, source)
-    start = Start(None, saved.note) if saved else find_start(run.init, source)
     choices = saved.choices(world.device) if saved else {}
     found = choose(choices.get("precision", train.precision), world.device)
     precision = Precision(*parallel.first(world, astuple(found)))
@@ -140,7 +140,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     shard(model, mixtures, world, run.parallel, precision)
     if saved:
         allocate(model, world.device)
-    digest = saved.digest if saved else fill(model, source, world, progress)
+    digest = saved.digest if saved else fill(model, start.begun(source), world, progress)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, int(train.activation_checkpointing))
     if mixtures:

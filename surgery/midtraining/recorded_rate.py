@@ -25,11 +25,11 @@ class Unknown(Exception):
     """A file does not say it."""
 
 
-def peak_rate(wanted: Wanted, source: Checkpoint) -> Found:
-    """The rate after the warm-up, and where it is from."""
+def peak_rate(wanted: Wanted, source: Checkpoint, last: float | None = None) -> Found:
+    """The rate after the warm-up, and where it is from.  `last` is its last one, by its optimizer's state."""
     if wanted.start_lr != "inherit":
         return wanted.start_lr.of(0.0), f"learning rate {wanted.start_lr.value:g}, as the settings say"
-    found = recorded_rate(source)
+    found = recorded_rate(source) or (None if last is None else (last, "the state of its optimizer"))
     if found is None or not found[0] > 0:
         said = "is 0 at the end of its run" if found else "is not recorded beside it"
         raise ConfigError(

@@ -282,7 +282,7 @@ def conversion(job: Job, part: MicroBatch) -> str:
         return "not needed: the weights are those of a checkpoint, whose digests have been compared"
     tokens = part.tokens[:1, :64].contiguous()
     row = replace(part, tokens=tokens, labels=_next(tokens), positions=None)
-    logits = forward(job.source, tokens.cpu(), "float32", Device(job.world.device)).logits
+    logits = forward(job.start.begun(job.source), tokens.cpu(), "float32", Device(job.world.device)).logits
     found, wanted = _loss(job, row), _cross_entropy(logits, row.labels)
     name = job.objective.precision.name
     limit = LOSS[name if name in STORED_ROUNDED else "fp32"]

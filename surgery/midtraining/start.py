@@ -1,18 +1,18 @@
-"""What a run begins with besides the weights: Adam's moments, and the learning rate that the source had come to.
+"""What a run begins with besides the weights: Adam's moments, the masters, and the rate that the source had come to.
 
     start = find_start(run.init, source)                   # Start(moments=Moments | None, note="...")
     put_moments(start.moments, optimizer, model, source, world)
 
-Moments lie in a .safetensors file as exp_avg.NAME and exp_avg_sq.NAME, NAME as Hugging Face's files or transformers'
-modules spell it, with a scalar `step` (or `init.optimizer_step`), or in a checkpoint of a run of surgery.  They are
-rearranged by the table of the family, as weights are.  Weights, moments and schedule are independent: none of them
-brings another along.
+Moments lie in the source's own files, whatever its format keeps of its optimizer; in a .safetensors file as
+exp_avg.NAME and exp_avg_sq.NAME, NAME as Hugging Face's files or transformers' modules spell it, with a scalar `step`
+(or `init.optimizer_step`); or in a checkpoint of a run of surgery.  They are rearranged by the table of the family, as
+weights are.  Weights, moments and schedule are independent, but for the fp32 masters of a state, which are the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 
 from surgery.containers import open_tensors
 from surgery.errors import ConfigError, FileError, LayoutError, some
-from surgery.formats.base import Checkpoint
+from surgery.formats.base import Checkpoint, Options
 from surgery.formats.hf.table import table
+from surgery.formats.optimizer import MASTER, Optimizer
+from surgery.formats.registry import FORMATS, known, open_checkpoint, recognise
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
 from surgery.midtraining.checkpoint import FOLDER, Saved, name_of, open_saved
@@ -31,7 +33,7 @@ from surgery.midtraining.run_folder import run_of
 from surgery.midtraining.settings import Init
 from surgery.midtraining.sharding import place_of
 from surgery.running.layerwise import weights_of
-from surgery.tensors.lazy import Lazy
+from surgery.tensors.lazy import Fill, Lazy
 
 FILE = "optimizer.safetensors"
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -48,28 +50,80 @@ class Moments:
 
 @dataclass(frozen=True)
 class Start:
-    """`note` says where the moments come from."""
+    """`note` says where the moments come from; `masters` are parts to begin with in place of the weights, `lr` is the
+    rate of the last update that a state tells."""
 
     moments: Moments | None
     note: str
+    masters: Mapping[str, Lazy] = field(default_factory=dict)
+    lr: float | None = None
+
+    def begun(self, source: Checkpoint) -> Checkpoint:
+        """The weights that the run begins with."""
+        return replace(source, parts={**source.parts, **self.masters}) if self.masters else source
 
 
-def find_start(init: Init, source: Checkpoint) -> Start:
-    """Raises FileError if moments are named that are none, LayoutError if they are another model's."""
+def find_start(init: Init, source: Checkpoint, options: Options | None = None) -> Start:
+    """`options` are those that the source was read with.  Raises FileError if moments are named that are none,
+    LayoutError if they are another model's."""
+    if init.optimizer == "fresh":
+        return Start(None, "Adam's moments start at zero")
     found = _beside(source) if init.optimizer == "auto" else Path(init.optimizer)
-    if init.optimizer == "fresh" or found is None:
-        why = "" if init.optimizer == "fresh" else f": there is no {FILE}, and no checkpoint of its run"
-        return Start(None, f"Adam's moments start at zero{why}")
-    if not found.is_dir():
-        moments = open_moments(found, source, init.optimizer_step)
-    else:
-        try:
-            moments = _of_run(open_saved(found), source)
-        except LayoutError as error:
-            if init.optimizer != "auto":
-                raise
-            return Start(None, f"Adam's moments start at zero, as those of {found.name} do not fit: {error}")
-    return Start(moments, f"Adam's moments are those of {found.name}, after {moments.step:,} steps")
+    try:
+        if found is None:
+            return _of_files(source.path, source, source.format, init, options or {})
+        if not found.is_dir():
+            return _told(open_moments(found, source, init.optimizer_step))
+        if known(found):
+            return _of_files(found, source, None, init, {})
+        return _told(_of_run(open_saved(found), source))
+    except (LayoutError, FileError) as error:
+        if init.optimizer != "auto" or (found and not found.is_dir()):
+            raise
+        return Start(
+            None, f"Adam's moments start at zero, as those of {(found or source.path).name} do not fit: {error}"
+        )
+
+
+def _told(moments: Moments) -> Start:
+    return Start(moments, f"Adam's moments are those of {moments.path.name}, after {moments.step:,} steps")
+
+
+def _of_files(folder: Path, source: Checkpoint, format: str | None, init: Init, options: Options) -> Start:
+    """A state in the files of a checkpoint, whatever its format.  Raises FileError if there is none where one is named,
+    LayoutError if it is another model's."""
+    reading, step = FORMATS[format or recognise(folder).name], init.optimizer_step
+    if step is not None and "optimizer_step" in reading.option_names("read"):
+        options = {**options, "optimizer_step": str(step)}
+    found = open_checkpoint(folder, format=reading.name, options=options, optimizer=True).optimizer
+    if found is None and init.optimizer == "auto":
+        why = f"there is no {FILE}, no checkpoint of its run, and no state of an optimizer in its files"
+        return Start(None, f"Adam's moments start at zero: {why}")
+    if found is None:
+        raise FileError("holds no optimizer's state", file=folder)
+    parts = {kind: _fitting(found.roles[kind], source, folder) for kind in KINDS}
+    moments = Moments(parts, found.step if step is None else step, folder)
+    masters = found.roles[MASTER] if found.kept and folder == source.path else {}
+    note = f"Adam's moments are those of {folder.name}, after {moments.step:,} steps{_settings(found)}"
+    return Start(moments, note + ("; the weights are its fp32 masters" if masters else ""), masters, found.lr)
+
+
+def _fitting(parts: Mapping[str, Lazy], source: Checkpoint, folder: Path) -> dict[str, Lazy]:
+    """The moments of every part of the source: of what no optimizer moves, zeros.  Raises LayoutError."""
+    shapes = {name: weight.shape for name, weight in source.parts.items()}
+    odd = [name for name, tensor in parts.items() if tensor.shape != shapes.get(name)]
+    if odd or not parts:
+        raise LayoutError(f"its optimizer's state is of another model: {some(odd)}", file=str(folder))
+    return {name: parts.get(name) or Fill(shape, "float32") for name, shape in shapes.items()}
+
+
+def _settings(found: Optimizer) -> str:
+    """What the source's optimizer computed with, if all of it did so."""
+    kinds = {(group.betas, group.eps) for group in found.groups.values()}
+    if len(kinds) != 1:
+        return ""
+    betas, eps = kinds.pop()
+    return f" with betas {betas[0]:g} and {betas[1]:g}, eps {eps:g}"
 
 
 def _beside(source: Checkpoint) -> Path | None:

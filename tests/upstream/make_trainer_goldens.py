@@ -35,7 +35,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": self.ids[i], "labels": self.ids[i]}
 
 
-def train(family: str, folder: Path, start: Path | None = None) -> dict[str, torch.Tensor]:
+def train(family: str, folder: Path, start: Path | None = None, rows: Rows | None = None) -> dict[str, torch.Tensor]:
     """The weights after five updates, with a checkpoint after two; `start` is what it resumes from.
 
     The model is loaded from there too: a Trainer of transformers 5.23 finds no experts in files, and says nothing.
@@ -49,7 +49,7 @@ def train(family: str, folder: Path, start: Path | None = None) -> dict[str, tor
         weight_decay=0.1, adam_beta2=0.95, warmup_steps=1, lr_scheduler_type="cosine", report_to=[], seed=3,
         use_cpu=True, disable_tqdm=True, logging_steps=1, dataloader_pin_memory=False,
     )  # fmt: skip
-    Trainer(model, said, train_dataset=Rows()).train(resume_from_checkpoint=str(start) if start else None)
+    Trainer(model, said, train_dataset=rows or Rows()).train(resume_from_checkpoint=str(start) if start else None)
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
