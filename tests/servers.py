@@ -92,9 +92,11 @@ class Hub:
         self.token = token
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.blobs: dict[str, bytes] = {}
+        self.created: list[dict[str, Any]] = []
         self.summaries: list[dict[str, Any]] = []
         self.change: Callable[[str, Any], Any] = lambda path, data: data
         self.before_commit: Callable[[], None] = lambda: None
+        self.lose_commits = False
         self.seen: list[tuple[str, str, str | None]] = []
         hub = self
 
@@ -176,6 +178,7 @@ class _Hub(Quiet):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             there = name in self.owner.commits
+            self.owner.created.append(asked)
             self.owner.commits.setdefault(name, [("0" * 40, {})])
             return self.say({"url": f"{self.owner.endpoint}/{name}"}, 409 if there else 200)
         if path == "/api/validate-yaml":
@@ -214,11 +217,18 @@ class _Hub(Quiet):
         files = {}
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                del self.owner.commits[name][-1][1][value["path"]]
+                continue
             files[value["path"]] = (
                 self.owner.blobs[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
             )
         self.owner.summaries.append(header)
         sha = self.owner.put(name, files)
+        if self.owner.lose_commits:
+            self.connection.close()
+            self.close_connection = True
+            return None
         self.say({"commitUrl": f"{self.owner.endpoint}/{name}/commit/{sha}", "commitOid": sha})
 
 

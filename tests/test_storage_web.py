@@ -1,4 +1,4 @@
-"""Reading from web servers and from the hub: the right bytes or a clear error, whatever they answer."""
+"""Web servers and the hub, read and pushed to: the right bytes or a clear error, whatever they answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import surgery
-from surgery.errors import FileError, SurgeryError
+from surgery.errors import FileError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.storage import mirror
 from surgery.tensors.files import File
@@ -158,3 +158,72 @@ def test_a_web_server_is_pulled_from(tmp_path: Path) -> None:
     with web(tmp_path) as url:
         surgery.pull(f"{url}/x.bin", tmp_path / "got")
     assert files_of(tmp_path / "got") == {"x.bin": DATA}
+
+
+FILES = {"model.safetensors": DATA, "config.json": b"{}", "a/notes.txt": b"x"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, data in FILES.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(data)
+    return tmp_path / "model"
+
+
+def test_a_folder_becomes_one_commit(hub: Hub, folder: Path) -> None:
+    done = surgery.push(folder, "hf://me/model")
+    assert hub.files("me/model") == FILES
+    assert len(hub.summaries) == 1 and hub.summaries[0]["summary"] == "Push model with surgery"
+    assert hub.summaries[0]["parentCommit"] == "0" * 40
+    assert hub.created[0]["visibility"] == "private"
+    assert done.commit == hub.commits["me/model"][-1][0] and done.verified
+    again = surgery.push(folder, "hf://me/model")
+    assert again.sent_files == 0 and again.commit == done.commit and len(hub.summaries) == 1
+
+
+def test_what_a_repository_holds_is_replaced_by_force_alone(hub: Hub, folder: Path) -> None:
+    hub.put(
+        "me/model", {"model-1.safetensors": b"old", "config.json": b"old", ".gitattributes": b"", "README.md": b"my"}
+    )
+    with pytest.raises(OutputError, match=r"holds other files: README.md, config.json, model-1.safetensors"):
+        surgery.push(folder, "hf://me/model")
+    surgery.push(folder, "hf://me/model/sub", message="In a folder")
+    assert {n: d for n, d in hub.files("me/model").items() if n.startswith("sub/")} == {
+        f"sub/{n}": d for n, d in FILES.items()
+    }
+    (folder / "README.md").write_bytes(b"mine")
+    surgery.push(folder, "hf://me/model", force=True)
+    assert hub.files("me/model") == FILES | {"README.md": b"mine", ".gitattributes": b""}
+    assert [s["summary"] for s in hub.summaries] == ["In a folder", "Push model with surgery"]
+
+
+def test_another_commit_meanwhile_refuses_the_push(hub: Hub, folder: Path) -> None:
+    hub.before_commit = lambda: hub.put("me/model", {"thesis.txt": b"mine"})
+    with pytest.raises(OutputError, match=r"another commit, \w{10}, was made meanwhile"):
+        surgery.push(folder, "hf://me/model")
+    assert hub.files("me/model") == {"thesis.txt": b"mine"}
+
+
+def test_a_lost_answer_to_a_commit_is_no_failure_and_large_files_are_sent_once(hub: Hub, folder: Path) -> None:
+    def fail() -> None:
+        raise ConnectionError
+
+    hub.before_commit = fail
+    with pytest.raises(FileError):
+        surgery.push(folder, "hf://me/model")
+    assert hub.files("me/model") == {}
+    sent = len([1 for m, _, _ in hub.seen if m == "PUT"])
+    hub.before_commit, hub.lose_commits = (lambda: None), True
+    assert surgery.push(folder, "hf://me/model").verified
+    assert hub.files("me/model") == FILES and len([1 for m, _, _ in hub.seen if m == "PUT"]) == sent == 1
+
+
+def test_a_push_that_may_not_be_says_so(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="is a commit"):
+        surgery.push(folder, f"hf://me/model@{'a' * 40}")
+    with pytest.raises(UsageError, match="--public is for the hub"):
+        surgery.push(folder, "s3://bucket/x", public=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(FileError, match=r"hf://me/model: the hub says: .*401"):
+        surgery.push(folder, "hf://me/model")

@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {  # name -> its module in this packag
     "soup": ("soup", "Merge models of any formats, as a YAML of mergekit says."),
     "upcycle": ("upcycle", "Turn a dense checkpoint into a mixture of experts, with a proof."),
     "experts": ("upcycle", "Prune, keep, duplicate, merge or permute the experts of a mixture."),
-    "push": ("push", "Push a folder to a bucket, whole or not at all."),
+    "push": ("push", "Push a folder to a bucket or the hub, whole or not at all."),
     "pull": ("pull", "Pull what lies at an address into a folder, whole or not at all."),
     "data": ("data", "Turn text into token files, mix them by budget, show any batch."),
     "midtrain": ("midtrain", "Train a checkpoint of any format further, and write it in any."),

@@ -1,4 +1,4 @@
-"""`surgery push`: a folder to where others get it.
+"""`surgery push`: a folder to a bucket or the hub.
 
 surgery push SmolLM2-moe s3://bucket/SmolLM2-moe
 """
@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from surgery.cli.command import Command
-from surgery.cli.flags import JSON
+from surgery.cli.flags import JSON, flags_of, with_flags
+from surgery.storage.push import Push
 from surgery.writing.progress import progress_bar
 
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be sent; send nothing.")
@@ -20,14 +21,14 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be sent; 
 @click.command("push", cls=Command)
 @click.argument("folder", type=click.Path())
 @click.argument("address")
-@DRY_RUN
-@JSON
+@with_flags(flags_of(Push), (DRY_RUN, JSON))
 def push_command(folder: str, address: str, dry_run: bool, as_json: bool, **flags: Any) -> None:
-    """Push a folder to a bucket: checked, resumable, and read by nobody before all of it is there.
+    """Push a folder to a bucket or the hub: checked, resumable, and read by nobody before all of it is there.
 
     \b
     surgery push SmolLM2-moe s3://my-bucket/SmolLM2-moe
     surgery push SmolLM2-moe r2://my-bucket/SmolLM2-moe --dry-run
+    surgery push SmolLM2-moe hf://me/SmolLM2-moe                 one commit, with a model card
 
     The place must be empty, or hold what an earlier push of the same files left there: repeat the command after a kill.
     Weights are sent first, config.json and surgery.json last, and each object is compared with its file.
@@ -39,7 +40,7 @@ def push_command(folder: str, address: str, dry_run: bool, as_json: bool, **flag
     from surgery.storage.contents import size_of_folder
 
     with progress_bar("read", size_of_folder(folder), as_json) as advance:
-        request = push.Push(**flags, progress=advance)
+        request = Push(**{k: v for k, v in flags.items() if v is not None}, progress=advance)
         plan = push.prepare(folder, address, request)
     if dry_run:
         planned = show.planned(plan)

@@ -47,7 +47,8 @@ def pushed(done: Json) -> None:
     out.print(Rows([("sent", f"{human(done['sent_bytes'])} in {done['sent_files']} files"),
                     ("there", f"{done['files'] - done['sent_files']} files were, equal"
                      if done["files"] > done["sent_files"] else None),
-                    ("compared", compared),
+                    ("compared", "by the hub's digests" if done["commit"] else compared),
+                    ("commit", done["commit"]),
                     ("aborted", f"{done['aborted']} uploads that never ended" if done["aborted"] else None),
                     ("time", f"{done['seconds']:.1f} s")]))  # fmt: skip
     notes(out, done["notes"])

@@ -12,4 +12,6 @@ leftovers.py  uploads that never ended
 
 pull.py       what lies at an address into a folder      landing.py     the hidden folder it comes into first
 proof.py      digests that stores tell
+
+hub_push.py   the folder becomes a commit of the hub     card.py        a model card, made from surgery.json
 """

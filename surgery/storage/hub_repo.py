@@ -8,7 +8,7 @@ HF_ENDPOINT and HF_TOKEN are those of huggingface_hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,15 +39,15 @@ def said(address: Address) -> Iterator[None]:
         if isinstance(error, HFValidationError):
             raise FileError(printable(str(error), 300), file=str(address)) from None
         raise FileError("the hub's answer is none that its client understands", file=str(address)) from None
+    except RuntimeError as error:  # of an upload in a thread
+        raise FileError(f"the hub says: {printable(str(error.__cause__ or error), 300)}", file=str(address)) from None
     except (of_client, OSError) as error:
         hint = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
         raise FileError(f"the hub says: {printable(str(error), 300)}", file=str(address), hint=hint) from None
 
 
-def repository(address: Address) -> Listing:
-    """The files of a repository, or those below a folder of it, or one file; of the commit that it is at now."""
-    client = api()
-    needs_client("hf")
+def commit_of(client: Any, address: Address) -> tuple[str, list[Entry]]:
+    """The commit that a repository is at, and all its files.  Raises FileError."""
     kind = "dataset" if address.kind == "datasets" else "model"
     with said(address):
         info = client.repo_info(address.place, revision=address.revision, repo_type=kind, files_metadata=True)
@@ -55,17 +55,29 @@ def repository(address: Address) -> Listing:
         raise FileError("the hub says neither which commit it is nor what is in it", file=str(address))
     if len(info.siblings) > MOST:
         raise FileError(f"holds more than {MOST} files", file=str(address))
-    prefix = "datasets/" if kind == "dataset" else ""
+    return info.sha, [_entry(sibling, address) for sibling in info.siblings]
+
+
+def below(every: Iterable[Entry], address: Address) -> dict[str, Entry]:
+    """Those of a repository's files that lie in the folder of an address, by their path in it."""
+    skip = len(address.key) + 1 if address.key else 0
+    found = (e for e in every if not skip or e.name.startswith(f"{address.key}/"))
+    return {e.name[skip:]: Entry(e.name[skip:], e.size, e.etag) for e in found}
+
+
+def repository(address: Address) -> Listing:
+    """The files of a repository, or those below a folder of it, or one file; of the commit that it is at now."""
+    client = api()
+    needs_client("hf")
+    sha, every = commit_of(client, address)
+    prefix = "datasets/" if address.kind == "datasets" else ""
     token = client.token or _token()
     headers = {"authorization": f"Bearer {token}"} if token else None
-    raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{info.sha}", headers)
+    raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{sha}", headers)
     store = Store(address, raw, pinned=True)
-    every = [_entry(sibling, address) for sibling in info.siblings]
     if address.key and (one := [e for e in every if e.name == address.key]):
         return Listing(store, address.key, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
-    skip = len(address.key) + 1 if address.key else 0
-    below = [e for e in every if not skip or e.name.startswith(f"{address.key}/")]
-    return Listing(store, address.key, {e.name[skip:]: Entry(e.name[skip:], e.size, e.etag) for e in below})
+    return Listing(store, address.key, below(every, address))
 
 
 def _entry(sibling: Any, address: Address) -> Entry:

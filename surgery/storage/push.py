@@ -1,9 +1,9 @@
-"""Push a folder to a bucket: in parallel, each object compared, and nothing seen as a checkpoint before all is there.
+"""Push a folder to a bucket or the hub: each file compared, and nothing seen as a checkpoint before all is there.
 
     push("SmolLM2-moe", "s3://bucket/moe").verified         # True
 
-The prefix is claimed first (`claim.py`) and must be empty.  A push that was killed is gone on with by the same call;
-what is there and equal is left.
+A prefix of a bucket is claimed first (`claim.py`) and must be empty.  A push that was killed is gone on with by the
+same call; what is there and equal is left.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery.errors import FileError, MismatchError, OutputError, UsageError, show, some
-from surgery.settings import Checked, taking
+from surgery.settings import Checked, setting, taking
 from surgery.storage.address import BUCKETS, Address, is_address, parse
+from surgery.storage.card import CARD, card
 from surgery.storage.claim import claim, release, standing, taken
 from surgery.storage.contents import Item, Told, contents, digest_of, etag_of
+from surgery.storage.hub_push import Place, commit, look, message_for
 from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.store import Entry, Store, open_store
@@ -35,17 +37,26 @@ Path_ = str | os.PathLike[str]
 class Push(Checked):
     """How a folder is pushed.  `progress` is told numbers of bytes: read for their digests, and sent."""
 
+    card: bool = setting(True, "Add a model card, README.md, if there is none and surgery wrote the folder.")
+    message: str | None = setting(None, "The hub: what the commit is called.", metavar="TEXT")
+    public: bool = setting(False, "The hub: make a repository that does not exist yet for everybody to see.")
+    force: bool = setting(False, "The hub: replace what a repository holds, in the same commit.")
     progress: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
 class Pushing:
-    """What a push would do: `there` are the names of files that the place has and that are equal."""
+    """What a push would do.
+
+    etags   of a bucket's objects      there   names of files that the place has and that are equal
+    hub     the repository, if it is one
+    """
 
     address: Address
     items: tuple[Item, ...]
     etags: Mapping[str, str]
     there: frozenset[str]
+    hub: Place | None = None
 
     @property
     def bytes(self) -> int:
@@ -63,6 +74,7 @@ class Pushed:
     files, bytes     of the folder                 sent_files, sent_bytes   of it, that were not there yet
     read_back        files whose ETags are no digests, so that their bytes were compared
     aborted          uploads of an earlier push, which had not ended
+    commit           of the hub
     """
 
     source: str
@@ -75,6 +87,7 @@ class Pushed:
     aborted: int
     verified: bool
     seconds: float
+    commit: str | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -95,15 +108,22 @@ def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
         raise UsageError("surgery push takes a folder of this machine and an address",
                          hint="surgery push FOLDER s3://BUCKET/PREFIX")  # fmt: skip
     address = parse(dst)
-    if address.scheme not in BUCKETS:
-        raise UsageError(f"{show(str(address))}: only buckets are written to",
-                         hint=f"schemes: {', '.join(f'{s}://' for s in BUCKETS)}")  # fmt: skip
-    items, told = contents(Path(src)), request.progress or (lambda n: None)
+    if address.scheme not in (*BUCKETS, "hf"):
+        raise UsageError(f"{show(str(address))}: only buckets and the hub are written to",
+                         hint=f"schemes: {', '.join(f'{s}://' for s in (*BUCKETS, 'hf'))}")  # fmt: skip
+    text = card(Path(src), address.name) if request.card else None
+    generated = [(CARD, text)] if text else []
+    items = contents(Path(src), generated)
+    if address.scheme == "hf":
+        place = look(address, items, [name for name, _ in generated], request.force)
+        return Pushing(address, tuple(items), {}, place.there, place)
+    if odd := [flag for flag in ("message", "public", "force") if getattr(request, flag)]:
+        raise UsageError(f"--{odd[0]} is for the hub, not for buckets")
+    told = request.progress or (lambda n: None)
     with ThreadPoolExecutor(FILES) as pool:
         etags = list(pool.map(lambda item: etag_of(item, told), items))
     known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
-    store = open_store(address)
-    return Pushing(address, tuple(items), known, _there(store, items, known))
+    return Pushing(address, tuple(items), known, _there(open_store(address), items, known))
 
 
 def _there(store: Store, items: Sequence[Item], etags: Mapping[str, str]) -> frozenset[str]:
@@ -132,6 +152,11 @@ def is_equal(entry: Entry, size: int, etag: str) -> bool:
 def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
     """Push what `prepare` has looked at."""
     began, told = time.monotonic(), request.progress or (lambda n: None)
+    if plan.hub:
+        todo = [item for item in plan.items if item.name not in plan.there]
+        message = message_for(Path(os.path.abspath(src)).name, request.message)
+        sha = commit(plan.hub, todo, message, request.public, told) if todo or plan.hub.removed else plan.hub.parent
+        return replace(_report(plan, src, began, todo), commit=sha)
     store = open_store(plan.address)
     if len(plan.there) == len(plan.items) and not standing(store):
         return _report(plan, src, began)
@@ -207,4 +232,4 @@ def _report(
 ) -> Pushed:  # fmt: skip
     size, seconds = sum(item.size for item in sent), time.monotonic() - began
     return Pushed(os.fspath(src), str(plan.address), len(plan.items), plan.bytes, len(sent), size, read_back, aborted,
-                  True, seconds, notes)  # fmt: skip
+                  True, seconds, None, notes)  # fmt: skip
