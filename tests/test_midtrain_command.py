@@ -14,6 +14,9 @@ from click.testing import CliRunner
 from surgery.cli.main import main
 from surgery.conversion.convert import convert
 from surgery.formats.registry import open_checkpoint
+from surgery.midtraining.evaluation.opened import open_for_evaluation
+from surgery.midtraining.evaluation.run import Wanted, evaluate
+from surgery.midtraining.report.tables import tables
 from surgery.midtraining.run_file import make_run, read_run
 from surgery.midtraining.run_folder import read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
@@ -115,6 +118,27 @@ def test_the_same_settings_give_the_same_numbers(trained, place):
     assert (place / "again" / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
     said = invoke("midtrain", str(place / "run.yaml"), "--set", "resume=never", fails=True)
     assert "holds a run already" in said
+
+
+def test_running_means_are_evaluated_and_leave_no_trace(trained, place):
+    """As what is exported of them is, by itself."""
+    sets = ["--set", "average={last: 2, ema: 0.5, every: 5}", "--set", "evaluation.every=10", "--set",
+            "export={to: hf, dtype: fp32}", "--set", "skip_self_tests=[mesh, head, isolation]"]  # fmt: skip
+    said = invoke("midtrain", str(place / "run.yaml"), "--output", str(place / "means"), *sets)
+    run, plan = read_folder(place / "means"), str(place / "plan")
+    assert (place / "means" / "metrics.jsonl").read_bytes() == (trained[1] / "metrics.jsonl").read_bytes()
+    assert [(e["step"], [*e.get("averages", ())]) for e in run.evals] == [
+        (0, []), (10, ["ema"]), (20, ["last", "ema"]), (25, ["last", "ema"])
+    ]  # fmt: skip
+    means = run.evals[-1]["averages"]
+    assert f"averages/ema/heldout/prose/loss={means['ema']['heldout']['prose']['loss']:.6g}" in said
+    table = next(t for t in tables([run], {}) if t.section == "Held-out loss")
+    assert [row[0].text for row in table.rows][-3:] == ["means", "means, last", "means, ema"]
+    for name, losses in [("", run.evals[-1]["heldout"]), *((f"-{n}", means[n]["heldout"]) for n in means)]:
+        model = open_for_evaluation(str(place / "means" / "export" / f"step000000025-hf{name}"))
+        alone = evaluate(model, Wanted(data=[plan], limit=64))[0]["heldout"]
+        assert {n: x["loss"] for n, x in alone.items()} == pytest.approx({n: x["loss"] for n, x in losses.items()})
+    assert len({losses["heldout"]["prose"]["loss"] for losses in (run.evals[-1], *means.values())}) == 3
 
 
 def test_a_dry_run_measures_and_writes_nothing(place, monkeypatch):

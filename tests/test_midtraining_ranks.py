@@ -5,6 +5,7 @@ This file is the test and what each process runs.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -63,11 +64,28 @@ def divided(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=both)
 
 
+def doubled(model):
+    """Losses with twice the weights standing in, and before and after."""
+    from surgery.midtraining.averages import standing_in
+    from surgery.midtraining.model import weights_now
+
+    def loss():
+        return float(model(IDS, labels=IDS, use_cache=False).loss)
+
+    with torch.no_grad():
+        found = [loss()]
+        with standing_in(model, {name: 2 * tensor for name, tensor in weights_now(model, {}).items()}):
+            found.append(loss())
+        return [*found, loss()]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for build, backend in ((sharded, "padded"), (divided, "grouped_mm")):
-        grads, reading = step(build(folder), backend, IDS.chunk(2)[dist.get_rank()])
+        model = build(folder)
+        (folder / f"{build.__name__}-{dist.get_rank()}").write_text(json.dumps(doubled(model)))
+        grads, reading = step(model, backend, IDS.chunk(2)[dist.get_rank()])
         if dist.get_rank() == 0:
             torch.save((grads, reading["load"]), folder / f"{build.__name__}.pt")
     dist.barrier()
@@ -82,8 +100,14 @@ def test_two_ranks_are_one(tmp_path):
     words = [sys.executable, __file__, str(folder)]
     run = subprocess.run(words, capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr[-4000:]
-    want, reading = step(tiny.model("olmoe", l=2), "loop", IDS)
+    whole = tiny.model("olmoe", l=2)
+    losses = doubled(whole)
+    assert losses[0] == losses[2] != losses[1]
+    want, reading = step(whole, "loop", IDS)
     for way in ("sharded", "divided"):
+        for rank in (0, 1):
+            found = json.loads((folder / f"{way}-{rank}").read_text())
+            assert found[0] == found[2] and found == pytest.approx(losses, rel=1e-5)
         got, load = torch.load(folder / f"{way}.pt", weights_only=True)
         assert load == [pytest.approx(x) for x in reading["load"]]
         assert got.keys() == want.keys()

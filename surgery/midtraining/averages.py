@@ -3,19 +3,24 @@
     averages = Averages(job.run.average, job.weights(), steps=1600)
     averages.add(step, job.weights())              # after every step
     averages.weights("last"), averages.weights("ema")
+    with standing_in(job.model, averages.weights("ema")):
+        loss = heldout_loss(job.model, domains)
 
 They are fp32, divided among processes as the weights are, and part of the state that a checkpoint keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from surgery.midtraining.model import weights_now
 from surgery.midtraining.parallel import local
 from surgery.midtraining.settings import Average
+from surgery.midtraining.sharding import at_rest
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -46,6 +51,10 @@ class Averages:
         for key, mean in self.means[name].items():
             local(mean).lerp_(local(weights[key]).float(), share)
 
+    def seen(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The means that have a point."""
+        return {name: self.means[name] for name, points in self.points.items() if points}
+
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """A mean; its keys are the weights'."""
         return self.means[name]
@@ -59,3 +68,22 @@ class Averages:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.points.update(state["points"])
+
+
+@contextmanager
+def standing_in(model: Any, mean: Weights) -> Iterator[None]:
+    """The model with a mean in the place of its weights, which are kept aside and then put back, bit for bit."""
+    held = weights_now(model, {})
+    kept = {name: local(tensor).clone() for name, tensor in held.items()}
+    _put(held, mean)
+    try:
+        yield
+    finally:
+        at_rest(model)
+        _put(held, kept)
+
+
+@torch.no_grad()
+def _put(held: Weights, weights: Weights) -> None:
+    for name, tensor in held.items():
+        local(tensor).copy_(local(weights[name]))

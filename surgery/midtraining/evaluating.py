@@ -1,4 +1,5 @@
-"""Evaluate the model of a run while it runs: losses on held-out rows of each source, tasks by log-likelihood.
+"""Evaluate the model of a run while it runs: losses on held-out rows of each source, tasks by log-likelihood; and the
+running means of its weights likewise.
 
 evaluations = Evaluations(job, told)          # everything is read and encoded once
 evaluations.at(0, tokens=0)                   # the model before the run
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from surgery.data.rows import Rows
 from surgery.data.tokenizing.vocabulary import load_vocabulary
 from surgery.midtraining import parallel
+from surgery.midtraining.averages import Averages, standing_in
 from surgery.midtraining.evaluation.domains import heldout_loss
 from surgery.midtraining.evaluation.opened import CONTEXT, Opened
 from surgery.midtraining.evaluation.resting import Ranks
@@ -47,18 +49,27 @@ class Evaluations:
     def __call__(self, job: Job, state: State) -> None:
         step, every = state["progress"].step, self.wanted.every
         if step == job.course.layout.steps or (every and step % every == 0):
-            self.at(step, state["progress"].tokens)
+            self.at(step, state["progress"].tokens, state.get("averages"))
 
-    def at(self, step: int, tokens: int) -> None:
-        """Evaluate now, if there is anything to evaluate on."""
-        record: dict[str, Any] = {"step": step, "tokens": tokens}
+    def at(self, step: int, tokens: int, averages: Averages | None = None) -> None:
+        """Evaluate now, if there is anything to evaluate on; also the means that have seen a point."""
+        if not self.domains and not self.suite:
+            return
+        record: dict[str, Any] = {"step": step, "tokens": tokens, **self._found()}
+        for name, mean in averages.seen().items() if averages else ():
+            with standing_in(self.job.model, mean):
+                record.setdefault("averages", {})[name] = self._found()
+        self.told.evaluation(record)
+
+    def _found(self) -> dict[str, Any]:
+        """Of the model as it is."""
+        found: dict[str, Any] = {}
         with self.job.objective.precision.computing(self.job.world.device):
             if self.domains:
-                record["heldout"] = heldout_loss(self.job.model, self.domains, self.opened.lengths, ranks=self.ranks)
+                found["heldout"] = heldout_loss(self.job.model, self.domains, self.opened.lengths, ranks=self.ranks)
             if self.suite:
-                record["tasks"] = self.suite.run(self.job.model, ranks=self.ranks)
-        if len(record) > 2:
-            self.told.evaluation(record)
+                found["tasks"] = self.suite.run(self.job.model, ranks=self.ranks)
+        return found
 
 
 def _domains(job: Job, rows: int) -> dict[str, Rows]:

@@ -115,11 +115,13 @@ def _router(router: Mapping[str, Any]) -> Iterable[str | None]:
 
 
 def evaluated(record: Record) -> str:
-    """An evaluation in one line: the loss of every domain, the accuracy (or bits per byte) of every task."""
+    """An evaluation in one line: the loss of every domain, the accuracy (or bits per byte) of every task; then those of
+    running means."""
+    means = [f"{name}: {evaluated(found)}" for name, found in (record.get("averages") or {}).items()]
     heldout = {name: flat(found).get("loss") for name, found in (record.get("heldout") or {}).items()}
     tasks = {name.partition("/")[0]: _main(found) for name, found in (record.get("tasks") or {}).items()}
     told = {printable(name): _number(value, "{:.3f}") for name, value in {**heldout, **tasks}.items()}
-    return _join(f"{name} {value}" for name, value in told.items() if value)
+    return _join((*(f"{name} {value}" for name, value in told.items() if value), *means))
 
 
 def _main(found: Record) -> Any:

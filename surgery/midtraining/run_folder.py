@@ -17,7 +17,7 @@ times.jsonl     a line for each step: step, seconds, tokens_per_second, tokens_p
                 mfu, and `parts` {data, compute, optimizer ... elsewhere}; the last is what lay between the step before
                 and this one, evaluations and checkpoints, and is in no other number but the means
 evals.jsonl     a line for each evaluation: step, tokens, heldout {domain: {loss, bpb, tokens, bytes}},
-                tasks {task: {documents, acc, acc_norm, bpb, ...}}
+                tasks {task: {documents, acc, acc_norm, bpb, ...}}; averages {"last" or "ema": {heldout, tasks}}
 experts.jsonl   now and then: step, and a reading of `router_telemetry.py`: layers, load [layer][expert] (share of the
                 choices), together [layer][expert][expert] (share of the first one's tokens), by_source {name: load},
                 weight_drift [layer] ...

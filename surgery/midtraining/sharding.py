@@ -140,8 +140,9 @@ def trunk(model: Any) -> Any:
 
 def at_rest(model: Any) -> Any:
     """The model, with every parameter divided again, where a pass without gradients has left some whole."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     return model
 
 

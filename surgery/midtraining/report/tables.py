@@ -58,12 +58,15 @@ def tables(runs: Sequence[RunFolder], soup: Mapping[str, Any]) -> list[Table]:
 
 
 def final_losses(runs: Sequence[RunFolder], soup: Mapping[str, Any], metric: str = "loss") -> list[tuple[str, Losses]]:
-    """What the model before the runs, each run and the soup came to, by domain."""
+    """What the model before the runs, each run with its running means, and the soup came to, by domain."""
     out: list[tuple[str, Losses]] = []
     start = next((r.evals[0] for r in runs if r.evals and r.evals[0]["step"] == 0), None)
     if start:
         out.append((BASE, _by_domain(start, metric)))
-    out += [(run.title, _by_domain(run.evals[-1], metric)) for run in runs if run.evals and run.evals[-1]["step"] > 0]
+    for run in runs:
+        if run.evals and (last := run.evals[-1])["step"] > 0:
+            out.append((run.title, _by_domain(last, metric)))
+            out += [(f"{run.title}, {n}", _by_domain(each, metric)) for n, each in named(last, "averages").items()]
     seen = {name for name, _ in out}
     for name, entry in zip(ingredients_of(soup), listed(soup, "ingredients"), strict=True):
         if name not in seen:
