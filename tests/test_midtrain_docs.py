@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from surgery.cli.main import main
 from surgery.conversion.convert import convert
 from surgery.formats.registry import open_checkpoint
+from surgery.midtraining import launching
 from surgery.midtraining.conventions import CONVENTIONS
 from surgery.midtraining.run_folder import read_folder, read_soup
 from surgery.midtraining.selftests import MOVED, TESTS
@@ -44,7 +45,10 @@ def blocks(kind: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_page(reader):
+def test_the_page(reader, monkeypatch):
+    """But for the line with --nproc, which starts the like in test_midtrain_ranks.py."""
+    started = []
+    monkeypatch.setattr(launching, "launch", lambda words, nproc: started.append((words, nproc)) or 0)
     for text in blocks("yaml"):
         name = re.match(r"# (\S+)", text)[1]
         for old, new in SMALL.items():
@@ -60,6 +64,7 @@ def test_the_page(reader):
     assert "learning rate, step 1 to 27" in said["surgery midtrain run.yaml --dry-run"]
     foretold = said["surgery midtrain run.yaml --dry-run --nproc 2 --nnodes 2"]
     assert foretold.count("torchrun --nnodes 2 ") == 2 and "1 x 2 rows on a device" in foretold
+    assert started == [(["midtrain", "run.yaml"], 2)]
     assert Path("runs/soup/kept/config.json").is_file() and len(read_soup(Path("runs/soup"))["ingredients"]) == 3
     run = read_folder(Path("runs/anneal"))
     assert (run.status, run.steps) == ("finished", 27)

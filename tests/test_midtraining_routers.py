@@ -206,7 +206,9 @@ def test_fp32_routers_under_autocast(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "autocast"), [("grouped_mm", False), ("padded", True)])
+@pytest.mark.parametrize(("backend", "autocast"), [
+    ("padded", True), pytest.param("grouped_mm", False, marks=pytest.mark.thorough),
+])  # fmt: skip
 def test_compiled_models_are_heard_too(backend, autocast):
     model = tiny.model("olmoe", l=1)
     mixtures = find_mixtures(model)
