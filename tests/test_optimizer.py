@@ -18,7 +18,6 @@ import surgery
 from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.flat import aligned
-from surgery.formats.megatron.dist_optimizer import STATE
 from surgery.formats.megatron.files import open_rank
 from surgery.formats.megatron.order import place
 from surgery.formats.optimizer import MASTER, MOMENTS, ROLES, M, V
@@ -333,19 +332,6 @@ def _chunks(folder: Path, file: str) -> list[Extent]:
     steps = [t for n, t in Dcp(folder / "model_and_optim").tensors.items() if n.endswith(".step")]
     leaves = [node for t in steps for node in walk(t) if isinstance(node, Extent)]
     return [leaf for leaf in leaves if Path(leaf.file.path).name == file]
-
-
-def test_buffers_of_ranks_are_refused(tmp_path):
-    """The default of core 0.15 and later: it is said what to do, and the weights alone still go."""
-    folder = copied("megatron-cells", tmp_path / "run")
-    where = folder / "iter_0000002"
-    data = (where / ".metadata").read_bytes()
-    for role in ("fp32_param", M, V):
-        name = f"optimizer.state.{role}.".encode()
-        data = data.replace(
-            name, name.replace(b"optimizer.state.", b"optimizer.distributed."[: len(b"optimizer.state.")])
-        )
-    assert not STATE.search(data.decode("latin1"))
 
 
 @pytest.mark.parametrize("lie", ["shape", "count", "pickle", "group"])

@@ -226,6 +226,12 @@ def notes_of(checkpoint: Checkpoint, topology: Topology, multiple: int) -> list[
     if spec.rope and spec.rope.scaling.get("type") == "llama3" and spec.rope.scaling["factor"] != BUILT_IN_FACTOR:
         notes.append(f"the rope's factor is {spec.rope.scaling['factor']}; pretrain_gpt.py computes with "
                      f"{BUILT_IN_FACTOR:g} whatever rope_scaling_factor says, up to core 0.20 at least")  # fmt: skip
+    if checkpoint.optimizer is not None:
+        notes.append(
+            "the scheduler is written at the rate of the last update, held constant: Megatron stops where its "
+            "arguments say otherwise, unless --override-opt_param-scheduler takes these (your schedule, at the samples "
+            "consumed so far) or --use-checkpoint-opt_param-scheduler takes what is written (the same rate for ever)"
+        )
     if any(spec.windows):
         notes.append("window_size needs core 0.13 or newer: older releases attend to everything")
     return notes
