@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import surgery
-from surgery.errors import FileError, SurgeryError, UsageError
+from surgery.cli.main import main
+from surgery.errors import FileError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.storage import mirror
 from surgery.storage.address import is_address, parse
@@ -263,3 +265,46 @@ def test_soups_and_upcycling_take_addresses(store: Store, tiny_hf: Callable[[str
     assert surgery.verify(tmp_path / "merged", source).verdict == "the same model"
     done = surgery.upcycle(url, tmp_path / "moe", experts=2, top_k=1, strategy="copy")
     assert done.proof and done.proof.verdict == "exact"
+
+
+@pytest.mark.thorough
+def test_soups_and_upcycling_write_to_addresses(store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny_hf("llama")
+    moe = surgery.upcycle(source, f"s3://{BUCKET}/moe", experts=2, top_k=1, strategy="copy")
+    assert moe.report.output == f"s3://{BUCKET}/moe"
+    assert surgery.collapse(f"s3://{BUCKET}/moe", f"s3://{BUCKET}/dense").proof
+    assert surgery.verify(source, f"s3://{BUCKET}/dense").verdict == "the same model"
+    shutil.copytree(source, tmp_path / "two")
+    models = [{"model": str(path), "parameters": {"weight": 1}} for path in (source, tmp_path / "two")]
+    surgery.soup({"merge_method": "linear", "models": models}, f"s3://{BUCKET}/merged")
+    assert surgery.verify(source, f"s3://{BUCKET}/merged").verdict == "the same model"
+    assert b"merge_method: linear" in store.client.get_object(Bucket=BUCKET, Key="merged/README.md")["Body"].read()
+
+
+def test_a_conversion_to_an_address_is_there_whole_or_not_at_all(
+    store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, url = tiny_hf("llama"), f"s3://{BUCKET}/outgoing"
+
+    def keys() -> set[str]:
+        return {o["Key"] for o in store.client.list_objects_v2(Bucket=BUCKET, Prefix="outgoing/").get("Contents", [])}
+
+    def fail(number: int, method: str, path: str) -> str | None:
+        return "redirect" if method == "PUT" and path.endswith("/surgery.json") else None
+
+    store.proxy.fault = fail
+    with pytest.raises(FileError, match=r"surgery\.json"):
+        surgery.convert(source, url, to="hf")
+    assert "outgoing/.surgery-push.json" in keys() and "outgoing/surgery.json" not in keys()
+    with pytest.raises(FileError, match="a push that has not ended"):
+        open_checkpoint(url)
+    store.proxy.fault = none
+    words = ["convert", str(source), url, "--to", "hf", "--dtype", "bf16", "--json"]
+    done = CliRunner().invoke(main, words)  # other bytes take the place of what was begun
+    assert json.loads(done.stdout)["output"] == url
+    assert open_checkpoint(url).dtype == "bfloat16" and "outgoing/.surgery-push.json" not in keys()
+    assert not list((tmp_path / "cache" / "outgoing").iterdir())
+    with pytest.raises(OutputError, match="holds other objects"):
+        surgery.convert(source, url, to="hf")
+    with pytest.raises(UsageError, match="--force replaces nothing in a bucket"):
+        surgery.convert(source, url, to="hf", force=True)

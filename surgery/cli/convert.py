@@ -34,10 +34,11 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
     appears under its name; it appears whole or not at all. A run that was killed goes on when it is repeated.
     """
     from dataclasses import asdict
-    from pathlib import Path
+    from functools import partial
 
     from surgery.cli import show
     from surgery.conversion.convert import carried_out, prepare, task_of
+    from surgery.storage.outgoing import outgoing
     from surgery.writing.staging import check_free
 
     request = Convert(**values_of(Convert, flags), command=["surgery", *sys.argv[1:]])
@@ -46,7 +47,8 @@ def convert_command(src: str, dst: str, as_json: bool, **flags: Any) -> None:
         planned = show.plan_data(plan)
         click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
         return
-    check_free(Path(dst), request.force)
-    with progress_bar("convert", plan.bytes_to_write, as_json) as advance:
-        report = carried_out(plan, dst, request, task_of(src, dst, request), advance)
+    with outgoing(dst, request, partial(progress_bar, "push", quiet=as_json)) as place:
+        check_free(place, request.force)
+        with progress_bar("convert", plan.bytes_to_write, as_json) as advance:
+            report = carried_out(plan, place, request, task_of(src, place, request), advance)
     click.echo(json.dumps(asdict(report), indent=2)) if as_json else show.report(report)

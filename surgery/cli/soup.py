@@ -41,9 +41,12 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
     files: merge_configs/.
     """
     from dataclasses import asdict
+    from functools import partial
 
     from surgery.cli import show
     from surgery.merging import run
+    from surgery.storage.address import is_address, parse
+    from surgery.storage.outgoing import outgoing
     from surgery.writing.staging import check_free
 
     request = Soup(**values_of(Soup, flags), command=["surgery", *sys.argv[1:]])
@@ -53,9 +56,10 @@ def soup_command(config: str, dst: str, as_json: bool, **flags: Any) -> None:
         planned = _planned(recipe, request)
         click.echo(json.dumps(planned, indent=2)) if as_json else show.plan(planned)
         return
-    check_free(Path(dst), request.force)
-    recipe, tried = _chosen(recipe, request, choosing, dst)
-    report = _merged(recipe, request, dst, as_json)
+    with outgoing(dst, request, partial(progress_bar, "push", quiet=as_json)) as place:
+        check_free(place, request.force)
+        recipe, tried = _chosen(recipe, request, choosing, parse(dst).name if is_address(dst) else dst)
+        report = _merged(recipe, request, place, as_json)
     if as_json:
         click.echo(json.dumps({**asdict(report), **({"tried": tried} if tried else {})}, indent=2))
     else:
@@ -92,7 +96,7 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
     return best, tried.to_json()
 
 
-def _merged(recipe: Recipe, request: Soup, dst: str, quiet: bool) -> Report | Share:
+def _merged(recipe: Recipe, request: Soup, dst: Path, quiet: bool) -> Report | Share:
     """Merge, and show how far it is."""
     from surgery.merging import run
 

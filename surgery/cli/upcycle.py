@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ from surgery.cli.command import Command
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
 from surgery.upcycling.dense_to_moe.settings import Settings
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
-from surgery.writing.progress import progress_bars
+from surgery.writing.progress import progress_bar, progress_bars
 
 R = TypeVar("R", bound=Proven)
 RECIPE = click.option("--recipe", type=click.Path(), help="A YAML file with any of these settings; flags win over it.")
@@ -93,8 +95,6 @@ def _made(cls: type[R], values: dict[str, Any], file: str | None = None) -> R:
 
 def _upcycle(flags: dict[str, Any]) -> Upcycle:
     """Raises UsageError, or ConfigError for a recipe that makes no sense by itself."""
-    from contextlib import nullcontext
-
     from surgery.settings import in_file, keywords
 
     path = flags["recipe"]
@@ -114,18 +114,21 @@ def _finish(prepared: Callable[[Any], Any], dst: str, request: Proven, flags: di
     """Show the plan, or carry it out and show the outcome; `prepared` is told where models run."""
     from surgery.cli import show_upcycling as render
     from surgery.running.device import device
+    from surgery.storage.outgoing import outgoing
     from surgery.upcycling import run
     from surgery.writing.staging import check_free
 
     dry, as_json = flags["dry_run"], flags["as_json"]
-    if not dry:
-        check_free(Path(dst), request.force)
-    with progress_bars(as_json) as begin:
-        ready = prepared(device(request.device, begin("measure", None)))
-        done = None if dry else run.carry_out(
-            ready, dst, progress=begin("write", ready.plan.bytes_to_write),
-            proving=begin("prove", ready.bytes_to_prove),
-        )  # fmt: skip
+    pushing = partial(progress_bar, "push", quiet=as_json)
+    with nullcontext(Path(dst)) if dry else outgoing(dst, request, pushing) as place:
+        if not dry:
+            check_free(place, request.force)
+        with progress_bars(as_json) as begin:
+            ready = prepared(device(request.device, begin("measure", None)))
+            done = None if dry else run.carry_out(
+                ready, place, progress=begin("write", ready.plan.bytes_to_write),
+                proving=begin("prove", ready.bytes_to_prove),
+            )  # fmt: skip
     if done is None:
         data = render.plan_data(ready)
         click.echo(json.dumps(data, indent=2)) if as_json else render.plan(data)

@@ -32,6 +32,7 @@ from surgery.formats.topology import Topology
 from surgery.formats.unknown import ALL
 from surgery.model.wording import in_words
 from surgery.settings import taking
+from surgery.storage.outgoing import outgoing
 from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.units import human
@@ -53,11 +54,12 @@ def convert(src: Path_, dst: Path_, request: Convert) -> Report:
 
     surgery.convert("Llama-2-7b", "Llama-2-7b-hf", to="hf", dtype="bf16")
 
-    `dst` appears whole or not at all, and a run that was killed goes on when it is repeated.  Raises SurgeryError;
-    nothing half-written is left under `dst`.
+    `dst` appears whole or not at all, and a run that was killed goes on when it is repeated; it may be an address.
+    Raises SurgeryError; nothing half-written is left under `dst`.
     """
-    check_free(Path(dst), request.force)
-    return whole(carried_out(prepare(src, request), dst, request, task_of(src, dst, request)))
+    with outgoing(dst, request) as place:
+        check_free(place, request.force)
+        return whole(carried_out(prepare(src, request), place, request, task_of(src, place, request)))
 
 
 def task_of(src: Path_, dst: Path_, request: Convert) -> Task:
@@ -316,7 +318,7 @@ def _report(
     return Report(
         source=shown(plan.source.path),
         source_format=plan.source.format,
-        output=str(dst),
+        output=shown(dst),
         output_format=plan.to.name,
         topology=plan.parallel,
         files=len(plan.output.files) + 1,

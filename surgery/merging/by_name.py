@@ -237,7 +237,7 @@ class Merge:
                             progress=progress or request.progress, force=request.force, durable=request.sync,
                             threads=self.threads, closing=close, compare=request.verify)  # fmt: skip
         return Report(
-            source=str(self.recipe.donor), source_format="hf", output=str(dst), output_format="hf", topology={},
+            source=str(self.recipe.donor), source_format="hf", output=shown(dst), output_format="hf", topology={},
             files=len(self.files) + 1, bytes=done.bytes, read_bytes=done.read_bytes,
             resumed_bytes=done.resumed_bytes, seconds=time.monotonic() - began, verify_seconds=seconds,
             peak_memory=done.peak, max_memory=request.memory, source_digest=None,

@@ -21,7 +21,7 @@ from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text
 from surgery.conversion.report import Report, version
-from surgery.errors import ConfigError, LayoutError, UsageError, some
+from surgery.errors import ConfigError, LayoutError, UsageError, shown, some
 from surgery.formats.base import PROVENANCE
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import model_folder
@@ -70,7 +70,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
             files, dst, max_memory=request.memory, job={"mergekit": os.urandom(8).hex()}, force=request.force
         )
     return Report(
-        source=str(recipe.donor), source_format="hf", output=str(dst), output_format="hf", topology={},
+        source=str(recipe.donor), source_format="hf", output=shown(dst), output_format="hf", topology={},
         files=len(files), bytes=done.bytes, read_bytes=done.read_bytes, resumed_bytes=0,
         seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=request.memory,
         source_digest=None, content_digest="", verified=True, notes=tuple(notes),

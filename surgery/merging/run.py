@@ -33,6 +33,7 @@ from surgery.merging.request import Soup
 from surgery.merging.way import MERGEKIT, NAMES, TABLE, way
 from surgery.running.expected import check_loads
 from surgery.settings import taking
+from surgery.storage.outgoing import outgoing
 from surgery.tensors.files import size_of
 from surgery.writing import stream
 from surgery.writing.ahead import cores
@@ -54,8 +55,9 @@ def soup(config: Config, dst: str | os.PathLike[str], request: Soup) -> Report:
     `config` is a YAML file, a mapping or a Recipe; `dst` appears whole or not at all.  The same config, models and
     seed give the same bytes whatever the memory and the threads.  Raises SurgeryError.
     """
-    check_free(Path(dst), request.force)
-    return whole(merge(read(config), dst, request))
+    with outgoing(dst, request) as place:
+        check_free(place, request.force)
+        return whole(merge(read(config), place, request))
 
 
 def merge(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,8 +22,11 @@ from surgery.storage.store import TRIES, Store
 LIMIT = 1 << 16  # bytes of the object
 
 
-def claim(store: Store, plan: str, files: int, size: int) -> bool:
-    """Make the object, or find that of the same plan.  Raises OutputError if the prefix is another push's."""
+def claim(store: Store, plan: str, files: int, size: int, supersedes: Sequence[str] = ()) -> bool:
+    """Make the object, or find that of the same plan, or put it in the place of one that it `supersedes`.
+
+    Raises OutputError if the prefix is another push's.
+    """
     import obstore
 
     key, run = store.address.below(UNFINISHED), uuid.uuid4().hex
@@ -45,6 +48,10 @@ def claim(store: Store, plan: str, files: int, size: int) -> bool:
             if there.get("run") == run:  # the answer was lost, and the client has tried again
                 return False
             if there.get("plan") == plan:
+                return True
+            if there.get("plan") in supersedes:
+                with store.said(key):
+                    obstore.put(store.raw, key, text, use_multipart=False)
                 return True
             raise taken(store, there)
     raise FileError("comes and goes: another push is at work", file=store.url(key))

@@ -35,12 +35,17 @@ Path_ = str | os.PathLike[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Push(Checked):
-    """How a folder is pushed.  `progress` is told numbers of bytes: read for their digests, and sent."""
+    """How a folder is pushed.
+
+    supersedes   digests of plans whose unfinished push to the same bucket this one replaces
+    progress     is told numbers of bytes: read for their digests, and sent
+    """
 
     card: bool = setting(True, "Add a model card, README.md, if there is none and surgery wrote the folder.")
     message: str | None = setting(None, "The hub: what the commit is called.", metavar="TEXT")
     public: bool = setting(False, "The hub: make a repository that does not exist yet for everybody to see.")
     force: bool = setting(False, "The hub: replace what a repository holds, in the same commit.")
+    supersedes: tuple[str, ...] = ()
     progress: Callable[[int], None] | None = None
 
 
@@ -123,17 +128,24 @@ def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
     with ThreadPoolExecutor(FILES) as pool:
         etags = list(pool.map(lambda item: etag_of(item, told), items))
     known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
-    return Pushing(address, tuple(items), known, _there(open_store(address), items, known))
+    return Pushing(address, tuple(items), known, _there(open_store(address), items, known, request.supersedes))
 
 
-def _there(store: Store, items: Sequence[Item], etags: Mapping[str, str]) -> frozenset[str]:
+def digest(plan: Pushing) -> str:
+    """What tells a push from one of other files; of the hub, whose commits need none, nothing."""
+    return digest_of(plan.items, [plan.etags.get(item.name, "") for item in plan.items])
+
+
+def _there(
+    store: Store, items: Sequence[Item], etags: Mapping[str, str], supersedes: Sequence[str] = ()
+) -> frozenset[str]:
     """The names of what is there already.  Raises OutputError if the place is another's."""
     found = {e.name: e for e in store.list(store.address.key, MOST + 1) if e.name and not e.name.endswith("/")}
     sizes = {item.name: item.size for item in items}
     equal = frozenset(n for n, size in sizes.items() if n in found and is_equal(found[n], size, etags[n]))
     if UNFINISHED in found:
         plan = standing(store)
-        if plan and plan.get("plan") != digest_of(items, [etags[item.name] for item in items]):
+        if plan and plan.get("plan") not in (digest_of(items, [etags[i.name] for i in items]), *supersedes):
             raise taken(store, plan)
         odd = found.keys() - {UNFINISHED, *sizes}
     else:
@@ -160,12 +172,12 @@ def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
     store = open_store(plan.address)
     if len(plan.there) == len(plan.items) and not standing(store):
         return _report(plan, src, began)
-    digest = digest_of(plan.items, [plan.etags[item.name] for item in plan.items])
-    claim(store, digest, len(plan.items), plan.bytes)
-    try:
-        plan = replace(plan, there=_there(store, plan.items, plan.etags))  # what came before the claim was made
+    goes_on = claim(store, digest(plan), len(plan.items), plan.bytes, request.supersedes)
+    try:  # what came before the claim was made
+        plan = replace(plan, there=_there(store, plan.items, plan.etags, request.supersedes))
     except OutputError:
-        release(store)
+        if not goes_on:
+            release(store)
         raise
     aborted, notes = _aborted(store, plan)
     todo = [item for item in plan.items if item.name not in plan.there]

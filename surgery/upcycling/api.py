@@ -7,9 +7,8 @@ surgery.collapse("moe", "dense").report.content_digest
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from surgery.settings import taking
+from surgery.storage.outgoing import outgoing
 from surgery.upcycling.request import Collapse, Edit, Upcycle
 from surgery.upcycling.run import Outcome, Path_, carry_out, prepare, prepare_collapse, prepare_edit
 from surgery.writing.staging import check_free
@@ -24,8 +23,9 @@ def upcycle(src: Path_, dst: Path_, request: Upcycle) -> Outcome:
     `progress` and `proving` are told numbers of bytes, of writing and of the proof.  Raises SurgeryError; `dst`
     appears whole, read back and proven as promised, or not at all.
     """
-    check_free(Path(dst), request.force)
-    return carry_out(prepare(src, request), dst)
+    with outgoing(dst, request) as place:
+        check_free(place, request.force)
+        return carry_out(prepare(src, request), place)
 
 
 @taking(Edit)
@@ -36,8 +36,9 @@ def experts(src: Path_, dst: Path_, request: Edit) -> Outcome:
 
     The rest is as for `upcycle`.  Raises SurgeryError.
     """
-    check_free(Path(dst), request.force)
-    return carry_out(prepare_edit(src, request), dst)
+    with outgoing(dst, request) as place:
+        check_free(place, request.force)
+        return carry_out(prepare_edit(src, request), place)
 
 
 @taking(Collapse)
@@ -48,5 +49,6 @@ def collapse(src: Path_, dst: Path_, request: Collapse) -> Outcome:
 
     The rest is as for `upcycle`.  Raises SurgeryError.
     """
-    check_free(Path(dst), request.force)
-    return carry_out(prepare_collapse(src, request), dst)
+    with outgoing(dst, request) as place:
+        check_free(place, request.force)
+        return carry_out(prepare_collapse(src, request), place)
