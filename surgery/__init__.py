@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from surgery.upcycling.api import collapse, experts, upcycle
     from surgery.verification import verify
 
+__version__ = "0.2.0.dev0"
+
 __all__ = [
     "Topology", "collapse", "convert", "describe", "experts", "open_checkpoint", "open_tensors", "pull",
     "push", "save_checkpoint", "soup", "upcycle", "verify",
@@ -59,13 +61,6 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import surgery` costs nothing."""
-    if name == "__version__":
-        from importlib import metadata
-
-        try:
-            return metadata.version("checkpoint-surgery")
-        except metadata.PackageNotFoundError:
-            return "unknown"
     if name not in _WHERE:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
     import importlib

@@ -1,7 +1,7 @@
 """The command line: `main.py`, and a file per command; imports everything, and nothing imports it.
 
 main.py       the commands, a line each      group.py      which imports the one that is called, and shows errors
-flags.py      flags made of requests         command.py    flags that all have, and help in sections
+flags.py (plain_flags.py)   flags              command.py    flags that all have, and help in sections
 terminal.py   streams, signals, logging      console.py    what is printed for people, escaped
 
 inspect.py convert.py verify.py formats.py ask.py soup.py upcycle.py push.py pull.py      a command each

@@ -17,9 +17,10 @@ from typing import Any, get_origin
 import click
 
 from surgery import settings
+from surgery.cli.plain_flags import JSON as JSON
+from surgery.cli.plain_flags import Flag
+from surgery.cli.plain_flags import with_flags as with_flags
 from surgery.conversion.request import Write
-
-Flag = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 SHARD_SIZE = click.option("--shard-size", metavar="SIZE", help="Largest weight file of the output, where its format "
                           "has that option. [default: 5GB]")  # fmt: skip
@@ -27,7 +28,6 @@ DRY_RUN = click.option("--dry-run", is_flag=True, help="Show the plan: files, by
                        "guessed; write nothing.")  # fmt: skip
 ALLOW_UNKNOWN = click.option("--allow-unknown", multiple=True, metavar="NAME", help="Go on though this key of a "
                              "config, or this dtype of weights, is not understood. Repeatable.")  # fmt: skip
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 
 def OPTIONS(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,17 +35,6 @@ def OPTIONS(function: Callable[..., Any]) -> Callable[..., Any]:
     option = click.option("-O", "options", multiple=True, metavar="NAME=VALUE",
                           help="A choice of a format; see `surgery formats`. Repeatable.")  # fmt: skip
     return option(ALLOW_UNKNOWN(function))
-
-
-def with_flags(*groups: Sequence[Flag]) -> Flag:
-    """A decorator that gives a command all flags of these groups, in this order."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for flag in reversed([flag for group in groups for flag in group]):
-            function = flag(function)
-        return function
-
-    return decorate
 
 
 def flags_of(cls: type, but: Collection[str] = ()) -> tuple[Flag, ...]:

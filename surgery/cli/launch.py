@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from surgery.cli.command import Command
-from surgery.cli.flags import JSON, with_flags
+from surgery.cli.plain_flags import JSON, with_flags
 from surgery.cli.run import FOLDER, FROM, SET, SMALL, STEP
 from surgery.cli.terminal import say
 

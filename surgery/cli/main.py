@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import click
 
+import surgery
 from surgery.cli.group import Commands, Group
 
 atexit.register(gc.freeze)  # so that Python does not look through torch for garbage, most of a second, when it ends
@@ -45,7 +46,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {  # name -> its module in this packag
     context_settings=CONTEXT,
     invoke_without_command=False,
 )
-@click.version_option(package_name="checkpoint-surgery", prog_name="surgery")
+@click.version_option(surgery.__version__, prog_name="surgery")
 def main() -> None:
     """Convert, inspect and verify large-language-model checkpoints: bit for bit, in bounded memory, executing nothing.
 

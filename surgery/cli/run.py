@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from surgery.cli.command import Command
-from surgery.cli.flags import JSON, with_flags
+from surgery.cli.plain_flags import JSON, with_flags
 
 SET = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Change a variable or the path of an "
                    "input; of a step: take its output from that path and do not run it. Repeatable.")  # fmt: skip

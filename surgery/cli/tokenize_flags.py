@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.flags import Flag
+from surgery.cli.plain_flags import Flag
 
 TOKENIZE: tuple[Flag, ...] = (
     click.option("--tokenizer", required=True, metavar="PATH", help="A folder or file with a tokenizer.json, a "

@@ -140,7 +140,7 @@ def _torch_version() -> str:
 
 
 def version() -> str:
-    """The version of this package; "unknown" if it is not installed."""
+    """The version of this package."""
     import surgery
 
-    return str(surgery.__version__)
+    return surgery.__version__

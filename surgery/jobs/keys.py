@@ -13,9 +13,9 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
+import surgery
 from surgery.errors import FileError, some
 from surgery.jobs.digests import Digests
 from surgery.jobs.expand import OUT
@@ -68,7 +68,7 @@ def parts_of(step: Step, records: Records, digests: Digests) -> dict[str, Any]:
         "config": step.config(_named),
         "env": dict(step.env),
         "inputs": read,
-        "version": version(),
+        "version": surgery.__version__,
     }
 
 
@@ -109,11 +109,3 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     before = old.get("inputs", {})
     other = [label for label, digest in new["inputs"].items() if before.get(label) != digest]
     return f"{some(other or ['what it reads'], 3)} has changed"
-
-
-def version() -> str:
-    """Of surgery; "unknown" if it is not installed."""
-    try:
-        return metadata.version("checkpoint-surgery")
-    except metadata.PackageNotFoundError:
-        return "unknown"
