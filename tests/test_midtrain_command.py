@@ -21,8 +21,10 @@ from surgery.midtraining.run_file import make_run, read_run
 from surgery.midtraining.run_folder import read_folder
 from surgery.midtraining.selftests import MOVED, TESTS
 from surgery.midtraining.settings_train import Train
+from surgery.storage.push import push
 from surgery.verification import compare
 from tests import tiny
+from tests.buckets import moto
 
 TEXT = Path(__file__).parent / "golden" / "tokenize"
 MIX = """
@@ -228,3 +230,23 @@ def test_a_mixture_of_experts_is_watched(place):
     assert last["by_source"].keys() == {"prose", "more"} and len(last["load"][0]) == 4
     assert last["weight_drift"][0] > run.experts[0]["weight_drift"][0] > 0
     assert run.evals[-1]["heldout"]["prose"]["loss"] < run.evals[0]["heldout"]["prose"]["loss"]
+
+
+@pytest.mark.thorough
+def test_a_run_begins_from_an_address(place, trained, monkeypatch, tmp_path):
+    import boto3
+
+    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
+                        "SURGERY_CACHE": str(tmp_path)}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with moto() as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
+        push(place / "meta", "s3://bucket/meta")
+        output = place / "runs" / "from-address"
+        invoke("midtrain", str(place / "run.yaml"), "--set", "model.path=s3://bucket/meta", "--set", f"output={output}")
+    assert json.loads((output / "run.json").read_text())["model"]["path"] == "s3://bucket/meta"
+    found = [path.relative_to(output) for path in output.rglob("model.safetensors")]
+    assert found
+    for name in found:
+        assert (output / name).read_bytes() == (trained[1] / name).read_bytes()

@@ -27,7 +27,7 @@ from surgery.containers.text import YAML_LIMIT
 from surgery.containers.yaml_loader import parse_yaml
 from surgery.data.plans.fingerprint import differences, sampled
 from surgery.data.rows import RowSource
-from surgery.errors import ConfigError, FileError, OutputError, show, some
+from surgery.errors import ConfigError, FileError, OutputError, show, shown, some
 from surgery.midtraining import parallel
 from surgery.midtraining.checkpoint import FOLDER, FORMAT, Saved, newest
 from surgery.midtraining.loop import Job, State
@@ -89,7 +89,7 @@ def trainer_of(job: Job, state: State) -> dict[str, Any]:
         "run": job.run.model_dump(mode="json"),
         "spec": spec_of(job),
         "versions": versions(),
-        "lineage": {"model": job.digest, "source": str(job.source.path)},
+        "lineage": {"model": job.digest, "source": shown(job.source.path)},
     }  # fmt: skip
 
 

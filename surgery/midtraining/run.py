@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from surgery.containers.yaml_writer import to_yaml
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, shown
 from surgery.midtraining import parallel, run_folder
 from surgery.midtraining.after_step import Exports, First, Readings, Saves, average
 from surgery.midtraining.averages import Averages
@@ -167,7 +167,7 @@ def begin(job: Job, folder: Path, results: Sequence[Result], command: Sequence[s
 def facts(job: Job, folder: Path, command: Sequence[str]) -> dict[str, Any]:
     """What the run is: run.json."""
     spec, layout = job.source.spec, job.course.layout
-    model = {"path": str(job.source.path), "format": job.source.format, "family": spec.family, "digest": job.digest,
+    model = {"path": shown(job.source.path), "format": job.source.format, "family": spec.family, "digest": job.digest,
              "parameters": spec.parameters(), "active_parameters": spec.parameters(active=True)}  # fmt: skip
     return {
         "format": FORMAT,

@@ -24,6 +24,7 @@ from surgery.data.strict import validated
 from surgery.errors import ConfigError, UsageError, show
 from surgery.midtraining.conventions import preset, put
 from surgery.midtraining.settings import Run
+from surgery.storage.address import is_address
 from surgery.tensors.files import read_small
 
 PATHS = ("model.path", "data.plan", "data.mixture", "data.recorded", "data.chat_template", "evaluation.task_data")
@@ -96,7 +97,7 @@ def located(run: Run, root: Path) -> Run:
         fields = {k.partition(".")[2] for k in PATHS if k.startswith(name + ".")}
         if name == "init" and run.init.optimizer not in ("auto", "fresh"):
             fields = {"optimizer"}
-        given = {f: str(root / getattr(section, f)) for f in fields if getattr(section, f)}
+        given = {f: _below(getattr(section, f), root) for f in fields if getattr(section, f)}
         sections[name] = section.model_copy(update=given)
     data, beside = sections["data"], root / (run.data.tokenizer or "")
     paths = [{"paths": tuple(_located(p, root) for p in source.paths)} for source in data.sources]
@@ -104,6 +105,10 @@ def located(run: Run, root: Path) -> Run:
     tokenizer = str(beside) if data.tokenizer and beside.exists() else data.tokenizer
     sections["data"] = data.model_copy(update={"sources": sources, "tokenizer": tokenizer})
     return run.model_copy(update={**sections, "output": str(root / run.output)})
+
+
+def _below(path: str, root: Path) -> str:
+    return path if is_address(path) else str(root / path)
 
 
 def _located(path: str, root: Path) -> str:

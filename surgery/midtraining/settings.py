@@ -28,7 +28,7 @@ class Model(Section):
     """What is trained."""
 
     path: str
-    """The checkpoint: a folder in any format that surgery reads."""
+    """The checkpoint: a folder in any format that surgery reads, or an address of one (docs/storage.md)."""
     format: str | None = None
     """Its format, where the folder holds several."""
     options: dict[str, str] = Field(default_factory=dict)
