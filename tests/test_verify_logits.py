@@ -22,6 +22,7 @@ from surgery.formats.topology import Topology
 from surgery.running import loading
 from surgery.running import whole as running
 from surgery.running.loading import load
+from surgery.verification import logits
 from surgery.verification.findings import Verified
 from surgery.verification.logits import compare_logits
 from surgery.verification.report import LogitReport
@@ -297,8 +298,8 @@ def test_forced_runs_isolate(saved: Callable[[str], Path]) -> None:
 
 
 def test_too_large_for_the_memory(saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "free_memory", lambda: 1 << 20)
-    with pytest.raises(SurgeryError, match=r"needs about 3\.0 MB of memory, 1\.0 MB are free"):
+    monkeypatch.setattr(logits, "free_memory", lambda: 1 << 20)
+    with pytest.raises(SurgeryError, match=r"takes at least [\d.]+ MB of memory, 1.0 MB are allowed"):
         compare_logits(saved("llama"), saved("llama"))
 
 

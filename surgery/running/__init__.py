@@ -5,5 +5,5 @@ layerwise.py    one layer in memory at a time             expertwise.py   and of
 activations.py  statistics of a dense model on a text     tokens.py       ids of prose, a text, or random ones
 loss.py         loss on a text                            chat.py         `surgery ask`
 device.py       on the CPU or a GPU                       prose.txt       a text that comes along
-expected.py     would transformers load a folder?
+expected.py     would transformers load a folder?         rowwise.py      and of a matrix a block of rows
 """

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from surgery.running.device import Device
+from surgery.running.rowwise import Blocks, product
 from surgery.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -35,12 +36,21 @@ def _known(module: Any) -> bool:
     )
 
 
-def one_by_one(module: Any, gate_up: Lazy, down: Lazy, dtype: torch.dtype, on: Device) -> Callable[..., Any]:
-    """The `forward` of such a module: hidden [tokens, h], chosen [tokens, k], weights [tokens, k] -> [tokens, h]."""
+def one_by_one(
+    module: Any, gate_up: Lazy, down: Lazy, dtype: torch.dtype, on: Device, blocks: Blocks | None = None
+) -> Callable[..., Any]:
+    """The `forward` of such a module: hidden [tokens, h], chosen [tokens, k], weights [tokens, k] -> [tokens, h].
+
+    With `blocks`, not even one expert is whole.
+    """
+
+    def times(x: Any, stored: Lazy, expert: int) -> Any:
+        from torch.nn.functional import linear
+
+        return product(x, blocks.rows(stored, expert)) if blocks else linear(x, on.holds(stored[expert], dtype))
 
     def forward(hidden: Any, chosen: Any, weights: Any) -> Any:
         import torch
-        from torch.nn.functional import linear
 
         k = chosen.shape[1]
         wide = torch.promote_types(hidden.dtype, weights.dtype)
@@ -49,10 +59,10 @@ def one_by_one(module: Any, gate_up: Lazy, down: Lazy, dtype: torch.dtype, on: D
         for e in range(gate_up.shape[0]):
             places = (chosen.reshape(-1) == e).nonzero().reshape(-1)
             if len(places):
-                both, last = (on.holds(stored[e], dtype) for stored in (gate_up, down))
-                x = module._apply_gate(linear(hidden[places // k], both))
-                out[places] = linear(x, last) * weight[places]
-            on.advance((gate_up.nbytes + down.nbytes) // gate_up.shape[0])
+                x = module._apply_gate(times(hidden[places // k], gate_up, e))
+                out[places] = times(x, down, e) * weight[places]
+            if not (blocks and len(places)):  # which tell it themselves
+                on.advance((gate_up.nbytes + down.nbytes) // gate_up.shape[0])
         return out.unflatten(0, (-1, k)).sum(1).to(hidden.dtype)
 
     return forward

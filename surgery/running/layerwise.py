@@ -1,16 +1,18 @@
-"""Run a checkpoint of any format through transformers, one layer in memory at a time, and of that one expert at a time.
+"""Run a checkpoint of any format through transformers, one layer in memory at a time, or so many rows of it as fit.
 
     run = forward(checkpoint, tokens, "float32", device("cuda"))
     run.logits                       # [batch, length, vocabulary], on the CPU
     run.routes[3].chosen             # [tokens, top_k] experts of layer 3
 
 transformers builds the model without memory (on the `meta` device); a layer's weights are read when its turn comes and
-let go when it is done.  They are the checkpoint's parts, woven as the model holds them.
+let go when it is done, of experts one at a time.  They are the checkpoint's parts, woven as the model holds them.  With
+`room`, so many bytes, linear layers, embeddings and experts are read a block of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from surgery.formats.weave import spread
 from surgery.running.device import CPU, Device
 from surgery.running.expertwise import STORED, expert_modules, one_by_one
 from surgery.running.loading import explained, own_classes, quiet
+from surgery.running.rowwise import Blocks, Rows, looked_up, product
 from surgery.tensors.lazy import Lazy, torch_dtype
 
 if TYPE_CHECKING:
@@ -47,8 +50,8 @@ class Run:
     routes: dict[int, Route] = field(default_factory=dict)
 
 
-def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device = CPU) -> Run:
-    """One pass over tokens [batch, length] in a dtype.
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device = CPU, room: int | None = None) -> Run:
+    """One pass over tokens [batch, length] in a dtype, with blocks of weights of at most `room` bytes, if it is given.
 
     The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
     """
@@ -58,7 +61,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
         model = empty_model(checkpoint, dtype, on)
         found = Run(torch.empty(0))
-        with layer_by_layer(model, checkpoint, dtype, on), _observed(model, found):
+        with layer_by_layer(model, checkpoint, dtype, on, room), _observed(model, found):
             found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
         return found
 
@@ -77,11 +80,17 @@ def bytes_of_a_pass(checkpoint: Checkpoint) -> int:
 
 
 def empty_model(
-    checkpoint: Checkpoint, dtype: str, on: Device = CPU, attention_by: str = "sdpa", experts_by: str = "eager"
+    checkpoint: Checkpoint,
+    dtype: str,
+    on: Device = CPU,
+    attention_by: str = "sdpa",
+    experts_by: str = "eager",
+    config: Any = None,
 ) -> Any:
     """The model without memory for its weights, but with its tables of angles.
 
-    `attention_by` and `experts_by` are names of transformers' implementations; sparse attention has its own.
+    `attention_by` and `experts_by` are names of transformers' implementations; sparse attention has its own.  `config`
+    is one that transformers read itself; by default it is written from the Spec.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,8 +99,8 @@ def empty_model(
     written = write_config(spec, {"pad_token_id": None}, dtype, spec.family)
     if own := own_classes(spec.family):
         with torch.device("meta"):
-            return own.model(own.config(**written)).to(torch_dtype(dtype)).eval()
-    config = AutoConfig.for_model(**written)
+            return own.model(config or own.config(**written)).to(torch_dtype(dtype)).eval()
+    config = config or AutoConfig.for_model(**written)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
@@ -121,22 +130,20 @@ def weights_of(model: Any, checkpoint: Checkpoint) -> dict[str, Lazy]:
 
 
 @contextmanager
-def layer_by_layer(model: Any, checkpoint: Checkpoint, dtype: str, on: Device = CPU) -> Iterator[None]:
-    """The model can be run: each unit gets its weights before it and loses them after it."""
-    import torch
-
+def layer_by_layer(
+    model: Any, checkpoint: Checkpoint, dtype: str, on: Device = CPU, room: int | None = None
+) -> Iterator[None]:
+    """The model can be run: what holds weights gets them before it runs and loses them after it."""
     weights, held = weights_of(model, checkpoint), torch_dtype(dtype)
+    blocks = None if room is None else Blocks(room, held, on)
     for name, module in expert_modules(model).items():
         gate_up, down = (weights.pop(f"{name}.{leaf}") for leaf in STORED)
-        module.forward = one_by_one(module, gate_up, down, held, on)
-    base = f"{model.base_model_prefix}."
-    units = {base + name: child for name, child in model.base_model.named_children()} | {"lm_head": model.lm_head}
-    stacks = {name: unit for name, unit in units.items() if isinstance(unit, torch.nn.ModuleList)}
-    for name, stack in stacks.items():
-        del units[name]
-        units |= {f"{name}.{i}": layer for i, layer in enumerate(stack)}
+        module.forward = one_by_one(module, gate_up, down, held, on, blocks)
+    if blocks:
+        for name, module in _matrices(model).items():
+            module.forward = _by_rows(module, blocks.rows(weights.pop(f"{name}.weight")))
     handles = []
-    for prefix, unit in units.items():
+    for prefix, unit in _units(model).items():
         mine = {n.removeprefix(prefix + "."): t for n, t in weights.items() if n.startswith(prefix + ".")}
         handles.append(unit.register_forward_pre_hook(_filler(mine, held, on)))
         handles.append(unit.register_forward_hook(_emptier(mine)))
@@ -145,6 +152,40 @@ def layer_by_layer(model: Any, checkpoint: Checkpoint, dtype: str, on: Device = 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def held_at_once(model: Any, checkpoint: Checkpoint) -> int:
+    """Bytes of the weights that a layer holds whatever `room` is, as they are stored and in fp32: norms, routers, and
+    matrices of classes that are not known here."""
+    free = {f"{name}.{leaf}" for name in expert_modules(model) for leaf in STORED}
+    free |= {f"{name}.weight" for name in _matrices(model)}
+    kept = {n: t.nbytes + 4 * math.prod(t.shape) for n, t in weights_of(model, checkpoint).items() if n not in free}
+    return max(sum(size for n, size in kept.items() if n.startswith(f"{unit}.")) for unit in _units(model))
+
+
+def _matrices(model: Any) -> dict[str, Any]:
+    """The modules whose weights nobody else looks at, and which can be computed by rows."""
+    from torch.nn import Embedding, Linear
+
+    return {name: module for name, module in model.named_modules() if type(module) in (Embedding, Linear)}
+
+
+def _by_rows(module: Any, rows: Rows) -> Callable[[torch.Tensor], torch.Tensor]:
+    from torch.nn import Embedding
+
+    return looked_up(rows) if type(module) is Embedding else lambda x: product(x, rows, module.bias)
+
+
+def _units(model: Any) -> dict[str, Any]:
+    """What is run one after another: what stands before the layers, each layer, what stands behind them."""
+    from torch.nn import ModuleList
+
+    base = f"{model.base_model_prefix}."
+    units: dict[str, Any] = {}
+    for name, child in model.base_model.named_children():
+        single = not isinstance(child, ModuleList)
+        units |= {base + name: child} if single else {f"{base}{name}.{i}": layer for i, layer in enumerate(child)}
+    return units | {"lm_head": model.lm_head}
 
 
 def _filler(weights: Mapping[str, Lazy], dtype: torch.dtype, on: Device) -> Any:

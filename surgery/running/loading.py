@@ -41,19 +41,29 @@ def own_classes(model_type: str) -> Classes | None:
     return Classes(getattr(module, config), getattr(module, family.architecture))
 
 
+def own_config(folder: Path) -> Any:
+    """The config as transformers itself (or our class, where it has none) reads it.  Raises ConfigError."""
+    own = own_classes(_model_type(folder))
+    no_code: dict[str, Any] = {} if own else {"trust_remote_code": False}
+    with explained("transformers cannot load the config", folder), quiet():
+        from transformers import AutoConfig
+
+        config = (own.config if own else AutoConfig).from_pretrained(folder, local_files_only=True, **no_code)
+        config._attn_implementation = config._experts_implementation = None
+    return config
+
+
 def load(folder: Path, dtype: str = "float32", by: str | None = "eager") -> Any:
     """A model on the CPU; `dtype` "auto" is that of its weights, `by` names implementations of attention and experts.
 
     What the config says of implementations does not count: it may name a kernel of a hub, which is code.  Raises
     ConfigError if transformers cannot load it, LayoutError if a weight is missing or has another shape.
     """
-    own = own_classes(_model_type(folder))
+    own, config = own_classes(_model_type(folder)), own_config(folder)
     no_code: dict[str, Any] = {} if own else {"trust_remote_code": False}
     with explained("transformers cannot load the model", folder), quiet():
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        config = (own.config if own else AutoConfig).from_pretrained(folder, local_files_only=True, **no_code)
-        config._attn_implementation = config._experts_implementation = None
         ways = {"attn_implementation": implementation(config, by), "experts_implementation": by}
         model, info = (own.model if own else AutoModelForCausalLM).from_pretrained(
             folder,
@@ -94,22 +104,19 @@ def _model_type(folder: Path) -> str:
 def fits(parameters: int) -> bool:
     """Whether a model of this size in fp32 fits into the free memory; True where the system does not tell."""
     free = free_memory()
-    return free is None or _need(parameters) <= free
+    return free is None or bytes_of_a_model(parameters) <= free
 
 
 def check_memory(parameters: int, folder: Path) -> None:
     """Raise SurgeryError if a model of this size in fp32 does not fit into the free memory."""
     if not fits(parameters):
-        need, free = human(_need(parameters)), human(free_memory() or 0)
-        raise SurgeryError(
-            f"running it in fp32 needs about {need} of memory, {free} are free",
-            file=folder,
-            hint="without --logits the weights and configs are compared in little memory",
-        )
+        need, free = human(bytes_of_a_model(parameters)), human(free_memory() or 0)
+        raise SurgeryError(f"running it in fp32 needs about {need} of memory, {free} are free", file=folder)
 
 
-def _need(parameters: int) -> int:
-    return parameters * 4 * 5 // 4  # a quarter for the largest weights in their own dtype, and for activations
+def bytes_of_a_model(parameters: int) -> int:
+    """What a model takes in fp32, a quarter of it for the largest weights in their own dtype, and for activations."""
+    return parameters * 4 * 5 // 4
 
 
 @contextlib.contextmanager

@@ -42,13 +42,20 @@ def fixed_tokens(vocabulary: int, batch: int = 2, length: int = 32) -> torch.Ten
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(20240229))
 
 
-def run(model: Any, tokens: torch.Tensor, forced: Trace | None = None) -> Trace:
-    """One forward pass.  With `forced`, every module gets the input that it had there, where the shapes agree."""
+def run(model: Any, tokens: torch.Tensor, forced: Trace | None = None, outline: bool = False) -> Trace:
+    """One forward pass.  With `forced`, every module gets the input that it had there, where the shapes agree.
+
+    An `outline` has the outputs of embedding, layers, final norm and head alone, and no inputs.
+    """
     import torch
 
     trace = Trace(torch.empty(0))
     handles = []
     for name, module in _modules(model).items():
+        if outline:
+            if name.count(".") < 2:
+                handles.append(module.register_forward_hook(_taker(name, trace)))
+            continue
         handles.append(module.register_forward_pre_hook(_giver(name, trace, forced), with_kwargs=True))
         handles.append(module.register_forward_hook(_taker(name, trace)))
     try:
@@ -64,14 +71,14 @@ def _modules(model: Any) -> dict[str, Any]:
     """The modules that are observed, by our names."""
     base = model.base_model
     found = {"embed": model.get_input_embeddings()}
-    for i, layer in enumerate(base.layers):
+    for i, layer in enumerate(base.h if hasattr(base, "h") else base.layers):  # GPT-2 calls them so
         for name, child in layer.named_children():
             if "dropout" not in name:
                 found[f"layers.{i}.{_RENAMED.get(name, name)}"] = child
         found[f"layers.{i}"] = layer
-    final = getattr(base, "norm", getattr(base, "final_layer_norm", None))
+    final = next((name for name in ("norm", "final_layer_norm", "ln_f") if hasattr(base, name)), None)
     if final is not None:
-        found["final_norm"] = final
+        found["final_norm"] = getattr(base, final)
     found["lm_head"] = model.get_output_embeddings()
     return found
 

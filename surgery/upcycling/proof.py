@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 LIMIT = 1e-3  # of max |difference| of logits in fp32
+LEAST = 1 << 20  # bytes of a block of weights
+AT_ONCE = 16  # tokens whose logits are compared at once
 NARROW = ("bfloat16", "float16")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -140,25 +142,30 @@ def check_tokens(spec: Spec, count: int) -> None:
         )
 
 
-def prove(source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU) -> Proof:
+def prove(
+    source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU, memory: int | None = None
+) -> Proof:
     """Measure.  `result` is what was written, opened; `claim` says what should be in it.
+
+    Weights are read in blocks that keep within `memory` bytes, if these are given; the logits of all tokens, up to
+    three times in fp32, come on top.
 
     Raises MismatchError if the strategy is exact and the result is not.
     """
     began = time.monotonic()
     tokens, text = prose_tokens(source, count)
     dense, moe = source, _same_rows(result, claim)
-    dtype = source.dtype
-    wide = forward(dense, tokens, "float32", on).logits
-    run = forward(moe, tokens, "float32", on)
+    dtype, room = source.dtype, memory and max(LEAST, memory // 6)  # the rest is for reading and multiplying them
+    wide = forward(dense, tokens, "float32", on, room).logits
+    run = forward(moe, tokens, "float32", on, room)
     fp32 = distance(run.logits, wide, tokens)
     stored = floor = None
     if dtype in NARROW:
         del run
-        narrow = forward(dense, tokens, dtype, on).logits
+        narrow = forward(dense, tokens, dtype, on, room).logits
         floor = distance(narrow, wide, tokens)
         del wide
-        run = forward(moe, tokens, dtype, on)
+        run = forward(moe, tokens, dtype, on, room)
         stored = distance(run.logits, narrow, tokens)
     ties = _ties(run.routes, claim)
     intact = claim.intact(moe) if claim.intact else None
@@ -192,11 +199,13 @@ def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance
     if not bool(b.isfinite().all()):
         raise SurgeryError("the source's logits are not all finite", hint="surgery inspect --scan finds NaN in weights")
     kl = losses_a = losses_b = 0.0
-    for x, y, ids in zip(a, b, tokens, strict=True):  # one sequence at a time: in double precision they are large
-        p, q = y.double().log_softmax(-1), x.double().log_softmax(-1)
-        kl += float((p.exp() * (p - q)).sum())
-        losses_a -= float(q[:-1].gather(1, ids[1:, None]).sum())
-        losses_b -= float(p[:-1].gather(1, ids[1:, None]).sum())
+    for x, y, ids in zip(a, b, tokens, strict=True):
+        for at in range(0, len(ids), AT_ONCE):  # in double precision they are large
+            p, q = (z[at : at + AT_ONCE].double().log_softmax(-1) for z in (y, x))
+            kl += float((p.exp() * (p - q)).sum())
+            said = ids[at + 1 : at + 1 + AT_ONCE, None]
+            losses_a -= float(q[: len(said)].gather(1, said).sum())
+            losses_b -= float(p[: len(said)].gather(1, said).sum())
     predicted = max(1, tokens.shape[0] * (tokens.shape[1] - 1))
     return Distance(farthest(a, b), max(0.0, kl / tokens.numel()), _exp(losses_a / predicted),
                     _exp(losses_b / predicted))  # fmt: skip

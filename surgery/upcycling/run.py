@@ -145,7 +145,7 @@ def carry_out(
             record["source_digests"] = digests
         if tokens:
             on = replace(ready.on, advance=told)
-            found.append(prove(ready.made.models[0], result, ready.made.claim(), tokens, on))
+            found.append(prove(ready.made.models[0], result, ready.made.claim(), tokens, on, ready.plan.max_memory))
             record["proof"] = found[0].to_json()
         for model in ready.models:
             check_unchanged(model.stamps)

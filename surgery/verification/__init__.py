@@ -8,7 +8,7 @@ values.py    how two tensors differ              causes.py    experiments that f
 configs.py   specs, facts, tokenizers            trials.py    one change at a time, run again
 findings.py  what was found, and the verdict     weights.py   a loaded model as parts that can be changed
 ambiguity.py which reading of ambiguous files    report.py    what was found about the logits
-             predicts a text
+             predicts a text                     streamed.py  logits in less memory than a model takes
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from surgery.model.wording import in_words
 from surgery.running.device import CPU, Device
 from surgery.tensors.axes import shape_of
 from surgery.tensors.gather import scaled, taken
-from surgery.tensors.lazy import Fill, Lazy, Map, same_bits
+from surgery.tensors.lazy import Fill, Lazy, Map, boxes, same_bits
 from surgery.upcycling.dense_to_moe.measures import Measured, measured
 from surgery.upcycling.dense_to_moe.noise import Noisy, Redrawn
 from surgery.upcycling.dense_to_moe.resolve import Layout, resolve
@@ -31,6 +31,7 @@ from surgery.upcycling.proof import Claim, refuse_losses
 
 _PLACE = re.compile(r"layers\.(\d+)\.(?:experts\.(\d+)\.|shared\.)?(\w+)$")
 NEURONS = {"gate": 0, "up": 0, "down": 1}  # the dimension of each matrix that its neurons lie along
+COMPARED = 4 << 20  # bytes of fp32 that are compared at once
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,22 @@ class Upcycled:
     def intact(self, result: Checkpoint) -> float:
         """The share of the routed experts' neurons, in the first and the last layer that has some, whose row of gate,
         row of up and column of down are all the source's, bit for bit (times the factor)."""
+        import torch
+
         whole = good = 0
         for layer in {min(self.pieces), max(self.pieces)}:
             for e, piece in enumerate(self.pieces[layer][1]):
-                same: Any = True
+                same = torch.ones(len(piece.neurons), dtype=torch.bool)
                 for which, dim in NEURONS.items():
                     dense = taken(self.models[piece.source].parts[f"layers.{layer}.mlp.{which}"], dim, piece.neurons)
-                    want = scaled(dense, getattr(piece, which)).full()
-                    got = result.parts[f"layers.{layer}.experts.{e}.{which}"].full()
-                    if not same_bits(want, got):
-                        same = same & (want == got).all(1 - dim)
-                whole += len(piece.neurons)
-                good += len(piece.neurons) if same is True else int(same.sum())
+                    want = scaled(dense, getattr(piece, which))
+                    got = result.parts[f"layers.{layer}.experts.{e}.{which}"]
+                    for box in boxes(want.shape, 4, COMPARED):
+                        ours, theirs = want.read(box), got.read(box)
+                        if not same_bits(ours, theirs):
+                            same[slice(*box[dim])] &= (ours == theirs).all(1 - dim)
+                whole += len(same)
+                good += int(same.sum())
         return good / max(1, whole)
 
     def to_json(self) -> dict[str, Any]:
