@@ -105,6 +105,7 @@ WAYS = {
     "olmo": {"to": "olmo"},
     "olmo-core": {"to": "olmo-core"},
     "hf": {"to": "hf"},
+    "neox": {"to": "neox", "topology": Topology(pp=0)},
 }
 
 

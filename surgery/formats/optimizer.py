@@ -264,6 +264,13 @@ class Written:
         """The settings of a weight."""
         return self.groups.get(_template(name)) or next(iter(self.groups.values()), Group())
 
+    def shared(self, names: Iterable[str], who: str) -> Group:
+        """The settings of all these weights, with the largest decay.  Raises LayoutError if they differ in more."""
+        found = {self.group(name) for name in names} or {Group()}
+        if len({(g.betas, g.eps, g.lr) for g in found}) > 1:
+            raise LayoutError(f"{who} has one rate, betas and eps: the source's differ among its weights")
+        return max(found, key=lambda group: group.weight_decay)
+
 
 def spread_states(
     found: Optimizer, table: Table, spec: Spec, topology: Topology, weights: Mapping[Rank, Mapping[str, Stored]]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from surgery.containers.dcp import Dcp
@@ -145,9 +146,15 @@ def trainer_files(written: Written, family: str) -> list[OutputFile]:
         i: {STEP: Fill((), "float32", written.step), **{role: moments[role][name].tensor for role in MOMENTS}}
         for name, i in numbers.items()
     }
-    settings = _settings(written, names)
-    groups = [{**torch_group(_decayed(written, owned, settings)), "fused": True, "params": [numbers[n] for n in owned]}
-              for owned in both]  # fmt: skip
+    settings = written.shared(names, "a Trainer's optimizer")
+    groups = [
+        {
+            **torch_group(replace(settings, weight_decay=_decay(written, owned))),
+            "fused": True,
+            "params": [numbers[n] for n in owned],
+        }
+        for owned in both
+    ]
     lr = settings.lr if settings.lr is not None else 0.0
     scheduler = {"last_epoch": written.step, "_step_count": written.step + 1, "_last_lr": [lr, lr],
                  "lr_lambdas": [None, None]}  # fmt: skip
@@ -163,17 +170,8 @@ def trainer_files(written: Written, family: str) -> list[OutputFile]:
     ]
 
 
-def _settings(written: Written, names: Sequence[str]) -> Group:
-    """What all groups share."""
-    found = {written.group(name) for name in names}
-    if len({(g.betas, g.eps, g.lr) for g in found}) > 1:
-        raise LayoutError("a Trainer's optimizer has one rate, betas and eps: the source's differ among its weights")
-    return found.pop()
-
-
-def _decayed(written: Written, owned: Sequence[str], settings: Group) -> Group:
-    decay = max((written.group(name).weight_decay for name in owned), default=0.0)
-    return Group(settings.betas, settings.eps, decay, settings.lr)
+def _decay(written: Written, owned: Sequence[str]) -> float:
+    return max((written.group(name).weight_decay for name in owned), default=0.0)
 
 
 def trainer_notes(found: Optimizer, family: str) -> tuple[str, ...]:

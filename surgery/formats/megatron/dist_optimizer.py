@@ -125,10 +125,7 @@ def megatron_groups(written: Written, names: Mapping[str, Stored]) -> list[dict[
 
 
 def _group(written: Written, names: list[str], kind: bool) -> dict[str, Any]:
-    settings = {written.group(name) for name in names} or {Group()}
-    if len({(g.betas, g.eps, g.lr) for g in settings}) > 1:
-        raise LayoutError("Megatron's optimizer has one rate, betas and eps: the source's differ among its weights")
-    found = max(settings, key=lambda group: group.weight_decay)
+    found = written.shared(names, "Megatron's optimizer")
     lr, decay = found.lr if found.lr is not None else 0.0, found.weight_decay if kind else 0.0
     return {
         "wd_mult": float(kind), "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": lr,

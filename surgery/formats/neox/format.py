@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from surgery import tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
-from surgery.errors import LayoutError, show
+from surgery.errors import ConfigError, LayoutError, show
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, Rule
 from surgery.formats.base import (
     Checkpoint,
@@ -39,7 +39,8 @@ from surgery.formats.neox.config import read_config
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
-from surgery.formats.optimizer import States
+from surgery.formats.neox.universal import read_universal, universal_files
+from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Parts, Stored
@@ -98,10 +99,11 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
 
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     found = files.find(place.root, options.get("config", ""))
-    if not found.optimizer and opened.details["optimizer"] != "none":
+    if not found.optimizer and opened.details["optimizer"] == "in the rank files":
         raise LayoutError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,
                           hint="convert the weights alone, without --optimizer")  # fmt: skip
-    return optimizer.read_states(found, opened.shards, opened.topology.tp)
+    whole = read_universal(found.folder, opened.shards[Rank()]) if opened.topology.tp == 1 else None
+    return whole or optimizer.read_states(found, opened.shards, opened.topology.tp)
 
 
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
@@ -168,16 +170,30 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     seen = replace(write_config.shown(spec, release), prefix="" if pp else "sequential.")
     padding = multiple if rows != spec.vocab else 1
     how = Spelling(seen.mlp, release.gqa if spec.group > 1 else "A", tp, seen.prefix, vocab_multiple=padding)
+    planned = partial(_files, checkpoint, config, release, rows, topology)
     return Draft(
         config,
         seen,
         table(spec, how),
         Topology(tp=tp),
-        partial(_files, checkpoint, config, release, rows, topology),
-        tuple(_remarks(spec, release, name)),
+        planned,
+        (*_remarks(spec, release, name), *([UNIVERSAL] if checkpoint.optimizer else [])),
         write_config.program(release),
         write_config.HINT,
+        partial(_with_states, planned, f"global_step{_step(checkpoint)}", spec, topology),
     )
+
+
+def _with_states(
+    weights: Callable[[Ranks], Iterable[OutputFile]], tag: str, spec: Spec, topology: Topology, ranks: Ranks,
+    written: Written,
+) -> Iterable[OutputFile]:  # fmt: skip
+    """Raises ConfigError for sizes at which the names or the parts of ranks are not known."""
+    if topology.tp > 1 or (spec.tied and topology.pp):
+        raise ConfigError("an optimizer's state is written for one tensor-parallel rank, and for a tied model without "
+                          "a pipeline", hint="--tp 1 --pp 0, or without --optimizer")  # fmt: skip
+    yield from weights(ranks)
+    yield from universal_files(tag, written, ranks[Rank()], spec.glu)
 
 
 def _files(
@@ -292,6 +308,11 @@ def _remarks(spec: Spec, release: Release, name: str) -> Iterator[str]:
                "by about 1e-4")  # fmt: skip
 
 
+UNIVERSAL = (
+    "the optimizer's state is written as DeepSpeed's universal checkpoint, for one tensor-parallel rank: DeepSpeed "
+    "loads it with checkpoint: {load_universal: true} in its configuration; take finetune and no_load_optim out of "
+    "training.yml, and load no scheduler"
+)
 FORMAT = Format(
     name="neox",
     who="GPT-NeoX",
@@ -306,6 +327,7 @@ FORMAT = Format(
     zero=("pp",),
     entries=ENTRIES,
     states=states,
+    masters=True,
     options=(
         Option("release", "the code that reads or wrote it (names, packing of grouped queries, buffers); auto: reading "
                f"goes by the files, writing is for {NEWEST}", "auto", ("auto", *RELEASES)),
