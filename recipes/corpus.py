@@ -1,20 +1,21 @@
-"""A small text mixture for demos, made from what is installed anyway: code, mathematics and prose.
+"""A small text mixture for demos, made of packages that surgery needs anyway: code, mathematics and prose.
 
     python recipes/corpus.py .cache/corpus         # code.jsonl, math.jsonl, prose.jsonl and a tokenizer of 2048 tokens
 
-Code is Python's standard library, mathematics the docstrings of sympy and mpmath, prose the docstrings and package
-descriptions of torch, transformers, numpy and networkx.  Sources are parsed, never imported.  Nothing is downloaded or
-shipped: the texts are those of your own installation, so the exact losses of a demo depend on its versions.
+Each domain comes from named packages that are the same files on every machine: the text depends on their versions, and
+on nothing else that is installed.  What is printed names them, and a digest of each text; with the versions that
+constraints.txt pins it is the text of all tables in the docs.  Sources are parsed, not imported; nothing is shipped.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import sys
-import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,8 +23,11 @@ VOCABULARY = 2048
 LONGEST = 20_000  # characters of a document
 SHORTEST = 200
 MOST = 2_000_000  # characters of a domain
-MATH = ("sympy", "mpmath")
-PROSE = ("networkx", "numpy", "torch", "transformers")
+DOMAINS = {  # pure Python, which surgery, torch and transformers need; read in this order until there is enough
+    "code": ("click", "jinja2", "fsspec", "pydantic"),
+    "math": ("mpmath", "sympy"),
+    "prose": ("networkx", "transformers"),
+}
 
 
 def package_files(name: str) -> list[Path]:
@@ -52,21 +56,10 @@ def docstrings(files: Iterable[Path]) -> Iterator[str]:
                 yield ast.get_docstring(node) or ""
 
 
-def code() -> Iterator[str]:
-    """The standard library's files."""
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "ensurepip"}
-    for path in sorted(library.rglob("*.py")):
-        if not skipped & set(path.relative_to(library).parts) and parsed(path):
-            yield path.read_text(encoding="utf-8")
-
-
-def math() -> Iterator[str]:
-    yield from docstrings(path for name in MATH for path in package_files(name))
-
-
-def prose() -> Iterator[str]:
-    yield from docstrings(path for name in PROSE for path in package_files(name))
+def texts_of(domain: str) -> Iterator[str]:
+    """The files of a domain's packages if it is code, else their docstrings."""
+    for files in map(package_files, DOMAINS[domain]):
+        yield from (path.read_text(encoding="utf-8") for path in files) if domain == "code" else docstrings(files)
 
 
 def documents(texts: Iterable[str]) -> Iterator[str]:
@@ -103,12 +96,15 @@ def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sample: list[str] = []
-    for domain in (code, math, prose):
-        made = list(documents(domain()))
-        with (folder / f"{domain.__name__}.jsonl").open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps({"text": text}) + "\n" for text in made)
+    for domain, packages in DOMAINS.items():
+        made = list(documents(texts_of(domain)))
+        text = "".join(json.dumps({"text": text}) + "\n" for text in made)
+        (folder / f"{domain}.jsonl").write_text(text, encoding="utf-8")
         sample += made[:: max(1, len(made) // 400)]
-        print(f"{domain.__name__:6} {len(made):6,} documents, {sum(map(len, made)) / 1e6:.1f} MB")
+        digest, names = hashlib.sha256(text.encode()).hexdigest()[:12], [f"{name} {version(name)}" for name in packages]
+        print(
+            f"{domain:6} {len(made):6,} documents, {sum(map(len, made)) / 1e6:.1f} MB, {digest} of {', '.join(names)}"
+        )
     train_tokenizer(folder / "tokenizer", sample)
 
 

@@ -24,6 +24,7 @@ RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
 PAGES = {"quickstart": "README.md", "midtrain": "docs/midtrain.md"}  # their twins are run by test_recipes.py
 CHANCE = math.log(2048)  # the loss of who knows nothing, with the vocabulary of recipes/corpus.py
 LOSS = re.compile(r"^ \S+ +(\d+\.\d{4}) +\d+\.\d{4} +[\d,]+ ", re.MULTILINE)
+DIGEST = re.compile(r" documents, \S+ MB, ([0-9a-f]{12}) of ")
 EVALUATED = re.compile(r"^eval step=11 heldout/text/loss=(\d+\.\d+)", re.MULTILINE)
 # how many losses the last table of a twin has, and how many of them are of models that nobody has trained
 TABLES = {
@@ -65,6 +66,8 @@ def test_a_small_twin_runs_to_the_end(name, tmp_path):
     assert {s["state"] for s in steps.values()} == {"done"}
     for step, state in steps.items():
         log = Path(state["log"]).read_text()
+        digests = DIGEST.findall(log)
+        assert all(digest in (ROOT / "docs/recipes.md").read_text() for digest in digests), "the pages show other text"
         if step in ("same", "equal"):
             assert "the same model" in log
         if step == "moe":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -260,6 +261,13 @@ def test_a_corpus_is_cut_into_documents_once_each() -> None:
     assert all(made.SHORTEST <= len(text) <= made.LONGEST for text in found)
     assert "Returns the sum" not in "".join(made.docstrings([RECIPES / "corpus.py"]))
     assert any("A byte-level BPE tokenizer" in text for text in made.docstrings([RECIPES / "corpus.py"]))
+
+
+def test_the_text_of_a_corpus_depends_on_pinned_packages_alone() -> None:
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (RECIPES.parent / "constraints.txt").read_text().lower(), re.MULTILINE))
+    for name in (name for names in module("corpus").DOMAINS.values() for name in names):
+        assert name in pins
+        assert "Tag: py3-none-any" in (metadata.distribution(name).read_text("WHEEL") or ""), name
 
 
 @pytest.mark.thorough
