@@ -87,6 +87,12 @@ def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     assert ended.status == "finished" and [m["step"] for m in ended.metrics] == list(range(1, 21))
 
 
+def test_who_starts_processes_imports_no_torch():
+    code = "import sys, surgery.cli.midtrain, surgery.midtraining.launching; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize(("flags", "handed"), [(["-q"], ["--quiet"]), (["-v"], ["--verbose"]), ([], [])])
 def test_several_processes_say_as_much_as_one(flags, handed, tmp_path, monkeypatch):
     started = []

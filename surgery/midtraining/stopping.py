@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from surgery.midtraining.parallel import World
+if TYPE_CHECKING:
+    from surgery.midtraining.parallel import World  # and torch, which those that start processes do without
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
