@@ -2,6 +2,7 @@
 
     python bench/midtrain.py                                       # 1M and 10M dense, 8 and 64 experts; minutes
     python bench/midtrain.py --models 1M --steps 20 --threads 2 --compile
+    python bench/midtrain.py --precisions fp32                     # where the processor only emulates bf16
 
 All loops of a model are alive in one process and take their steps in turns, so that whatever else the machine does
 meets them alike; the best and the median step count, in wall time, and the fewest seconds of the processor.  A step has
@@ -24,12 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LAYERS, TOKENS = 4, 2048
+TOKENS = 2048
+PRECISIONS = ("fp32", "autocast")
 DENSE = {"model_type": "llama", "tie_word_embeddings": True}
 MOE = {"model_type": "olmoe", "tie_word_embeddings": True, "hidden_size": 128, "vocab_size": 2048,
        "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}  # fmt: skip
@@ -196,24 +198,24 @@ def naive(place: Path, name: str) -> Callable[[Turns], None]:
     return start
 
 
-def loops(place: Path, name: str, compile: bool) -> dict[str, Callable[[Turns], None]]:
+def loops(place: Path, name: str, precisions: Sequence[str], compile: bool) -> dict[str, Callable[[Turns], None]]:
     """The loops that are compared, by name; the first is what the others are measured by."""
     mixture = "num_experts" in MODELS[name][1]
     found = {"Trainer eager": trainer(place, name, "eager"), "Trainer grouped_mm": trainer(place, name, "grouped_mm")}
     if not mixture:
         found = {"Trainer": trainer(place, name, None)}
     found["naive loop"] = naive(place, name)
-    for precision in ("fp32", "autocast"):
+    for precision in precisions:
         found[f"surgery {precision}"] = ours(place, name, precision, False)
     if compile:
         found["surgery autocast compiled"] = ours(place, name, "autocast", True)
     return found
 
 
-def measured(place: Path, name: str, steps: int, compile: bool) -> dict[str, Turns]:
+def measured(starts: Mapping[str, Callable[[Turns], None]], steps: int) -> dict[str, Turns]:
     """All loops, alive together, a step of each in turn."""
     turns = {}
-    for loop, start in loops(place, name, compile).items():
+    for loop, start in starts.items():
         turns[loop] = Turns(start)
         turns[loop].done.acquire()  # it is ready for its first step
     gc.freeze()
@@ -268,7 +270,7 @@ def alone(place: Path, name: str, loop: str) -> None:
 
     assert torch and transformers.Trainer and surgery
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    each = Turns(loops(place, name, "compiled" in loop)[loop])
+    each = Turns(loops(place, name, PRECISIONS, "compiled" in loop)[loop])
     each.done.acquire()
     for _ in range(5):
         each.turn()
@@ -281,6 +283,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="steps of each loop, the first ones to warm up")
     parser.add_argument("--warm", type=int, default=5, help="steps that do not count")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS, help="of our loop")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks")
     parser.add_argument("--json", help="a file for the numbers")
@@ -300,9 +303,9 @@ def main() -> None:
         place = Path(folder)
         for name in asked.models:
             make(place, name, asked.steps)
-            wanted = [] if asked.no_memory else list(loops(place, name, asked.compile))
-            peaks = {loop: peak_of(place, name, loop, asked.threads) for loop in wanted}
-            rows += report(name, measured(place, name, asked.steps, asked.compile), peaks, asked.warm)
+            starts = loops(place, name, asked.precisions, asked.compile)
+            peaks = {} if asked.no_memory else {loop: peak_of(place, name, loop, asked.threads) for loop in starts}
+            rows += report(name, measured(starts, asked.steps), peaks, asked.warm)
             sys.stdout.flush()
     if asked.json:
         Path(asked.json).write_text(json.dumps(rows, indent=1) + "\n")
