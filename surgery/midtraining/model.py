@@ -56,7 +56,11 @@ def build(
     the family has one.  Raises ConfigError if transformers has no such model.
     """
     if source.spec.attn_experts:
-        raise ConfigError("experts of attention heads cannot be trained here", file=source.path)
+        raise ConfigError(
+            "its attention heads are experts: their module neither keeps documents apart nor balances its routers",
+            file=source.path,
+            hint="train the model first, and let `surgery upcycle --attention-experts` come last",
+        )
     name = str(dtype).removeprefix("torch.")
     with explained("transformers cannot hold the model", source.path), quiet():
         model = empty_model(source, name, Device(device), attention, experts)
