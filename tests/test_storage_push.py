@@ -28,7 +28,7 @@ from tests.buckets import Proxy, every, moto, none
 
 pytest.importorskip("moto")
 BUCKET = "bucket"
-FILES = {"model-00001.safetensors": 11 << 20, "model-00002.safetensors": 3000, "config.json": 40,
+FILES = {"model-00001.safetensors": 6 << 20, "model-00002.safetensors": 3000, "config.json": 40,
          "model.safetensors.index.json": 90, "surgery.json": 7, "a/tokenizer.json": 0}  # fmt: skip
 
 
@@ -117,7 +117,7 @@ ALL = pytest.mark.thorough
 def test_faults_on_the_way_change_no_byte(bucket: Bucket, folder: Path, fault: str) -> None:
     bucket.proxy.fault = every(3, fault)
     done = push(folder, f"s3://{BUCKET}/fault-{fault}")
-    assert done.verified and bucket.objects(f"fault-{fault}") == held(folder)
+    assert done.verified and done.notes == () and bucket.objects(f"fault-{fault}") == held(folder)
     assert bucket.unfinished() == []
     assert len(bucket.proxy.seen) > 2 * len(FILES)
 
@@ -136,6 +136,7 @@ def test_what_a_store_spoils_is_found(bucket: Bucket, folder: Path) -> None:
         listing(parse(f"s3://{BUCKET}/spoilt"))
 
 
+@ALL
 def test_bytes_are_read_back_where_etags_are_no_digests(bucket: Bucket, folder: Path) -> None:
     bucket.proxy.fault = every(1, "opaque")
     assert push(folder, f"s3://{BUCKET}/opaque").read_back == len(FILES)
@@ -214,11 +215,11 @@ def test_a_push_that_is_killed_is_seen_by_nobody_and_goes_on(bucket: Bucket, fol
     bucket.proxy.fault = none
     there = bucket.objects("killed")
     assert UNFINISHED in there and not {"config.json", "surgery.json", "model-00001.safetensors"} & there.keys()
-    assert bucket.unfinished() == ["killed/model-00001.safetensors"]
+    assert "killed/model-00001.safetensors" in bucket.unfinished()
     with pytest.raises(FileError, match="a push that has not ended"):
         listing(parse(url))
     done = push(folder, url)
-    assert done.aborted == 1 and bucket.unfinished() == []
+    assert done.aborted == 1 and not [key for key in bucket.unfinished() if key.startswith("killed/")]
     assert done.sent_files == len(FILES) - len(there.keys() & FILES.keys())
     assert bucket.objects("killed") == held(folder)
 
@@ -247,6 +248,13 @@ def test_the_command(bucket: Bucket, folder: Path) -> None:
     said = said_by("push", folder, url)
     assert url in said and f"{len(FILES)} files" in said
     assert json.loads(said_by("push", folder, url, "--json"))["sent_files"] == 0
+
+
+def test_the_file_that_failed_is_named_and_the_others_stop(bucket: Bucket, folder: Path) -> None:
+    bucket.proxy.fault = lambda n, method, path: "redirect" if method == "PUT" and "model-00002" in path else None
+    with pytest.raises(FileError, match=r"model-00002"):
+        push(folder, f"s3://{BUCKET}/failing")
+    assert not {"config.json", "surgery.json"} & bucket.objects("failing").keys()
 
 
 def test_what_cannot_be_pushed_says_so(bucket: Bucket, folder: Path, tmp_path: Path) -> None:
@@ -304,7 +312,7 @@ def test_a_pull_goes_on_where_it_stopped_and_believes_no_damaged_piece(
     assert held(tmp_path / "got") == held(folder)
     assert done.resumed_bytes > 0
     asked = [r for m, p, r in bucket.proxy.seen[before:] if "model-00001" in p and m == "GET"]
-    assert "bytes=0-1048575" in asked and 1 < len(asked) < 11
+    assert "bytes=0-1048575" in asked and 1 < len(asked) < 6
 
 
 def test_what_else_is_in_the_folder_stays(bucket: Bucket, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ Google's buckets, and for all that nobody pushes to again, set the rule of a buc
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 
 from surgery.errors import FileError, printable
 from surgery.storage.store import Store, s3_endpoint, s3_session
@@ -33,7 +34,10 @@ def abort(store: Store, keys: Collection[str]) -> int:
         for page in pages:
             for found in page.get("Uploads", []):
                 if found["Key"] in keys:
-                    client.abort_multipart_upload(Bucket=address.place, Key=found["Key"], UploadId=found["UploadId"])
+                    with suppress(client.exceptions.NoSuchUpload):  # aborted, and the answer was lost
+                        client.abort_multipart_upload(
+                            Bucket=address.place, Key=found["Key"], UploadId=found["UploadId"]
+                        )
                     count += 1
     except (wrong.BotoCoreError, wrong.ClientError) as error:
         what = f"unfinished uploads cannot be listed or aborted: {printable(str(error), 200)}"

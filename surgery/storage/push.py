@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from surgery.storage.hub_push import Place, commit, look, message_for
 from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.store import Entry, Store, open_store
-from surgery.storage.upload import upload
+from surgery.storage.upload import Stopped, upload
 from surgery.tensors.files import File, check_unchanged
 
 FILES = 4  # at a time
@@ -208,13 +208,17 @@ def _uploaded(store: Store, plan: Pushing, items: Sequence[Item], told: Told) ->
             raise
 
     with ThreadPoolExecutor(FILES) as pool:
-        waiting = [pool.submit(one, item) for item in items]
+        waiting = {item.name: pool.submit(one, item) for item in items}
         try:
-            return {item.name: future.result() for item, future in zip(items, waiting, strict=True)}
+            wait(waiting.values())
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+    errors = [error for future in waiting.values() if (error := future.exception())]
+    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
+        raise error
+    return {name: future.result() for name, future in waiting.items()}
 
 
 def _aborted(store: Store, plan: Pushing) -> tuple[int, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 
 from surgery.errors import FileError, SurgeryError
-from surgery.storage.contents import PART, Item, Told, part_size
+from surgery.storage.contents import Item, Told, part_size
 from surgery.storage.store import TRIES, Entry, Store
 from surgery.tensors.files import AGAIN
 
@@ -21,7 +21,7 @@ READ_BACK = 8 << 20  # bytes of one request
 
 
 class Stopped(SurgeryError):
-    """Another file failed, or the user stopped it."""
+    """Another file failed, whose error is the one to tell, or the user stopped it."""
 
 
 def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: threading.Event) -> tuple[Entry, bool]:
@@ -80,6 +80,3 @@ def _same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
         if store.fetch(key, start, end, entry) != item.read(start, end):
             return False
     return True
-
-
-MEMORY = TOGETHER * PART  # bytes that one file takes while it is uploaded
