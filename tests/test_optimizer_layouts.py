@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -274,3 +277,32 @@ def test_universal_checkpoints_are_refused_for_several_tensor_ranks(tmp_path):
     with pytest.raises(ConfigError, match="one tensor-parallel rank"):
         surgery.convert(GOLDEN / "neox-zero1", tmp_path / "m", to="neox", optimizer=True, topology=Topology(tp=2),
                         options={"release": "2024-11"})  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed beside torch")
+def test_deepspeed_itself_goes_on_from_a_universal_checkpoint(universal, tmp_path):
+    """Its engine holds our masters, moments, steps and settings; its next three updates are those of plain AdamW."""
+    script = Path(__file__).parent / "upstream" / "load_deepspeed.py"
+    subprocess.run([sys.executable, "-W", "ignore", script, universal, tmp_path / "s.pt"], check=True, timeout=280)
+    found = torch.load(tmp_path / "s.pt", weights_only=True)
+    zero = universal / (universal / "latest_universal").read_text() / "zero"
+    ours = {name: {f: torch.load(zero / name / f"{f}.pt", weights_only=True)["param"] for f in ("fp32", *MOMENTS)}
+            for name in found["loaded"]}  # fmt: skip
+    assert found["steps"] == [2, 2] and [g["weight_decay"] for g in found["groups"]] == [0.1, 0.0]
+    for name, held in found["loaded"].items():
+        assert same_bits(held["master"].view_as(ours[name]["fp32"]), ours[name]["fp32"])
+        assert same_bits(held["weight"], ours[name]["fp32"].bfloat16())
+        assert all(same_bits(held[role].view_as(ours[name][role]), ours[name][role]) for role in MOMENTS)
+    plain = {name: torch.nn.Parameter(held["fp32"].clone()) for name, held in ours.items()}
+    kinds = [[p for p in plain.values() if (p.ndim > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": p, **g} for p, g in zip(kinds, found["groups"], strict=True)])
+    for name, p in plain.items():
+        optimizer.state[p] = {"step": torch.tensor(2.0), **{role: ours[name][role].clone() for role in MOMENTS}}
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for p in plain.values():
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16().float()
+        optimizer.step()
+    far = {n: float((p - found["later"][n]["master"].view_as(p)).detach().abs().max()) for n, p in plain.items()}
+    assert max(far.values()) < 1e-6
