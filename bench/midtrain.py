@@ -34,7 +34,7 @@ TOKENS = 2048
 PRECISIONS = ("fp32", "autocast")
 DENSE = {"model_type": "llama", "tie_word_embeddings": True}
 MOE = {"model_type": "olmoe", "tie_word_embeddings": True, "hidden_size": 128, "vocab_size": 2048,
-       "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4}  # fmt: skip
+       "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 4, "pad_token_id": None}  # fmt: skip
 MODELS: Mapping[str, tuple[int, dict[str, Any]]] = {  # sequence, config
     "1M": (128, {**DENSE, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 2048,
                  "num_attention_heads": 4, "num_key_value_heads": 4}),
