@@ -38,7 +38,9 @@ def read_moe(family: Family, keys: Keys, fields: Json) -> Json:
         value, right = keys.config.get(key), _wanted(wanted, fields)
         value = absent if value is None else value
         if type(value) not in (int, float, bool) or not _near(value, right):
-            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=keys.file)
+            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=keys.file,
+                              hint=f"a {family.model_type} with another value is not read here, not even to be copied: "
+                                   "use transformers itself for it")  # fmt: skip
     return out
 
 
