@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import surgery
 from surgery.containers.output import OutputFile, text_file
 from surgery.conversion import allow, state
 from surgery.conversion.numbers import remarks
-from surgery.conversion.report import Plan, Report, Share, provenance, states_of, version
+from surgery.conversion.report import Plan, Report, Share, provenance, states_of
 from surgery.conversion.request import Convert, Divided, Write
 from surgery.conversion.workers import ENGINES, Task
 from surgery.errors import ConfigError, OutputError, UsageError, show, shown, some
@@ -258,7 +259,7 @@ def _one_share(plan: Plan, dst: Path, shard: Shard, progress: stream.Progress | 
 
 def job_of(plan: Plan) -> dict[str, Any]:
     """What tells this output from any other."""
-    return {"surgery": version(), "source": identity(plan.source), **plan.job}
+    return {"surgery": surgery.__version__, "source": identity(plan.source), **plan.job}
 
 
 def refuse_overlap(src: Path, dst: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import surgery
 from surgery.containers.text import json_text
 from surgery.conversion.request import Write
 from surgery.formats.base import Checkpoint, Format, Options, Output, run_of
@@ -111,7 +112,7 @@ class Report:
 def provenance(plan: Plan, report: Report, more: Mapping[str, Any]) -> bytes:
     """The bytes of surgery.json; `more` are entries that an operation adds."""
     record = {
-        "surgery": version(),
+        "surgery": surgery.__version__,
         "command": list(plan.write.command),
         "source": {"path": report.source, "format": report.source_format, "topology": _sizes(plan.source.topology),
                    "files": {p.name: size_of(p) for p in plan.source.files}},
@@ -137,10 +138,3 @@ def _sizes(topology: Topology) -> dict[str, int]:
 def _torch_version() -> str:
     torch = sys.modules.get("torch")
     return str(torch.__version__) if torch else ""
-
-
-def version() -> str:
-    """The version of this package."""
-    import surgery
-
-    return surgery.__version__

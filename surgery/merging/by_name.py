@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import surgery
 from surgery import tokenizer
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text, read_json
-from surgery.conversion.report import Report, version
+from surgery.conversion.report import Report
 from surgery.errors import LayoutError, UsageError, shown, some
 from surgery.formats.account import CARRIED, Rule, beside
 from surgery.formats.base import PROVENANCE, main_dtype
@@ -226,12 +227,13 @@ class Merge:
             if told := check_loads(data_of(dst), self.folders[self.recipe.donor].path):
                 notes.append(told)
             seconds = time.monotonic() - start
-            record = {"surgery": version(), "command": list(self.request.command), "output": {"format": "hf"},
+            record = {"surgery": surgery.__version__, "command": list(self.request.command), "output": {"format": "hf"},
                       "content": self.ledger.content_digest(), "notes": notes}  # fmt: skip
             return [text_file(PROVENANCE, json_text(record))]
 
         request = self.request
-        job = {"surgery": version(), "soup": repr(self.recipe), "arithmetic": request.arithmetic, "by": "name",
+        job = {"surgery": surgery.__version__, "soup": repr(self.recipe), "arithmetic": request.arithmetic,
+               "by": "name",
                "sources": [sorted(map(str, f.stamps.items())) for f in self.folders.values()]}  # fmt: skip
         done = stream.write(self.files, dst, max_memory=request.memory, job=job, ledger=self.ledger,
                             progress=progress or request.progress, force=request.force, durable=request.sync,

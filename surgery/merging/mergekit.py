@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import surgery
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text
-from surgery.conversion.report import Report, version
+from surgery.conversion.report import Report
 from surgery.errors import ConfigError, LayoutError, UsageError, shown, some
 from surgery.formats.base import PROVENANCE
 from surgery.merging.recipe import Recipe
@@ -84,7 +85,12 @@ def _copies(out: Path) -> list[OutputFile]:
 
 def _records(recipe: Recipe, request: Soup, notes: Sequence[str]) -> list[OutputFile]:
     """surgery.json and soup.json."""
-    record = {"surgery": version(), "command": list(request.command), "output": {"format": "hf"}, "notes": list(notes)}
+    record = {
+        "surgery": surgery.__version__,
+        "command": list(request.command),
+        "output": {"format": "hf"},
+        "notes": list(notes),
+    }
     merge = {"method": recipe.method, "donor": str(recipe.donor), "models": [str(m) for m in recipe.models()],
              "seed": recipe.seed, "by": "mergekit", "config": recipe.text}  # fmt: skip
     return [text_file(PROVENANCE, json_text(record)), text_file("soup.json", json_text(merge))]
