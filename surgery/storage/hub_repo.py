@@ -76,8 +76,8 @@ def repository(address: Address) -> Listing:
     raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{sha}", headers)
     store = Store(address, raw, pinned=True)
     if address.key and (one := [e for e in every if e.name == address.key]):
-        return Listing(store, address.key, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
-    return Listing(store, address.key, below(every, address))
+        return Listing(store, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
+    return Listing(store, below(every, address))
 
 
 def _entry(sibling: Any, address: Address) -> Entry:

@@ -25,6 +25,7 @@ from surgery.errors import OutputError
 from surgery.writing.atomic import into_free, sync_folder
 from surgery.writing.locking import locked
 from surgery.writing.renaming import move
+from surgery.writing.sink import pwrite_all
 
 Sizes = Mapping[str, tuple[int, str | None]]
 DATA, JOURNAL, WHOLE = "data", "journal", "whole"
@@ -90,10 +91,7 @@ class Landing:
         """A piece.  Raises OSError."""
         fd = os.open(self.path(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            view, at = memoryview(data), start
-            while view:
-                n = os.pwrite(fd, view, at)
-                view, at = view[n:], at + n
+            pwrite_all(fd, data, start)
         finally:
             os.close(fd)
         self._note(json.dumps([name, start, start + len(data), _digest(data)]))

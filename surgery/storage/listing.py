@@ -38,13 +38,12 @@ class Listing:
     """The files at an address by their paths below it, and the client that reads them; `single`: it is one file."""
 
     store: Store
-    prefix: str
     entries: Mapping[str, Entry]
     single: bool = False
 
     def key(self, name: str) -> str:
         """The key of a file in the store."""
-        return self.prefix if self.single else f"{self.prefix}/{name}" if self.prefix else name
+        return self.store.address.key if self.single else self.store.address.below(name)
 
 
 def listing(address: Address) -> Listing:
@@ -66,10 +65,9 @@ def listing(address: Address) -> Listing:
 
 def _in_bucket(store: Store) -> Listing:
     """All objects below the prefix; if there are none, the object of that key."""
-    prefix = store.address.key
-    if entries := [e for e in store.list(prefix, MOST) if e.name and not e.name.endswith("/")]:
-        return Listing(store, prefix, {e.name: e for e in entries})
-    return Listing(store, prefix, _single(store), True)
+    if entries := [e for e in store.list(store.address.key, MOST) if e.name and not e.name.endswith("/")]:
+        return Listing(store, {e.name: e for e in entries})
+    return Listing(store, _single(store), True)
 
 
 def _single(store: Store) -> dict[str, Entry]:
@@ -80,24 +78,23 @@ def _single(store: Store) -> dict[str, Entry]:
 
 def _on_server(store: Store) -> Listing:
     """One file, by its ending, or a folder: those of the known names that are there, and what an index names."""
-    prefix = store.address.key
     if _FILE.fullmatch(store.address.name):
-        return Listing(store, prefix, _single(store), True)
-    found = _asked(store, prefix, NAMES)
+        return Listing(store, _single(store), True)
+    found = _asked(store, NAMES)
     more: list[str] = []
     for index in INDEXES:
         if index in found:
             more += _shards(store, store.address.below(index), found[index])
     if "consolidated.00.pth" in found:
         more += [f"consolidated.{i:02d}.pth" for i in range(1, 8)]
-    return Listing(store, prefix, {**found, **_asked(store, prefix, more)})
+    return Listing(store, {**found, **_asked(store, more)})
 
 
-def _asked(store: Store, prefix: str, names: Iterable[str]) -> dict[str, Entry]:
+def _asked(store: Store, names: Iterable[str]) -> dict[str, Entry]:
     """Those of some names that are there."""
 
     def ask(name: str) -> Entry | None:
-        entry = store.head(f"{prefix}/{name}" if prefix else name)
+        entry = store.head(store.address.below(name))
         return None if entry is None else Entry(name, entry.size, entry.etag, entry.modified)
 
     with ThreadPoolExecutor(PARALLEL) as pool:

@@ -26,7 +26,7 @@ from surgery.storage.hub_push import Place, commit, look, message_for
 from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.store import Entry, Store, open_store
-from surgery.storage.upload import Stopped, upload
+from surgery.storage.upload import Stopped, is_equal, upload
 from surgery.tensors.files import File, check_unchanged
 
 FILES = 4  # at a time
@@ -154,11 +154,6 @@ def _there(
         raise OutputError(f"holds other objects: {some(sorted(odd))}", file=str(store.address),
                           hint="choose another place, or remove what is there")  # fmt: skip
     return equal
-
-
-def is_equal(entry: Entry, size: int, etag: str) -> bool:
-    """Whether an object is a file, as far as its size and ETag say."""
-    return (entry.size, entry.etag) == (size, etag)
 
 
 def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:

@@ -38,7 +38,7 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
             _put(store, key, item, advance, stop)
         except FileError as error:
             # the answer may be all that was lost
-            if error.hint == AGAIN or (attempt == TRIES and not _equal(store, key, item, etag)):
+            if error.hint == AGAIN or (attempt == TRIES and not is_equal(store.head(key), item.size, etag)):
                 raise
         entry = store.head(key)
         if entry is not None and entry.size == item.size:
@@ -50,9 +50,9 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
     raise FileError("is not what was sent", file=store.url(key), hint="look at the store and the network")
 
 
-def _equal(store: Store, key: str, item: Item, etag: str) -> bool:
-    entry = store.head(key)
-    return entry is not None and (entry.size, entry.etag) == (item.size, etag)
+def is_equal(entry: Entry | None, size: int, etag: str) -> bool:
+    """Whether an object is there and is a file, as far as its size and ETag say."""
+    return entry is not None and (entry.size, entry.etag) == (size, etag)
 
 
 def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) -> None:

@@ -139,13 +139,13 @@ class Sink:
                 raise OutputError("does not fit its journal", file=self.stage.hidden, hint="remove it and start again")
         else:
             self.fd, self.crcs, self.reported = self.stage.create(file.name, file.size), {}, 0
-            _pwrite(self.fd, file.head, 0)
+            pwrite_all(self.fd, file.head, 0)
         self.file, self.at, self.since = file, (step.region, step.start), 0
 
     def _write(self, block: Block) -> None:
         assert self.file is not None
         offset = block.region.offset + block.start
-        _pwrite(self.fd, block.data, offset)
+        pwrite_all(self.fd, block.data, offset)
         if self.file.tail is not None or block.index in self.kept[self.file.name]:
             self._hashed(BEHIND)
             self.hashing.append(self.hasher.submit(self._hash, block))  # only what is written counts
@@ -172,7 +172,7 @@ class Sink:
         if self.file.tail is not None:
             crcs = [self.crcs.get(i, 0) for i in range(len(self.file.regions))]
             for offset, data in self.file.tail(crcs):
-                _pwrite(self.fd, data, offset)
+                pwrite_all(self.fd, data, offset)
         self.checks[self.file.name] = self.crcs
         fd, self.fd = self.fd, -1
         self.syncer.put(fd, self._line(done=self.file.size), close=True)
@@ -190,7 +190,7 @@ class Sink:
         assert not file.regions and file.tail is None, file.name
         fd = self.stage.create(file.name, file.size)
         try:
-            _pwrite(fd, file.head, 0)
+            pwrite_all(fd, file.head, 0)
             if self.stage.durable:
                 os.fsync(fd)
         finally:
@@ -263,7 +263,8 @@ class Syncer:
             self.error = error
 
 
-def _pwrite(fd: int, data: bytes | memoryview, offset: int) -> None:
+def pwrite_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of the bytes, however few the system takes at once.  Raises OSError."""
     view = memoryview(data)
     while view:
         n = os.pwrite(fd, view, offset)
