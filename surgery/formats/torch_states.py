@@ -68,6 +68,14 @@ def moments_of(fields: Fields, name: str, path: Path) -> dict[str, Lazy]:
     return {role: tensor_of(fields, role, path) for role in MOMENTS}
 
 
+def listed(group: Fields, path: Path, keys: Sequence[str] = ("params",)) -> list[str]:
+    """The parameters of a group, by the first of the keys that names them.  Raises FileError if none does."""
+    for names in map(group.get, keys):
+        if isinstance(names, list) and all(type(name) is str for name in names):
+            return names
+    raise FileError("has a group of parameters that does not name them", file=path)
+
+
 def torch_group(group: Group) -> dict[str, Any]:
     """The fields of a group of torch's AdamW, and of those made after it."""
     return {

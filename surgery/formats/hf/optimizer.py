@@ -28,7 +28,7 @@ from surgery.formats.hf.table import table
 from surgery.formats.optimizer import MOMENTS, Group, M, Optimizer, States, Written, group_of, one_step
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank
-from surgery.formats.torch_states import STEP, moments_of, read_tree, step_of, torch_group
+from surgery.formats.torch_states import STEP, listed, moments_of, read_tree, step_of, torch_group
 from surgery.formats.weave import Parts, spread
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Fill, Lazy
@@ -85,8 +85,9 @@ def _whole(path: Path, family: str, weights: Mapping[str, Lazy]) -> tuple[Named,
     """The state by name, and whether it was by number."""
     states, groups = read_tree(path)
     keys = [group.get("params") for group in groups]
-    numbered = not any(type(key) is str for listed in keys if isinstance(listed, list) for key in listed)
-    owners = _divided(keys, in_order(family, weights), path) if numbered else _listed(keys, path)
+    numbered = not any(type(key) is str for own in keys if isinstance(own, list) for key in own)
+    owners = (_divided(keys, in_order(family, weights), path) if numbered
+              else [listed(group, path) for group in groups])  # fmt: skip
     roles: dict[str, dict[str, Lazy]] = {role: {} for role in MOMENTS}
     steps, settings, at = [], dict[str, Group](), 0
     for group, owned in zip(groups, owners, strict=True):
@@ -107,8 +108,8 @@ def _whole(path: Path, family: str, weights: Mapping[str, Lazy]) -> tuple[Named,
 
 def _divided(keys: Sequence[object], names: Sequence[str], path: Path) -> list[list[str]]:
     """The parameters of each group.  Raises LayoutError unless the numbers fit one of the Trainer's ways to group."""
-    counts = [len(listed) if isinstance(listed, list) else -1 for listed in keys]
-    if [key for listed in keys if isinstance(listed, list) for key in listed] != list(range(sum(counts))):
+    counts = [len(own) if isinstance(own, list) else -1 for own in keys]
+    if [key for own in keys if isinstance(own, list) for key in own] != list(range(sum(counts))):
         raise FileError("does not number its parameters from 0 through all groups", file=path)
     for rule in (spared, spared_before):
         both = [[n for n in names if not rule(n)], [n for n in names if rule(n)]]
@@ -122,15 +123,6 @@ def _divided(keys: Sequence[object], names: Sequence[str], path: Path) -> list[l
         hint="transformers 4 numbered experts one by one, and frozen parameters or adapters have no state: convert the "
         "weights alone, without --optimizer",
     )  # fmt: skip
-
-
-def _listed(keys: Sequence[object], path: Path) -> list[list[str]]:
-    found = []
-    for listed in keys:
-        if not isinstance(listed, list) or not all(type(name) is str for name in listed):
-            raise FileError("has a group of parameters that does not name them", file=path)
-        found.append(listed)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------- writing

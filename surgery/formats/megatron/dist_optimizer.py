@@ -13,8 +13,9 @@ Source: megatron/core `optimizer/distrib_optimizer.py`, `optimizer/optimizer.py`
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery.containers.dcp import Dcp
@@ -47,9 +48,11 @@ def read_states(dcp: Dcp, root: Mapping[Any, Any], weights: Mapping[str, Lazy]) 
                 hint="load it with Megatron at the same sizes and save with --dist-ckpt-optim-fully-reshardable",
             )  # fmt: skip
         return None
-    groups = list(_groups(root.get("optimizer"), _DEPTH))
+    entries = list(_mappings(root.get("optimizer"), _DEPTH))
+    listed = [entry["param_groups"] for entry in entries if isinstance(entry.get("param_groups"), list)]
+    groups = [group for each in listed for group in each if isinstance(group, dict)]
     steps = [step_of({}, group, dcp.folder) for group in groups if "step" in group]
-    steps += list(_common(root.get("optimizer"), dcp.folder, _DEPTH))
+    steps += [step_of({"step": entry["common_step"]}, {}, dcp.folder) for entry in entries if "common_step" in entry]
     shards = {role: {Rank(): tensors} for role, tensors in roles.items() if tensors}
     return States(shards, one_step(steps, dcp.folder), _by_name(groups, roles[M], dcp))
 
@@ -62,10 +65,7 @@ def _like(key: str, tensor: Lazy, weights: Mapping[str, Lazy], file: str) -> Laz
     *grid, size = tensor.shape
     fits = len(grid) == len(weight.shape) and all(n and not w % n for n, w in zip(grid, weight.shape, strict=True))
     cell = [w // n for n, w in zip(grid, weight.shape, strict=True)] if fits else []
-    count = 1
-    for n in cell:
-        count *= n
-    if not fits or count != size:
+    if not fits or math.prod(cell) != size:
         raise LayoutError(f"the state of {show(key)} has the shape {list(tensor.shape)[:8]}, which are no cells of its "
                           f"weight's {list(weight.shape)[:8]}", file=file)  # fmt: skip
     outer, inner = [f"g{i}" for i in range(len(grid))], [f"c{i}" for i in range(len(grid))]
@@ -73,34 +73,15 @@ def _like(key: str, tensor: Lazy, weights: Mapping[str, Lazy], file: str) -> Laz
     return Rearrange(tensor, (*((a,) for a in outer), tuple(inner)), tuple(zip(outer, inner, strict=True)), sizes)
 
 
-def _groups(node: object, depth: int) -> Iterator[Mapping[Any, Any]]:
-    """Every group of parameters of the optimizers, one or several, in a common state."""
+def _mappings(node: object, depth: int) -> Iterator[Mapping[Any, Any]]:
+    """Every mapping in the optimizers, one or several, of a common state."""
     if not depth:
         return
     if isinstance(node, dict):
-        found = node.get("param_groups")
-        if isinstance(found, list):
-            yield from (group for group in found if isinstance(group, dict))
-        for key, value in node.items():
-            if key != "param_groups":
-                yield from _groups(value, depth - 1)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _groups(value, depth - 1)
-
-
-def _common(node: object, file: object, depth: int) -> Iterator[float]:
-    """The step that all parameters of a plain optimizer share."""
-    if not depth:
-        return
-    if isinstance(node, dict):
-        if "common_step" in node:
-            yield step_of({"step": node["common_step"]}, {}, file)  # type: ignore[arg-type]
-        for value in node.values():
-            yield from _common(value, file, depth - 1)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _common(value, file, depth - 1)
+        yield node
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+    for value in values:
+        yield from _mappings(value, depth - 1)
 
 
 def decays(key: str) -> bool:
@@ -108,7 +89,7 @@ def decays(key: str) -> bool:
     return not _SPARED.search(key)
 
 
-def _by_name(groups: list[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp: Dcp) -> dict[str, Group]:
+def _by_name(groups: Sequence[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp: Dcp) -> dict[str, Group]:
     kinds = {bool(group.get("wd_mult", 1.0)): group_of(group, dcp.folder) for group in groups}
     return {key: kinds[decays(key)] for key in keys if decays(key) in kinds}
 

@@ -46,7 +46,12 @@ class Parameter:
 
     @property
     def decays(self) -> bool:
-        return len(self.weight.shape) > 1 and not self.name.endswith(".bias")
+        return decays(self.name, self.weight.shape)
+
+
+def decays(name: str, shape: Shape) -> bool:
+    """Whether Megatron lets a parameter decay: matrices that are no bias."""
+    return len(shape) > 1 and not name.endswith(".bias")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery.formats.megatron.dist_optimizer import megatron_groups
-from surgery.formats.megatron.optimizer import MASTERS
+from surgery.formats.megatron.optimizer import MASTERS, decays
 from surgery.formats.optimizer import MASTER, MOMENTS, Written
 from surgery.formats.topology import Rank
 from surgery.formats.torch_states import STEP
@@ -67,4 +67,4 @@ def _one(written: Written, owned: Sequence[Owned], experts: bool) -> tuple[dict[
 
 def _decays(written: Written, owned: Owned) -> bool:
     rank, name = owned
-    return len(written.roles[MOMENTS[0]][rank][name].tensor.shape) > 1 and not name.endswith(".bias")
+    return decays(name, written.roles[MOMENTS[0]][rank][name].tensor.shape)

@@ -10,15 +10,14 @@ Source: DeepSpeed runtime/zero/stage_1_and_2.py, runtime/bf16_optimizer.py.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.containers import open_file
 from surgery.containers.pickles.records import TensorRecord
 from surgery.errors import FileError, LayoutError, show
-from surgery.formats.flat import cut
+from surgery.formats.flat import aligned, cut
 from surgery.formats.neox.files import Found
 from surgery.formats.optimizer import MASTER, ROLES, Group, States, group_of, one_step
 from surgery.formats.topology import Rank
@@ -48,7 +47,7 @@ def read_states(found: Found, shards: Shards, tp: int) -> States | None:
         for g, shapes in enumerate(_shapes(model)):
             settings = _settings(parts[0], g, model)
             told &= settings is not None
-            places, total = _places(shapes)
+            places, total = aligned(shapes.items(), 1)
             for role in ROLES:
                 flat = _joined([_tensor(part, role, g, model) for part in parts], total, model)
                 for name, shape in shapes.items():
@@ -93,14 +92,6 @@ def _shapes(model: Path) -> list[dict[str, Shape]]:
             raise FileError("does not say in which order its parameters were trained (param_shapes)", file=model)
         out.append({name: tuple(shape) for name, shape in group.items()})
     return out
-
-
-def _places(shapes: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
-    places, at = {}, 0
-    for name, shape in shapes.items():
-        places[name] = at
-        at += math.prod(shape)
-    return places, at
 
 
 def _joined(parts: Sequence[Lazy], total: int, model: Path) -> Lazy:

@@ -22,7 +22,7 @@ from surgery.formats.olmo.files import plain, ungrouped, unwrapped
 from surgery.formats.olmo.sharded import Run, assemble, flat_pieces, rank_files
 from surgery.formats.optimizer import MOMENTS, Group, M, States, V, Written, group_of, one_step
 from surgery.formats.topology import Rank
-from surgery.formats.torch_states import STEP, Fields, moments_of, read_tree, step_of, torch_group
+from surgery.formats.torch_states import STEP, Fields, listed, moments_of, read_tree, step_of, torch_group
 from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill, Lazy
 
@@ -115,11 +115,7 @@ def _names(groups: Sequence[Fields], path: Path) -> list[str]:
 
 def _listed(group: Fields, path: Path) -> list[str]:
     """The weights of a group: their names, or those of the modules that wrap them."""
-    for key in ("param_names", "params"):
-        names = group.get(key)
-        if isinstance(names, list) and all(type(name) is str for name in names):
-            return names
-    raise FileError("has a group of parameters that does not name them", file=path)
+    return listed(group, path, ("param_names", "params"))
 
 
 def _name(key: object, names: Sequence[str], path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.containers.dcp import Dcp
 from surgery.errors import LayoutError
-from surgery.formats.dcp_states import Named, flattened, named_tensors, read_named
+from surgery.formats.dcp_states import flattened, named_tensors, read_named
 from surgery.formats.olmo.files import unwrapped
 from surgery.formats.optimizer import M, States, V, Written
 from surgery.formats.topology import Rank
@@ -39,11 +39,6 @@ def read_states(dcp: Dcp, folder: Path, said: int | None) -> States | None:
     elif found.step == 0 and any(_moved(t) for t in found.roles[V].values()):
         raise LayoutError(UNCOUNTED, file=folder, hint="-O optimizer_step=N says how often it was updated, for a run "
                           "with corrected bias and a rate of your choice")  # fmt: skip
-    return states_of(found, folder, said, notes)
-
-
-def states_of(found: Named, folder: Path, said: int | None = None, notes: tuple[str, ...] = ()) -> States:
-    """The state under the names of the weights."""
     roles = {role: {Rank(): unwrapped(tensors, folder)} for role, tensors in found.roles.items()}
     return States(roles, found.step if said is None else said, found.groups, notes)
 
