@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from surgery.storage import contents, mirror
 from surgery.storage import pull as pulling
 from surgery.storage.address import parse
 from surgery.storage.claim import claim
+from surgery.storage.landing import Landing
 from surgery.storage.listing import UNFINISHED, listing
 from surgery.storage.pull import pull
 from surgery.storage.push import Pushed, push
@@ -108,6 +110,38 @@ def test_a_folder_is_pushed_in_the_order_in_which_it_may_be_seen(bucket: Bucket,
     with pytest.raises(OutputError, match="holds other objects"):
         push(folder, f"s3://{BUCKET}/order")
     assert bucket.objects("order") == was
+
+
+def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) -> None:
+    command = ["surgery", "--tokenizer=/home/me/tok", "a/b"]
+    record = {"source": {"path": "/home/me/My models/SmolLM2"}, "command": command,
+              "notes": ["tokenizer of ~/tok/x, of s3://bucket/home/me"], "content_digest": "ab"}  # fmt: skip
+    soup = {
+        "models": {"/home/me/a/run": {"path": "/home/me/a/run"}, "/home/me/b/run": 1},
+        "config": "- model: ../me/run\n",
+    }
+    inputs = {
+        "inputs": [{"path": "/home/me/.cache/huggingface/hub/datasets/../models--org--name/snapshots/3fa1/x.txt"}]
+    }
+    told = {"surgery.json": record, "soup.json": soup, "a/tokens.json": inputs, "other.json": record}
+    for name, value in told.items():
+        (folder / name).write_text(json.dumps(value))
+    push(folder, f"s3://{BUCKET}/private", card=True)
+    there = bucket.objects("private")
+    assert there.pop("other.json") == (folder / "other.json").read_bytes()
+    assert json.loads(there["surgery.json"]) == {
+        "source": {"path": "SmolLM2"}, "command": ["surgery", "--tokenizer=tok", "a/b"],
+        "notes": ["tokenizer of x, of s3://bucket/home/me"], "content_digest": "ab"}  # fmt: skip
+    assert json.loads(there["soup.json"]) == {
+        "models": {"run": {"path": "run"}, "run (2)": 1},
+        "config": "- model: run\n",
+    }
+    assert json.loads(there["a/tokens.json"]) == {"inputs": [{"path": "hf://org/name@3fa1/x.txt"}]}
+    assert "README.md" in there and not [
+        name for name, data in there.items() if b"/me/" in data.replace(b"t/home/me", b"")
+    ]
+    assert json.loads((folder / "surgery.json").read_text()) == record
+    assert push(folder, f"s3://{BUCKET}/private").sent_files == 0
 
 
 ALL = pytest.mark.thorough
@@ -315,6 +349,19 @@ def test_a_pull_goes_on_where_it_stopped_and_believes_no_damaged_piece(
     assert "bytes=0-1048575" in asked and 1 < len(asked) < 6
 
 
+def test_a_full_disk_ends_a_pull_in_words(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Landing, name: str, start: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    url = bucket.put("full", {"config.json": b"{}"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Landing, "write", full)
+        with pytest.raises(OutputError, match=r"got: the disk is full"):
+            pull(url, tmp_path / "got")
+    pull(url, tmp_path / "got")
+    assert held(tmp_path / "got") == {"config.json": b"{}"}
+
+
 def test_what_else_is_in_the_folder_stays(bucket: Bucket, tmp_path: Path) -> None:
     url = bucket.put("beside", {"config.json": b"{}", "sub/x.txt": b"new"})
     (tmp_path / "got").mkdir()
@@ -332,8 +379,6 @@ def test_what_else_is_in_the_folder_stays(bucket: Bucket, tmp_path: Path) -> Non
 def test_a_pull_that_is_killed_while_files_go_to_their_place_ends_there(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.storage.landing import Landing
-
     files = {"config.json": b"{}", "model.safetensors": b"12345678"}
     url = bucket.put("placing", files)
     (tmp_path / "got").mkdir()

@@ -17,14 +17,12 @@ from typing import Any
 
 from surgery.containers.text import read_json
 from surgery.errors import SurgeryError, printable
+from surgery.storage.published import SOUP, told
 from surgery.units import count
 from surgery.writing.replaceable import PROVENANCE
 
 CARD = "README.md"
-SOUP = "soup.json"
-_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@[^/]+)?(?:/.*)?")
-_LOCAL = re.compile(r"(?<![\w:/.-])(?:~|\.\.?)?/(?:[^\s/'\"]+/)*")
 
 Json = Mapping[str, Any]
 
@@ -42,9 +40,9 @@ def card(folder: Path, name: str) -> bytes | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A record; an empty one if it is none.  A card is no reason to fail."""
+    """A record as it is published; an empty one if it is none.  A card is no reason to fail."""
     with suppress(SurgeryError):
-        found = read_json(path, path.name) if path.is_file() else None
+        found = told(read_json(path, path.name)) if path.is_file() else None
         return found if isinstance(found, dict) else {}
     return {}
 
@@ -64,8 +62,7 @@ def _hub_names(record: Json, soup: Json) -> list[str]:
     """Those of the sources that lie on the hub."""
     paths = [str(m.get("path")) for m in _of(soup, "models").values() if isinstance(m, dict)]
     paths = paths or [str(_of(record, "source").get("path"))]
-    cached = (f"{m[1]}/{m[2]}" for path in paths if (m := _CACHED.search(path)))
-    return list(dict.fromkeys([*cached, *(m[1] for path in paths if (m := _ADDRESS.fullmatch(path)))]))
+    return list(dict.fromkeys(m[1] for path in paths if (m := _ADDRESS.fullmatch(path))))
 
 
 def _what(record: Json, soup: Json) -> str:
@@ -76,27 +73,27 @@ def _what(record: Json, soup: Json) -> str:
     if soup:
         how = f"merged from {len(_of(soup, 'models'))} models by `{_code(soup.get('method'))}`"
     elif kind.get("strategy"):
-        how = f"made from `{_place(source.get('path'))}` by the strategy `{_code(kind['strategy'])}`: " \
+        how = f"made from `{_code(source.get('path'))}` by the strategy `{_code(kind['strategy'])}`: " \
               f"{kind.get('experts')} experts, {kind.get('top_k')} of them active"  # fmt: skip
     elif kind:
-        how = f"made from `{_place(source.get('path'))}` by a change of its experts"
+        how = f"made from `{_code(source.get('path'))}` by a change of its experts"
     else:
-        how = f"written from `{_place(source.get('path'))}`, format `{_code(source.get('format'))}`"
+        how = f"written from `{_code(source.get('path'))}`, format `{_code(source.get('format'))}`"
     return f"A model{parameters} {form}, {how}."
 
 
 def _provenance(record: Json, soup: Json) -> Iterator[str]:
     yield "## Provenance"
-    models = [f"`{_place(name)}`" for name in _of(soup, "models")]
+    models = [f"`{_code(name)}`" for name in _of(soup, "models")]
     words = [word for word in _list(record, "command") if isinstance(word, str)]
     versions = ", ".join(f"{_line(k)} {_line(v)}" for k, v in _of(record, "versions").items() if v)
     rows = (
-        ("models" if models else "source", ", ".join(models) or f"`{_place(_of(record, 'source').get('path'))}`"),
+        ("models" if models else "source", ", ".join(models) or f"`{_code(_of(record, 'source').get('path'))}`"),
         ("digest of the source's weights", record.get("source_digest") and f"`{_code(record['source_digest'])}`"),
         ("digest of these weights", record.get("content_digest") and f"`{_code(record['content_digest'])}`"),
         ("read back and equal", {True: "yes", False: "no"}.get(record.get("verified"))),  # type: ignore[arg-type]
         ("left out", ", ".join(f"`{_code(n)}`" for n in list(_of(record, "dropped"))[:20])),
-        ("command", words and f"`{_code(_LOCAL.sub('', shlex.join(words)))}`"),
+        ("command", words and f"`{_code(shlex.join(words))}`"),
         ("written by", f"surgery {_line(record.get('surgery'))}, {versions}"),
     )
     yield "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows if value)])
@@ -106,7 +103,7 @@ def _provenance(record: Json, soup: Json) -> Iterator[str]:
 def _recipe(soup: Json) -> Iterator[str]:
     """The YAML of a merge."""
     if isinstance(text := soup.get("config"), str):
-        text = printable("\n".join(_LOCAL.sub("", line) for line in text.strip().splitlines()), 20_000)
+        text = printable(text.strip(), 20_000)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         yield "## Recipe"
         yield f"{fence}yaml\n{text}\n{fence}"
@@ -133,7 +130,7 @@ def _notes(record: Json) -> Iterator[str]:
     notes = [note for note in _list(record, "notes") if isinstance(note, str)]
     if notes:
         yield "## Notes"
-        yield "\n".join(f"- {_line(_LOCAL.sub('', note))}" for note in notes[:30])
+        yield "\n".join(f"- {_line(note)}" for note in notes[:30])
 
 
 def _of(record: Json, key: str) -> dict[str, Any]:
@@ -159,9 +156,3 @@ def _line(value: object) -> str:
 def _code(value: object) -> str:
     """Text between backquotes in a table."""
     return printable(" ".join(str(value).split()), 1000).replace("`", "'").replace("|", "\\|")
-
-
-def _place(path: object) -> str:
-    """An address as it is; of a path the last part."""
-    text = str(path)
-    return _code(text if "://" in text else text.rstrip("/").rpartition("/")[2] if text[:1] in "/.~" else text)

@@ -14,13 +14,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from surgery.errors import FileError, UsageError, show
 from surgery.storage.listing import MOST, UNFINISHED
+from surgery.storage.published import RECORDS, published
+from surgery.storage.together import Told
 from surgery.tensors.files import File
 from surgery.writing.replaceable import PROVENANCE, WEIGHTS, is_junk
 
@@ -32,8 +34,6 @@ CONFIGS = ("config.json", "params.json", "config.yaml", "latest", "latest_checkp
 # the later, the more a folder is taken for what it will be; what is in none of them comes second
 ORDER = (WEIGHTS, (), INDEXES, CONFIGS, (PROVENANCE,))
 NAME = re.compile(r"[\w.+=@,() -]{1,255}", re.A)
-
-Told = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,14 @@ def contents(folder: Path, made: Sequence[tuple[str, bytes]] = ()) -> list[Item]
         raise FileError("holds no files", file=folder)
     if len(names) > MOST:
         raise FileError(f"holds more than {MOST} files", file=folder)
-    items = [Item(name, rank(name), File(folder / name)) for name in names]
+    items = [Item(name, rank(name), _source(folder / name)) for name in names]
     return sorted([*items, *(Item(name, rank(name), data) for name, data in made)], key=lambda item: item.rank)
+
+
+def _source(path: Path) -> File | bytes:
+    """A file as it is; of a record what is published of it."""
+    said = published(path) if path.name in RECORDS else None
+    return File(path) if said is None else said
 
 
 def size_of_folder(folder: str | os.PathLike[str]) -> int:

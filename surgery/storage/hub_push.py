@@ -16,9 +16,10 @@ from typing import Any
 
 from surgery.errors import FileError, MismatchError, OutputError, UsageError, printable, some
 from surgery.storage.address import Address
-from surgery.storage.contents import Item, Told
+from surgery.storage.contents import Item
 from surgery.storage.hub_repo import api, below, commit_of, said
 from surgery.storage.store import Entry
+from surgery.storage.together import Told
 from surgery.tensors.files import File, check_unchanged
 
 KEPT = (".gitattributes",)  # what the hub itself puts into a repository

@@ -143,6 +143,7 @@ class Landing:
 def landing(dst: Path, source: str, sizes: Sizes) -> Iterator[Landing]:
     """The folder of a destination, locked.  Raises OutputError if another run has it."""
     hidden = dst.with_name(f".{dst.name}.surgery-pull")
+    dst.parent.mkdir(parents=True, exist_ok=True)
     fd, lock = locked(hidden)
     try:
         place = Landing(hidden, dst, source, sizes)

@@ -13,19 +13,20 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import OutputError, UsageError, some
 from surgery.settings import Checked, setting, taking
 from surgery.storage.address import Address, is_address, parse
-from surgery.storage.contents import Told, rank
+from surgery.storage.contents import rank
 from surgery.storage.landing import Landing, landing
 from surgery.storage.listing import Listing, listing
 from surgery.storage.proof import agrees
+from surgery.storage.together import Told, from_threads, together
 from surgery.tensors.files import plain_name
 from surgery.units import human
+from surgery.writing.sink import os_errors
 
 RANGE = 16 << 20  # bytes of one request
 REQUESTS = 8  # at a time
@@ -101,8 +102,7 @@ def carried_out(plan: Pulling, request: Pull) -> Pulled:
     """Pull what `prepare` has looked at."""
     began, told = time.monotonic(), request.progress or (lambda n: None)
     sizes = {name: (entry.size, entry.etag) for name, entry in plan.found.entries.items()}
-    plan.dst.parent.mkdir(parents=True, exist_ok=True)
-    with landing(plan.dst, str(plan.address), sizes) as place:
+    with os_errors(plan.dst), landing(plan.dst, str(plan.address), sizes) as place:
         _refuse(plan, place, request.force)
         resumed = place.had()
         told(resumed)
@@ -134,28 +134,12 @@ def _room(plan: Pulling, place: Landing, resumed: int) -> None:
 
 def _fetched(plan: Pulling, place: Landing, told: Told) -> None:
     """Fetch the ranges that are not there yet; if one fails, the others end with the range that they are at."""
-    stop, lock = threading.Event(), threading.Lock()
-    store, found = plan.found.store, plan.found
+    store, found, advance = plan.found.store, plan.found, from_threads(told)
 
-    def one(name: str, start: int, end: int) -> None:
-        if stop.is_set():
-            return
-        try:
-            place.write(name, start, bytes(store.fetch(found.key(name), start, end, found.entries[name])))
-        except BaseException:
-            stop.set()
-            raise
-        with lock:
-            told(end - start)
+    def one(piece: tuple[str, int, int], stop: threading.Event) -> None:
+        name, start, end = piece
+        place.write(name, start, bytes(store.fetch(found.key(name), start, end, found.entries[name])))
+        advance(end - start)
 
-    todo = place.missing(RANGE)
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        waiting = [pool.submit(one, *piece) for piece in todo]
-        try:
-            for future in waiting:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+    together(one, place.missing(RANGE), REQUESTS)
     place.finish()

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,12 +20,13 @@ from surgery.settings import Checked, setting, taking
 from surgery.storage.address import BUCKETS, Address, is_address, parse
 from surgery.storage.card import CARD, card
 from surgery.storage.claim import claim, release, standing, taken
-from surgery.storage.contents import Item, Told, contents, digest_of, etag_of
+from surgery.storage.contents import Item, contents, digest_of, etag_of
 from surgery.storage.hub_push import Place, commit, look, message_for
 from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.store import Entry, Store, open_store
-from surgery.storage.upload import Stopped, is_equal, upload
+from surgery.storage.together import Told, from_threads, together
+from surgery.storage.upload import is_equal, upload
 from surgery.tensors.files import File, check_unchanged
 
 FILES = 4  # at a time
@@ -124,9 +124,8 @@ def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
         return Pushing(address, tuple(items), {}, place.there, place)
     if odd := [flag for flag in ("message", "public", "force") if getattr(request, flag)]:
         raise UsageError(f"--{odd[0]} is for the hub, not for buckets")
-    told = request.progress or (lambda n: None)
-    with ThreadPoolExecutor(FILES) as pool:
-        etags = list(pool.map(lambda item: etag_of(item, told), items))
+    told = from_threads(request.progress or (lambda n: None))
+    etags = together(lambda item, stop: etag_of(item, told), items, FILES)
     known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
     return Pushing(address, tuple(items), known, _there(open_store(address), items, known, request.supersedes))
 
@@ -189,31 +188,12 @@ def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
 
 def _uploaded(store: Store, plan: Pushing, items: Sequence[Item], told: Told) -> dict[str, tuple[Entry, bool]]:
     """Upload some files, several at a time; if one fails, the others stop at their next part."""
-    stop, lock = threading.Event(), threading.Lock()
+    advance = from_threads(told)
 
-    def advance(n: int) -> None:
-        with lock:
-            told(n)
+    def one(item: Item, stop: threading.Event) -> tuple[Entry, bool]:
+        return upload(store, plan.address.below(item.name), item, plan.etags[item.name], advance, stop)
 
-    def one(item: Item) -> tuple[Entry, bool]:
-        try:
-            return upload(store, plan.address.below(item.name), item, plan.etags[item.name], advance, stop)
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(FILES) as pool:
-        waiting = {item.name: pool.submit(one, item) for item in items}
-        try:
-            wait(waiting.values())
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-    errors = [error for future in waiting.values() if (error := future.exception())]
-    for error in sorted(errors, key=lambda e: isinstance(e, Stopped)):
-        raise error
-    return {name: future.result() for name, future in waiting.items()}
+    return dict(zip([item.name for item in items], together(one, items, FILES), strict=True))
 
 
 def _aborted(store: Store, plan: Pushing) -> tuple[int, tuple[str, ...]]:

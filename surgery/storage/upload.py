@@ -11,17 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 
-from surgery.errors import FileError, SurgeryError
-from surgery.storage.contents import Item, Told, part_size
+from surgery.errors import FileError
+from surgery.storage.contents import Item, part_size
 from surgery.storage.store import TRIES, Entry, Store
+from surgery.storage.together import Stopped, Told
 from surgery.tensors.files import AGAIN
 
 TOGETHER = 4  # parts of one file at a time
 READ_BACK = 8 << 20  # bytes of one request
-
-
-class Stopped(SurgeryError):
-    """Another file failed, whose error is the one to tell, or the user stopped it."""
 
 
 def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: threading.Event) -> tuple[Entry, bool]:
