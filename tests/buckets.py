@@ -116,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             del self.headers["Range"]
         if callable(fault):  # something happens in between
             fault()
+        if fault == "google" and self.headers.get("x-goog-if-generation-match") == "0":
+            self.headers["If-None-Match"] = "*"  # what Google's preconditions mean in S3's words
         if fault == "opaque" and (tag := self.headers.get("If-Match")):
             self.headers.replace_header("If-Match", tag[::-1])
         status, headers, data = self.ask(body)

@@ -26,7 +26,7 @@ from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.store import Entry, Store, open_store
 from surgery.storage.together import Told, from_threads, together
-from surgery.storage.upload import is_equal, upload
+from surgery.storage.upload import is_equal, same_bytes, upload
 from surgery.tensors.files import File, check_unchanged
 
 FILES = 4  # at a time
@@ -53,14 +53,15 @@ class Push(Checked):
 class Pushing:
     """What a push would do.
 
-    etags   of a bucket's objects      there   names of files that the place has and that are equal
+    etags   that a bucket's objects will have, if it computes them as S3 does
+    there   the ETags of objects that the place has and that are equal, by the names of files
     hub     the repository, if it is one
     """
 
     address: Address
     items: tuple[Item, ...]
     etags: Mapping[str, str]
-    there: frozenset[str]
+    there: Mapping[str, str | None]
     hub: Place | None = None
 
     @property
@@ -121,13 +122,14 @@ def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
     items = contents(Path(src), generated)
     if address.scheme == "hf":
         place = look(address, items, [name for name, _ in generated], request.force)
-        return Pushing(address, tuple(items), {}, place.there, place)
+        return Pushing(address, tuple(items), {}, dict.fromkeys(place.there), place)
     if odd := [flag for flag in ("message", "public", "force") if getattr(request, flag)]:
         raise UsageError(f"--{odd[0]} is for the hub, not for buckets")
     told = from_threads(request.progress or (lambda n: None))
     etags = together(lambda item, stop: etag_of(item, told), items, FILES)
     known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
-    return Pushing(address, tuple(items), known, _there(open_store(address), items, known, request.supersedes))
+    plan = Pushing(address, tuple(items), known, {})
+    return replace(plan, there=_there(open_store(address), plan, request.supersedes))
 
 
 def digest(plan: Pushing) -> str:
@@ -135,24 +137,33 @@ def digest(plan: Pushing) -> str:
     return digest_of(plan.items, [plan.etags.get(item.name, "") for item in plan.items])
 
 
-def _there(
-    store: Store, items: Sequence[Item], etags: Mapping[str, str], supersedes: Sequence[str] = ()
-) -> frozenset[str]:
-    """The names of what is there already.  Raises OutputError if the place is another's."""
+def _there(store: Store, plan: Pushing, supersedes: Sequence[str] = ()) -> dict[str, str | None]:
+    """The ETags of files that are there already, by name.  Raises OutputError if the place is another's."""
     found = {e.name: e for e in store.list(store.address.key, MOST + 1) if e.name and not e.name.endswith("/")}
-    sizes = {item.name: item.size for item in items}
-    equal = frozenset(n for n, size in sizes.items() if n in found and is_equal(found[n], size, etags[n]))
+    equal = {
+        i.name: found[i.name].etag for i in plan.items if i.name in found and _equal(store, plan, i, found[i.name])
+    }
+    names = {item.name for item in plan.items}
     if UNFINISHED in found:
-        plan = standing(store)
-        if plan and plan.get("plan") not in (digest_of(items, [etags[i.name] for i in items]), *supersedes):
-            raise taken(store, plan)
-        odd = found.keys() - {UNFINISHED, *sizes}
+        begun = standing(store)
+        if begun and begun.get("plan") not in (digest(plan), *supersedes):
+            raise taken(store, begun)
+        odd = found.keys() - {UNFINISHED, *names}
     else:
-        odd = set() if equal == found.keys() == sizes.keys() else set(found)
+        odd = set() if equal.keys() == found.keys() == names else set(found)
     if odd:
         raise OutputError(f"holds other objects: {some(sorted(odd))}", file=str(store.address),
                           hint="choose another place, or remove what is there")  # fmt: skip
     return equal
+
+
+def _equal(store: Store, plan: Pushing, item: Item, entry: Entry) -> bool:
+    """Whether an object is a file; by its bytes where its ETag does not say so."""
+    if is_equal(entry, item.size, plan.etags[item.name]):
+        return True
+    if item.name in plan.there and is_equal(entry, item.size, plan.there[item.name]):
+        return True
+    return entry.size == item.size and same_bytes(store, plan.address.below(item.name), item, entry)
 
 
 def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
@@ -168,7 +179,7 @@ def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
         return _report(plan, src, began)
     goes_on = claim(store, digest(plan), len(plan.items), plan.bytes, request.supersedes)
     try:  # what came before the claim was made
-        plan = replace(plan, there=_there(store, plan.items, plan.etags, request.supersedes))
+        plan = replace(plan, there=_there(store, plan, request.supersedes))
     except OutputError:
         if not goes_on:
             release(store)
@@ -210,7 +221,7 @@ def _check(store: Store, plan: Pushing, sent: Mapping[str, Entry]) -> None:
         item.name
         for item in plan.items
         if (e := found.get(item.name)) is None
-        or not is_equal(e, item.size, (sent[item.name].etag if item.name in sent else None) or plan.etags[item.name])
+        or not is_equal(e, item.size, sent[item.name].etag if item.name in sent else plan.there[item.name])
     ]
     if wrong:
         raise MismatchError(f"{some(wrong)}: what is there is not what was sent", file=str(plan.address),

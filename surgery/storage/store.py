@@ -109,7 +109,7 @@ class Store:
 
     def _received(self, result: Any, key: str, start: int, stop: int, version: Entry) -> bytearray:
         """The bytes of an answer, and no more of it than was asked for."""
-        tag = result.meta["e_tag"]
+        tag = _quoted(result.meta["e_tag"])
         if result.meta["size"] != version.size or (not self.pinned and version.etag and tag and tag != version.etag):
             raise replaced(self.url(key))
         if tuple(result.range) != (start, stop):
@@ -143,6 +143,7 @@ class Store:
             raise FileError(f"may not be used: {_short(error)}", file=self.url(key), hint=hint) from None
         except (wrong.BaseError, OSError) as error:
             hint = "look at the address, the endpoint and the network, then try again"
+            hint += f"; keys are taken from {KEYS[self.address.scheme]}" if self.address.scheme in KEYS else ""
             what = f"the store did not answer as it should: {_short(error)}"
             raise FileError(what, file=self.url(key), hint=hint) from None
 
@@ -157,7 +158,12 @@ def entry_of(meta: Mapping[str, Any], name: str, url: str) -> Entry:
     size = meta["size"]
     if not 0 <= size < 1 << 63:
         raise FileError(f"is said to have {show(size)} bytes", file=url)
-    return Entry(name, size, meta["e_tag"], meta["last_modified"])
+    return Entry(name, size, _quoted(meta["e_tag"]), meta["last_modified"])
+
+
+def _quoted(tag: str | None) -> str | None:
+    """An ETag as it is in headers; Azure's lists have it without the quotation marks."""
+    return tag if tag is None or tag.endswith('"') else f'"{tag}"'
 
 
 def _url(address: Address, key: str) -> str:
@@ -180,9 +186,11 @@ def needs_client(scheme: str) -> None:
 
 
 def open_store(address: Address) -> Store:
-    """A client of a bucket or a server.  Raises UsageError if the environment does not say where it is."""
+    """A client of a bucket or a server.  Raises SurgeryError if the environment does not say where it is, or which
+    keys there are."""
     needs_client(address.scheme)
-    return Store(address, _OPEN[address.scheme](address))
+    with Store(address, None).said(address.key):
+        return Store(address, _OPEN[address.scheme](address))
 
 
 def http_store(url: str, headers: Mapping[str, str] | None = None) -> Any:
@@ -246,15 +254,17 @@ def _s3(address: Address) -> Any:
 def _gs(address: Address) -> Any:
     from obstore.store import GCSStore
 
-    return GCSStore(address.place, client_options=_client(None), retry_config=_retry())
+    endpoint = os.environ.get("GOOGLE_BASE_URL")
+    return GCSStore(address.place, client_options=_client(endpoint), retry_config=_retry())
 
 
 def _az(address: Address) -> Any:
     from obstore.store import AzureStore
 
-    if not (os.environ.get("AZURE_STORAGE_ACCOUNT_NAME") or os.environ.get("AZURE_STORAGE_CONNECTION_STRING")):
+    if not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
         raise UsageError("az:// needs the account", hint=f"keys are taken from {KEYS['az']}")
-    return AzureStore(address.place, client_options=_client(None), retry_config=_retry())
+    endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT")
+    return AzureStore(address.place, client_options=_client(endpoint), retry_config=_retry())
 
 
 _OPEN: Mapping[str, Callable[[Address], Any]] = {

@@ -41,13 +41,13 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
         if entry is not None and entry.size == item.size:
             if entry.etag == etag:
                 return entry, False
-            if _same_bytes(store, key, item, entry):
+            if same_bytes(store, key, item, entry):
                 return entry, True
         told(-sent)
     raise FileError("is not what was sent", file=store.url(key), hint="look at the store and the network")
 
 
-def is_equal(entry: Entry | None, size: int, etag: str) -> bool:
+def is_equal(entry: Entry | None, size: int, etag: str | None) -> bool:
     """Whether an object is there and is a file, as far as its size and ETag say."""
     return entry is not None and (entry.size, entry.etag) == (size, etag)
 
@@ -70,7 +70,7 @@ def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) 
                         max_concurrency=TOGETHER)  # fmt: skip
 
 
-def _same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
+def same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
     """Whether what is there is what was sent, byte by byte."""
     for start in range(0, item.size, READ_BACK):
         end = min(start + READ_BACK, item.size)
