@@ -201,22 +201,6 @@ def test_states_of_chained_optimizers(tmp_path):
     assert equal(values(opened(tmp_path / "m")), want)
 
 
-def test_buffers_of_ranks_are_refused(tmp_path):
-    """The default of core 0.15 and later: it is said what to do, and the weights alone still go."""
-    surgery.convert(GOLDEN / "megatron-cells", tmp_path / "m", to="megatron-dist", optimizer=True)
-
-    def change(state):
-        start = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0."
-        kept = {n: t for n, t in state.items() if not n.startswith("optimizer.")}
-        return kept | {start + key: torch.zeros(64) for key in ("param", *MOMENTS)}
-
-    changed_dist(tmp_path / "m", change)
-    with pytest.raises(LayoutError, match="buffers of ranks") as error:
-        opened(tmp_path / "m")
-    assert "--dist-ckpt-optim-fully-reshardable" in str(error.value)
-    assert surgery.convert(tmp_path / "m", tmp_path / "alone", to="olmo").verified
-
-
 # ------------------------------------------------------------------------------------------------------ universal
 
 

@@ -2,12 +2,13 @@
 
 at = aligned([("a", (3, 5)), ("b", (7,))], 64)      # {"a": 0, "b": 64}, and 71 in all
 cut(buffer, 64, (7,))
+fill([(3, 5), (7,), (4,)], [71, 4], 64)              # [(0, 0), (0, 64), (1, 0)]: bucket, and place in it
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from surgery.errors import LayoutError
 from surgery.tensors.axes import Rearrange
@@ -46,3 +47,21 @@ def aligned(shapes: Iterable[tuple[str, Shape]], to: int, bucket: int | None = N
         if bucket is not None and at - begin >= bucket:
             begin = at
     return out, at
+
+
+def fill(shapes: Iterable[Shape], sizes: Sequence[int], to: int) -> list[tuple[int, int]] | None:
+    """(bucket, place in it) of each tensor, at multiples of `to`, in buckets of these sizes; None if they fill them
+    not exactly.  A bucket may end with the gap before the next tensor."""
+    out: list[tuple[int, int]] = []
+    bucket = at = 0
+    for shape in shapes:
+        count, start = math.prod(shape), at + -at % to
+        if bucket < len(sizes) and start + count > sizes[bucket]:
+            if sizes[bucket] not in (at, start):
+                return None
+            bucket, start = bucket + 1, 0
+        if bucket == len(sizes) or start + count > sizes[bucket]:
+            return None
+        out.append((bucket, start))
+        at = start + count
+    return out if bucket + 1 == len(sizes) and at == sizes[bucket] else None

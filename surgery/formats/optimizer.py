@@ -52,7 +52,7 @@ class States:
 
     `roles` holds the ranks' tensors by the names of their weights; without masters the weights themselves are those.
     `groups` are by name of a weight; `files` all that was opened besides the weights.  Where the state does not lie as
-    the weights do, `table` says how, and `weights` are the weights in that form.
+    the weights do, `table` and `topology` say how, and `weights` are the weights in that form.
     """
 
     roles: Mapping[str, Shards]
@@ -62,6 +62,7 @@ class States:
     files: tuple[Path, ...] = ()
     table: Table | None = None
     weights: Shards | None = None
+    topology: Topology | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Rounded(Lazy):
 
 def gather_states(states: States, table: Table, weights: Shards, spec: Spec, topology: Topology) -> Optimizer:
     """The canonical state behind what a format stores.  Raises LayoutError naming all that is missing or left over."""
-    table, weights = states.table or table, states.weights or weights
+    table, weights, topology = states.table or table, states.weights or weights, states.topology or topology
     _check(states, weights)
     if MASTER in states.roles and topology.tp > 1 and any(r.summed for r, _ in table.live(spec, topology)):
         raise LayoutError("stores biases as shares of a sum, and the masters of these are not read",

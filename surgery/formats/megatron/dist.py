@@ -25,7 +25,7 @@ from surgery.containers.torch_writer import torch_file
 from surgery.containers.torch_zip import Tree
 from surgery.errors import ConfigError, FileError, LayoutError, show
 from surgery.formats.base import Checkpoint, Draft, Format, Opened, Options, Place, Ranks, Reading
-from surgery.formats.megatron import dist_optimizer, entries, files
+from surgery.formats.megatron import dist_optimizer, entries, files, rank_buffers
 from surgery.formats.megatron.table import dist_table
 from surgery.formats.optimizer import States, Written
 from surgery.formats.table import Table
@@ -114,13 +114,16 @@ def _is_fsdp(tensors: Mapping[str, Lazy]) -> bool:
 def _optimizer(dcp: Dcp) -> str:
     """How much of an optimizer's state there is."""
     states = [tensor for name, tensor in dcp.tensors.items() if _STATES.match(name)]
-    return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes" if states else "none"
+    if states:
+        return f"{len(states)} tensors, {sum(t.nbytes for t in states)} bytes"
+    return "in the buffers of ranks" if any(map(rank_buffers.KEY.fullmatch, dcp.objects)) else "none"
 
 
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     dcp, holder = opened.containers
     assert isinstance(dcp, Dcp)
-    return dist_optimizer.read_states(dcp, holder.entries, opened.shards[Rank()])
+    found = dist_optimizer.read_states(dcp, holder.entries, opened.shards[Rank()])
+    return found or rank_buffers.read_states(dcp, opened.config, reading.spec, parts)
 
 
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:

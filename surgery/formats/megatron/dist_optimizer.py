@@ -7,7 +7,7 @@ optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY   plain optimizers, in the s
 optimizer.state.{exp_avg,exp_avg_sq,param}.KEY        `fully_reshardable` (core 0.15 and later), likewise
 optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY   `fully_sharded_model_space` (before): a grid of cells, each flat
                                                       along a last axis: [X/x, Y/y, x * y]
-The two variants that keep the buffers of ranks (`dp_reshardable`, `dp_zero_gather_scatter`) are not read.
+The two variants that keep the buffers of ranks are read in rank_buffers.py.
 Source: megatron/core `optimizer/distrib_optimizer.py`, `optimizer/optimizer.py` (sharded_state_dict).
 """
 
@@ -28,7 +28,6 @@ from surgery.tensors.axes import Rearrange
 from surgery.tensors.lazy import Lazy
 
 STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(param|fp32_param|exp_avg|exp_avg_sq)\.(.+)")
-_RANKS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.")
 _ROLES = {"param": MASTER, "fp32_param": MASTER, M: M, V: V}
 _SPARED = re.compile(r"bias$|norm(?:\.weight|_weight)$")
 _DEPTH = 6
@@ -42,11 +41,6 @@ def read_states(dcp: Dcp, root: Mapping[Any, Any], weights: Mapping[str, Lazy]) 
         if m := STATE.fullmatch(name):
             roles[_ROLES[m[1]]][m[2]] = _like(m[2], tensor, weights, dcp.path)
     if not roles[M]:
-        if odd := next((n for n in (*dcp.tensors, *dcp.objects) if _RANKS.match(n)), None):
-            raise LayoutError(
-                f"keeps its optimizer in the buffers of ranks ({show(odd)}), which are not read", file=dcp.path,
-                hint="load it with Megatron at the same sizes and save with --dist-ckpt-optim-fully-reshardable",
-            )  # fmt: skip
         return None
     entries = list(_mappings(root.get("optimizer"), _DEPTH))
     listed = [entry["param_groups"] for entry in entries if isinstance(entry.get("param_groups"), list)]
@@ -91,6 +85,8 @@ def decays(key: str) -> bool:
 
 def _by_name(groups: Sequence[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp: Dcp) -> dict[str, Group]:
     kinds = {bool(group.get("wd_mult", 1.0)): group_of(group, dcp.folder) for group in groups}
+    if len(kinds) == 1:  # all of them do alike
+        return dict.fromkeys(keys, *kinds.values())
     return {key: kinds[decays(key)] for key in keys if decays(key) in kinds}
 
 

@@ -33,7 +33,7 @@ KEYS = ("optimizer", "optimizer_state_dict")  # the second: of old releases
 MASTERS = ("fp32_from_fp16_params", "fp32_from_fp16")
 ALIGN = 64
 _NO_PARAMETER = re.compile(r"\.expert_bias$|inv_freq$|tokens_per_expert$")
-_BUFFERS = {"param": MASTER, M: M, V: V}
+BUFFERS = {"param": MASTER, M: M, V: V}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Parameter:
     @property
     def decays(self) -> bool:
         return decays(self.name, self.weight.shape)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is a parameter at all, and no buffer."""
+        return not _NO_PARAMETER.search(self.name)
 
 
 def decays(name: str, shape: Shape) -> bool:
@@ -80,11 +85,11 @@ def read_states(ranks: Mapping[Rank, RankFile], args: Fields) -> States | None:
         for which, optimizer in enumerate(optimizers):
             mine = _parameters(file, which if len(optimizers) > 1 else None)
             inner = optimizer.get("optimizer", optimizer)
-            groups = _groups(inner, file.path)
+            groups = groups_of(inner, file.path)
             if inner.get("state"):
                 _numbered(found, rank, mine, optimizer, inner["state"], groups, file.path)
             else:
-                _flat(found, rank, mine, groups, file.path.with_name(FLAT), which, _bucket(args, rank))
+                _flat(found, rank, mine, groups, file.path.with_name(FLAT), which, bucket_size(args, rank))
     roles = {role: shards for role, shards in found.roles.items() if shards}
     return States(roles, one_step(found.steps, next(iter(ranks.values())).path), found.groups,
                   files=tuple(dict.fromkeys(found.files)))  # fmt: skip
@@ -101,12 +106,11 @@ def _optimizers(file: RankFile) -> list[Fields]:
 
 def _parameters(file: RankFile, which: int | None) -> list[Parameter]:
     """What is trained, in the order of the model; of two optimizers, that of the experts is the second."""
-    every = [Parameter(v, name, weight) for v, chunk in enumerate(file.chunks) for name, weight in chunk.items()
-             if not _NO_PARAMETER.search(name)]  # fmt: skip
-    return [p for p in every if which is None or (".experts." in p.name) == bool(which)]
+    every = (Parameter(v, name, weight) for v, chunk in enumerate(file.chunks) for name, weight in chunk.items())
+    return [p for p in every if p.trained and (which is None or (".experts." in p.name) == bool(which))]
 
 
-def _groups(inner: object, path: Path) -> list[Fields]:
+def groups_of(inner: object, path: Path) -> list[Fields]:
     groups = inner.get("param_groups") if isinstance(inner, dict) else None
     if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
         raise FileError("holds an optimizer without groups of parameters", file=path)
@@ -158,7 +162,8 @@ def _divided(mine: Sequence[Parameter], groups: Sequence[Fields], path: Path) ->
 def _belongs(p: Parameter, group: Fields, groups: Sequence[Fields], spared: bool) -> bool:
     """Whether a parameter is of a group, by weight decay, experts, and a rate of the embeddings' own."""
     decays = p.decays or (spared and re.search(r"\.[qk]_layernorm\.weight$", p.name) is not None)
-    if bool(group.get("wd_mult", 1.0)) != decays:
+    told = len({bool(g.get("wd_mult", 1.0)) for g in groups}) > 1  # else all of them do alike
+    if told and bool(group.get("wd_mult", 1.0)) != decays:
         return False
     apart = len({bool(g.get("is_expert_parallel")) for g in groups}) > 1
     if apart and bool(group.get("is_expert_parallel")) != (".experts." in p.name):
@@ -181,28 +186,49 @@ def _flat(
                         "weights alone, without --optimizer")  # fmt: skip
     root = getattr(open_file(path), "root", None)
     root = root[which] if isinstance(root, list) and which < len(root) else root
+    put_coalesced(found, rank, mine, buffers_of(root, path), bucket, path)
+    put_settings(found, mine, groups, path)
+    found.files.append(path)
+
+
+def buffers_of(root: object, path: Path) -> list[tuple[str, Fields]]:
+    """(dtype of the parameters, tensors) of every buffer, in which buckets follow each other without gaps."""
     if not isinstance(root, dict) or not root.get("buckets_coalesced"):
         raise FileError("is of a release before 2024-05, which laid its buffers out in other ways: it is not read",
                         file=path, hint="convert the weights alone, without --optimizer")  # fmt: skip
-    buffers = [(dtype, fields) for i in sorted(k for k in root if type(k) is int) for dtype, fields in _pairs(root[i])]
-    wanted = [(v, dtype) for v in dict.fromkeys(p.chunk for p in mine)
-              for dtype in dict.fromkeys(p.weight.dtype for p in mine if p.chunk == v)]  # fmt: skip
-    if [dtype for _, dtype in wanted] != [dtype for dtype, _ in buffers]:
-        raise LayoutError(f"has buffers of {some(d for d, _ in buffers)}, the model {some(d for _, d in wanted)}",
+    return [pair for i in sorted(k for k in root if type(k) is int) for pair in _pairs(root[i])]
+
+
+def wanted_buffers(mine: Sequence[Parameter]) -> Iterator[tuple[str, list[Parameter]]]:
+    """(dtype, parameters) of the buffers that a rank has: one for each chunk and dtype."""
+    for chunk in dict.fromkeys(p.chunk for p in mine):
+        for dtype in dict.fromkeys(p.weight.dtype for p in mine if p.chunk == chunk):
+            yield dtype, [p for p in mine if p.chunk == chunk and p.weight.dtype == dtype]
+
+
+def put_coalesced(
+    found: Found, rank: Rank, mine: Sequence[Parameter], buffers: Sequence[tuple[str, Fields]], bucket: int | None,
+    path: Path,
+) -> None:  # fmt: skip
+    """The masters and moments in a rank's buffers."""
+    wanted = list(wanted_buffers(mine))
+    if [dtype for dtype, _ in wanted] != [dtype for dtype, _ in buffers]:
+        raise LayoutError(f"has buffers of {some(d for d, _ in buffers)}, the model {some(d for d, _ in wanted)}",
                           file=path)  # fmt: skip
-    for (chunk, dtype), (_, fields) in zip(wanted, buffers, strict=True):
-        owned = [p for p in mine if p.chunk == chunk and p.weight.dtype == dtype]
-        tensors = {role: tensor_of(fields, key, path) for key, role in _BUFFERS.items()}
+    for (_, owned), (_, fields) in zip(wanted, buffers, strict=True):
+        tensors = {role: tensor_of(fields, key, path) for key, role in BUFFERS.items()}
         places = _places(owned, tensors[M].shape, bucket, path)
         for parameter in owned:
             for role, buffer in tensors.items():
                 found.put(role, rank, parameter, cut(buffer, places[parameter.name], parameter.weight.shape))
+
+
+def put_settings(found: Found, mine: Sequence[Parameter], groups: Sequence[Fields], path: Path) -> None:
+    """What the groups of a distributed optimizer say of a rank's parameters: they list none, and count the steps."""
     for group in groups:
         found.steps.append(step_of({}, group, path))
-        found.groups |= dict.fromkeys(
-            (p.name for p in mine if _belongs(p, group, groups, False)), group_of(group, path)
-        )
-    found.files.append(path)
+        settings = group_of(group, path)
+        found.groups |= dict.fromkeys((p.name for p in mine if _belongs(p, group, groups, False)), settings)
 
 
 def _pairs(buffer: object) -> Iterator[tuple[str, Fields]]:
@@ -221,13 +247,13 @@ def _places(mine: Sequence[Parameter], size: Shape, bucket: int | None, path: Pa
     places = next((found for found, total in tried if size == (total,)), None)
     if places is None:
         count = sum(math.prod(shape) for _, shape in shapes)
-        raise LayoutError(f"has a buffer of {show(list(size))} elements, which {len(shapes)} parameters of {count:,} "
+        raise LayoutError(f"has a buffer of {list(size)[:8]} elements, which {len(shapes)} parameters of {count:,} "
                           "do not fill in any way that is known", file=path,
                           hint="convert the weights alone, without --optimizer")  # fmt: skip
     return places
 
 
-def _bucket(args: Fields, rank: Rank) -> int | None:
+def bucket_size(args: Fields, rank: Rank) -> int | None:
     """How many elements close a bucket: only where gradients are reduced meanwhile, and on the first stage."""
     if not args.get("overlap_grad_reduce") or rank.pp > 0:
         return None

@@ -1,0 +1,145 @@
+"""Makes tests/golden/optimizer/megatron-{buckets,gathered,reshardable}*: torch_dist states by megatron-core itself.
+
+    .cache/upstream/megatron-core/bin/python tests/upstream/make_megatron_optimizer_goldens.py OUT
+
+Two updates of a distributed optimizer by gradients that depend on name and place alone, saved in three ways by
+`dist_checkpointing` on gloo ranks: tp 2 and pp 2 (in small buckets, but for `fully_reshardable`: core 0.16.1 writes
+that wrongly where buckets are padded), and experts on two ranks.  Calls for a GPU mean the CPU here.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import zlib
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe import moe_utils
+
+ARGS: dict = dict(  # noqa: C408
+    num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, group_query_attention=True,
+    num_query_groups=2, kv_channels=4, normalization="RMSNorm", norm_epsilon=1e-5, swiglu=True, add_bias_linear=False,
+    add_qkv_bias=False, qk_layernorm=False, position_embedding_type="rope", rotary_base=10000, rotary_percent=1.0,
+    rotary_interleaved=False, use_rope_scaling=False, rope_scaling_factor=8.0, untie_embeddings_and_output_weights=True,
+    vocab_size=63, padded_vocab_size=64, make_vocab_size_divisible_by=32, max_position_embeddings=64, seq_length=64,
+    num_experts=None, moe_router_topk=2, moe_ffn_hidden_size=20, moe_layer_freq=1,
+    moe_shared_expert_intermediate_size=None, moe_router_pre_softmax=False, moe_grouped_gemm=False,
+    moe_use_legacy_grouped_gemm=False, virtual_pipeline_model_parallel_size=None, transformer_impl="local",
+    use_legacy_models=False, bf16=True, consumed_train_samples=4, iteration=2, ckpt_fully_parallel_save=True,
+    use_distributed_optimizer=True, ckpt_format="torch_dist",
+)  # fmt: skip
+SPARSE = {**ARGS, "num_experts": 2, "num_layers": 1}
+DENSE = (2, 2, 1)  # tp, pp, ep
+EXPERTS = (1, 1, 2)
+# name: how it is saved, the args, the sizes, how many elements close a bucket
+CASES = {
+    "megatron-buckets": ("dp_reshardable", ARGS, DENSE, 700),
+    "megatron-gathered": ("dp_zero_gather_scatter", ARGS, DENSE, 700),
+    "megatron-reshardable": ("fully_reshardable", ARGS, DENSE, None),
+    "megatron-buckets-experts": ("dp_reshardable", SPARSE, EXPERTS, None),
+    "megatron-reshardable-experts": ("fully_reshardable", SPARSE, EXPERTS, None),
+}
+
+
+def on_the_cpu() -> None:
+    moe_utils.te_general_gemm = None
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = torch.cuda.Stream = lambda *_, **__: None
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    for name in ("zeros", "empty", "tensor"):
+        setattr(torch, name, without_device(getattr(torch, name)))
+    kind = torch.Tensor.type
+    torch.Tensor.type = lambda self, *a: kind(self, *a) if a else kind(self).replace("torch.", "torch.cuda.")
+
+
+def without_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *a, **k: make(*a, **{key: "cpu" if key == "device" else v for key, v in k.items()})
+
+
+def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
+    tp, pp, ep = sizes
+    experts = {"num_moe_experts": a["num_experts"], "moe_ffn_hidden_size": a["moe_ffn_hidden_size"],
+               "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall"}  # fmt: skip
+    sparse = experts if a["num_experts"] else {}
+    config = TransformerConfig(
+        num_layers=a["num_layers"], hidden_size=a["hidden_size"], ffn_hidden_size=a["ffn_hidden_size"],
+        num_attention_heads=4, num_query_groups=2, kv_channels=4, normalization="RMSNorm", layernorm_epsilon=1e-5,
+        add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp, expert_model_parallel_size=ep, pipeline_dtype=torch.bfloat16,
+        use_cpu_initialization=True, bias_activation_fusion=False, masked_softmax_fusion=False, bf16=True,
+        gradient_accumulation_fusion=False, persist_layer_norm=False, bias_dropout_fusion=False,
+        params_dtype=torch.bfloat16, **sparse,
+    )  # fmt: skip
+    spec = (get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm") if sparse
+            else get_gpt_layer_local_spec(normalization="RMSNorm"))  # fmt: skip
+    return GPTModel(
+        config, spec, vocab_size=a["padded_vocab_size"], max_sequence_length=64, position_embedding_type="rope",
+        share_embeddings_and_output_weights=False, pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    ).bfloat16()  # fmt: skip
+
+
+def drawn(name: str, parameter: torch.nn.Parameter, turn: int) -> torch.Tensor:
+    """Numbers that differ everywhere but among replicas."""
+    tp = parallel_state.get_tensor_model_parallel_rank() if getattr(parameter, "tensor_model_parallel", False) else 0
+    pp = parallel_state.get_pipeline_model_parallel_rank()
+    ep = parallel_state.get_expert_model_parallel_rank() if ".experts." in name else 0
+    seed = zlib.crc32(repr((name, turn, tp, pp, ep)).encode())
+    return torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rank_main(rank: int, world: int, store: str, out: Path, name: str) -> None:
+    kind, a, (tp, pp, ep), bucket = CASES[name]
+    on_the_cpu()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
+    model = build(a, (tp, pp, ep))
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(drawn(n, p, 0) * 0.1 + ("norm" in n))
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=bucket is not None,
+                                        use_distributed_optimizer=True, bucket_size=bucket)  # fmt: skip
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    settings = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, adam_beta2=0.95, bf16=True, clip_grad=0.0,
+                               params_dtype=torch.bfloat16, use_distributed_optimizer=True)  # fmt: skip
+    optimizer = get_megatron_optimizer(settings, [wrapped])
+    for group in optimizer.param_groups:
+        group["weight_decay"] *= group["wd_mult"]  # as Megatron's scheduler does before each update
+    for turn in (1, 2):
+        for n, p in model.named_parameters():
+            p.main_grad.copy_(drawn(n, p, turn) * 0.01)
+        optimizer.step()
+    about = {"distrib_optim_sharding_type": kind, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    weights = model.sharded_state_dict(metadata=about)
+    args = Namespace(**a, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
+                     expert_tensor_parallel_size=tp, world_size=world, data_parallel_size=world // (tp * pp),
+                     overlap_grad_reduce=bucket is not None, ddp_bucket_size=bucket)  # fmt: skip
+    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=about), "args": args,
+             "iteration": 2, "checkpoint_version": 3.0, "content_metadata": about}  # fmt: skip
+    where = out / name / "iter_0000002"
+    where.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(where))
+    (out / name / "latest_checkpointed_iteration.txt").write_text("2")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    for case, (_, _, (tp, pp, ep), _) in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            world = tp * pp * ep
+            mp.spawn(rank_main, (world, f"{folder}/store", Path(sys.argv[1]), case), nprocs=world)
