@@ -203,7 +203,8 @@ def test_torch_goes_on_as_the_source_would(tmp_path):
     masters = [t.full() for group in theirs["fp32_from_fp16_params"] for t in group]
     surgery.convert(GOLDEN / "megatron-cells", tmp_path / "dist", to="megatron-dist", optimizer=True)
     surgery.convert(GOLDEN / "megatron-plain", tmp_path / "olmo", to="olmo-core", optimizer=True)
-    surgery.convert(tmp_path / "olmo", tmp_path / "out", to="megatron", optimizer=True, dtype="bf16")
+    surgery.convert(tmp_path / "olmo", tmp_path / "out", to="megatron", optimizer=True, dtype="bf16",
+                    options={"adam": "torch"})  # fmt: skip
     ours = trees(next((tmp_path / "out").rglob("model_optim_rng.pt")))["optimizer"]
     results = []
     for tree, start in ((theirs, masters), (ours, [t for g in ours["fp32_from_fp16_params"] for t in g])):

@@ -152,7 +152,7 @@ def _files(
     where, text = files.iteration_name(plan.iteration)
     stored, root = dict(ranks[Rank()]), dict(plan.root)
     if written:
-        states, entry = dist_optimizer.stored_states(written, stored)
+        states, entry = dist_optimizer.stored_states(written, stored, plan.wanted.rates)
         stored |= states
         root |= {"optimizer": entry, "opt_param_scheduler": entries.scheduler(written, plan), "content_metadata": {
             "singleton_local_shards": False, "distrib_optim_sharding_type": dist_optimizer.TYPE,

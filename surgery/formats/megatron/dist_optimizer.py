@@ -1,7 +1,7 @@
 """Adam's state in Megatron's `torch_dist` folders, under the keys of the weights.
 
     states = read_states(dcp, root, weights)                  # two variants by weight, a third in cells
-    tensors, entry = stored_states(written, ranks[Rank()])    # `fully_reshardable`
+    tensors, entry = stored_states(written, ranks[Rank()], {})    # `fully_reshardable`
 
 optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY   plain optimizers, in the shape of the weight
 optimizer.state.{exp_avg,exp_avg_sq,param}.KEY        `fully_reshardable` (core 0.15 and later), likewise
@@ -32,6 +32,7 @@ _ROLES = {"param": MASTER, "fp32_param": MASTER, M: M, V: V}
 _SPARED = re.compile(r"bias$|norm(?:\.weight|_weight)$")
 _DEPTH = 6
 TYPE = "fully_reshardable"
+Rates = Mapping[str, float]
 
 
 def read_states(dcp: Dcp, root: Mapping[Any, Any], weights: Mapping[str, Lazy]) -> States | None:
@@ -93,30 +94,34 @@ def _by_name(groups: Sequence[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def megatron_groups(written: Written, names: Mapping[str, Stored]) -> list[dict[str, Any]]:
-    """The two groups that every Megatron has: what decays, and what does not.
+def megatron_groups(written: Written, names: Mapping[str, Stored], rates: Rates) -> list[dict[str, Any]]:
+    """The two groups that every Megatron has: what decays, and what does not.  Their steps are whole numbers, which
+    fused kernels ask for.
 
+    `rates` (`max_lr`, `min_lr`) would take the place of a run's own arguments: a group without them follows these.
     Raises LayoutError if the source's settings differ in more: Megatron would not apply them.
     """
-    return [_group(written, [n for n in names if decays(n) == kind], kind) for kind in (True, False)]
+    return [{**_group(written, [n for n in names if decays(n) == kind], kind), **rates} for kind in (True, False)]
 
 
 def _group(written: Written, names: list[str], kind: bool) -> dict[str, Any]:
     found = written.shared(names, "Megatron's optimizer")
     lr, decay = found.lr if found.lr is not None else 0.0, found.weight_decay if kind else 0.0
     return {
-        "wd_mult": float(kind), "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": lr,
-        "min_lr": 0.0, "lr": lr, "betas": found.betas, "eps": found.eps, "weight_decay": decay, "bias_correction": True,
-        "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
-        "fused": None, "decoupled_weight_decay": True,
+        "wd_mult": float(kind), "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False,
+        "default_config": True, "lr": lr, "betas": found.betas, "eps": found.eps, "weight_decay": decay,
+        "bias_correction": True, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
+        "differentiable": False, "fused": None, "decoupled_weight_decay": True, "step": written.step,
     }  # fmt: skip
 
 
-def stored_states(written: Written, names: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[str, Any]]:
+def stored_states(
+    written: Written, names: Mapping[str, Stored], rates: Rates
+) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The tensors of `fully_reshardable`, and the common state's entry `optimizer`."""
     mine = [name for name, stored in names.items() if not stored.copy]
     masters = written.roles[MASTER][Rank()]
     tensors = {f"optimizer.state.{role}.{name}": written.roles[role][Rank()][name] for name in mine for role in MOMENTS}
     tensors |= {f"optimizer.state.param.{name}": masters.get(name, Stored(names[name].tensor, True)) for name in mine}
-    groups = [{**group, "step": float(written.step)} for group in megatron_groups(written, names)]
-    return tensors, {"optimizer": {"param_groups": groups}, "param_state": {}, "param_state_sharding_type": TYPE}
+    groups = {"param_groups": megatron_groups(written, names, rates)}
+    return tensors, {"optimizer": groups, "param_state": {}, "param_state_sharding_type": TYPE}

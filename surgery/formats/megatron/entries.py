@@ -17,7 +17,9 @@ from surgery.formats import optimizer
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER, Rule
 from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
 from surgery.formats.megatron.config import BUILT_IN_FACTOR, read_args, write_args
+from surgery.formats.megatron.dist_optimizer import Rates
 from surgery.formats.megatron.files import chosen_iteration
+from surgery.formats.megatron.optimizer_writer import Wanted
 from surgery.formats.table import Table
 from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
@@ -42,6 +44,11 @@ OPTIONS = (
     Option("etp", "ranks that share the tensors of each expert, a divisor of tp; auto: tp", "auto", (), "write"),
     Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
+    Option("adam", "with --optimizer, whose state it is: fused (FusedAdam of Transformer Engine or Apex) or torch "
+           "(AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write"),
+    Option("max_lr", "with --optimizer: --lr of the run that goes on, by which core 0.19 and later tell their groups; "
+           "auto: not written, and the run's own counts", "auto", (), "write"),
+    Option("min_lr", "with max_lr: --min-lr of that run; auto: 0", "auto", (), "write"),
     Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
 )  # fmt: skip
 
@@ -165,6 +172,15 @@ class Written:
     iteration: int | None
     seen: Seen
     notes: tuple[str, ...]
+    wanted: Wanted
+
+
+def rates(options: Options) -> Rates:
+    """What -O max_lr and min_lr say of the groups.  Raises UsageError."""
+    highest, lowest = number(options, "max_lr"), number(options, "min_lr")
+    if highest is None and lowest:
+        raise UsageError("-O min_lr goes with -O max_lr")
+    return {} if highest is None else {"max_lr": highest, "min_lr": lowest or 0.0}
 
 
 def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: Mapping[str, Any]) -> Written:
@@ -194,8 +210,11 @@ def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: 
                             "iteration": iteration or 0}  # fmt: skip
     if args.get("rope_scaling_factor", BUILT_IN_FACTOR) != BUILT_IN_FACTOR:
         root["surgery"] = {"rope_factor": args["rope_scaling_factor"]}
-    seen, notes = Seen(spec.vocab, own_factor(root)), tuple(notes_of(checkpoint, topology, multiple))
-    return Written(args, root, norms, experts, topology, multiple, iteration, seen, notes)
+    adam = options.get("adam", "auto")
+    wanted = Wanted(adam == "fused" or (adam == "auto" and norms == "te"), rates(options))
+    notes = (*notes_of(checkpoint, topology, multiple), *optimizer_notes(checkpoint, wanted, args["ckpt_format"]))
+    seen = Seen(spec.vocab, own_factor(root))
+    return Written(args, root, norms, experts, topology, multiple, iteration, seen, notes, wanted)
 
 
 def scheduler(written: optimizer.Written, plan: Written) -> dict[str, Any]:
@@ -226,12 +245,29 @@ def notes_of(checkpoint: Checkpoint, topology: Topology, multiple: int) -> list[
     if spec.rope and spec.rope.scaling.get("type") == "llama3" and spec.rope.scaling["factor"] != BUILT_IN_FACTOR:
         notes.append(f"the rope's factor is {spec.rope.scaling['factor']}; pretrain_gpt.py computes with "
                      f"{BUILT_IN_FACTOR:g} whatever rope_scaling_factor says, up to core 0.20 at least")  # fmt: skip
-    if checkpoint.optimizer is not None:
-        notes.append(
-            "the scheduler is written at the rate of the last update, held constant: Megatron stops where its "
-            "arguments say otherwise, unless --override-opt_param-scheduler takes these (your schedule, at the samples "
-            "consumed so far) or --use-checkpoint-opt_param-scheduler takes what is written (the same rate for ever)"
-        )
     if any(spec.windows):
         notes.append("window_size needs core 0.13 or newer: older releases attend to everything")
+    return notes
+
+
+def optimizer_notes(checkpoint: Checkpoint, wanted: Wanted, form: str) -> list[str]:
+    """What has to be said about the state of an optimizer that is written; `form` is args.ckpt_format."""
+    if checkpoint.optimizer is None:
+        return []
+    notes = [
+        "the scheduler is written at the rate of the last update, held constant: Megatron stops where its "
+        "arguments say otherwise, unless --override-opt_param-scheduler takes these (your schedule, at the samples "
+        "consumed so far) or --use-checkpoint-opt_param-scheduler takes what is written (the same rate for ever)"
+    ]
+    if form == "torch":
+        notes.append(
+            "updates are counted by group, for FusedAdam of Transformer Engine and Apex; torch's AdamW needs "
+            "-O adam=torch"
+            if wanted.fused else
+            "updates are counted for every parameter, for torch's AdamW; Transformer Engine's FusedAdam stops at that: "
+            "-O adam=fused"
+        )  # fmt: skip
+    if not wanted.rates:
+        notes.append("core 0.19 and later tell groups of parameters by --lr and --min-lr: for these give yours with "
+                     "-O max_lr=... -O min_lr=...")  # fmt: skip
     return notes

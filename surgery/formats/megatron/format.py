@@ -169,7 +169,8 @@ def _rank_file(
     tree, copies = dict(plan.root), set()
     chunks = [dict(sorted(ranks[rank].items(), key=lambda item: place_of(item[0]))) for rank in own]
     if written:
-        state, replicas = optimizer_writer.tree(written, dict(zip(own, chunks, strict=True)), apart(plan.topology))
+        mine = dict(zip(own, chunks, strict=True))
+        state, replicas = optimizer_writer.tree(written, mine, apart(plan.topology), plan.wanted)
         tree |= {"optimizer": state, "opt_param_scheduler": entries.scheduler(written, plan)}
         copies |= replicas
     for i, chunk in enumerate(chunks):
