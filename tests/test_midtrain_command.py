@@ -243,8 +243,10 @@ def test_a_run_begins_from_an_address(place, trained, monkeypatch, tmp_path):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")
         push(place / "meta", "s3://bucket/meta")
+        push(place / "plan", "s3://bucket/plan")
         output = place / "runs" / "from-address"
-        invoke("midtrain", str(place / "run.yaml"), "--set", "model.path=s3://bucket/meta", "--set", f"output={output}")
+        sets = ("model.path=s3://bucket/meta", "data.plan=s3://bucket/plan", f"output={output}")
+        invoke("midtrain", str(place / "run.yaml"), *(word for key in sets for word in ("--set", key)))
     assert json.loads((output / "run.json").read_text())["model"]["path"] == "s3://bucket/meta"
     found = [path.relative_to(output) for path in output.rglob("model.safetensors")]
     assert found

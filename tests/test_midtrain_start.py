@@ -26,6 +26,7 @@ from surgery.midtraining.settings import Init
 from surgery.midtraining.settings_train import Schedule as Wanted
 from surgery.midtraining.start import FILE, find_start, put_moments
 from tests import tiny
+from tests.servers import web
 from tests.test_midtrain_loop import record, settings
 
 OLMO2 = {  # OLMo2-7B-stage1.yaml, of allenai/OLMo
@@ -156,6 +157,19 @@ def test_moments_of_another_model_are_refused(source, tiny_hf, tmp_path):
         find_start(Init(optimizer=path), opened)
     with pytest.raises(FileError, match="No such file"):
         find_start(Init(optimizer=str(tmp_path / "none.safetensors")), opened)
+
+
+def test_moments_are_read_from_an_address(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
+    opened = source()
+    here = moments(opened.path, {"step": torch.tensor(5)})
+    local = find_start(Init(), opened).moments
+    shutil.copy(here, tmp_path / FILE)
+    with web(tmp_path) as url:
+        found = find_start(Init(optimizer=f"{url}/{FILE}"), opened).moments
+        assert (found.step, found.parts.keys()) == (5, local.parts.keys())
+        for kind, parts in found.parts.items():
+            assert all(torch.equal(parts[n].full(), moment.full()) for n, moment in local.parts[kind].items())
 
 
 def test_frozen_parameters_need_no_moments(tiny_hf, tmp_path):

@@ -121,7 +121,7 @@ def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) ->
         "config": "- model: ../me/run\n",
     }
     inputs = {
-        "inputs": [{"path": "/home/me/.cache/huggingface/hub/datasets/../models--org--name/snapshots/3fa1/x.txt"}]
+        "sources": [{"path": "/home/me/.cache/huggingface/hub/datasets/../models--org--name/snapshots/3fa1/x.txt"}]
     }
     told = {"surgery.json": record, "soup.json": soup, "a/tokens.json": inputs, "other.json": record}
     for name, value in told.items():
@@ -136,7 +136,7 @@ def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) ->
         "models": {"run": {"path": "run"}, "run (2)": 1},
         "config": "- model: run\n",
     }
-    assert json.loads(there["a/tokens.json"]) == {"inputs": [{"path": "hf://org/name@3fa1/x.txt"}]}
+    assert json.loads(there["a/tokens.json"]) == {"sources": [{"path": "hf://org/name@3fa1/x.txt"}]}
     assert "README.md" in there and not [
         name for name, data in there.items() if b"/me/" in data.replace(b"t/home/me", b"")
     ]

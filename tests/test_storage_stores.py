@@ -89,9 +89,7 @@ def goes_there_and_back(url: str, source: Path, tmp_path: Path, digests: bool) -
     assert claim(store, "other", 1, 1) is False
 
 
-def test_r2_is_s3_at_an_endpoint_of_its_own(
-    s3: str, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_r2_is_s3_at_an_endpoint_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("R2_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("R2_SECRET_ACCESS_KEY", "s")
     with pytest.raises(UsageError, match="r2:// needs the account"):
@@ -100,6 +98,14 @@ def test_r2_is_s3_at_an_endpoint_of_its_own(
     monkeypatch.setenv("R2_ACCOUNT_ID", "0123abcd")
     assert str(parse("r2://olmo-data/x/y")) == "r2://olmo-data/x/y"
     assert open_store(parse("r2://bucket/x")).raw.config["endpoint"] == "https://0123abcd.r2.cloudflarestorage.com"
+
+
+@pytest.mark.thorough
+def test_r2_there_and_back(
+    s3: str, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("R2_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("R2_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("R2_ENDPOINT_URL", s3)
     goes_there_and_back("r2://bucket/r2", tiny_hf("llama"), tmp_path, True)
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from surgery.containers.text import read_json
+from surgery.data.files.arrow import is_dataset
 from surgery.data.files.documents import Bounds
 from surgery.data.files.mapped import Array
-from surgery.data.files.readers import open_tokens
+from surgery.data.files.readers import found_at, open_tokens
 from surgery.data.files.tokens import TokenFile
 from surgery.data.tokenizing.tokenize import NOTE
 from surgery.data.tokenizing.vocabulary import Vocabulary
-from surgery.errors import FileError, show
+from surgery.errors import FileError, show, shown
 
 CHUNK = 1 << 22  # tokens or documents looked at at once
 BEGINNING = 64  # tokens that are shown
@@ -63,8 +64,8 @@ def token_files(place: str | os.PathLike[str]) -> list[Path]:
 
     Raises FileError if there are none.
     """
-    path = Path(place)
-    if not path.is_dir() or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    path = found_at(place)
+    if not path.is_dir() or is_dataset(path):
         return [path]
     found = sorted(p for p in path.iterdir() if p.suffix in (".bin", ".npy", ".ds") and p.is_file())
     if not found:
@@ -101,7 +102,7 @@ def _inspect(file: TokenFile, size: int | None, vocabulary: Vocabulary | None, p
     lengths = (None, None, None) if file.bounds is None else _lengths(file.bounds)
     first = tuple(int(i) for i in ids[:BEGINNING])
     return Inspection(
-        path=str(file.path),
+        path=shown(file.path),
         format=file.format,
         dtype=ids.dtype.name,
         bytes=len(ids) * ids.dtype.itemsize,
@@ -112,7 +113,7 @@ def _inspect(file: TokenFile, size: int | None, vocabulary: Vocabulary | None, p
         longest=lengths[2],
         smallest_id=low,
         largest_id=high,
-        mask=None if file.mask is None else str(getattr(file.mask, "path", file.path)),
+        mask=None if file.mask is None else shown(getattr(file.mask, "path", file.path)),
         learnt=None if file.mask is None else _learnt(file),
         begins=vocabulary.tokenizer.decode(list(first), skip_special_tokens=False) if vocabulary else None,
         first_ids=first,

@@ -22,7 +22,9 @@ from surgery.data.files.npy import is_npy
 from surgery.data.files.readers import open_tokens
 from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.data.inspection import lengths_of
-from surgery.errors import ConfigError, FileError, OutputError
+from surgery.errors import ConfigError, FileError, OutputError, UsageError
+from surgery.storage.address import is_address
+from surgery.tensors.files import BRING
 
 CHUNK = 1 << 22
 Progress = Callable[[int], None]
@@ -43,6 +45,8 @@ class Indexed:
 
 def payloads(place: str | os.PathLike[str]) -> list[Path]:
     """The payloads of a path: itself, or those in a folder that have no index of Megatron's.  Raises FileError."""
+    if is_address(place):
+        raise UsageError(f"{place}: an index is written beside its payload, on this machine", hint=BRING)
     path = Path(place)
     if not path.is_dir():
         return [path]

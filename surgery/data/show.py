@@ -25,7 +25,8 @@ from surgery.data.trainers import olmo_batches
 from surgery.data.trainers.megatron_cache import DESCRIPTION, open_cache
 from surgery.data.trainers.megatron_run import open_megatron
 from surgery.data.trainers.recorded import RecordedBatches
-from surgery.errors import ConfigError, UsageError, some
+from surgery.errors import ConfigError, UsageError, shown, some
+from surgery.storage.copies import here
 
 Decode = Callable[[list[int]], str]
 
@@ -42,7 +43,7 @@ def open_rows(
     rows_per_step  of the global batch, in place of what the run says
     root           where the data of a plan lie now      pad_id  of the tokenizer of a Megatron run
     """
-    path = Path(path)
+    path = here(path)
     if (path / NAME).is_file():
         return Batches(open_plan(path, root=root), rows_per_step)
     if (path / olmo_batches.CONFIG).is_file():
@@ -119,6 +120,11 @@ def _passages(batches: RowSource, ids: list[int], source: int, instance: int, de
         inside = ids[at : at + passage.stop - passage.start]
         at += len(inside)
         text = {} if decode is None else {"text": decode(inside)}
-        where = {"file": str(passage.path), "document": passage.document, "start": passage.start, "stop": passage.stop}
+        where = {
+            "file": shown(passage.path),
+            "document": passage.document,
+            "start": passage.start,
+            "stop": passage.stop,
+        }
         found.append({**where, "tokens": len(inside), **text})
     return found

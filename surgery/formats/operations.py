@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from surgery import tokenizer
 from surgery.errors import FileError, LayoutError
 from surgery.formats.base import Checkpoint
 from surgery.formats.optimizer import MASTER
 from surgery.model.spec import VOCABULARY
+from surgery.storage.mirror import place_of
 from surgery.tensors.lazy import Concat, Fill, Lazy, Slice, cast
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -71,7 +71,7 @@ def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
 
 def with_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint with the tokenizer of another folder or file.  Raises FileError if there is none."""
-    found = tokenizer.find(Path(path), Path(path))
+    found = tokenizer.find(place_of(path), place_of(path))
     if found is None:
         raise FileError(
             "holds no tokenizer", file=path, hint="give a tokenizer.json, a tokenizer.model or their folder"

@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FileError
+from surgery.storage.address import is_address, parse
+from surgery.storage.listing import listing
+from surgery.storage.remote import fingerprint
 from surgery.writing.atomic import atomic_file
 
 LARGE = 16 << 20  # bytes
@@ -58,7 +61,13 @@ class Digests:
         self.new: dict[str, list[Any]] = {}
 
     def tree(self, path: Path, large: bool = True) -> Tree:
-        """Of a file or folder.  `large`: large files count by content as well.  Raises FileError if there is none."""
+        """Of a file or folder.  `large`: large files count by content as well.  Raises FileError if there is none.
+
+        Of an address: by the names, sizes and ETags of what lies there.
+        """
+        if is_address(path):
+            there = listing(parse(path))
+            return Tree(fingerprint(there), sum(entry.size for entry in there.entries.values()), True)
         entries = sorted(_entries(path), key=lambda entry: entry.name)
         if any(entry.name == SPEAKS for entry in entries):
             large = False
@@ -70,7 +79,10 @@ class Digests:
 
     def sizes(self, path: Path) -> Tree:
         """By names and sizes alone."""
-        sizes = sorted((e.name, e.info.st_size) for e in _entries(path))
+        if is_address(path):
+            sizes = sorted((name, entry.size) for name, entry in listing(parse(path)).entries.items())
+        else:
+            sizes = sorted((e.name, e.info.st_size) for e in _entries(path))
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
         return Tree(digest, sum(size for _, size in sizes), False)
 

@@ -21,6 +21,8 @@ from surgery.jobs.names import Names, Several, Thing, Where
 from surgery.jobs.recipe import Recipe
 from surgery.jobs.spec import Input, StepSpec
 from surgery.jobs.step import absolute
+from surgery.storage.address import is_address
+from surgery.storage.listing import matching
 
 FOLDER = "steps"  # of a run's folder: records, logs, configs and batch scripts of its steps
 OUT = "out"
@@ -51,7 +53,7 @@ def input_of(name: str, one: Input) -> Thing | Several:
     path = Path(one.path)
     if not set(path.name) & set("*?["):
         return Thing(name, path, check=one.check)
-    found = map(Path, sorted(glob.glob(one.path)))
+    found = map(Path, matching(one.path) if is_address(one.path) else sorted(glob.glob(one.path)))
     items = tuple(({f"#{name}": i}, Thing(f"{name}/{p.name}", p, check=one.check)) for i, p in enumerate(found))
     if not items:
         raise ConfigError(f"no file fits {one.path}")

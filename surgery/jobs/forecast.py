@@ -23,6 +23,7 @@ from surgery.jobs.process import arguments, as_typed, environment
 from surgery.jobs.record import Record, read_record
 from surgery.jobs.run import MEMORY, with_needs
 from surgery.jobs.step import Step, near
+from surgery.storage.address import spelled
 
 PLANS = {"convert", "soup", "upcycle", "experts"}  # commands whose --dry-run --json says `bytes`
 
@@ -41,7 +42,7 @@ class Line:
     def to_json(self) -> dict[str, Any]:
         return {"step": self.step.id, "runs": self.runs, "why": self.why, "command": self.command, "bytes": self.bytes,
                 "seconds": self.seconds, "needs": list(self.step.needs),
-                "reads": {t.label: str(t.path) for t in self.step.inputs},
+                "reads": {t.label: spelled(t.path) for t in self.step.inputs},
                 "outputs": {n: str(t.path) for n, t in self.step.outputs.items()}}  # fmt: skip
 
 

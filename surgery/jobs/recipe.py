@@ -1,6 +1,7 @@
 """A recipe: a whole run as one strict YAML, whose steps are commands with named inputs and outputs.
 
-inputs: {model: SmolLM2-135M}                           # files and folders from elsewhere, relative to the recipe
+inputs: {model: SmolLM2-135M}                           # files and folders from elsewhere, relative to the recipe,
+                                                        # or addresses
 vars:   {tp: 3}
 steps:
   meta: {surgery: convert $model $out --to meta --tp $tp}
@@ -27,6 +28,7 @@ from surgery.errors import ConfigError, FileError, UsageError, show, suggest
 from surgery.jobs.problems import Problems
 from surgery.jobs.spec import Input, StepSpec, check_name, mapping, named, read_input, read_step
 from surgery.settings import Checked, keywords, make, setting
+from surgery.storage.address import is_address
 from surgery.tensors.files import read_small
 
 SNAPSHOT = "steps/recipe.yaml"  # in a run's folder: the recipe as it was launched
@@ -153,7 +155,9 @@ def _found(inputs: Mapping[str, Input], root: Path) -> dict[str, Input]:
 
 
 def _path(text: str, root: Path) -> str:
-    """A path as it is meant; a name on the hub that is in the local cache is a path there."""
+    """A path as it is meant; a name on the hub that is in the local cache is a path there, an address is none."""
+    if is_address(text):
+        return text
     path = os.path.normpath(root / os.path.expanduser(text))
     if not os.path.exists(path) and hub.is_name(text):
         with suppress(FileError):

@@ -14,6 +14,7 @@ from typing import Any
 from surgery.jobs import names as refs
 from surgery.jobs.names import Names, Shown, Thing, Where
 from surgery.jobs.spec import Resources, StepSpec
+from surgery.storage.address import spelled
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +66,9 @@ def near(thing: Thing) -> str:
 
 def near_path(path: Path) -> str:
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else spelled(path)
 
 
 def absolute(thing: Thing) -> str:
     """Its path for a config, whose reader may start from another folder."""
-    return str(thing.path)
+    return spelled(thing.path)

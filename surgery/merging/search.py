@@ -29,6 +29,7 @@ from surgery.merging.recipe import Recipe
 from surgery.merging.references import locate
 from surgery.merging.request import Choosing, Soup
 from surgery.running.loss import loss_of
+from surgery.storage.copies import here
 from surgery.writing.scratch import scratch
 
 Weights = Mapping[Reference, float]
@@ -58,7 +59,7 @@ class Tried:
     @property
     def text(self) -> Path:
         assert self.choosing.text
-        return Path(self.choosing.text)
+        return here(self.choosing.text)
 
     @property
     def models(self) -> list[Reference]:

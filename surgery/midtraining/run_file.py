@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from surgery.containers.text import YAML_LIMIT
 from surgery.containers.yaml_loader import parse_yaml, yaml_lines
 from surgery.data.strict import validated
+from surgery.data.tokenizing.sources import is_url
 from surgery.errors import ConfigError, UsageError, show
 from surgery.midtraining.conventions import preset, put
 from surgery.midtraining.settings import Run
@@ -112,7 +113,7 @@ def _below(path: str, root: Path) -> str:
 
 
 def _located(path: str, root: Path) -> str:
-    return path if "://" in path else str(root / os.path.expanduser(path))
+    return path if is_url(path) else str(root / os.path.expanduser(path))
 
 
 def explained(run: Run, origins: Mapping[str, str]) -> Iterator[Line]:

@@ -16,7 +16,7 @@ class Dialogue(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
     """What it is called in logs."""
     paths: Names
-    """Files, folders or patterns: .jsonl, .json of lines, .parquet."""
+    """Files, folders or patterns, also of addresses: .jsonl, .json of lines, .parquet."""
     messages: str | None = None
     """The column of conversations; null: messages or conversations, whichever there is."""
     prompt: str | None = None
@@ -52,11 +52,11 @@ class Data(Section):
     """Of sft: rows of a step, if train.batch_tokens does not say it; of dpo: pairs of a step."""
 
     plan: str | None = None
-    """A folder that `surgery data plan` made."""
+    """A folder that `surgery data plan` made, or an address of one."""
     mixture: str | None = None
     """A mixture's YAML; its plan is made in the run's folder."""
     recorded: str | None = None
-    """An .npz with the exact batches of another trainer's run."""
+    """An .npz with the exact batches of another trainer's run, or an address of one."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """The seed of the order, over what the mixture says: what alone differs between the ingredients of a soup."""
     attend_across_documents: bool = False

@@ -17,6 +17,7 @@ from surgery.errors import ConfigError
 from surgery.midtraining.course import rows_per_unit
 from surgery.midtraining.dialogue import NOTES, draft_conversations, pairs_of
 from surgery.midtraining.settings import Run
+from surgery.storage.copies import here
 
 PLAN = "plan"  # in the run's folder
 
@@ -56,7 +57,7 @@ def _planned(run: Run) -> Plan:
 
 
 def _recorded(run: Run, path: str | Path) -> RowSource:
-    batches = RecordedBatches(path)
+    batches = RecordedBatches(here(path))
     unit = batches.rows_per_step * batches.sequence_length
     if odd := [n for n in (run.train.batch_tokens or {}).values() if n % unit]:
         raise ConfigError(f"train.batch_tokens: {odd[0]:,}, but a recorded batch has {unit:,} tokens")

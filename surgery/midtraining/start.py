@@ -33,6 +33,7 @@ from surgery.midtraining.run_folder import run_of
 from surgery.midtraining.settings import Init
 from surgery.midtraining.sharding import place_of
 from surgery.running.layerwise import weights_of
+from surgery.storage import mirror
 from surgery.tensors.lazy import Fill, Lazy
 
 FILE = "optimizer.safetensors"
@@ -68,7 +69,7 @@ def find_start(init: Init, source: Checkpoint, options: Options | None = None) -
     LayoutError if they are another model's."""
     if init.optimizer == "fresh":
         return Start(None, "Adam's moments start at zero")
-    found = _beside(source) if init.optimizer == "auto" else Path(init.optimizer)
+    found = _beside(source) if init.optimizer == "auto" else mirror.place_of(init.optimizer)
     try:
         if found is None:
             return _of_files(source.path, source, source.format, init, options or {})

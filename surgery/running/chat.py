@@ -14,6 +14,8 @@ from typing import Any
 from surgery.errors import ConfigError, FileError, UsageError, show
 from surgery.formats.registry import located
 from surgery.running.loading import explained, load, load_tokenizer, quiet
+from surgery.storage.address import is_address
+from surgery.storage.copies import here
 
 
 def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
@@ -33,7 +35,7 @@ def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = located(path)
+    folder = here(path) if is_address(path) else located(path)
     if not folder.is_dir():
         raise FileError("is no folder", file=folder)
     if not (folder / "config.json").is_file():

@@ -60,6 +60,11 @@ def is_address(path: object) -> bool:
     return isinstance(path, (str, os.PathLike)) and _SHAPE.fullmatch(str(os.fspath(path))) is not None
 
 
+def spelled(path: str | os.PathLike[str]) -> str:
+    """A path as people write it: of an address, also with both slashes that a Path makes one of."""
+    return str(parse(path)) if is_address(path) else os.fspath(path)
+
+
 def parse(path: str | os.PathLike[str]) -> Address:
     """The parts of an address.  Raises UsageError for what is none, or cannot be read."""
     text = os.fspath(path)

@@ -1,20 +1,28 @@
 """What lies at an address: one listing of a bucket or repository, known names asked for one by one at a web server.
 
-found = listing(parse("s3://bucket/Llama-2-7b"))
-found.entries["config.json"].size
+    found = listing(parse("s3://bucket/Llama-2-7b"))
+    found.entries["config.json"].size
+
+    beside(parse("s3://bucket/a.bin"), ["a.idx", "a.mask"])     # the file, and those of the names that are there
+    matching("s3://bucket/web/**/*.parquet")                    # {address: entry} of all that fits, or lies below
+
+Names that would lead out of a folder are an error.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from glob import has_magic
 
-from surgery.errors import FileError, show
-from surgery.storage.address import Address
+from surgery.errors import FileError, UsageError, show
+from surgery.storage.address import Address, parse
 from surgery.storage.store import Entry, Store, open_store
+from surgery.tensors.files import plain_name
 
 MOST = 100_000  # objects of one checkpoint
 UNFINISHED = ".surgery-push.json"  # lies where a push has begun and has not ended
@@ -28,7 +36,8 @@ NAMES = (
     "params.json", "checklist.chk", "consolidated.00.pth", "surgery.json", UNFINISHED,
 )  # fmt: skip
 INDEX_LIMIT = 64 << 20
-_FILE = re.compile(r".+\.(safetensors|bin|pt|pth|json|ya?ml|txt|model|npy|gguf|distcp|ckpt)", re.I)
+_FILE = re.compile(r".+\.(safetensors|bin|pt|pth|json|ya?ml|txt|model|npy|npz|gguf|distcp|ckpt|idx|ds|mask|jsonl|"
+                   r"ndjson|parquet|jinja|whl|gz|zst)", re.I)  # fmt: skip
 _RANK = re.compile(r"consolidated\.\d\d\.pth")
 PARALLEL = 8
 
@@ -60,7 +69,55 @@ def listing(address: Address) -> Listing:
     if UNFINISHED in found.entries:
         hint = "wait until it has; if it was killed, push the same folder again, which ends it"
         raise FileError("is the output of a push that has not ended", file=str(address), hint=hint)
+    for part in (part for name in found.entries for part in name.split("/")):
+        plain_name(part, "the store", str(address))
     return found
+
+
+def beside(address: Address, names: Sequence[str]) -> Listing:
+    """A file, and those of some names that lie in its folder.  Raises FileError if the file does not exist."""
+    folder, _, name = address.key.rpartition("/")
+    if address.scheme == "hf":
+        from surgery.storage.hub_repo import repository
+
+        every = repository(replace(address, key=folder))
+        found = Listing(every.store, {n: e for n, e in every.entries.items() if n in {name, *names}})
+    else:
+        store = open_store(replace(address, key=folder))
+        found = Listing(store, _asked(store, [name, *names]))
+    if name not in found.entries:
+        raise FileError("does not exist", file=str(address))
+    return found
+
+
+def matching(place: str) -> dict[str, Entry]:
+    """Of an address, or a pattern of addresses: the files that it names by their own, in the order of their names.
+
+    Raises FileError if there are none.
+    """
+    parts = place.split("/")
+    first = next((i for i, part in enumerate(parts) if has_magic(part)), len(parts))
+    address, pattern = parse("/".join(parts[:first])), parts[first:]
+    if pattern and address.scheme in ("http", "https"):
+        raise UsageError(
+            f"{place}: a web server lists nothing, so that no pattern finds anything", hint="name its files"
+        )
+    found = listing(address)
+    if found.single and not pattern:
+        return {str(address): next(iter(found.entries.values()))}
+    names = sorted(name for name in found.entries if not pattern or _fits(name.split("/"), pattern))
+    if not names:
+        raise FileError("nothing there has such a name", file=place)
+    return {str(replace(address, key=address.below(name))): found.entries[name] for name in names}
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a name are those of a pattern, in which ** stands for any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _in_bucket(store: Store) -> Listing:

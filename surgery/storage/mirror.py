@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.errors import FileError, known_as
-from surgery.storage.address import Address, parse
+from surgery.storage.address import Address, is_address, parse
 from surgery.storage.listing import PARALLEL, Listing, listing
-from surgery.storage.remote import remote_of
+from surgery.storage.remote import fingerprint, remote_of
 from surgery.tensors.elsewhere import POINTER, stand_in
-from surgery.tensors.files import plain_name
 
 COPIED = (".json", ".txt", ".model", ".yaml", ".yml", ".jinja", ".py", ".tiktoken", ".jsonl", ".chk", ".md")
 LARGEST = 64 << 20  # bytes of a file that is copied
@@ -41,6 +40,11 @@ def folder_of(url: str | os.PathLike[str]) -> Path:
     return path
 
 
+def place_of(path: str | os.PathLike[str]) -> Path:
+    """A path of this machine; of an address what stands for it.  Raises SurgeryError."""
+    return folder_of(path) if is_address(path) else Path(path)
+
+
 def cache() -> Path:
     """Where copies are kept: $SURGERY_CACHE, else ~/.cache/surgery."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -50,7 +54,10 @@ def cache() -> Path:
 def _made(address: Address) -> Path:
     found = listing(address)
     folder = (
-        cache() / "remote" / _key(address, found) / (address.place.rpartition("/")[2] if found.single else address.name)
+        cache()
+        / "remote"
+        / key_of(address, found)
+        / (address.place.rpartition("/")[2] if found.single else address.name)
     )
     small = [e for e in found.entries.values() if e.name.endswith(COPIED) and e.size <= LARGEST]
     if sum(e.size for e in small) > TOGETHER:
@@ -58,8 +65,6 @@ def _made(address: Address) -> Path:
     copied = {e.name for e in small}
     folder.mkdir(parents=True, exist_ok=True)
     for name in found.entries:
-        for part in name.split("/"):
-            plain_name(part, "the store", str(address))
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name not in copied:
@@ -73,9 +78,9 @@ def _made(address: Address) -> Path:
     return folder / address.name if found.single else folder
 
 
-def _key(address: Address, found: Listing) -> str:
-    seen = sorted((e.name, e.size, e.etag, str(e.modified)) for e in found.entries.values())
-    return hashlib.sha256(repr((str(address), seen)).encode()).hexdigest()[:20]
+def key_of(address: Address, found: Listing) -> str:
+    """The name of a folder for what lies at an address now."""
+    return hashlib.sha256(f"{address} {fingerprint(found)}".encode()).hexdigest()[:20]
 
 
 def _copy(found: Listing, name: str, path: Path) -> None:

@@ -24,7 +24,6 @@ from surgery.storage.landing import Landing, landing
 from surgery.storage.listing import Listing, listing
 from surgery.storage.proof import agrees
 from surgery.storage.together import Told, from_threads, together
-from surgery.tensors.files import plain_name
 from surgery.units import human
 from surgery.writing.sink import os_errors
 
@@ -87,12 +86,8 @@ def prepare(src: Path_, dst: Path_) -> Pulling:
     if not is_address(src) or is_address(dst):
         raise UsageError("surgery pull takes an address and a folder of this machine",
                          hint="surgery pull s3://BUCKET/PREFIX FOLDER")  # fmt: skip
-    address = parse(src)
+    address, place = parse(src), Path(os.path.abspath(dst))
     found = listing(address)
-    for name in found.entries:
-        for part in name.split("/"):
-            plain_name(part, "the store", str(address))
-    place = Path(os.path.abspath(dst))
     if os.path.lexists(place) and not place.is_dir():
         raise OutputError("is no folder", file=dst, hint="choose another destination")
     return Pulling(address, found, place)

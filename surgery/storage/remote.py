@@ -1,15 +1,22 @@
-"""Ranges of one version of an object, for `File`.
+"""Ranges of one version of an object, for `File` and for who reads a file from front to end.
 
 stand_in("/cache/model.safetensors", remote_of(found, "model.safetensors"))
+opened("s3://bucket/web/a.jsonl.gz", version)       # a binary file, to read and to seek
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import os
+from typing import Any, BinaryIO, cast
 
-from surgery.storage.listing import Listing
+from surgery.errors import FileError
+from surgery.storage.address import parse
+from surgery.storage.listing import Listing, listing
 from surgery.storage.store import Entry
-from surgery.tensors.elsewhere import Remote
+from surgery.tensors.elsewhere import BLOCK, Remote
+from surgery.tensors.files import AGAIN
 from surgery.tensors.stamp import Stamp
 
 
@@ -34,3 +41,51 @@ def stamp_of(entry: Entry) -> Stamp:
     tag = int.from_bytes(hashlib.blake2b((entry.etag or "").encode(), digest_size=7).digest())
     when = 0 if entry.modified is None else int(entry.modified.timestamp()) * 10**9  # listings say fractions, HEAD none
     return Stamp(0, tag, entry.size, when, when)
+
+
+def opened(url: str, version: str) -> BinaryIO:
+    """An object as a file, read in ranges.  Raises FileError if it is not of this version (`version_of` its entry)."""
+    found = listing(parse(url))
+    name, entry = next(iter(found.entries.items()))
+    if not found.single or version_of(entry) != version:
+        raise FileError("has changed since the work on it began", file=url, hint=AGAIN)
+    return cast(BinaryIO, io.BufferedReader(_Stream(remote_of(found, name)), BLOCK))
+
+
+def version_of(entry: Entry) -> str:
+    """Words that are others for another version of an object."""
+    return f"{entry.size} {entry.etag or entry.modified}"
+
+
+def fingerprint(found: Listing) -> str:
+    """What tells what lies at an address now from what may lie there later: names, sizes and ETags."""
+    seen = sorted((name, version_of(entry)) for name, entry in found.entries.items())
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+class _Stream(io.RawIOBase):
+    """An object at a place that moves on."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote, self.at = remote, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.remote.stamp.size}[whence])
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        out = memoryview(buffer).cast("B")
+        out = out[: max(0, min(len(out), self.remote.stamp.size - self.at))]
+        if len(out):
+            self.remote.read_into(self.at, out, "data")
+        self.at += len(out)
+        return len(out)

@@ -14,8 +14,9 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from surgery.errors import FileError, SurgeryError, UsageError, printable, show
@@ -189,8 +190,17 @@ def open_store(address: Address) -> Store:
     """A client of a bucket or a server.  Raises SurgeryError if the environment does not say where it is, or which
     keys there are."""
     needs_client(address.scheme)
+    said = frozenset(
+        (k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "R2_", "GOOGLE_", "AZURE_", "SURGERY_"))
+    )
     with Store(address, None).said(address.key):
-        return Store(address, _OPEN[address.scheme](address))
+        return Store(address, _opened(replace(address, key=""), said))
+
+
+@lru_cache(maxsize=64)
+def _opened(address: Address, environment: frozenset[tuple[str, str]]) -> Any:
+    """The client of a bucket or a server, made once for what the environment says; finding keys takes a while."""
+    return _OPEN[address.scheme](address)
 
 
 def http_store(url: str, headers: Mapping[str, str] | None = None) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import stat
 import threading
@@ -29,7 +30,9 @@ from surgery.tensors.stamp import Stamp
 MAX_OPEN = 128
 IO: Counter[str] = Counter()  # bytes and calls of all reads in this process, so that claims can be measured
 AGAIN = "wait until whatever writes it is done, then run the same command again"
+BRING = "only files of this machine are read here: surgery pull ADDRESS FOLDER brings what lies at an address"
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.I)
 _open: OrderedDict[tuple[str, Stamp], _Handle] = OrderedDict()
 _lock = threading.Lock()
 _seen: ContextVar[tuple[dict[str, Stamp], ...]] = ContextVar("seen", default=())
@@ -119,7 +122,7 @@ class File:
         try:
             handle = _Handle(self.path)
         except OSError as error:
-            hint = ADVICE.get(error.errno or 0)
+            hint = BRING if _ADDRESS.match(self.path) else ADVICE.get(error.errno or 0)
             raise FileError(f"cannot be opened: {error.strerror}", file=self.path, hint=hint) from None
         except ValueError:
             raise FileError(f"{show(self.path)} is not a usable file name") from None

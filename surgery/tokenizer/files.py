@@ -17,6 +17,7 @@ from typing import Any
 
 from surgery.containers import text
 from surgery.errors import FileError, show, some
+from surgery.storage.mirror import place_of
 from surgery.tensors.files import File, check_inside
 from surgery.tokenizer import sentencepiece, tiktoken
 
@@ -86,8 +87,8 @@ def find(folder: Path, *also: Path) -> Tokenizer | None:
     Meta's Llama 1 and 2 keep one tokenizer.model in the folder above the models; it is looked for there if `folder`
     holds params.json.  Raises FileError for a broken tokenizer.
     """
-    folder = Path(folder)
-    for place in (folder, *map(Path, also)):
+    folder = place_of(folder)
+    for place in (folder, *map(place_of, also)):
         files = {_name_of(place): Path(os.path.realpath(place))} if os.path.isfile(place) else listed(place)
         if found := describe(files):
             return found

@@ -24,6 +24,7 @@ from surgery.formats.registry import open_checkpoint
 from surgery.model.spec import Spec
 from surgery.running.loading import check_memory, explained, load
 from surgery.running.loss import encoded_by
+from surgery.storage.copies import here
 from surgery.tensors.files import File
 from surgery.writing.scratch import scratch
 
@@ -83,7 +84,7 @@ def try_readings(
     Needs 4 bytes of memory per parameter, a temporary copy on disk, and a tokenizer: the checkpoint's or `tokenizer`.
     Raises SurgeryError if the text cannot be read, there is no tokenizer, or no reading can be run.
     """
-    prose = _prose(Path(text))
+    prose = _prose(here(text))
     tried: list[Reading] = []
     losses: dict[int, torch.Tensor] = {}
     tokens, width = 0, 0

@@ -25,9 +25,12 @@ from surgery.tensors.files import File, plain_name
 IDS, LABELS = "input_ids", "labels"
 
 
+DATASET = ("state.json", "dataset_dict.json")  # in what `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write
+
+
 def is_dataset(path: Path) -> bool:
-    """Whether a folder was written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    """Whether a folder is one of `datasets`."""
+    return any((path / name).is_file() for name in DATASET)
 
 
 def open_dataset(path: str | os.PathLike[str], mask: str | None = None) -> list[TokenFile]:

@@ -25,6 +25,7 @@ from surgery.data.files.mapped import Array, Column, Held, Mapped, mapped
 from surgery.data.files.npy import is_npy, open_npy
 from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.errors import ConfigError, FileError, UsageError, show
+from surgery.storage.copies import here
 from surgery.tensors.files import File, read_small
 
 INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
@@ -64,7 +65,7 @@ def open_tokens(
     Raises FileError if a file contradicts its index, its dtype or the vocabulary (some thousand ids are looked at), and
     ConfigError if it cannot be read without more being said.
     """
-    path = Path(path)
+    path = found_at(path)
     found = recognise(path) if format == "auto" else format
     if found not in OPENERS:
         raise UsageError(f"there is no format {format!r}", hint=f"known: auto, {', '.join(OPENERS)}")
@@ -94,6 +95,18 @@ def recognise(path: Path) -> str:
             return name
     hint = f"say its format: {', '.join(OPENERS)}"
     raise ConfigError("is no token file that is known by its name", file=path, hint=hint)
+
+
+def beside(name: str) -> list[str]:
+    """The names of what may lie beside a token file, for who has to bring them here."""
+    stem = name.rpartition(".")[0]
+    return [*(f"{stem}{end}" for end in (".bin", ".idx", ".csv.gz", MASK_SUFFIX)),
+            *(f"{name}{end}" for end in (".index", ".metadata", ".loss"))]  # fmt: skip
+
+
+def found_at(path: str | os.PathLike[str]) -> Path:
+    """Where a token file lies; of an address, the copy of it and of what lies beside it.  Raises SurgeryError."""
+    return here(path, beside(os.path.basename(path)))
 
 
 def check_vocabulary(file: TokenFile, vocab_size: int | None) -> None:

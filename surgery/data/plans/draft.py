@@ -24,6 +24,7 @@ from surgery.data.plans.plan_sources import (
     find_entries,
     held,
     identity,
+    located,
     open_entries,
     stored_size,
 )
@@ -86,7 +87,7 @@ def draft_of(
     vocabulary = load_tokenizer(mixture, root)
     size = mixture.vocab_size or (vocabulary.size if vocabulary else None)
     check_pad(mixture, size)
-    template = root / mixture.chat_template if mixture.chat_template else None
+    template = located(mixture.chat_template, root) if mixture.chat_template else None
     opened, left_out = list[Opened](), list[str]()
     for source in mixture.sources:
         found = find_entries(source, root)

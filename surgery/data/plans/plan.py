@@ -28,9 +28,10 @@ from surgery.data.plans.mixture import Mixture
 from surgery.data.plans.order import Taken, make_order, split
 from surgery.data.plans.packing import Instances
 from surgery.data.plans.plan_file import NAME, ORDER, PlanFile, little, plan_bytes, read_plan_file
-from surgery.data.plans.plan_sources import found_ends, open_entries, stored_instances, tables
+from surgery.data.plans.plan_sources import found_ends, located, open_entries, stored_instances, tables
 from surgery.data.plans.text_cache import load_tokenizer
 from surgery.errors import FileError
+from surgery.storage.copies import here
 from surgery.writing.folder import write_folder
 
 HEADLESS = ("dolma", "datatrove")
@@ -52,7 +53,7 @@ def _files(draft: Draft) -> Iterator[tuple[str, bytes | memoryview]]:
         names = {i: f"{source.name}.{i}.ends.i64" for i in ends}
         dtypes = {f.path: f.ids.dtype.name for f in opened.tokens.files if f.format in HEADLESS}
         entries = tuple(
-            e.model_copy(update={"ends": names.get(i), "dtype": dtypes.get(draft.root / e.path, e.dtype)})
+            e.model_copy(update={"ends": names.get(i), "dtype": dtypes.get(located(e.path, draft.root), e.dtype)})
             for i, e in enumerate(source.entries)
         )
         sources.append(source.model_copy(update={"entries": entries}))
@@ -137,7 +138,7 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
 
     Raises FileError if the plan or a file is damaged or missing, ConfigError naming what changed since it was made.
     """
-    folder = Path(folder)
+    folder = here(folder)
     file = read_plan_file(folder)
     base = Path(os.path.abspath(root)) if root is not None else Path(file.root)
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)

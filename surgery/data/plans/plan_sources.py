@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.data.files.arrow import is_dataset
+from surgery.data.files.arrow import DATASET, is_dataset
 from surgery.data.files.documents import EndBounds
 from surgery.data.files.mapped import Array, Held, Mapped, mapped
-from surgery.data.files.readers import open_tokens, recognise
+from surgery.data.files.readers import found_at, open_tokens, recognise
 from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
@@ -26,6 +26,8 @@ from surgery.data.plans.plan_file import Entry, relative
 from surgery.data.plans.turns import whole_turns
 from surgery.data.tokenizing.sources import files_below, is_url, kind_of
 from surgery.errors import ConfigError, FileError, some
+from surgery.storage.address import is_address
+from surgery.storage.listing import matching
 
 SUFFIXES = (".bin", ".npy", ".ds")
 TEXT = "text"
@@ -49,10 +51,12 @@ def find_entries(source: Source, root: Path) -> list[Entry]:
 
 
 def _named(given: str, root: Path, name: str) -> list[str]:
-    """A file, dataset or URL itself, the token files of a folder, or what matches a pattern.
+    """A file, dataset or URL itself, the token files of a folder or address, or what matches a pattern.
 
     `x.idx` stands for `x.bin`, and of several names of one file the first counts.
     """
+    if is_address(given):
+        return _at_address(given)
     if is_url(given):
         return [given]
     path = root / os.path.expanduser(given)
@@ -69,6 +73,21 @@ def _named(given: str, root: Path, name: str) -> list[str]:
     return list({identity(p): p for p in reversed(list(payloads))}.values())[::-1]
 
 
+def _at_address(given: str) -> list[str]:
+    """A file or dataset, the token files of a folder, else its texts, or what matches a pattern."""
+    found = list(matching(given))
+    if any(os.path.basename(name) in DATASET for name in found):
+        return [given]
+    if len(found) > 1 and not glob.has_magic(given):
+        found = [p for p in found if p.endswith(SUFFIXES)] or [p for p in found if kind_of(p)]
+    return list(dict.fromkeys(p.removesuffix(".idx") + ".bin" if p.endswith(".idx") else p for p in found))
+
+
+def located(path: str, root: Path) -> Path:
+    """Where a file of a source lies: below the root, or the copy of what is at an address."""
+    return found_at(path if is_address(path) else root / path)
+
+
 def identity(path: str) -> Hashable:
     """What two names of one file have in common: hard links and symbolic ones."""
     if is_url(path) or not os.path.exists(path):
@@ -78,9 +97,8 @@ def identity(path: str) -> Hashable:
 
 
 def _kind(path: str) -> str:
-    if is_url(path) or (kind_of(path) and not os.path.isdir(path)):
-        return TEXT  # token files are mapped, so they have to be on this machine
-    return recognise(Path(path))
+    unseen = is_url(path) and not is_address(path)  # token files are mapped, so they have to be on this machine
+    return TEXT if unseen or (kind_of(path) and not os.path.isdir(path)) else recognise(found_at(path))
 
 
 def _masks(source: Source, root: Path, files: Sequence[str]) -> list[str | None]:
@@ -88,7 +106,7 @@ def _masks(source: Source, root: Path, files: Sequence[str]) -> list[str | None]
     given = source.label_mask
     if given is None or given == ("none",):
         return [given and "none"] * len(files)
-    if all(is_dataset(Path(f)) for f in files):
+    if all(is_dataset(found_at(f)) for f in files):
         if len(given) != 1:
             raise ConfigError(f"{source.name}: label_mask names {len(given)} columns", hint="name one")
         return [given[0]] * len(files)
@@ -114,9 +132,9 @@ def open_entries(
     for entry in entries:
         mask = entry.mask
         if mask is not None and mask != "none" and entry.format != "datasets":
-            mask = str(root / mask)
+            mask = str(located(mask, root))
         ends: Mapped | None = mapped(own / entry.ends, "i8") if own and entry.ends else None
-        path, dtype, eos = root / entry.path, entry.dtype, entry.eos
+        path, dtype, eos = located(entry.path, root), entry.dtype, entry.eos
         files += open_tokens(path, entry.format, dtype=dtype, eos=eos, mask=mask, ends=ends, vocab_size=vocab_size)
         progress(stored_size(entry, root))
     return TokenSource(name, tuple(files), vocab_size)
@@ -124,7 +142,7 @@ def open_entries(
 
 def stored_size(entry: Entry, root: Path) -> int:
     """Bytes of the ids, for a progress bar; a folder counts as one."""
-    path = root / entry.path
+    path = located(entry.path, root)
     return path.stat().st_size if path.is_file() else 1
 
 
@@ -199,6 +217,6 @@ def held(instances: Instances, length: int) -> int:
 
 def found_ends(source: TokenSource, entries: Sequence[Entry], root: Path) -> Mapping[int, Array]:
     """Document ends that were read into memory, by the number of the entry: a plan keeps them."""
-    numbers = {root / entry.path: i for i, entry in enumerate(entries) if entry.format != "datasets"}
+    numbers = {located(entry.path, root): i for i, entry in enumerate(entries) if entry.format != "datasets"}
     found = ((numbers[f.path], f.bounds) for f in source.files if f.path in numbers)
     return {i: b.ends.array for i, b in found if isinstance(b, EndBounds) and isinstance(b.ends, Held)}

@@ -26,6 +26,7 @@ from surgery.data.tokenizing.sources import find_sources, is_url
 from surgery.data.tokenizing.tokenize import NOTE, tokenize
 from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import ConfigError, some
+from surgery.storage.mirror import cache as copies
 
 BLOCK = 1 << 20
 Begin = Callable[[str, int | None], Callable[[int], None]]  # what is done, bytes -> to be told of bytes
@@ -65,7 +66,7 @@ def tokenized(
         raise ConfigError(what, hint="add tokenizer: PATH, or tokenize it first: surgery data tokenize")
     sources, notes = find_sources(places)
     settings = settings_for(_choices(source, vocabulary, template), vocabulary)
-    folder = (cache or default_cache()) / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
+    folder = (cache or copies() / "tokens") / f"{source.name}-{_digest(sources, vocabulary, settings)[:32]}"
     if not (folder / NOTE).is_file():
         advance = begin(f"tokenize {source.name}", sum(s.size for s in sources))
         tokenize(sources, folder, vocabulary, settings, progress=lambda read, documents, tokens: advance(read))
@@ -95,12 +96,6 @@ def _choices(source: Source, vocabulary: Vocabulary, template: Path | None) -> C
     return Choices(text=None if chat else source.text_key, messages=messages, prompt=source.prompt_key,
                    completion=source.completion_key, eos=eos, dtype=source.dtype,
                    template=str(template) if template and chat else None)  # fmt: skip
-
-
-def default_cache() -> Path:
-    """$SURGERY_CACHE, or a folder where the system keeps caches."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("SURGERY_CACHE") or os.path.join(base, "surgery")) / "tokens"
 
 
 def _digest(sources: Sequence[TextSource], vocabulary: Vocabulary, settings: Settings) -> str:

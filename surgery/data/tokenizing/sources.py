@@ -1,4 +1,4 @@
-"""The files of text that SRC arguments name: files, folders, globs and URLs that fsspec knows.
+"""The files of text that SRC arguments name: files, folders, globs, addresses and what else fsspec knows.
 
     sources, notes = find_sources(["docs/", "more/*.jsonl.zst", "s3://bucket/web/**/*.parquet"])
     sources[0]                                  # Source("docs/a.jsonl.gz", "jsonl", "gzip", size=4417, stamp=...)
@@ -20,6 +20,9 @@ from typing import Any, BinaryIO, cast
 
 from surgery.data.extra import needs
 from surgery.errors import FileError, UsageError, show, some
+from surgery.storage.address import is_address
+from surgery.storage.listing import matching
+from surgery.storage.remote import opened, version_of
 from surgery.tensors.files import File
 
 FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet"}
@@ -42,6 +45,8 @@ class Source:
 
     def open(self) -> BinaryIO:
         """The bytes as they are stored.  Raises FileError if it cannot be opened, or is another file than before."""
+        if is_address(self.path):
+            return opened(self.path, self.stamp)
         if is_url(self.path):
             return _remote(self.path)
         if _stamp(self.path) != self.stamp:
@@ -60,7 +65,7 @@ def find_sources(places: Sequence[str]) -> tuple[list[Source], list[str]]:
     sources: list[Source] = []
     notes = []
     for place in places:
-        found = list(_in_url(place) if is_url(place) else _in_files(place))
+        found = list((_at_address if is_address(place) else _in_url if is_url(place) else _in_files)(place))
         known = [s for s in found if isinstance(s, Source)]
         others = [s for s in found if isinstance(s, str)]
         if not known:
@@ -126,6 +131,15 @@ def _stamp(path: str) -> str:
     except OSError as error:
         raise FileError(f"cannot be read: {error.strerror}", file=path) from None
     return f"{info.st_size} {info.st_mtime_ns}"
+
+
+def _at_address(place: str) -> Iterator[Source | str]:
+    """Of an address or a pattern of addresses."""
+    above = place if not glob.has_magic(place) else ""
+    for name, entry in matching(place).items():
+        below = name.removeprefix(above).strip("/").split("/") if above else [os.path.basename(name)]
+        kind = None if any(part.startswith(HIDDEN) for part in below) else kind_of(name)
+        yield name if kind is None else Source(name, *kind, entry.size, version_of(entry))
 
 
 def _in_url(place: str) -> Iterator[Source | str]:

@@ -15,12 +15,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.containers import hub
 from surgery.data.tokenizing.tokenizer_json import NAME, open_document
 from surgery.errors import ConfigError, FileError, UsageError, show, some
+from surgery.storage.copies import here
+from surgery.storage.mirror import place_of
 from surgery.tensors.files import read_small
 from surgery.tokenizer import find, for_hf
 from surgery.tokenizer.files import Tokenizer as Files
@@ -83,7 +84,7 @@ class Vocabulary:
 
 def load_vocabulary(place: str) -> Vocabulary:
     """A tokenizer by its folder, file or name on the hub.  Raises FileError or ConfigError."""
-    path = hub.cached(place) if hub.is_name(place) else Path(os.path.expanduser(place))
+    path = hub.cached(place) if hub.is_name(place) else place_of(os.path.expanduser(place))
     if not path.exists():
         raise FileError("there is no such file or folder", file=place, hint="name a tokenizer's folder or file")
     found = find(path.parent if path.name == NAME else path)
@@ -126,7 +127,7 @@ def _chat_template(found: Files) -> str | None:
 
 def read_template(path: str | os.PathLike[str]) -> str:
     """A chat template from a file of its own.  Raises FileError."""
-    data = read_small(path, TEMPLATE_LIMIT, "chat template")
+    data = read_small(here(path), TEMPLATE_LIMIT, "chat template")
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
-from surgery.errors import UsageError
+from surgery.errors import UsageError, shown
 from surgery.formats.base import Checkpoint, Options
 from surgery.formats.operations import to_vocab
 from surgery.formats.registry import open_checkpoint
@@ -66,7 +66,7 @@ class Opened:
         """What was evaluated, and how."""
         weight = self.model.get_input_embeddings().weight
         return {
-            "path": str(self.source.path),
+            "path": shown(self.source.path),
             "format": self.source.format,
             "family": self.source.spec.family,
             "digest": self.digest,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.data.files.readers import open_tokens
+from surgery.data.files.readers import found_at, open_tokens
 from surgery.data.files.tokens import TokenSource
 from surgery.data.plans.batches import Batches
 from surgery.data.plans.plan import open_plan
@@ -25,7 +25,7 @@ def rows_of(path: str | os.PathLike[str], limit: int | None, length: int, vocabu
 
     At most `limit` rows of each.  Raises UsageError if there is none, FileError if an id is beyond the vocabulary.
     """
-    path = Path(path)
+    path = found_at(path)
     found = _planned(path, limit) if (path / NAME).is_file() else {path.stem: _windows(path, limit, length, vocabulary)}
     if not any(len(rows) for rows in found.values()):
         raise UsageError(f"{path} holds no row", hint="a plan holds rows out if its mixture says `holdout`")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from surgery.errors import FileError, UsageError
@@ -20,6 +19,7 @@ from surgery.midtraining.evaluation.opened import Opened
 from surgery.midtraining.evaluation.rows import rows_of
 from surgery.midtraining.evaluation.suite import Suite, Told, summary
 from surgery.midtraining.evaluation.tasks import find_data
+from surgery.storage.copies import here
 
 Begin = Callable[[str, int], Callable[[int], None]]  # what is counted, how many -> to be told of some
 TEXT = 256 << 20  # bytes
@@ -78,7 +78,7 @@ def _rows(opened: Opened, path: str, limit: int | None, several: bool) -> Iterat
 
 def _text(path: str) -> str:
     """Raises FileError if it is no text."""
-    file = Path(path)
+    file = here(path)
     if not file.is_file():
         raise FileError("is no file", file=path)
     if file.stat().st_size > TEXT:

