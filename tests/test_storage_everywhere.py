@@ -39,10 +39,10 @@ def s3() -> Iterator[Any]:
         client = boto3.client(
             "s3", endpoint_url=url, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1"
         )
-        client.create_bucket(Bucket="bucket")
+        client.create_bucket(Bucket="everywhere")
         for path in TEXT.rglob("*"):
             if path.is_file():
-                client.upload_file(str(path), "bucket", f"text/{path.relative_to(TEXT)}")
+                client.upload_file(str(path), "everywhere", f"text/{path.relative_to(TEXT)}")
         yield client
 
 
@@ -65,38 +65,38 @@ def said(*words: object, code: int = 0) -> str:
 
 
 def test_text_is_tokenized_where_it_lies(proxy: Proxy, tmp_path: Path) -> None:
-    words = ("--tokenizer", "s3://bucket/text/tokenizer.json", "--eos", 0, "--workers", 2, "--json")
-    report = json.loads(said("data", "tokenize", "s3://bucket/text/documents", tmp_path / "out", *words))
+    words = ("--tokenizer", "s3://everywhere/text/tokenizer.json", "--eos", 0, "--workers", 2, "--json")
+    report = json.loads(said("data", "tokenize", "s3://everywhere/text/documents", tmp_path / "out", *words))
     assert (tmp_path / "out/tokens.bin").read_bytes() == (TEXT / "megatron_uint16.bin").read_bytes()
     size = sum(path.stat().st_size for path in (TEXT / "documents").iterdir())
     assert report["bytes_read"] == size
     assert not (tmp_path / "cache/copies").exists()
     paths = [one["path"] for one in json.loads((tmp_path / "out/tokens.json").read_text())["sources"]]
-    assert paths == [f"s3://bucket/text/documents/docs-0{i}.jsonl.gz" for i in range(4)]
+    assert paths == [f"s3://everywhere/text/documents/docs-0{i}.jsonl.gz" for i in range(4)]
 
 
 def test_a_text_that_is_replaced_before_it_is_read_is_refused(proxy: Proxy, s3: Any) -> None:
-    s3.put_object(Bucket="bucket", Key="changing/a.jsonl", Body=b'{"text": "a"}\n')
-    [source], _ = find_sources(["s3://bucket/changing/*.jsonl"])
+    s3.put_object(Bucket="everywhere", Key="changing/a.jsonl", Body=b'{"text": "a"}\n')
+    [source], _ = find_sources(["s3://everywhere/changing/*.jsonl"])
     with source.open() as file:
         assert file.read() == b'{"text": "a"}\n' and file.seek(3) == 3 and file.read(4) == b'ext"'
         assert file.read(100) == b': "a"}\n' and file.read() == b"" and file.seek(-2, 2) == 12
-    s3.put_object(Bucket="bucket", Key="changing/a.jsonl", Body=b'{"text": "b"}\n')
-    with pytest.raises(FileError, match=r"s3://bucket/changing/a.jsonl: has changed since the work on it began"):
+    s3.put_object(Bucket="everywhere", Key="changing/a.jsonl", Body=b'{"text": "b"}\n')
+    with pytest.raises(FileError, match=r"s3://everywhere/changing/a.jsonl: has changed since the work on it began"):
         source.open()
 
 
 def test_names_that_fit(proxy: Proxy, s3: Any, tmp_path: Path) -> None:
     for name in ("a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/d.txt", ".hidden/e.txt", "x/_f.txt"):
-        s3.put_object(Bucket="bucket", Key=f"fit/{name}", Body=b"{}\n")
+        s3.put_object(Bucket="everywhere", Key=f"fit/{name}", Body=b"{}\n")
 
     def names(pattern: str) -> list[str]:
-        return [name.removeprefix("s3://bucket/fit/") for name in matching(f"s3://bucket/fit/{pattern}")]
+        return [name.removeprefix("s3://everywhere/fit/") for name in matching(f"s3://everywhere/fit/{pattern}")]
 
     assert names("*.jsonl") == ["a.jsonl"]
     assert names("**/*.jsonl") == ["a.jsonl", "x/b.jsonl", "x/y/c.jsonl"]
     assert names("x/*/[cd].*") == ["x/y/c.jsonl", "x/y/d.txt"] and names("x/b.jsonl") == ["x/b.jsonl"]
-    sources, notes = find_sources(["s3://bucket/fit"])
+    sources, notes = find_sources(["s3://everywhere/fit"])
     assert len(sources) == 4 and "_f.txt" in notes[0] and ".hidden/e.txt" in notes[0]
     with pytest.raises(FileError, match="nothing there has such a name"):
         names("*.parquet")
@@ -126,56 +126,56 @@ def planned(folder: Path, at: str, sources: list[dict[str, Any]] = SOURCES) -> A
 def test_a_plan_of_tokens_at_addresses_is_that_of_the_same_files_here(
     proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, local = planned(tmp_path / "there", "s3://bucket/text"), planned(tmp_path / "local", str(TEXT))
+    there, local = planned(tmp_path / "there", "s3://everywhere/text"), planned(tmp_path / "local", str(TEXT))
     assert there.digest == local.digest
     paths = [entry.path for source in there.file.sources for entry in source.entries]
-    assert paths[0].startswith("s3://bucket/text/dolma/") and paths[-1].endswith("tokens.bin")
+    assert paths[0].startswith("s3://everywhere/text/dolma/") and paths[-1].endswith("tokens.bin")
     assert there.sources[0].files[0].bounds is not None  # the .csv.gz beside it came along
     for path in (tmp_path / "there" / "plan").iterdir():
-        s3.upload_file(str(path), "bucket", f"plan/{path.name}")
+        s3.upload_file(str(path), "everywhere", f"plan/{path.name}")
     shutil.rmtree(tmp_path / "there")
     shutil.rmtree(tmp_path / "cache" / "copies")  # as another machine has it
     copies._known.clear()
     asked = len(proxy.seen)
-    plan = open_plan("s3://bucket/plan")
+    plan = open_plan("s3://everywhere/plan")
     assert (Batches(plan, 8).rows(2).tokens == Batches(local, 8).rows(2).tokens).all()
     assert len(proxy.seen) > asked
-    shown = json.loads(said("data", "show", "s3://bucket/plan", "--step", 0, "--rows-per-step", 4, "--json"))
+    shown = json.loads(said("data", "show", "s3://everywhere/plan", "--step", 0, "--rows-per-step", 4, "--json"))
     assert shown["rows"][0]["passages"] and shown["rows_per_step"] == 4
     copies._known.clear()
     mirror._known.clear()
     changed = bytearray((TEXT / "megatron_int32.bin").read_bytes())
     changed[:8] = bytes(8)
-    s3.put_object(Bucket="bucket", Key="text/megatron_int32.bin", Body=bytes(changed))
+    s3.put_object(Bucket="everywhere", Key="text/megatron_int32.bin", Body=bytes(changed))
     with pytest.raises(SurgeryError, match="megatron"):
-        open_plan("s3://bucket/plan")
-    s3.upload_file(str(TEXT / "megatron_int32.bin"), "bucket", "text/megatron_int32.bin")
+        open_plan("s3://everywhere/plan")
+    s3.upload_file(str(TEXT / "megatron_int32.bin"), "everywhere", "text/megatron_int32.bin")
 
 
 def test_token_files_are_inspected_and_not_indexed_elsewhere(proxy: Proxy) -> None:
-    words = ("--tokenizer", "s3://bucket/text", "--json")
-    there = json.loads(said("data", "inspect", "s3://bucket/text/megatron_uint16.bin", *words))
+    words = ("--tokenizer", "s3://everywhere/text", "--json")
+    there = json.loads(said("data", "inspect", "s3://everywhere/text/megatron_uint16.bin", *words))
     here_ = json.loads(said("data", "inspect", TEXT / "megatron_uint16.bin", "--tokenizer", TEXT, "--json"))
-    assert there[0].pop("path") == "s3://bucket/text/megatron_uint16.bin"
+    assert there[0].pop("path") == "s3://everywhere/text/megatron_uint16.bin"
     assert here_[0].pop("path") == str(TEXT / "megatron_uint16.bin") and there == here_
-    assert "surgery pull ADDRESS FOLDER" in said("data", "index", "s3://bucket/text/megatron_uint16.bin", code=2)
-    assert "surgery pull ADDRESS FOLDER" in said("data", "plan", "s3://bucket/mix.yaml", code=1)
+    assert "surgery pull ADDRESS FOLDER" in said("data", "index", "s3://everywhere/text/megatron_uint16.bin", code=2)
+    assert "surgery pull ADDRESS FOLDER" in said("data", "plan", "s3://everywhere/mix.yaml", code=1)
 
 
 def test_a_copy_is_made_once_of_each_version(proxy: Proxy, s3: Any, tmp_path: Path) -> None:
-    s3.put_object(Bucket="bucket", Key="once/a.bin", Body=b"one")
-    path = here("s3://bucket/once/a.bin", ["a.idx", "a.mask"])
-    assert path.read_bytes() == b"one" and here("s3://bucket/once/a.bin", ["a.idx", "a.mask"]) == path
+    s3.put_object(Bucket="everywhere", Key="once/a.bin", Body=b"one")
+    path = here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"])
+    assert path.read_bytes() == b"one" and here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"]) == path
     got = len(proxy.gets("once/a.bin"))
     copies._known.clear()
-    assert here("s3://bucket/once/a.bin", ["a.idx", "a.mask"]) == path and len(proxy.gets("once/a.bin")) == got == 1
-    s3.put_object(Bucket="bucket", Key="once/a.bin", Body=b"two")
-    assert here("s3://bucket/once/a.bin", ["a.idx", "a.mask"]) == path  # a process keeps to what it has seen
+    assert here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"]) == path and len(proxy.gets("once/a.bin")) == got == 1
+    s3.put_object(Bucket="everywhere", Key="once/a.bin", Body=b"two")
+    assert here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"]) == path  # a process keeps to what it has seen
     copies._known.clear()
-    assert here("s3://bucket/once/a.bin", ["a.idx", "a.mask"]).read_bytes() == b"two"
-    assert here("s3://bucket/once").is_dir() and here("plain/path") == Path("plain/path")
-    with pytest.raises(FileError, match=r"s3://bucket/once/b.bin: "):
-        beside(parse("s3://bucket/once/b.bin"), ["a.bin"])
+    assert here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"]).read_bytes() == b"two"
+    assert here("s3://everywhere/once").is_dir() and here("plain/path") == Path("plain/path")
+    with pytest.raises(FileError, match=r"s3://everywhere/once/b.bin: "):
+        beside(parse("s3://everywhere/once/b.bin"), ["a.bin"])
     with pytest.raises(FileError, match="surgery pull ADDRESS FOLDER"):
         File("s3:/bucket/once/a.bin")
 
@@ -185,9 +185,9 @@ def test_a_copy_that_another_process_makes_is_waited_for(
 ) -> None:
     from surgery.storage.landing import landing
 
-    s3.put_object(Bucket="bucket", Key="wait/a.bin", Body=b"one")
+    s3.put_object(Bucket="everywhere", Key="wait/a.bin", Body=b"one")
     waited: list[float] = []
-    place = here("s3://bucket/wait/a.bin").parent
+    place = here("s3://everywhere/wait/a.bin").parent
     shutil.rmtree(place)
     copies._known.clear()
     other = landing(place, "elsewhere", {})
@@ -199,7 +199,7 @@ def test_a_copy_that_another_process_makes_is_waited_for(
         (place / "a.bin").write_bytes(b"one")
 
     monkeypatch.setattr("surgery.storage.copies.time.sleep", wait)
-    assert here("s3://bucket/wait/a.bin").read_bytes() == b"one" and waited == [1]
+    assert here("s3://everywhere/wait/a.bin").read_bytes() == b"one" and waited == [1]
     assert held.hidden.exists()
     other.__exit__(None, None, None)
 
@@ -208,23 +208,23 @@ def test_a_recipe_reads_from_addresses_and_sees_when_they_change(
     proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    s3.put_object(Bucket="bucket", Key="recipe/text/a.txt", Body=b"one")
-    s3.put_object(Bucket="bucket", Key="recipe/text/b.txt", Body=b"two")
+    s3.put_object(Bucket="everywhere", Key="recipe/text/a.txt", Body=b"one")
+    s3.put_object(Bucket="everywhere", Key="recipe/text/b.txt", Body=b"two")
     steps = {"told": {"shell": "echo $text > $out"},
              "each": {"shell": "echo $files > $out"}}  # fmt: skip
-    inputs = {"text": "s3://bucket/recipe/text", "files": "s3://bucket/recipe/text/*.txt"}
+    inputs = {"text": "s3://everywhere/recipe/text", "files": "s3://everywhere/recipe/text/*.txt"}
     (tmp_path / "r.yaml").write_text(json.dumps({"inputs": inputs, "steps": steps}))
     said("run", "r.yaml")
-    assert (tmp_path / "runs/r/told").read_text() == "s3://bucket/recipe/text\n"
+    assert (tmp_path / "runs/r/told").read_text() == "s3://everywhere/recipe/text\n"
     both = (tmp_path / "runs/r/each").read_text()
-    assert both == "s3://bucket/recipe/text/a.txt s3://bucket/recipe/text/b.txt\n"
+    assert both == "s3://everywhere/recipe/text/a.txt s3://everywhere/recipe/text/b.txt\n"
     again = json.loads(said("run", "r.yaml", "--dry-run", "--json"))
     assert not [line for line in again if line["runs"]]
-    assert again[0]["reads"] == {"text": "s3://bucket/recipe/text"}
-    s3.put_object(Bucket="bucket", Key="recipe/text/a.txt", Body=b"ONE")
+    assert again[0]["reads"] == {"text": "s3://everywhere/recipe/text"}
+    s3.put_object(Bucket="everywhere", Key="recipe/text/a.txt", Body=b"ONE")
     assert [line["step"] for line in json.loads(said("run", "r.yaml", "--dry-run", "--json")) if line["runs"]]
-    tree = Digests(tmp_path / "d.json").tree(Path("s3://bucket/recipe/text"))
-    assert tree.bytes == 6 and Digests(tmp_path / "d.json").sizes(Path("s3://bucket/recipe/text")).bytes == 6
+    tree = Digests(tmp_path / "d.json").tree(Path("s3://everywhere/recipe/text"))
+    assert tree.bytes == 6 and Digests(tmp_path / "d.json").sizes(Path("s3://everywhere/recipe/text")).bytes == 6
 
 
 @pytest.mark.thorough  # it imports what runs models
@@ -237,7 +237,7 @@ def test_an_evaluation_from_addresses_gives_the_numbers_of_the_same_files_here(
     shutil.copy(tmp_path / "held-out.txt", tmp_path / "there")
     for path in (tmp_path / "there").rglob("*"):
         if path.is_file():
-            s3.upload_file(str(path), "bucket", f"eval/{path.relative_to(tmp_path / 'there')}")
+            s3.upload_file(str(path), "everywhere", f"eval/{path.relative_to(tmp_path / 'there')}")
 
     def numbers(at: str, model: str) -> Any:
         words = ("--text", f"{at}/held-out.txt", "--tasks", "chosen/*", "--task-data", f"{at}/tasks", "--limit", 4)
@@ -246,7 +246,7 @@ def test_an_evaluation_from_addresses_gives_the_numbers_of_the_same_files_here(
         found["model"].pop("tokenizer")
         return found | {"texts": list(found["texts"].values())}
 
-    there = numbers("s3://bucket/eval", "s3://bucket/eval/model")
+    there = numbers("s3://everywhere/eval", "s3://everywhere/eval/model")
     assert there == numbers(str(tmp_path / "there"), str(golden / "model"))
 
 
@@ -254,6 +254,6 @@ def test_an_evaluation_from_addresses_gives_the_numbers_of_the_same_files_here(
 def test_a_question_is_asked_of_an_address(proxy: Proxy, s3: Any) -> None:
     folder = TEXT.parent / "lm_eval" / "model"
     for path in folder.iterdir():
-        s3.upload_file(str(path), "bucket", f"ask/{path.name}")
+        s3.upload_file(str(path), "everywhere", f"ask/{path.name}")
     words = ("the cat sat", "--max-new-tokens", 4)
-    assert said("ask", "s3://bucket/ask", *words) == said("ask", folder, *words)
+    assert said("ask", "s3://everywhere/ask", *words) == said("ask", folder, *words)

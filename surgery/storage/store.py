@@ -197,7 +197,7 @@ def open_store(address: Address) -> Store:
         return Store(address, _opened(replace(address, key=""), said))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=2)  # each keeps connections open
 def _opened(address: Address, environment: frozenset[tuple[str, str]]) -> Any:
     """The client of a bucket or a server, made once for what the environment says; finding keys takes a while."""
     return _OPEN[address.scheme](address)
