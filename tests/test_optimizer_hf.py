@@ -135,6 +135,100 @@ def test_states_of_fsdp_are_read_by_name(layout, tmp_path):
     assert found.optimizer.step == 2
 
 
+def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
+    both = [[p for n, p in model.named_parameters() if spared(n) == kind] for kind in (False, True)]
+    return torch.optim.AdamW([{"params": owned} for owned in both])
+
+
+def filled(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """By torch alone: the state of an optimizer from a folder, as FSDP's programs load it."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=not torch.distributed.is_initialized())
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def updated(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The parameters after three more updates."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    generator = torch.Generator().manual_seed(3)
+    for group in optimizer.param_groups:
+        group["fused"] = False
+    for _ in range(3):
+        for p in model.parameters():
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = distribute_tensor(gradient, p.device_mesh, p.placements) if isinstance(p, DTensor) else gradient
+        optimizer.step()
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+
+
+def by_number(case: str) -> dict[str, torch.Tensor]:
+    """Three more updates from the Trainer's own file."""
+    model = tiny.model(MODELS[case], **SMALL).from_pretrained(GOLDEN / case)
+    optimizer = adamw(model)
+    optimizer.load_state_dict(torch.load(GOLDEN / case / "optimizer.pt", weights_only=True))
+    return updated(model, optimizer)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """The Trainer's states after another format, written as FSDP saves them."""
+
+    def make(case: str) -> Path:
+        surgery.convert(GOLDEN / case, tmp_path / "there", to="olmo-core", optimizer=True)
+        surgery.convert(tmp_path / "there", tmp_path / "back", to="hf", optimizer=True, options={"optimizer": "fsdp"})
+        assert not (tmp_path / "back" / "optimizer.pt").exists()
+        return tmp_path / "back"
+
+    return make
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_torch_loads_states_by_name_and_goes_on_as_from_the_trainers(case, sharded):
+    """torch.distributed.checkpoint's own loader takes the folder; three more updates are those of the source."""
+    folder = sharded(case)
+    found, want = (open_checkpoint(f, optimizer=True) for f in (folder, GOLDEN / case))
+    assert equal(values(found), values(want))
+    assert found.optimizer.groups.items() >= want.optimizer.groups.items()
+    model = tiny.model(MODELS[case], **SMALL).from_pretrained(folder)
+    optimizer = adamw(model)
+    filled(model, optimizer, folder / "optimizer_0")
+    ours, theirs = updated(model, optimizer), by_number(case)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.0]
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def fsdp_rank(rank: int, store: str, folder: Path, case: str, out: Path) -> None:
+    """Two ranks, each with its rows of every parameter."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = tiny.model(MODELS[case], **SMALL).from_pretrained(folder)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = adamw(model)
+    filled(model, optimizer, folder / "optimizer_0")
+    found = updated(model, optimizer)
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", MODELS)
+def test_fsdp_itself_goes_on_from_states_by_name(case, sharded, tmp_path):
+    """`fully_shard` on two ranks: the rows that each holds are read from our folder, three updates are the source's."""
+    folder = sharded(case)
+    torch.multiprocessing.spawn(fsdp_rank, (f"{tmp_path}/store", folder, case, tmp_path / "out.pt"), nprocs=2)
+    ours, theirs = torch.load(tmp_path / "out.pt"), by_number(case)
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
 # ------------------------------------------------------------------------------------------------- files that lie
 
 

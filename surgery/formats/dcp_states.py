@@ -2,7 +2,7 @@
 
     found = read_named(Dcp("model_and_optim"), "optim")
     found.roles["exp_avg"]["blocks.0.attention.w_q.weight"], found.step, found.groups
-    tensors, objects = flattened("optim", written.roles[M][Rank()], ...)       # what `dcp_files` takes
+    named_tensors("optim", roles, 1000, names), flattened("optim", names, ...)    # what `dcp_files` takes
 
 Tensors are `optim.state.NAME.exp_avg`, and the settings of a group either flattened, one record per field and weight
 (`optim.param_groups.NAME.lr`), or numbered, with the list of the weights in `optim.param_groups.0.params`.
@@ -11,7 +11,7 @@ Source: torch/distributed/checkpoint/state_dict.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,3 +98,17 @@ def flattened(top: str, names: Iterable[str], group: Callable[[str], Group], mor
     """`top.param_groups.NAME.FIELD`: one record for each field of each weight."""
     return {f"{top}.param_groups.{name}.{field}": value
             for name in names for field, value in {**torch_group(group(name)), **more}.items()}  # fmt: skip
+
+
+def grouped(top: str, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`top.param_groups.0.FIELD`: a record for each field of each group, its `params` the names of weights."""
+    return {f"{top}.param_groups.{i}.{field}": value
+            for i, group in enumerate(groups) for field, value in group.items()}  # fmt: skip
+
+
+def paths(top: str, names: Iterable[str], groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """The paths of keys that torch flattened these names from, with numbered groups."""
+    out: dict[str, tuple[Any, ...]] = {f"{top}.state.{name}.{kind}": (top, "state", name, kind)
+                                       for name in names for kind in (*MOMENTS, STEP)}  # fmt: skip
+    return out | {f"{top}.param_groups.{i}.{field}": (top, "param_groups", i, field)
+                  for i, group in enumerate(groups) for field in group}  # fmt: skip

@@ -37,7 +37,7 @@ from surgery.formats.hf.families import FAMILIES
 from surgery.formats.hf.files import check_code, code_of, to_json, weight_files
 from surgery.formats.hf.further import further, without
 from surgery.formats.hf.heads import settled
-from surgery.formats.hf.optimizer import in_memory, read_states, trainer_files, trainer_notes
+from surgery.formats.hf.optimizer import WRITERS, in_memory, notes_of, read_states
 from surgery.formats.hf.rope import CLASSIC as ROPE
 from surgery.formats.hf.table import table
 from surgery.formats.optimizer import States, Written
@@ -106,8 +106,8 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     elif code:
         notes = ["the folder runs code of its own: load it with trust_remote_code=True"]
     files = partial(_files, config, parse_size(options["shard_size"], 1000), code)
-    states = partial(_with_states, files, family)
-    notes += trainer_notes(checkpoint.optimizer, family) if checkpoint.optimizer else ()
+    states = partial(_with_states, files, family, options["optimizer"])
+    notes += notes_of(checkpoint.optimizer, family, options["optimizer"]) if checkpoint.optimizer else ()
     return Draft(config, None, table(family), ONE_RANK, files, tuple(notes), states=states,
                  states_table=in_memory(family))  # fmt: skip
 
@@ -123,9 +123,9 @@ def _files(config: Config, limit: int, code: Sequence[str], ranks: Ranks) -> Ite
 
 
 def _with_states(
-    files: Callable[[Ranks], Iterable[OutputFile]], family: str, ranks: Ranks, written: Written
+    files: Callable[[Ranks], Iterable[OutputFile]], family: str, form: str, ranks: Ranks, written: Written
 ) -> Iterable[OutputFile]:
-    return [*files(ranks), *trainer_files(written, family)]
+    return [*files(ranks), *WRITERS[form](written, family)]
 
 
 def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object]:
@@ -166,6 +166,8 @@ FORMAT = Format(
                ("auto", "yes", "no"), "read"),
         Option("family", "the model_type to write; auto: the source's, else the first that holds it exactly", "auto",
                ("auto", *FAMILIES), "write"),
+        Option("optimizer", "with --optimizer: trainer (optimizer.pt) or fsdp (optimizer_0/, by name, for torch's DCP)",
+               "trainer", tuple(WRITERS), "write"),
         Option("shard_size", "largest weight file (same as --shard-size)", "5GB", (), "write"),
     ),
 )  # fmt: skip

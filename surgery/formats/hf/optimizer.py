@@ -2,6 +2,7 @@
 
     states = read_states(Path("checkpoint-500"), spec, parts)
     trainer_files(written, "llama")                # optimizer.pt, scheduler.pt, trainer_state.json
+    sharded_files(written, "llama")                # optimizer_0/ in place of optimizer.pt
 
 optimizer.pt     torch's state dict: numbers, no names; through both groups (decayed, spared), those of a group in the
                  order in which the class registers its parameters (order.py).  Nothing but the shapes can prove it.
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from surgery.containers.dcp import Dcp
+from surgery.containers.dcp_writer import dcp_files
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import FileError, LayoutError, show, some
-from surgery.formats.dcp_states import Named, read_named
+from surgery.formats.dcp_states import Named, grouped, named_tensors, paths, read_named
 from surgery.formats.hf.order import in_order, spared, spared_before
 from surgery.formats.hf.table import table
 from surgery.formats.optimizer import MOMENTS, Group, M, Optimizer, States, Written, group_of, one_step
@@ -34,6 +37,7 @@ from surgery.model.spec import Spec
 from surgery.tensors.lazy import Fill, Lazy
 
 NUMBERED, WHOLE, SCHEDULER, STATE = "optimizer.pt", "optimizer.bin", "scheduler.pt", "trainer_state.json"
+SHARDED, TOP = "optimizer_0", "optimizer"  # accelerate's names of FSDP's DCP folder, and of the state in it
 _MEMORY = (".experts.gate_up_proj", "mlp.gate.moe_statics.", "lm_head.weight", "transformer.")  # as names show it
 _BUFFER = re.compile(r"e_score_correction_bias$")
 _BATCH = 8  # rows: the default of TrainingArguments; a Trainer warns where its own is another
@@ -130,24 +134,43 @@ def _divided(keys: Sequence[object], names: Sequence[str], path: Path) -> list[l
 
 def trainer_files(written: Written, family: str) -> list[OutputFile]:
     """What transformers' Trainer resumes from.  Raises LayoutError if its two groups cannot say the settings."""
+    both = _both(written, family, spared)
+    numbers = {name: i for i, name in enumerate(name for group in both for name in group["params"])}
     moments = {role: written.roles[role][Rank()] for role in MOMENTS}
-    names = in_order(family, [name for name in moments[M] if not _BUFFER.search(name)])
-    both = [[n for n in names if spared(n) == kind] for kind in (False, True)]
-    numbers = {name: i for i, name in enumerate(name for owned in both for name in owned)}
     state = {
         i: {STEP: Fill((), "float32", written.step), **{role: moments[role][name].tensor for role in MOMENTS}}
         for name, i in numbers.items()
     }
+    groups = [{**group, "fused": True, "params": [numbers[n] for n in group["params"]]} for group in both]
+    return [torch_file(NUMBERED, {"state": state, "param_groups": groups}), *_beside(written, both[0]["lr"])]
+
+
+def sharded_files(written: Written, family: str) -> list[OutputFile]:
+    """The state by name in a DCP folder, as FSDP's is saved.  Raises LayoutError as `trainer_files`."""
+    spares = {not written.group(name).weight_decay for name in written.roles[M][Rank()]} == {True, False}
+    groups = _both(written, family, (lambda name: not written.group(name).weight_decay) if spares else spared)
+    names = [name for group in groups for name in group["params"]]
+    tensors = named_tensors(TOP, {role: written.roles[role][Rank()] for role in MOMENTS}, written.step, names)
+    files = dcp_files(
+        f"{SHARDED}/", {name: stored.tensor for name, stored in tensors.items()}, grouped(TOP, groups),
+        planner=paths(TOP, names, groups), copies=frozenset(n for n, stored in tensors.items() if stored.copy),
+    )  # fmt: skip
+    return [*files, *_beside(written, groups[0]["lr"])]
+
+
+WRITERS: Mapping[str, Callable[[Written, str], list[OutputFile]]] = {"trainer": trainer_files, "fsdp": sharded_files}
+
+
+def _both(written: Written, family: str, rule: Callable[[str], bool]) -> list[dict[str, Any]]:
+    """Two groups (decayed, spared by the rule), as a Trainer has them, their `params` by name."""
+    names = in_order(family, [name for name in written.roles[M][Rank()] if not _BUFFER.search(name)])
     settings = written.shared(names, "a Trainer's optimizer")
-    groups = [
-        {
-            **torch_group(replace(settings, weight_decay=_decay(written, owned))),
-            "fused": True,
-            "params": [numbers[n] for n in owned],
-        }
-        for owned in both
-    ]
-    lr = settings.lr if settings.lr is not None else 0.0
+    both = [[n for n in names if rule(n) == kind] for kind in (False, True)]
+    return [{**torch_group(replace(settings, weight_decay=_decay(written, owned))), "params": owned} for owned in both]
+
+
+def _beside(written: Written, lr: float) -> list[OutputFile]:
+    """The scheduler and the counters of a Trainer."""
     scheduler = {"last_epoch": written.step, "_step_count": written.step + 1, "_last_lr": [lr, lr],
                  "lr_lambdas": [None, None]}  # fmt: skip
     said = {
@@ -155,19 +178,20 @@ def trainer_files(written: Written, family: str) -> list[OutputFile]:
         "log_history": [{"step": written.step, "learning_rate": lr}],
         "stateful_callbacks": {"TrainerControl": {"args": {f"should_{x}": False for x in _CONTROL}, "attributes": {}}},
     }  # fmt: skip
-    return [
-        torch_file(NUMBERED, {"state": state, "param_groups": groups}),
-        torch_file(SCHEDULER, scheduler),
-        text_file(STATE, (json.dumps(said, indent=2) + "\n").encode()),
-    ]
+    return [torch_file(SCHEDULER, scheduler), text_file(STATE, (json.dumps(said, indent=2) + "\n").encode())]
 
 
 def _decay(written: Written, owned: Sequence[str]) -> float:
     return max((written.group(name).weight_decay for name in owned), default=0.0)
 
 
-def trainer_notes(found: Optimizer, family: str) -> tuple[str, ...]:
-    """What somebody who resumes has to know."""
+def notes_of(found: Optimizer, family: str, form: str) -> tuple[str, ...]:
+    """What somebody who resumes from what a writer of this name wrote has to know."""
+    if form == "fsdp":
+        return (
+            f"{SHARDED}/ holds the state by name, after {found.step:,} updates: torch.distributed.checkpoint.load "
+            f"fills {{{TOP!r}: get_optimizer_state_dict(model, optimizer)}} from it, for set_optimizer_state_dict",
+        )
     decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
     wanted = {r.name: 0.0 if spared(r.name) else decay for r in in_memory(family).rows}
     rows = [r for r in in_memory(family).rows if r.parts[0] in found.groups and not r.copy]
