@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
+from queue import Empty, Queue
 from typing import Any, TypeVar
 
 from surgery.errors import FileError, SurgeryError, UsageError, printable, show
@@ -24,6 +26,7 @@ from surgery.storage.address import LOCAL, Address
 from surgery.tensors.files import AGAIN
 
 R = TypeVar("R")
+T = TypeVar("T")
 TRIES = 3  # of a range, beyond what the client itself tries again
 FEWER = "name one checkpoint, not a folder of many"
 TIMEOUT = timedelta(seconds=120)  # of one request with its body
@@ -75,7 +78,7 @@ class Store:
         found: list[Entry] = []
         skip = len(prefix) + 1 if prefix else 0
         with self.said(prefix):
-            for chunk in obstore.list(self.raw, prefix=prefix or None, chunk_size=1000):
+            for chunk in _in_time(obstore.list(self.raw, prefix=prefix or None, chunk_size=1000), self.url(prefix)):
                 found += [entry_of(meta, str(meta["path"])[skip:], self.url(prefix)) for meta in chunk]
                 if len(found) > most:
                     raise FileError(f"holds more than {most} objects", file=self.url(prefix), hint=FEWER)
@@ -147,6 +150,34 @@ class Store:
             hint += f"; keys are taken from {KEYS[self.address.scheme]}" if self.address.scheme in KEYS else ""
             what = f"the store did not answer as it should: {_short(error)}"
             raise FileError(what, file=self.url(key), hint=hint) from None
+
+
+def _in_time(chunks: Iterable[T], url: str) -> Iterator[T]:
+    """What is listed, each piece within a time: the client asks for more for as long as a server says there is more.
+
+    Raises FileError, also for whatever the client raises; a client that goes on asking ends with this process.
+    """
+    made: Queue[T | BaseException | None] = Queue(1)
+
+    def ask() -> None:
+        try:
+            for chunk in chunks:
+                made.put(chunk)
+            made.put(None)
+        except BaseException as error:
+            made.put(error)
+
+    threading.Thread(target=ask, daemon=True, name="surgery-list").start()
+    while True:
+        try:
+            chunk = made.get(timeout=TIMEOUT.total_seconds())
+        except Empty:
+            raise FileError("the list of what is there does not end", file=url, hint=FEWER) from None
+        if chunk is None:
+            return
+        if isinstance(chunk, BaseException):
+            raise chunk
+        yield chunk
 
 
 def replaced(url: str) -> FileError:
