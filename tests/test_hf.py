@@ -282,6 +282,36 @@ def test_transformers_4_reads_the_same_rope(family, tiny_hf, tmp_path):
     assert classic(fresh) == (base, scaling)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "flex_olmo"])
+def test_transformers_4_reads_the_same_number_of_experts(family, tiny_hf, tmp_path):
+    """transformers 5 renamed it in some families, and saves the new name alone."""
+    shutil.copytree(tiny_hf(family), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["num_local_experts"] = config.pop("num_experts", None) or config["num_local_experts"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    surgery.convert(tmp_path / "m", tmp_path / "out", to="hf", sync=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_experts"] == config["num_local_experts"] == tiny.SIZES["e"]
+
+
+def test_transformers_4_looks_for_longropes_length_outside(tmp_path):
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.6, 2.0], "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0]}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 2e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        **factors,
+    }
+    source = tiny.save("llama", tmp_path / "m", rope_parameters=rope, max_position_embeddings=64)
+    surgery.convert(source, tmp_path / "out", to="hf", sync=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["original_max_position_embeddings"] == 16
+    fresh = write_config(open_checkpoint(source).spec, {}, "float32", "llama")
+    assert fresh["original_max_position_embeddings"] == 16
+    assert read_config(fresh, "x")[0].same_function(open_checkpoint(source).spec)
+
+
 def test_olmo_3_says_its_scaling_in_both_spellings():
     rope = Rope(5e5, 1.0, {"type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0,
                            "original_max_position_embeddings": 8192})  # fmt: skip

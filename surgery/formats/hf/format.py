@@ -136,7 +136,8 @@ def _kept(checkpoint: Checkpoint, config: dict[str, object]) -> dict[str, object
     same = read_config(old, "config.json")[0].differences(checkpoint.spec).keys() <= {"true_vocab"}
     if not same:
         return {**old, **config}
-    classic = {k: v for k, v in config.items() if k in ROPE and old.get(k) is None}  # transformers 4 reads no other
+    also = {*ROPE, *FAMILIES[str(config["model_type"])].aliases}  # transformers 4 reads no other
+    classic = {k: v for k, v in config.items() if k in also and old.get(k) is None}
     return {**old, **classic, "torch_dtype": config["torch_dtype"]}
 
 

@@ -22,7 +22,7 @@ ORIGINAL = "original_max_position_embeddings"
 NUMBERS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", ORIGINAL, "attention_factor",
            "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned", "short_factor", "long_factor",
            "low_freq_factor", "high_freq_factor")  # fmt: skip
-CLASSIC = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor")
+CLASSIC = ("rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", ORIGINAL)
 TWO = "programs differ in which of them they take: remove the wrong one"
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
@@ -145,7 +145,8 @@ def _classic(family: Family, rope: Rope) -> Json:
         config[fraction_key] = rope.fraction
     if rope.scaling:
         config["rope_scaling"] = {k: v for k, v in _parameters(rope).items() if k != "rope_theta"}
-        if ORIGINAL in family.absent and ORIGINAL in rope.scaling:  # there it counts outside
+        outside = ORIGINAL in family.absent or rope.scaling.get("type") == "longrope"  # where transformers 4 looks
+        if outside and ORIGINAL in rope.scaling:
             config[ORIGINAL] = rope.scaling[ORIGINAL]
     return config
 
