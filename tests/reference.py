@@ -36,24 +36,25 @@ class _Model:
         self.spec, self.w = spec, weights
 
     def run(self, ids: torch.Tensor) -> torch.Tensor:
-        x = F.embedding(ids, self.w["embed"])
+        x = F.embedding(ids, self.w["embed"]) * self.spec.embed_scale
         if "positions" in self.w:
             x = x + self.w["positions"][: ids.shape[1]]
         for layer in range(self.spec.layers):
             x = self.layer(layer, x)
         x = self.norm(x, "final_norm")
-        return x @ self.w["embed" if self.spec.tied else "lm_head"].T
+        return x @ self.w["embed" if self.spec.tied else "lm_head"].T / self.spec.logits_divisor
 
     def layer(self, i: int, x: torch.Tensor) -> torch.Tensor:
         at, s = f"layers.{i}.", self.spec
         attended = self.attention(i, self.norm(x, at + "attn_norm") if s.norm_at == "pre" else x)
         if s.norm_at == "post":
             attended = self.norm(attended, at + "attn_post_norm")
+        attended = attended * s.residual_scale
         y = x if s.parallel else x + attended
         fed = self.feed(i, self.norm(y, at + "mlp_norm") if s.norm_at == "pre" else y)
         if s.norm_at == "post":
             fed = self.norm(fed, at + "mlp_post_norm")
-        return x + attended + fed
+        return x + attended + fed * s.residual_scale
 
     def norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         s, weight = self.spec, self.w.get(name)
@@ -83,7 +84,8 @@ class _Model:
         place = torch.arange(x.shape[1])
         behind = place[:, None] - place[None, :]
         seen = (behind >= 0) & ((behind < window) if window else True)
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(s.head_dim)).masked_fill(~seen, -torch.inf)
+        scale = 1 / math.sqrt(s.head_dim) if s.score_scale is None else s.score_scale
+        scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
         return self.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(-2), at + "o")
 
     def feed(self, i: int, x: torch.Tensor) -> torch.Tensor:

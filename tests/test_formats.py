@@ -43,6 +43,7 @@ OTHER = {
                              "original_max_position_embeddings": 32})),
     "rope_local": (Rope(55.0),), "learned_positions": (64,), "top_k": (1, 3), "experts": (0, 6), "shared_ffn": (12, 24),
     "layers": (3,), "width": (48,), "vocab": (41,), "kv_heads": (1, 3), "group": (1, 2), "head_dim": (6, 8),
+    "score_scale": (0.25,), "embed_scale": (12.0, 0.5), "residual_scale": (0.22,), "logits_divisor": (8.0,),
     "ffn": (32,), "expert_ffn": (16,), "attn_experts": (2,), "attn_top_k": (2,), "attn_scale": (0.5,),
     "sparse": (Sparse("bigbird", 40, {"window": 5, "globals": 2, "stride": 16}),),
 }  # fmt: skip

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 
 import surgery
-from surgery.errors import AmbiguousError, ConfigError, LayoutError
-from surgery.formats.hf.config import read_config
+from surgery.errors import AmbiguousError, LayoutError
 from tests import oracle, tiny
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 60
@@ -83,10 +82,3 @@ def test_layers_that_predict_further_tokens_are_left_out(family, keys, name, tmp
     assert surgery.verify(folder, tmp_path / "out").same
     with pytest.raises(LayoutError, match="no place"):  # unless the config says that there are such layers
         surgery.open_checkpoint(edit(folder, {"model.layers.2.x.weight": torch.ones(2)}, num_nextn_predict_layers=0))
-
-
-def test_a_multiplier_that_is_not_read_says_what_can_be_done():
-    keys = tiny.config("granitemoe", embedding_multiplier=12.0).to_dict()
-    with pytest.raises(ConfigError, match=r"embedding_multiplier is 12.0; only 1.0 is understood") as caught:
-        read_config(keys, "config.json")
-    assert "use transformers itself" in str(caught.value.hint)

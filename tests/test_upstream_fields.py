@@ -44,6 +44,12 @@ MODELS = {
         family="glm4_moe", router_score="sigmoid", router_bias=True, router_scale=1.5, shared_ffn=12
     ),
     "ernie4_5_moe": MOE.replace(family="ernie4_5_moe", router_bias=True, shared_ffn=24, tied=True),
+    "granite": DENSE.replace(
+        family="granite", embed_scale=12.0, residual_scale=0.22, score_scale=0.3, logits_divisor=6.0
+    ),
+    "granitemoe": MOE.replace(
+        family="granitemoe", embed_scale=3.0, residual_scale=0.5, score_scale=0.2, logits_divisor=4.0
+    ),
     "granitemoeshared": MOE.replace(family="granitemoeshared", shared_ffn=20),
     "olmoe": MOE.replace(family="olmoe", qk_norm="full", top_k_renormalised=False),
     "flex_olmo": MOE.replace(family="flex_olmo", qk_norm="full", norm_at="post"),

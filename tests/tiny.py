@@ -46,6 +46,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, int], Mapping[str, object]]] = {
     "qwen2_moe": ("qwen2_moe", {}, {"rms_norm_eps": 1e-6, "num_experts": "e", "moe_intermediate_size": "m", **_MOE,
                                     "shared_expert_intermediate_size": 40, "norm_topk_prob": False,
                                     "mlp_only_layers": [0, 4], **_theta(1e6)}),
+    "granite": ("granite", {}, {"rms_norm_eps": 1e-5, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+                                "attention_multiplier": 0.2, "logits_scaling": 6.0, **_theta(20000.0)}),
     "granitemoe": ("granitemoe", {}, {**_GRANITE, **_MOE, **_theta(20000.0)}),
     "granitemoeshared": ("granitemoeshared", {}, {**_GRANITE, **_MOE, "shared_intermediate_size": 40,
                                                   **_theta(20000.0)}),

@@ -28,6 +28,7 @@ from surgery.midtraining.preference import FIGURES, Preference, completion_logps
 from surgery.midtraining.router_telemetry import RouterTelemetry
 from surgery.midtraining.routers import RouterLog
 from surgery.midtraining.sharding import trunk
+from surgery.running.loading import logits_divisor
 
 TOKENS, ROUTERS = ("ce", "z"), ("balance", "router_z")  # the terms of a loss of tokens, and those of mixtures
 
@@ -114,11 +115,12 @@ def _of_labels(
 
 
 def hidden_states(model: Any, part: MicroBatch, across: bool = False) -> torch.Tensor:
-    """What the final norm gives, [rows, sequence, width].
+    """What the head turns into logits, [rows, sequence, width]: what the final norm gives, over a Granite's divisor.
 
     across   True: tokens see earlier documents of their row, by a mask of ones, which turns isolation off
     """
     mask = torch.ones_like(part.tokens) if across and part.positions is not None else None
     out = trunk(model)(input_ids=part.tokens, position_ids=part.positions, attention_mask=mask, use_cache=False)
     hidden: torch.Tensor = out.last_hidden_state
-    return hidden
+    divisor = logits_divisor(model)
+    return hidden if divisor == 1 else hidden / divisor

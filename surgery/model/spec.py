@@ -67,6 +67,18 @@ def _stretched(spec: Spec) -> bool:
     return by_length or scaling.get("type") == "dynamic"
 
 
+def _by_width(scale: float | None) -> str:
+    return "1 / sqrt(head width)" if scale is None else f"{scale:g}"
+
+
+def _not_one(factor: str) -> about.Test:
+    return lambda spec: getattr(spec, factor) != 1
+
+
+def _score_scale(spec: Spec) -> float:
+    return spec.head_dim**-0.5 if spec.score_scale is None else spec.score_scale
+
+
 def _windows(spec: Spec) -> tuple[int, ...]:
     return spec.windows or (0,) * spec.layers
 
@@ -125,6 +137,7 @@ class Spec:
     o_bias: bool = about.part("bias of the attention's output", False)
     clip_qkv: float | None = about.choice("clip of q, k and v", None)
     clip_after_norm: bool = about.choice("clip after the norms of q and k", False, used=_clipped)  # OLMoE
+    score_scale: float | None = about.choice("scale of attention scores", None, _by_width, None, _score_scale)
     # attention as a mixture: neighbouring heads are an expert, a token's output is the weighted sum of those it chooses
     attn_experts: int = about.size("groups of attention heads", "a", "groups of attention heads")
     attn_top_k: int = about.choice("groups of heads per token", 0, used=_grouped)
@@ -142,6 +155,10 @@ class Spec:
     router_score: str = about.choice("router score", "softmax", used=_sparse)  # softmax | sigmoid
     router_scale: float | None = about.choice("scale of the experts' weights", None, used=_sparse)
     shared_gate: bool = about.part("gate of the shared expert", False, used=_sparse)
+    # factors of what flows (Granite)
+    embed_scale: float = about.choice("scale of the embedding", 1.0, used=_not_one("embed_scale"))
+    residual_scale: float = about.choice("scale of what layers add", 1.0, used=_not_one("residual_scale"))
+    logits_divisor: float = about.choice("divisor of the logits", 1.0, used=_not_one("logits_divisor"))
     # the rest
     tied: bool = about.part("tied embeddings", False)
     context: int | None = about.name("context", None, _stretched)  # the longest that the model was made for

@@ -19,7 +19,7 @@ from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.running.device import CPU, Device
 from surgery.running.layerwise import empty_model, layer_by_layer
-from surgery.running.loading import explained, quiet
+from surgery.running.loading import explained, logits_divisor, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def _loss_gradient(model: Any, hidden: torch.Tensor, tokens: torch.Tensor) -> to
     predicted = tokens.shape[0] * (tokens.shape[1] - 1)
     for i, ids in enumerate(tokens):
         x = hidden[i : i + 1].detach().requires_grad_()
-        logits = model.lm_head(model.base_model.norm(x))[0]
+        logits = model.lm_head(model.base_model.norm(x))[0] / logits_divisor(model)
         loss = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="sum") / predicted
         out[i : i + 1] = torch.autograd.grad(loss, x)[0]
     return out

@@ -101,6 +101,11 @@ def _model_type(folder: Path) -> str:
     return str(config.get("model_type")) if isinstance(config, dict) else ""
 
 
+def logits_divisor(model: Any) -> float:
+    """By what the model divides its head's products: Granite's `logits_scaling`, 1 for all others."""
+    return float(getattr(model.config, "logits_scaling", 1.0))
+
+
 def fits(parameters: int) -> bool:
     """Whether a model of this size in fp32 fits into the free memory; True where the system does not tell."""
     free = free_memory()

@@ -47,6 +47,7 @@ def read_config(config: Config, file: str) -> tuple[Spec, Json, list[str]]:
     keys = Keys(config, file, absent={**optional, **family.absent}, nulls=True)
     fields = {"family": family.model_type, **read(family.entries, keys), **family.always, **_heads(family, keys)}
     fields["windows"] = _read_windows(family, keys)
+    fields["score_scale"] = _read_scores(family, keys, fields["head_dim"])
     fields["sparse"] = read_sparse(config, fields["kv_heads"] * fields["group"], file)
     if fields["sparse"] and family.code:
         raise ConfigError(f"sparse_attention is set, but a {kind} has attention of its own", file=file)
@@ -112,6 +113,12 @@ def _heads(family: Family, keys: Keys) -> Json:
     return {"kv_heads": groups, "group": heads // groups, "head_dim": dim}
 
 
+def _read_scores(family: Family, keys: Keys, head_dim: int) -> float | None:
+    """The factor on attention scores; None for the usual one, however it is rounded."""
+    said, usual = keys.real(family.scores) if family.scores else head_dim**-0.5, head_dim**-0.5
+    return None if abs(said - usual) <= 1e-6 * usual else said
+
+
 def _read_windows(family: Family, keys: Keys) -> tuple[int, ...]:
     """The window of every layer, () if none has one."""
     layers, config = keys.integer("num_hidden_layers"), keys.config
@@ -165,6 +172,8 @@ def write_config(spec: Spec, facts: Mapping[str, object], dtype: str, model_type
         config["num_key_value_heads"] = spec.kv_heads
     if family.head_dim:
         config["head_dim"] = spec.head_dim
+    if family.scores:
+        config[family.scores] = spec.head_dim**-0.5 if spec.score_scale is None else spec.score_scale
     config |= _write_windows(family, spec) | write_rope(family, spec) | write_moe(family, spec)
     config |= write_sparse(spec.sparse)
     config |= {also: config[key] for key, also in family.aliases.items()}

@@ -48,6 +48,7 @@ class Family:
     whole_heads: bool = False  # transformers refuses a width that is no multiple of the number of heads
     all_heads: bool = False  # every head has a key and a value of its own, and the config does not count them
     ropes: tuple[str, ...] = ()
+    scores: str = ""  # the key of the factor on attention scores; "": there is none, it is 1 / sqrt(head width)
     code: str = ""
     more: tuple[Entry, ...] = ()
     spellings: tuple[rows.Spellings, ...] = ()  # of tensors that are stored in several ways
@@ -99,11 +100,12 @@ _FINE_MOE = {**_DENSE, "moe_intermediate_size": "expert_ffn", "num_experts_per_t
 _OLMO_MOE = {**_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised"}
 _POST = {"norm_at": "post", "qk_norm": "full"}
 COUNTED = ("n_shared_experts", "moe_num_shared_experts")  # widths that are given as a number of experts
-PER_HEAD = "head_dim**-0.5"
-_GRANITE = {"embedding_multiplier": (1.0, 1.0), "logits_scaling": (1.0, 1.0), "residual_multiplier": (1.0, 1.0),
-            "attention_multiplier": (PER_HEAD, 1.0)}  # fmt: skip
+_GRANITE = {"embedding_multiplier": "embed_scale", "residual_multiplier": "residual_scale",
+            "logits_scaling": "logits_divisor"}  # fmt: skip
 _GRANITE_ABSENT = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "attention_bias": False,
-                   "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+                   "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+                   "attention_multiplier": 1.0}  # fmt: skip
+_GRANITE_MOE = {**_GRANITE_ABSENT, "num_local_experts": 8, "num_experts_per_tok": 2}
 _NUM_EXPERTS = {"num_experts": "num_local_experts"}  # transformers 5 renamed it
 _COMMON = {"hidden_act": "silu", "tie_word_embeddings": False}
 
@@ -136,12 +138,16 @@ FAMILIES: Mapping[str, Family] = {
                        num_local_experts=8),
                {"top_k_renormalised": True}, bias=(), window="all", theta=1e6, head_dim=True,
                spellings=(rows.MIXTRAL,)),
-        Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, "num_local_experts": "experts"},
-               _absent(**_GRANITE_ABSENT),
-               {"top_k_renormalised": True}, fixed=_GRANITE, spellings=(rows.GRANITE_EXPERTS,)),
-        Family("granitemoeshared", "GraniteMoeSharedForCausalLM", {**_MOE, "num_local_experts": "experts"},
-               _absent(**_GRANITE_ABSENT), {"top_k_renormalised": True}, shared=("shared_intermediate_size", 0),
-               fixed=_GRANITE, rows=rows.LLAMA_LIKE + rows.GRANITE_SHARED, spellings=(rows.GRANITE_EXPERTS,)),
+        Family("granite", "GraniteForCausalLM", {**_DENSE, **_GRANITE, "mlp_bias": "mlp_bias"},
+               _absent(**_GRANITE_ABSENT, mlp_bias=False), scores="attention_multiplier"),
+        Family("granitemoe", "GraniteMoeForCausalLM", {**_MOE, **_GRANITE, "num_local_experts": "experts"},
+               _absent(**_GRANITE_MOE), {"top_k_renormalised": True}, scores="attention_multiplier",
+               spellings=(rows.GRANITE_EXPERTS,)),
+        Family("granitemoeshared", "GraniteMoeSharedForCausalLM",
+               {**_MOE, **_GRANITE, "num_local_experts": "experts"},
+               _absent(**_GRANITE_MOE), {"top_k_renormalised": True}, shared=("shared_intermediate_size", 0),
+               scores="attention_multiplier", rows=rows.LLAMA_LIKE + rows.GRANITE_SHARED,
+               spellings=(rows.GRANITE_EXPERTS,)),
         Family("qwen2_moe", "Qwen2MoeForCausalLM",
                {**_FINE_MOE, "num_experts": "experts", "norm_topk_prob": "top_k_renormalised", "qkv_bias": "qkv_bias"},
                _absent(**_QWEN, rms_norm_eps=1e-6, max_position_embeddings=32768, num_key_value_heads=16,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from surgery.errors import ConfigError, show
-from surgery.formats.hf.families import COUNTED, PER_HEAD, Family
+from surgery.formats.hf.families import COUNTED, Family
 from surgery.formats.keys import Keys
 from surgery.model.spec import Spec
 
@@ -35,10 +35,10 @@ def read_moe(family: Family, keys: Keys, fields: Json) -> Json:
     if "use_qk_norm" in family.switches:
         out["qk_norm"] = "head" if keys.get("use_qk_norm") else ""
     for key, (wanted, absent) in family.fixed.items():
-        value, right = keys.config.get(key), _wanted(wanted, fields)
+        value = keys.config.get(key)
         value = absent if value is None else value
-        if type(value) not in (int, float, bool) or not _near(value, right):
-            raise ConfigError(f"{key} is {show(value)}; only {right!r} is understood", file=keys.file,
+        if type(value) not in (int, float, bool) or value != wanted:
+            raise ConfigError(f"{key} is {show(value)}; only {wanted!r} is understood", file=keys.file,
                               hint=f"a {family.model_type} with another value is not read here, not even to be copied: "
                                    "use transformers itself for it")  # fmt: skip
     return out
@@ -54,17 +54,8 @@ def write_moe(family: Family, spec: Spec) -> Json:
         out[key] = -(-spec.shared_ffn // max(spec.expert_ffn, 1)) if key in COUNTED else spec.shared_ffn
     if "use_qk_norm" in family.switches:
         out["use_qk_norm"] = spec.qk_norm == "head"
-    sizes: Json = {"head_dim": spec.head_dim}
-    out |= {key: _wanted(wanted, sizes) for key, (wanted, _) in family.fixed.items()}
+    out |= {key: wanted for key, (wanted, _) in family.fixed.items()}
     return out
-
-
-def _wanted(wanted: object, fields: Json) -> float:
-    return int(fields["head_dim"]) ** -0.5 if wanted == PER_HEAD else wanted  # type: ignore
-
-
-def _near(value: object, wanted: float) -> bool:
-    return abs(value - wanted) <= 1e-12 + 1e-6 * abs(wanted) and (wanted != 1e-12 or value == wanted)  # type: ignore
 
 
 def _number(keys: Keys, key: str, default: int, least: int = 0) -> int:

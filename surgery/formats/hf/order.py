@@ -35,7 +35,7 @@ _NEOX = (*_NORMS, "attention.query_key_value", "attention.dense", "mlp.dense_h_t
 _GPT2 = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 # family -> the modules of a layer in their order
 LAYERS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo", "olmo2", "olmo3"), _DENSE),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "olmo", "olmo2", "olmo3"), _DENSE),
     **dict.fromkeys(("mixtral", "qwen2_moe", "olmoe", "flex_olmo", "ernie4_5_moe"), _GATE_FIRST),
     **dict.fromkeys(("qwen3_moe", "glm4_moe"), _EXPERTS_FIRST),
     **dict.fromkeys(("granitemoe", "granitemoeshared"), _GRANITE),

@@ -42,8 +42,8 @@ TARGETS: Mapping[str, Target] = {
     t.family: t
     for t in (
         Target("mixtral", about="Llama and Mistral"),
-        Target("granitemoeshared", about="Llama with a shared expert"),
-        Target("granitemoe", about="Llama"),
+        Target("granitemoeshared", about="Llama and Granite with a shared expert"),
+        Target("granitemoe", about="Llama and Granite"),
         Target("qwen2_moe", shared=True, biases=True, about="Llama and Qwen2; layers may stay dense"),
         Target("qwen3_moe", about="Qwen3; layers may stay dense"),
         Target("flex_olmo", undivided=True, about="OLMo 2"),
