@@ -28,6 +28,7 @@ from surgery.conversion.workers import ENGINES, Task
 from surgery.errors import ConfigError, OutputError, UsageError, show, shown, some
 from surgery.formats.base import ALLOW_UNKNOWN, PROVENANCE, Checkpoint, Format, Options
 from surgery.formats.operations import DTYPES, to_dtype, to_vocab, with_rows, with_tokenizer
+from surgery.formats.padding import padding_notes
 from surgery.formats.registry import by_side, format_of, named, open_checkpoint
 from surgery.formats.topology import Topology
 from surgery.formats.unknown import ALL
@@ -133,7 +134,7 @@ def plan_for(
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()},
                      optimizer=state.tapped(source, target, ledger))  # fmt: skip
     output = target.plan(tapped, write.topology, target.with_defaults(given, "write"))
-    notes = tuple(dict.fromkeys([*source.notes, *_lost_facts(source, target), *output.notes]))
+    notes = tuple(dict.fromkeys([*source.notes, *padding_notes(source), *_lost_facts(source, target), *output.notes]))
     everything = {**(job or {}), "to": write.to, "topology": asdict(write.topology), "write": given,
                   "tokenizer": write.tokenizer and os.fspath(write.tokenizer)}  # fmt: skip
     return Plan(source, output, target, write, given, ledger, write.memory, notes, everything, derived)

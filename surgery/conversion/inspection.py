@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery.errors import shown
 from surgery.formats.base import Checkpoint
+from surgery.formats.padding import padding_notes, padding_rows
 from surgery.model.fields import CHOICE, NEEDED, PART, SIZE
 from surgery.model.spec import FIELDS, Spec
 from surgery.tensors.files import check_unchanged, size_of
@@ -45,7 +46,7 @@ def describe(checkpoint: Checkpoint, *, tensors: bool = False, pickles: bool = F
         "padding_rows": padding_rows(checkpoint),
         "tied": spec.tied,
         "ignored": dict(checkpoint.ignored),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *padding_notes(checkpoint)],
         "details": dict(checkpoint.details),
     }
     if tensors:
@@ -70,13 +71,6 @@ def choices(spec: Spec) -> Json:
         if field.kind in (PART, CHOICE) and value and not (field.used and not field.used(spec)):
             out[field.label] = field.say(value)
     return out
-
-
-def padding_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the vocabulary that no token uses; None if the tokenizer does not say."""
-    found = checkpoint.tokenizer
-    tokens = checkpoint.spec.true_vocab or (found.vocab_size if found else None)
-    return None if tokens is None else max(0, checkpoint.spec.vocab - tokens)
 
 
 def scan(checkpoint: Checkpoint, max_memory: int, progress: Callable[[int], None] | None = None) -> Json:

@@ -26,7 +26,7 @@ from surgery.formats.optimizer import Optimizer, States, Written, gather_states,
 from surgery.formats.parts import Parts, rows_html
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
-from surgery.formats.unknown import Unknown, settle
+from surgery.formats.unknown import dtypes_in_words, settle
 from surgery.formats.weave import Shards, Stored, gather, spread
 from surgery.model.spec import Spec
 from surgery.model.wording import check_held
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 Options = Mapping[str, str]
 Config = Mapping[str, Any]
 Ranks = Mapping[Rank, Mapping[str, Stored]]
-WEIGHTS = {"float64", "float32", "float16", "bfloat16"}  # what a number of these stands for needs no scale
 PARTS_LIMIT = 1_000_000
 RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
@@ -71,6 +70,7 @@ class Checkpoint:
     what a config says besides the anatomy (token ids, training settings), under Hugging Face's names; `ignored` maps
     what is left out to the reason; `notes` name everything that was guessed; `details` are for people (iteration ...).
     `stamps` are all files that were opened, as they were then.  `optimizer` is its state, if that was asked for.
+    `padding` says to what the rows of the vocabulary were padded, where they may have been.
     """
 
     format: str
@@ -90,6 +90,7 @@ class Checkpoint:
     beside: Mapping[str, Path] = field(default_factory=dict)
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     optimizer: Optimizer | None = None
+    padding: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", Parts(self.parts))
@@ -132,13 +133,6 @@ def _check_counts(spec: Spec, opened: Opened) -> None:
         raise ConfigError(f"claims {what}, which {len(tensors)} tensors do not hold", file=opened.file)
 
 
-def dtypes_in_words(tensors: Iterable[Lazy]) -> list[Unknown]:
-    """The dtypes of which nobody can say what a weight is: FP8 and whole numbers without their scales, complex ones."""
-    found = sorted({tensor.dtype for tensor in tensors} - WEIGHTS)
-    why = "weights of it are quantised, or nothing that a model computes with; to carry them as they are, allow it"
-    return [Unknown(dtype, what=why) for dtype in found]
-
-
 # ------------------------------------------------------------------------- what the steps of a format hand over
 
 
@@ -179,7 +173,7 @@ class Opened:
 @dataclass(frozen=True)
 class Reading:
     """What a config means.  `variant` is how the tensors lie where their names do not tell, `tokenizer` the name of one
-    that the config mentions."""
+    that the config mentions, `padding` as of a Checkpoint."""
 
     spec: Spec
     notes: tuple[str, ...] = ()
@@ -187,6 +181,7 @@ class Reading:
     details: Mapping[str, object] = field(default_factory=dict)
     variant: Any = None
     tokenizer: str | None = None
+    padding: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,7 +262,7 @@ class Format:
         gathered = gather(table, opened.shards, reading.spec, opened.topology)
         states = self.states(place, opened, reading, gathered.parts, options) if optimizer and self.states else None
         found = gather_states(states, table, opened.shards, reading.spec, opened.topology) if states else None
-        strange = dtypes_in_words(gathered.parts.values())
+        strange = dtypes_in_words(tensor.dtype for tensor in gathered.parts.values())
         said = settle((*reading.notes, *strange), options.get(ALLOW_UNKNOWN.name, ""), opened.file)
         tokens, notes = place.tokenizer, [*place.notes, *said, *opened.notes]
         if tokens is None and reading.tokenizer:
@@ -284,6 +279,7 @@ class Format:
             globals=tuple(sorted({name for c in opened.containers for name in c.globals})), ignored=ignored,
             notes=tuple(dict.fromkeys(notes)), details={**place.details, **opened.details, **reading.details},
             tokenizer=tokens, beside=carried, optimizer=with_masters(found, gathered.parts) if found else None,
+            padding=reading.padding,
         )  # fmt: skip
 
     def _account(

@@ -52,14 +52,15 @@ def with_rows(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     parts = {name: fit(part) if name in VOCABULARY else part for name, part in checkpoint.parts.items()}
     state = checkpoint.optimizer and checkpoint.optimizer.mapped(lambda n, t: fit(t) if n in VOCABULARY else t, parts)
     known = spec.true_vocab if spec.true_vocab is not None and spec.true_vocab <= rows else None
-    return replace(checkpoint, parts=parts, spec=spec.replace(vocab=rows, true_vocab=known), optimizer=state)
+    spec = spec.replace(vocab=rows, true_vocab=known)
+    return replace(checkpoint, parts=parts, spec=spec, optimizer=state, padding="")
 
 
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """As `with_rows`, for people: a note says it.  Raises LayoutError if tokens would be cut."""
     before, found = checkpoint.spec, checkpoint.tokenizer
     if rows == before.vocab:
-        return checkpoint
+        return replace(checkpoint, padding="")
     tokens = before.true_vocab or (found.vocab_size if found else None)
     if tokens is not None and rows < tokens:
         raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")

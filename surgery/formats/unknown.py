@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from surgery.errors import ConfigError, show, some
 
 ALL = "*"
+WEIGHTS = {"float64", "float32", "float16", "bfloat16"}  # what a number of these stands for needs no scale
 
 
 class Unknown(str):
@@ -33,6 +34,12 @@ class Unknown(str):
     def allowed(self, names: Collection[str]) -> bool:
         """By its full path, or by the last word of it."""
         return bool({ALL, self.name, self.name.rpartition(".")[2]} & set(names))
+
+
+def dtypes_in_words(dtypes: Iterable[str]) -> list[Unknown]:
+    """The dtypes of which nobody can say what a weight is: FP8 and whole numbers without their scales, complex ones."""
+    why = "weights of it are quantised, or nothing that a model computes with; to carry them as they are, allow it"
+    return [Unknown(dtype, what=why) for dtype in sorted(set(dtypes) - WEIGHTS)]
 
 
 def settle(notes: Iterable[str], allowed: str, file: str) -> Sequence[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from surgery.errors import AmbiguousError, ConfigError
 from surgery.formats.keys import MOST, NOT, Entry, Fixed, Key, Keys, Pair, read, write
 from surgery.formats.megatron.inert import is_inert
+from surgery.formats.padding import multiple_of
 from surgery.formats.unknown import Unknown
 from surgery.model.spec import Rope, Spec
 
@@ -306,6 +307,18 @@ def read_args(
     odd = [pair for pair in unknown if not is_inert(pair[0].removeprefix("args."), checked)]
     notes += [Unknown(key, value, what=SWIFT_ROPE if key == "args.rope_scaling" else "") for key, value in odd]
     return Spec(family=family, vocab=vocab, **fields), tuple(notes)
+
+
+def padding(args: Mapping[str, Any], rows: int) -> str:
+    """To what the rows of the vocabulary were padded, and what args say of the tokens; "" if they cannot have been.
+
+    `vocab_size` is what the command line gave, to which Megatron may add an end of document; most runs leave it out.
+    """
+    tp, tokens = args.get("tensor_model_parallel_size"), args.get("vocab_size")
+    said = multiple_of(rows, args.get("make_vocab_size_divisible_by", 128), tp if type(tp) is int else 1)
+    if type(tokens) is int and 0 < tokens <= rows:
+        said = f"{said or 'padded'} (args say vocab_size {tokens}, {rows - tokens} less)" if tokens < rows else ""
+    return said
 
 
 def _remarks(args: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from surgery.errors import ConfigError, LayoutError, UsageError, show
 from surgery.formats import optimizer
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER, Rule
 from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
-from surgery.formats.megatron.config import BUILT_IN_FACTOR, read_args, write_args
+from surgery.formats.megatron.config import BUILT_IN_FACTOR, padding, read_args, write_args
 from surgery.formats.megatron.dist_optimizer import Rates
 from surgery.formats.megatron.files import chosen_iteration
 from surgery.formats.megatron.optimizer_writer import Wanted
@@ -67,7 +67,7 @@ class Seen:
 def spec(config: Config, file: str, seen: Seen, options: Options) -> Reading:
     """What the args mean."""
     found, notes = read_args(config, file, seen.vocab, number(options, "rope_factor") or seen.factor)
-    return Reading(found, notes)
+    return Reading(found, notes, padding=padding(config, seen.vocab))
 
 
 def namespace(root: Mapping[Any, Any], file: Path) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
 from surgery.formats.neox.universal import read_universal, universal_files
 from surgery.formats.optimizer import States, Written
+from surgery.formats.padding import multiple_of
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Parts, Stored
@@ -94,7 +95,8 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
     found = read_config(config, file, seen, qkv=options.get("qkv", "auto"), release=options.get("release", "auto"))
     details = {"release": found.release, "query_key_value": f"layout {found.qkv}"}
     notes = (*found.notes, *_rounding(found.spec, seen, options))
-    return Reading(found.spec, notes, details=details, variant=found.qkv)
+    padding = multiple_of(seen.vocab, config.get("make_vocab_size_divisible_by", 128), seen.ranks)
+    return Reading(found.spec, notes, details=details, variant=found.qkv, padding=padding)
 
 
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:

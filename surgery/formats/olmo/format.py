@@ -59,7 +59,8 @@ def read(place: Place, options: Options) -> Opened:
 def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     eos = number(options, "eos_token_id")
     found = read_model(config, file, None if eos is None else int(eos))
-    return Reading(found.spec, found.notes, found.facts, variant=found.block_type, tokenizer=found.tokenizer)
+    return Reading(found.spec, found.notes, found.facts, variant=found.block_type, tokenizer=found.tokenizer,
+                   padding="padded to embedding_size")  # fmt: skip
 
 
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:

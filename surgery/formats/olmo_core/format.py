@@ -38,6 +38,7 @@ from surgery.formats.olmo_core.config import Variant, read_model
 from surgery.formats.olmo_core.table import table
 from surgery.formats.olmo_core.write_config import to_json, write_config
 from surgery.formats.optimizer import States, Written
+from surgery.formats.padding import multiple_of
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.formats.weave import Parts
@@ -79,7 +80,8 @@ def spec(config: Config, file: str, seen: Any, options: Options) -> Reading:
     variant = found.variant if kind == "auto" else replace(found.variant, experts=kind)
     details = {"rotary pairs": "neighbours (complex)" if variant.interleaved else "halves"}
     details |= {"experts": variant.experts} if found.spec.experts else {}
-    return Reading(found.spec, found.notes, found.facts, details, variant, found.tokenizer)
+    padding = multiple_of(found.spec.vocab, 128)  # as its TokenizerConfig.padded_vocab_size does
+    return Reading(found.spec, found.notes, found.facts, details, variant, found.tokenizer, padding)
 
 
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
