@@ -10,6 +10,7 @@ operations.py  from checkpoint to checkpoint: dtype, rows        names.py      m
 unknown.py     what nobody understands is refused                wrappers.py   names without what training wraps around
 optimizer.py   Adam's state beside the weights                   dcp_states.py states in torch's DCP folders
 flat.py        tensors in flat buffers                          torch_states.py  states in torch's state dicts
+padding.py     rows of the vocabulary that are no tokens
 
 A folder per format, each with `format.py`, `table.py` and `config.py`: hf, meta, neox, megatron, olmo, olmo_core.
 """
