@@ -27,6 +27,11 @@ def parse_size(text: str, least: int = 1) -> int:
     return nbytes
 
 
+def shard_size(text: str) -> int:
+    """Bytes of the largest file of weights.  Raises UsageError below a kilobyte."""
+    return parse_size(text, 1000)
+
+
 def parse_count(text: str) -> int:
     """A whole number: 4096, 50e9, 1.5B.  Raises UsageError."""
     units = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

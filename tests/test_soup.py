@@ -388,8 +388,12 @@ def test_what_only_mergekit_knows_is_done_by_mergekit(tmp_path):
     merges.mergekit(mean(folders), tmp_path / "theirs")
     ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "theirs")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 0
-    assert "merged by mergekit" in (tmp_path / "out" / "surgery.json").read_text()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["bos_token_id"] == 0 and written["rope_theta"] == written["rope_parameters"]["rope_theta"]
+    odd["lm_head.weight"][3, :2] = torch.nan
+    save_file(odd, tmp_path / "m1" / "model.safetensors", {"format": "pt"})
+    notes = surgery.soup(mean(folders), tmp_path / "nan").notes
+    assert [n for n in notes if "NaN" in n] == ["weights NaN or infinite: 2 in all, in lm_head.weight (2)"]
     with pytest.raises(UsageError, match="Hugging Face folders only"):
         surgery.soup(mean(folders), tmp_path / "no", to="meta")
     llama = str(tiny.save("llama", tmp_path / "llama"))

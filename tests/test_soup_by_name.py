@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import LayoutError, SurgeryError
+from surgery.formats.hf.rope import both_spellings
 from surgery.merging.depth import fitted
 from surgery.merging.mergekit import _compared
 from surgery.merging.recipe import parse_recipe
 from surgery.merging.way import MERGEKIT, NAMES, TABLE, way
-from surgery.running.expected import check_loads
+from surgery.running.expected import check_loads, readable
 from surgery.running.loading import quiet
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -90,6 +91,54 @@ def test_every_tensor_is_merged(kind: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "soup.json").read_text())["method"] == "linear"
     with pytest.raises(SurgeryError, match="Hugging Face folders only"):
         surgery.soup(recipe, tmp_path / "no", to="meta")
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "theta", "scaling"),
+    [
+        (lambda: T.Gemma2ForCausalLM(T.Gemma2Config(**SMALL, head_dim=8)), 1e4, None),
+        (lambda: T.LlamaForSequenceClassification(T.LlamaConfig(**SMALL, rope_parameters=LLAMA3)), 5e5,
+         {k: v for k, v in LLAMA3.items() if k != "rope_theta"}),
+        (lambda: T.StableLmForCausalLM(T.StableLmConfig(**SMALL)), 1e4, None),
+    ],
+)  # fmt: skip
+def test_older_programs_read_the_rope_as_well(make: Callable[[], Any], theta: float, scaling: Any, tmp_path: Path):
+    folders = saved(make, tmp_path)
+    surgery.soup(mean(folders), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rope_theta"], config.get("rope_scaling")) == (theta, scaling)
+    read = [T.AutoConfig.from_pretrained(folder).rope_parameters for folder in (folders[0], tmp_path / "out")]
+    assert read[0] == read[1]
+    assert config.get("partial_rotary_factor") == read[0].get("partial_rotary_factor")
+
+
+def test_a_rope_that_the_classic_keys_cannot_say_stays_as_it_is():
+    for rope in ({"full_attention": {"rope_theta": 1.0}}, {"rope_type": "default", "rope_theta": 1e6, "mrope": [2, 1]}):
+        assert both_spellings({"rope_parameters": rope}) == {"rope_parameters": rope}
+    inner = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    assert both_spellings({"text_config": inner})["text_config"] == {**inner, "rope_theta": 7.0}
+    assert readable({"model_type": "unheard-of", **inner}) == {"model_type": "unheard-of", **inner}
+
+
+def test_what_is_no_number_is_counted_and_its_model_named(tmp_path: Path) -> None:
+    folders = saved(MODELS["reward model"], tmp_path)
+    held = weights(folders[1])
+    held["score.weight"][0, :3] = float("nan")
+    save_file(held, folders[1] / "model.safetensors", {"format": "pt"})
+    report = surgery.soup(mean(folders), tmp_path / "out")
+    (note,) = [note for note in report.notes if "NaN" in note]
+    assert note.startswith("weights NaN or infinite: 3 in all, in score.weight (3)") and f"{folders[1]} (3)" in note
+    assert note in json.loads((tmp_path / "out" / "surgery.json").read_text())["notes"]
+
+
+def test_files_of_a_few_bytes_are_refused(tmp_path: Path) -> None:
+    folders = saved(MODELS["reward model"], tmp_path)
+    with pytest.raises(SurgeryError, match="too little"):
+        surgery.soup(mean(folders), tmp_path / "out", options={"shard_size": "5"})
 
 
 def test_methods_and_memory_give_the_same_bits(tmp_path: Path) -> None:

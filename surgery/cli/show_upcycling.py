@@ -11,7 +11,8 @@ from rich.text import Text
 from surgery.cli.console import Rows, console, notes
 from surgery.errors import shown
 from surgery.units import count, human
-from surgery.upcycling.proof import Distance, Proof
+from surgery.upcycling.distance import Distance
+from surgery.upcycling.proof import Proof
 from surgery.upcycling.run import Outcome, Prepared
 
 Json = Mapping[str, Any]

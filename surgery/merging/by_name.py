@@ -24,6 +24,7 @@ from surgery import tokenizer
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
 from surgery.containers.text import json_text, read_json
+from surgery.conversion.numbers import remarks
 from surgery.conversion.report import Report
 from surgery.errors import LayoutError, UsageError, shown, some
 from surgery.formats.account import CARRIED, Rule, beside
@@ -39,12 +40,12 @@ from surgery.merging.recipe import OutputSlice, Recipe
 from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
 from surgery.merging.tokens import with_template
-from surgery.running.expected import check_loads
+from surgery.running.expected import check_loads, readable
 from surgery.tensors.files import check_unchanged, size_of, watched
 from surgery.tensors.fingerprint import Ledger
 from surgery.tensors.lazy import Lazy, Same
 from surgery.tensors.stamp import Stamp
-from surgery.units import parse_size
+from surgery.units import shard_size
 from surgery.writing import stream
 from surgery.writing.ahead import cores
 from surgery.writing.readback import Spoilt
@@ -189,7 +190,7 @@ def _config(recipe: Recipe, folders: Folders, tensors: Mapping[str, Lazy]) -> di
         sources = [(layer.slice.sources[0], layer.offset) for layer in out_layers(recipe, depths)]
         config = fitted(config, [(folders[s.model].config, span(s, depths)[0] + offset) for s, offset in sources])
     dtype = main_dtype(tensors.values())
-    return {**config, **{key: dtype for key in ("torch_dtype", "dtype") if key in config}}
+    return readable({**config, **{key: dtype for key in ("torch_dtype", "dtype") if key in config}})
 
 
 # ------------------------------------------------------------------------------------------------ from folder to folder
@@ -203,6 +204,7 @@ class Merge:
     folders: Folders
     request: Soup
     files: tuple[OutputFile, ...]
+    tensors: Mapping[str, Lazy]
     ledger: Ledger
     threads: int
     notes: tuple[str, ...]
@@ -226,6 +228,7 @@ class Merge:
                 check_unchanged(folder.stamps)
             if told := check_loads(data_of(dst), self.folders[self.recipe.donor].path):
                 notes.append(told)
+            notes.extend(remarks(self.ledger, self.tensors))
             seconds = time.monotonic() - start
             record = {"surgery": surgery.__version__, "command": list(self.request.command), "output": {"format": "hf"},
                       "content": self.ledger.content_digest(), "notes": notes}  # fmt: skip
@@ -254,17 +257,17 @@ def prepared(recipe: Recipe, folders: Folders, request: Soup) -> Iterator[Merge]
     engine = Engine(request.threads or cores(), request.memory, compiled_loops())
     with scratch("soup") as temporary:
         try:
-            merged, ledger = _tensors(recipe, folders, request.arithmetic, engine), Ledger()
+            merged, ledger = _tensors(recipe, folders, request.arithmetic, engine), Ledger(numbers=True)
             stored = {name: Stored(ledger.tap(name, tensor)) for name, tensor in merged.items()}
             if engine.loops:
                 ledger.row_sums = engine.loops.row_sums
             donor = folders[recipe.donor]
             small, notes, left = _beside(recipe, folders, request, temporary)
-            limit = parse_size(str((request.options or {}).get("shard_size", "5GB")))
+            limit = shard_size(str((request.options or {}).get("shard_size", "5GB")))
             files = [text_file("config.json", json_text(_config(recipe, folders, merged))), *small]
             files += [text_file(RECORD, json_text(_record(recipe, folders, request))), *weight_files(stored, limit)]
             said = [f"merged by the names of its tensors, as {donor.config.get('model_type')} is stored", *recipe.notes]
-            yield Merge(recipe, folders, request, tuple(files), ledger, engine.threads, (*said, *notes), left)
+            yield Merge(recipe, folders, request, tuple(files), merged, ledger, engine.threads, (*said, *notes), left)
         finally:
             engine.close()
 

@@ -20,14 +20,17 @@ from typing import Any
 import surgery
 from surgery.containers import open_tensors
 from surgery.containers.output import OutputFile, copied_file, text_file
-from surgery.containers.text import json_text
+from surgery.containers.text import json_text, read_json
+from surgery.conversion.numbers import remarks
 from surgery.conversion.report import Report
 from surgery.errors import ConfigError, LayoutError, UsageError, shown, some
 from surgery.formats.base import PROVENANCE
 from surgery.merging.recipe import Recipe
 from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
-from surgery.running.expected import check_loads
+from surgery.running.expected import check_loads, readable
+from surgery.tensors.fingerprint import Ledger
+from surgery.writing import stream
 from surgery.writing.scratch import scratch
 
 
@@ -41,8 +44,6 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
-
-    from surgery.writing import stream
 
     class Ordered(MergeConfiguration):  # type: ignore[misc]
         def referenced_models(self) -> list[Any]:
@@ -65,7 +66,8 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
             raise ConfigError(f"mergekit could not do the merge either: {type(error).__name__}: {error}",
                               hint=why) from error  # fmt: skip
         notes = [f"merged by mergekit, not by surgery, and in memory of its own: {why}", *recipe.notes]
-        notes += _compared(out, donor)
+        notes += [*_compared(out, donor), *_odd(out, request.memory)]
+        _spelled(out / "config.json")
         files = [*_copies(out), *_records(recipe, request, notes)]
         done = stream.write(
             files, dst, max_memory=request.memory, job={"mergekit": os.urandom(8).hex()}, force=request.force
@@ -76,6 +78,20 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=request.memory,
         source_digest=None, content_digest="", verified=True, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _odd(out: Path, memory: int) -> list[str]:
+    """Notes on values that are no numbers."""
+    ledger, tensors = Ledger(numbers=True), dict(open_tensors(out))
+    stream.read_through(tensors, ledger, memory)
+    return remarks(ledger, tensors)
+
+
+def _spelled(file: Path) -> None:
+    """The config for older programs too."""
+    config = read_json(file, file.name)
+    if isinstance(config, dict):
+        file.write_bytes(json_text(readable(config)))
 
 
 def _copies(out: Path) -> list[OutputFile]:

@@ -8,11 +8,15 @@ No weight is read and no code of the folder is run.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.containers.text import read_json
 from surgery.errors import LayoutError, some
+from surgery.formats.hf.rope import CLASSIC as ROPE
+from surgery.formats.hf.rope import both_spellings
 from surgery.running.loading import explained, own_classes, quiet
 
 
@@ -32,6 +36,24 @@ def check_loads(folder: Path, donor: Path | None = None) -> str:
     if wrong:
         raise LayoutError(f"transformers would not load all of it: {some(wrong)}", file=folder)
     return ""
+
+
+def readable(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the rope's classic keys as well, for programs that know no others; as it is where transformers
+    would make another config of it."""
+    from transformers import AutoConfig
+
+    both = both_spellings(config)
+    with quiet():
+        try:
+            read = [AutoConfig.for_model(**copy.deepcopy(one)).to_dict() for one in (config, both)]
+        except Exception:  # whatever it raises on a family that it does not know
+            return config
+    return both if _without(read[0], ROPE) == _without(read[1], ROPE) else config
+
+
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {k: _without(v, keys) if isinstance(v, dict) else v for k, v in config.items() if k not in keys}
 
 
 def problems(folder: str | Path) -> tuple[str, ...]:

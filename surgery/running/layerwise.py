@@ -61,7 +61,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
         model = empty_model(checkpoint, dtype, on)
         found = Run(torch.empty(0))
-        with layer_by_layer(model, checkpoint, dtype, on, room), _observed(model, found):
+        with layer_by_layer(model, checkpoint, dtype, on, room), observed(model, found.routes):
             found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
         return found
 
@@ -223,13 +223,13 @@ def _owner(unit: Any, name: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _observed(model: Any, found: Run) -> Iterator[None]:
-    """Note what the routers choose."""
+def observed(model: Any, routes: dict[int, Route]) -> Iterator[None]:
+    """Note what the routers choose, by layer."""
 
     def router(layer: int) -> Any:
         def hook(_: Any, __: Any, output: Any) -> None:
             logits, _, chosen = output
-            found.routes[layer] = Route(logits.detach().float().cpu(), chosen.detach().cpu())
+            routes[layer] = Route(logits.detach().float().cpu(), chosen.detach().cpu())
 
         return hook
 

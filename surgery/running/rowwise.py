@@ -12,13 +12,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery.errors import UsageError
 from surgery.running.device import CPU, Device
 from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, torch_dtype
+from surgery.units import human
 
 if TYPE_CHECKING:
     import torch
 
+LEAST = 1 << 20  # bytes of a block: below that a run is all calls and no work
+SPARE = 2  # of a block: itself, and what reading and multiplying it takes
 NUMBER = 8  # bytes of a number in a block: as it is stored, at most 4 (of doubles 8), and as it is computed with
+
+
+def room_within(memory: int, kept: int, what: str, else_: str) -> int:
+    """What a block may take, in bytes, of a run that keeps so many.
+
+    Raises UsageError, with the least that is needed and what can be done `else_`, if none is left.
+    """
+    left = (memory - kept) // SPARE
+    if left < LEAST:
+        least = human((kept + SPARE * LEAST) * 1.01)  # not less, however it is rounded
+        raise UsageError(f"{what} takes at least {least} of memory, {human(memory)} are allowed",
+                         hint=f"--max-memory {least.replace(' ', '')}; {else_}")  # fmt: skip
+    return left
 
 
 class Blocks:

@@ -10,30 +10,25 @@ a virtual group may tie with those of another, so that incomplete groups are cho
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from surgery.containers.text import finite
-from surgery.errors import MismatchError, SurgeryError, UsageError
+from surgery.errors import MismatchError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import with_rows
 from surgery.model.spec import Spec
+from surgery.running.before_head import before_head
 from surgery.running.device import CPU, Device
-from surgery.running.layerwise import Route, bytes_of_a_pass, forward
+from surgery.running.layerwise import Route, bytes_of_a_pass, empty_model, held_at_once, with_family
+from surgery.running.loading import explained, quiet
+from surgery.running.rowwise import room_within
 from surgery.running.tokens import prose_tokens
-from surgery.running.whole import farthest
-from surgery.tensors.memory import free_memory
-from surgery.units import human
-
-if TYPE_CHECKING:
-    import torch
+from surgery.upcycling.distance import Distance, distance
 
 LIMIT = 1e-3  # of max |difference| of logits in fp32
-LEAST = 1 << 20  # bytes of a block of weights
-AT_ONCE = 16  # tokens whose logits are compared at once
 NARROW = ("bfloat16", "float16")
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
 
@@ -80,16 +75,6 @@ class Made(Protocol):
 
 
 @dataclass(frozen=True)
-class Distance:
-    """Between two runs: max |a - b| of the logits, mean KL divergence in nats, and both perplexities."""
-
-    max_diff: float
-    kl: float
-    perplexity: float
-    reference_perplexity: float
-
-
-@dataclass(frozen=True)
 class Ties:
     """Of all choices (a token in a layer): in how many the last chosen and the first left out tie, and in how many a
     virtual group was chosen in part."""
@@ -127,46 +112,47 @@ class Proof:
 
 
 def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
-    """What a proof tells its device's `advance` in all."""
-    passes = 2 if source.dtype in NARROW else 1
-    return passes * (bytes_of_a_pass(source) + bytes_of_a_pass(result))
+    """What a proof tells its device's `advance` in all: every pass, and the source's head for its own rounding."""
+    once = bytes_of_a_pass(source) + bytes_of_a_pass(result)
+    head = source.parts["embed" if source.spec.tied else "lm_head"].nbytes
+    return 2 * (once + head) if source.dtype in NARROW else once
 
 
-def check_tokens(spec: Spec, count: int) -> None:
-    """Raise UsageError if the logits of so many tokens do not fit into the free memory."""
-    need, free = 4 * 4 * count * spec.vocab, free_memory()  # of source and result in fp32, and while they are compared
-    if free is not None and need > free:
-        raise UsageError(
-            f"the logits of {count:,} tokens need about {human(need)} of memory, {human(free)} are free",
-            hint=f"--verify-tokens {max(1, count * free // need // 2)}",
-        )
+def room_for(source: Checkpoint, result: Checkpoint, tokens: int, memory: int) -> int:
+    """What a block of a proof may take, in bytes.  Raises UsageError, with the least that it takes, if none is left."""
+    kept = 0
+    for model in map(with_family, (source, result)):
+        with explained("transformers cannot run the model", model.path), quiet():
+            kept = max(kept, held_at_once(empty_model(model, "float32"), model) + tokens * _of_a_token(model.spec))
+    return room_within(memory, kept, f"the proof on {tokens:,} tokens",
+                       "--verify-tokens N for fewer of them, or --verify-tokens 0 for none")  # fmt: skip
+
+
+def _of_a_token(spec: Spec) -> int:
+    """Bytes: its hidden states in three runs, a pass over a layer, and its experts' outputs, in fp32."""
+    wide = max(spec.width, spec.heads * spec.head_dim, spec.ffn, spec.expert_ffn)
+    return 4 * (3 * spec.width + 4 * wide + 3 * spec.top_k * spec.width)
 
 
 def prove(
-    source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU, memory: int | None = None
+    source: Checkpoint, result: Checkpoint, claim: Claim, count: int = 256, on: Device = CPU, *, memory: int
 ) -> Proof:
-    """Measure.  `result` is what was written, opened; `claim` says what should be in it.
-
-    Weights are read in blocks that keep within `memory` bytes, if these are given; the logits of all tokens, up to
-    three times in fp32, come on top.
+    """Measure, within `memory` bytes.  `result` is what was written, opened; `claim` says what should be in it.
 
     Raises MismatchError if the strategy is exact and the result is not.
     """
     began = time.monotonic()
     tokens, text = prose_tokens(source, count)
-    dense, moe = source, _same_rows(result, claim)
-    dtype, room = source.dtype, memory and max(LEAST, memory // 6)  # the rest is for reading and multiplying them
-    wide = forward(dense, tokens, "float32", on, room).logits
-    run = forward(moe, tokens, "float32", on, room)
-    fp32 = distance(run.logits, wide, tokens)
+    room = room_for(source, result, tokens.numel(), memory)
+    dense, moe, dtype = source, _same_rows(result, claim), source.dtype
+    wide, run = (before_head(model, tokens, "float32", on, room=room) for model in (dense, moe))
+    fp32 = distance(run, wide, tokens, room)
     stored = floor = None
     if dtype in NARROW:
-        del run
-        narrow = forward(dense, tokens, dtype, on, room).logits
-        floor = distance(narrow, wide, tokens)
-        del wide
-        run = forward(moe, tokens, dtype, on, room)
-        stored = distance(run.logits, narrow, tokens)
+        narrow = before_head(dense, tokens, dtype, on, room=room)
+        floor = distance(narrow, wide, tokens, room)
+        run = before_head(moe, tokens, dtype, on, room=room)
+        stored = distance(run, narrow, tokens, room)
     ties = _ties(run.routes, claim)
     intact = claim.intact(moe) if claim.intact else None
     proof = Proof("", claim.exact, tokens.numel(), text, dtype, fp32, stored, floor, ties, intact,
@@ -192,27 +178,6 @@ def _verdict(proof: Proof, claim: Claim) -> str:
 def _same_rows(result: Checkpoint, claim: Claim) -> Checkpoint:
     """The result as the planned model: rows that a format pads its vocabulary with are left out."""
     return replace(with_rows(result, min(claim.spec.vocab, result.spec.vocab)), spec=claim.spec)
-
-
-def distance(a: torch.Tensor, b: torch.Tensor, tokens: torch.Tensor) -> Distance:
-    """Of logits `a` from the reference `b`, [batch, length, vocabulary]."""
-    if not bool(b.isfinite().all()):
-        raise SurgeryError("the source's logits are not all finite", hint="surgery inspect --scan finds NaN in weights")
-    kl = losses_a = losses_b = 0.0
-    for x, y, ids in zip(a, b, tokens, strict=True):
-        for at in range(0, len(ids), AT_ONCE):  # in double precision they are large
-            p, q = (z[at : at + AT_ONCE].double().log_softmax(-1) for z in (y, x))
-            kl += float((p.exp() * (p - q)).sum())
-            said = ids[at + 1 : at + 1 + AT_ONCE, None]
-            losses_a -= float(q[: len(said)].gather(1, said).sum())
-            losses_b -= float(p[: len(said)].gather(1, said).sum())
-    predicted = max(1, tokens.shape[0] * (tokens.shape[1] - 1))
-    return Distance(farthest(a, b), max(0.0, kl / tokens.numel()), _exp(losses_a / predicted),
-                    _exp(losses_b / predicted))  # fmt: skip
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _ties(routes: Mapping[int, Route], claim: Claim) -> Ties:

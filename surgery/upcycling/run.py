@@ -27,7 +27,7 @@ from surgery.upcycling.attention_experts import attended
 from surgery.upcycling.collapse import collapsed
 from surgery.upcycling.dense_to_moe.build import upcycled
 from surgery.upcycling.edit_experts.choose import chosen
-from surgery.upcycling.proof import Made, Proof, bytes_to_read, check_tokens, prove
+from surgery.upcycling.proof import Made, Proof, bytes_to_read, prove, room_for
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
 from surgery.writing import stream
 
@@ -134,7 +134,7 @@ def carry_out(
     request, found, others = ready.request, list[Proof](), ready.made.models[1:]
     told, tokens = proving or request.proving, request.proof_tokens
     if tokens:
-        check_tokens(ready.source.spec, tokens)
+        room_for(ready.made.models[0], ready.made.checkpoint, tokens, ready.plan.max_memory)
     for other in others:
         refuse_overlap(other.path, Path(dst))
 
@@ -145,7 +145,9 @@ def carry_out(
             record["source_digests"] = digests
         if tokens:
             on = replace(ready.on, advance=told)
-            found.append(prove(ready.made.models[0], result, ready.made.claim(), tokens, on, ready.plan.max_memory))
+            found.append(
+                prove(ready.made.models[0], result, ready.made.claim(), tokens, on, memory=ready.plan.max_memory)
+            )
             record["proof"] = found[0].to_json()
         for model in ready.models:
             check_unchanged(model.stamps)

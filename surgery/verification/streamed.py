@@ -12,18 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import UsageError
 from surgery.formats.base import Checkpoint
 from surgery.running import whole as running
 from surgery.running.layerwise import empty_model, held_at_once, layer_by_layer, with_family
 from surgery.running.loading import explained, own_config, quiet
-from surgery.units import human
+from surgery.running.rowwise import room_within
 
 if TYPE_CHECKING:
     import torch
-
-LEAST = 1 << 20  # bytes of a block of rows: below that a run is all calls and no work
-BLOCKS = 2  # of `room`: the one that is computed with, and what reading and multiplying it takes
 
 
 @dataclass(frozen=True)
@@ -50,14 +46,9 @@ def prepared(checkpoint: Checkpoint, own: bool) -> Prepared:
 def room(models: Sequence[Prepared], tokens: torch.Tensor, memory: int) -> int:
     """What a block of rows may take, in bytes.  Raises UsageError, with the least that is needed, if none is left."""
     kept = max(held_at_once(m.model, m.checkpoint) for m in models) + sum(_seen(m, tokens.numel()) for m in models)
-    left = (memory - kept) // BLOCKS
-    if left < LEAST:
-        least = human((kept + BLOCKS * LEAST) * 1.01)  # not less, however it is rounded
-        raise UsageError(
-            f"comparing the logits takes at least {least} of memory, {human(memory)} are allowed",
-            hint=f"--max-memory {least.replace(' ', '')}; without --logits weights and configs are compared in less",
-        )
-    return left
+    return room_within(
+        memory, kept, "comparing the logits", "without --logits weights and configs are compared in less"
+    )
 
 
 def _seen(one: Prepared, tokens: int) -> int:

@@ -47,7 +47,7 @@ from surgery.formats.weave import Parts
 from surgery.formats.wrappers import unwrapped
 from surgery.model.wording import in_words
 from surgery.tokenizer import Carried, Tokenizer
-from surgery.units import parse_size
+from surgery.units import shard_size
 
 
 def locate(folder: Path) -> Place | None:
@@ -105,7 +105,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
         notes = [sparse.NOTE]
     elif code:
         notes = ["the folder runs code of its own: load it with trust_remote_code=True"]
-    files = partial(_files, config, parse_size(options["shard_size"], 1000), code)
+    files = partial(_files, config, shard_size(options["shard_size"]), code)
     states = partial(_with_states, files, family, options["optimizer"])
     notes += notes_of(checkpoint.optimizer, family, options["optimizer"]) if checkpoint.optimizer else ()
     return Draft(config, None, table(family), ONE_RANK, files, tuple(notes), states=states,

@@ -151,6 +151,21 @@ def _classic(family: Family, rope: Rope) -> Json:
     return config
 
 
+def both_spellings(config: Config) -> Json:
+    """The config of any family with the classic keys beside `rope_parameters`, which transformers 4 and others do not
+    read; parts of it too.  As it is where they cannot say the same."""
+    inner: Json = {k: both_spellings(v) for k, v in config.items() if isinstance(v, dict) and "rope_parameters" in v}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope or set(rope) - set(NUMBERS):
+        return {**config, **inner}
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
+    classic = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor"),
+               "rope_scaling": scaling if scaled else None}  # fmt: skip
+    missing = {k: v for k, v in classic.items() if v is not None and config.get(k) is None}
+    return {**config, **inner, **missing}
+
+
 def _parameters(rope: Rope) -> Json:
     rest = {k: v for k, v in rope.scaling.items() if k != "type"}
     if rope.scaling.get("type") == "yarn" and (factor := _attention_factor(rest)) is not None:

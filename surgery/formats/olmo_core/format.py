@@ -43,7 +43,7 @@ from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
 from surgery.formats.weave import Parts
 from surgery.tokenizer import Carried, Tokenizer
-from surgery.units import parse_size
+from surgery.units import shard_size
 
 VERSION = "3.0.0"  # of OLMo-core, whose checkpoints these are like
 FILES = (Rule(r"data_paths\.txt", "where the run's data lie"),)
@@ -104,7 +104,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     config = write_config(spec, checkpoint.facts, checkpoint.dtype, experts, identifier)
     if checkpoint.format == "olmo-core":
         config = {**checkpoint.config, "model": config["model"]}
-    files = partial(_files, config, parse_size(options["shard_size"], 1000))
+    files = partial(_files, config, shard_size(options["shard_size"]))
     return Draft(config, None, table(Variant(experts=experts)), ONE_RANK, files, tuple(notes), states=files)
 
 
