@@ -20,11 +20,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--kind", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--room", type=int, default=32, help="MiB of a block of rows")
     args = parser.parse_args()
 
     from surgery.formats.registry import open_checkpoint
+    from surgery.running.before_head import before_head
     from surgery.running.device import device
-    from surgery.running.layerwise import bytes_of_a_pass, empty_model, forward
+    from surgery.running.layerwise import bytes_of_a_pass, empty_model
     from surgery.tensors.memory import Peak
     from surgery.upcycling.proof import prose_tokens
 
@@ -32,7 +34,7 @@ def main() -> None:
     tokens, text = prose_tokens(model, args.tokens)
     empty_model(model, args.kind)  # imports transformers' modules
     peak, began = Peak(), time.monotonic()
-    forward(model, tokens, args.kind, on)
+    before_head(model, tokens, args.kind, on, room=args.room << 20)
     seconds, grown, size = time.monotonic() - began, peak.bytes() / 1e6, bytes_of_a_pass(model) / 1e9
     print(f"{tokens.numel()} tokens of {text} in {args.kind} on {on.name}: {seconds:.1f} s, {size:.2f} GB of weights,"
           f" peak {grown:.0f} MB above imports")  # fmt: skip

@@ -63,7 +63,7 @@ class Reader:
             if key not in names and key in idle:
                 self.notes.append(f"{at + ': ' if at else ''}{key} has no effect here, as in mergekit")
             elif key not in names:
-                raise self.fail(at, f"{show(key)} is no key here", suggest(key, [*names, *sorted(idle)]))
+                raise self.fail(at, f"{show(key)} is no key here", suggest(key, dict.fromkeys([*names, *sorted(idle)])))
         return {key: entry for key, entry in value.items() if key in names}
 
     def items(self, value: Any, at: str) -> list[Any]:

@@ -6,4 +6,5 @@ activations.py  statistics of a dense model on a text     tokens.py       ids of
 loss.py         loss on a text                            chat.py         `surgery ask`
 device.py       on the CPU or a GPU                       prose.txt       a text that comes along
 expected.py     would transformers load a folder?         rowwise.py      and of a matrix a block of rows
+before_head.py  up to the head, whose logits are made for some ids at a time
 """

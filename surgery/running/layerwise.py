@@ -50,8 +50,8 @@ class Run:
     routes: dict[int, Route] = field(default_factory=dict)
 
 
-def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device = CPU, room: int | None = None) -> Run:
-    """One pass over tokens [batch, length] in a dtype, with blocks of weights of at most `room` bytes, if it is given.
+def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device = CPU) -> Run:
+    """One pass over tokens [batch, length] in a dtype, a layer in memory at a time.
 
     The family of the Spec says which model of transformers this is.  Raises ConfigError if it cannot run it.
     """
@@ -61,7 +61,7 @@ def forward(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: Device
     with explained("transformers cannot run the model", checkpoint.path), quiet(), torch.inference_mode():
         model = empty_model(checkpoint, dtype, on)
         found = Run(torch.empty(0))
-        with layer_by_layer(model, checkpoint, dtype, on, room), observed(model, found.routes):
+        with layer_by_layer(model, checkpoint, dtype, on), observed(model, found.routes):
             found.logits = model(input_ids=on.holds(tokens), use_cache=False).logits.float().cpu()
         return found
 
