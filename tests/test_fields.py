@@ -78,7 +78,8 @@ def test_differences_are_said_in_words():
     )
 
 
-@pytest.mark.parametrize("changes", [{"layers": 0}, {"vocab": -1}, {"head_dim": 5}, {"head_dim": 0}])
+@pytest.mark.parametrize("changes", [{"layers": 0}, {"vocab": -1}, {"head_dim": 5}, {"head_dim": 0},
+                                     {"experts": 4, "top_k": 5}, {"attn_experts": 2, "attn_top_k": 3}])  # fmt: skip
 def test_senseless_sizes_are_refused(changes):
     with pytest.raises(ConfigError):
         DENSE.replace(**changes)

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mergekit.merge
 import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import LayoutError, SurgeryError
+from surgery.errors import FileError, LayoutError, SurgeryError
 from surgery.formats.hf.rope import both_spellings
 from surgery.merging.depth import fitted
 from surgery.merging.mergekit import _compared
@@ -207,6 +208,21 @@ def test_models_that_do_not_agree_are_mergekits(tmp_path: Path) -> None:
         chosen = way(parse_recipe(mean([a, other])), "hf")
         assert chosen.kind == MERGEKIT and words in chosen.why
     assert way(parse_recipe(mean([a, b], tokenizer_source="union")), "hf").kind == MERGEKIT
+
+
+def test_a_model_that_changes_while_mergekit_reads_it_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
+    a, b = saved(MODELS["fused projections"], tmp_path)
+    save_file({**load_file(b / "model.safetensors"), "odd": torch.ones(2)}, b / "model.safetensors", {"format": "pt"})
+    merge = mergekit.merge.run_merge
+
+    def while_saved(*args: Any, **more: Any) -> None:
+        merge(*args, **more)
+        save_file(load_file(b / "model.safetensors"), b / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(mergekit.merge, "run_merge", while_saved)
+    with pytest.raises(FileError, match="was changed while it was read"):
+        surgery.soup(mean([a, b]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_mergekit_loses_is_not_published(tmp_path: Path) -> None:

@@ -26,10 +26,12 @@ from surgery.conversion.report import Report
 from surgery.errors import ConfigError, LayoutError, UsageError, shown, some
 from surgery.formats.base import PROVENANCE
 from surgery.merging.recipe import Recipe
-from surgery.merging.references import model_folder
+from surgery.merging.references import locate, model_folder
 from surgery.merging.request import Soup
 from surgery.running.expected import check_loads, readable
+from surgery.tensors.files import check_unchanged
 from surgery.tensors.fingerprint import Ledger
+from surgery.tensors.stamp import Stamp
 from surgery.writing import stream
 from surgery.writing.scratch import scratch
 
@@ -50,7 +52,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
             found = {str(m): m for m in super().referenced_models()}
             return [found[str(m)] for m in recipe.models() if str(m) in found]
 
-    began, text = time.monotonic(), recipe.text
+    began, text, stamps = time.monotonic(), recipe.text, _stamps(recipe)
     beside = dst.absolute().parent
     donor = model_folder(recipe.donor)
     with scratch("mergekit", beside) as temporary:
@@ -65,6 +67,7 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
                                   hint=why) from error  # fmt: skip
             raise ConfigError(f"mergekit could not do the merge either: {type(error).__name__}: {error}",
                               hint=why) from error  # fmt: skip
+        check_unchanged(stamps)
         notes = [f"merged by mergekit, not by surgery, and in memory of its own: {why}", *recipe.notes]
         notes += [*_compared(out, donor), *_odd(out, request.memory)]
         _spelled(out / "config.json")
@@ -78,6 +81,13 @@ def by_mergekit(recipe: Recipe, dst: Path, why: str, request: Soup) -> Report:
         seconds=time.monotonic() - began, verify_seconds=0.0, peak_memory=done.peak, max_memory=request.memory,
         source_digest=None, content_digest="", verified=True, notes=tuple(notes),
     )  # fmt: skip
+
+
+def _stamps(recipe: Recipe) -> dict[str, Stamp]:
+    """Of all files of the models and their adapters, as they are now: mergekit opens them by itself."""
+    folders = [model_folder(model) for model in recipe.models()]
+    folders += [locate(model.lora) for model in recipe.models() if model.lora]
+    return {str(path): Stamp.of(path.stat()) for folder in folders for path in folder.iterdir() if path.is_file()}
 
 
 def _odd(out: Path, memory: int) -> list[str]:

@@ -170,6 +170,10 @@ class Spec:
                 raise ConfigError(f"{known.label}: {getattr(self, name)}, but a model needs at least 1")
         if self.head_dim % 2:
             raise ConfigError(f"heads have two halves of equal width, this one's are {self.head_dim} wide")
+        for chosen, there, what in ((self.top_k, self.experts, "experts"),
+                                    (self.attn_top_k, self.attn_experts, "groups of heads")):  # fmt: skip
+            if chosen > there > 0:
+                raise ConfigError(f"a token takes {chosen} {what}, but there are {there}")
 
     @cached_property
     def sizes(self) -> dict[str, int]:
