@@ -240,3 +240,13 @@ def test_a_tokenizer_that_the_user_names_may_be_a_link(source, tiny_hf, tmp_path
     (tmp_path / "link.json").symlink_to(source / "tokenizer.json")
     surgery.convert(tiny_hf("llama"), tmp_path / "out", to="hf", tokenizer=tmp_path / "link.json")
     assert json.loads((tmp_path / "out/tokenizer.json").read_text()) == TOKENIZER
+
+
+def test_hard_links_to_a_source_are_replaced_and_never_written_into(source, tmp_path):
+    before, copy = tree(source), tmp_path / "copy"
+    shutil.copytree(source, copy, copy_function=os.link)
+    assert surgery.verify(source, copy).same
+    report = surgery.convert(copy, tmp_path / "from-links", to="hf", max_memory=MEMORY)
+    assert report.content_digest == surgery.convert(source, copy, to="hf", force=True, dtype="bf16").source_digest
+    assert tree(source) == before
+    assert {path.stat().st_nlink for path in source.iterdir()} == {1}
