@@ -223,7 +223,7 @@ def test_the_proof_is_seen_on_a_terminal(tiny_hf, tmp_path):
 
 
 def test_more_tokens_than_memory_are_refused_before_anything_is_written(tiny_hf, tmp_path):
-    with pytest.raises(UsageError, match="logits of 1,000,000,000,000 tokens") as error:
+    with pytest.raises(UsageError, match="proof on 1,000,000,000,000 tokens takes at least") as error:
         surgery.upcycle(tiny_hf("llama"), tmp_path / "out", experts=4, top_k=2, verify_tokens=10**12)
     assert "--verify-tokens" in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -282,7 +282,9 @@ def test_noise_goes_to_the_copies_of_experts(tiny_hf, tmp_path):
     made = surgery.experts(source, tmp_path / "a", duplicate=3, noise=0.1, force_lossy=True, verify_tokens=32)
     assert made.proof.verdict == "not preserving, as asked"
     assert made.proof.fp32.max_diff > 1e-2
-    surgery.experts(source, tmp_path / "b", duplicate=3, noise=0.1, force_lossy=True, max_memory=1 << 18)
+    surgery.experts(
+        source, tmp_path / "b", duplicate=3, noise=0.1, force_lossy=True, max_memory=1 << 18, verify_tokens=0
+    )
     surgery.experts(source, tmp_path / "c", duplicate=3, noise=0.1, force_lossy=True, seed=1, verify_tokens=0)
     data = [(tmp_path / x / "model.safetensors").read_bytes() for x in "abc"]
     assert data[0] == data[1]

@@ -24,7 +24,7 @@ from surgery.running.before_head import before_head
 from surgery.running.device import CPU, Device
 from surgery.running.layerwise import Route, bytes_of_a_pass, empty_model, held_at_once, with_family
 from surgery.running.loading import explained, quiet
-from surgery.running.rowwise import room_within
+from surgery.running.rowwise import LEAST, SPARE, room_within
 from surgery.running.tokens import prose_tokens
 from surgery.upcycling.distance import Distance, distance
 
@@ -120,12 +120,14 @@ def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
 
 def room_for(source: Checkpoint, result: Checkpoint, tokens: int, memory: int) -> int:
     """What a block of a proof may take, in bytes.  Raises UsageError, with the least that it takes, if none is left."""
-    kept = 0
+    held = each = 0
     for model in map(with_family, (source, result)):
         with explained("transformers cannot run the model", model.path), quiet():
-            kept = max(kept, held_at_once(empty_model(model, "float32"), model) + tokens * _of_a_token(model.spec))
-    return room_within(memory, kept, f"the proof on {tokens:,} tokens",
-                       "--verify-tokens N for fewer of them, or --verify-tokens 0 for none")  # fmt: skip
+            held = max(held, held_at_once(empty_model(model, "float32"), model))
+        each = max(each, _of_a_token(model.spec))
+    fitting = max(0, (memory - held - SPARE * LEAST) // each)
+    what, hint = f"the proof on {tokens:,} tokens", f"--verify-tokens {fitting}{'' if fitting else ', no proof'}"
+    return room_within(memory, held + tokens * each, what, hint)
 
 
 def _of_a_token(spec: Spec) -> int:
