@@ -312,7 +312,8 @@ def test_every_field_of_the_spec_is_compared() -> None:
     other = {int: 10, float: 0.5, str: "other", type(None): 3}
     for field in fields(Spec):
         old = getattr(base, field.name)
-        new = {"rope": Rope(7.0), "rope_local": Rope(7.0), "windows": (3, 3), "moe_layers": (0,)}.get(field.name)
+        new = {"rope": Rope(7.0), "rope_local": Rope(7.0), "windows": (3, 3), "moe_layers": (0,), "top_k": 3,
+               "attn_top_k": 2}.get(field.name)  # fmt: skip
         if new is None:
             new = not old if type(old) is bool else other[type(old)]
         found = list(spec_fields(base, base.replace(**{field.name: new})))

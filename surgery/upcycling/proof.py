@@ -1,6 +1,6 @@
 """The proof: source and result run on the same tokens, and what lies between their logits.
 
-    proof = prove(source, result, claim, 256)
+    proof = prove(source, result, claim, 256, memory=1 << 28)
     proof.verdict            # "exact", "exact up to bf16 ties", "not preserving, as asked" ...
 
 In fp32 an exact upcycling differs by the order of sums (about 1e-4); 1e-3 is the limit.  In a 16-bit dtype the dense
