@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -177,8 +176,8 @@ def trainer(place: Path, name: str, experts: str | None) -> Callable[[Turns], No
     return start
 
 
-def naive(place: Path, name: str) -> Callable[[Turns], None]:
-    """What is simplest."""
+def naive(place: Path, name: str, autocast: bool = False) -> Callable[[Turns], None]:
+    """What is simplest.  With autocast it says how much bf16 gives on this processor, whoever asks for it."""
 
     def start(turns: Turns) -> None:
         import torch
@@ -187,7 +186,8 @@ def naive(place: Path, name: str) -> Callable[[Turns], None]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
         turns.between()
         for rows in _rows(place, name):
-            loss = model(input_ids=rows, labels=rows).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(input_ids=rows, labels=rows).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -205,6 +205,8 @@ def loops(place: Path, name: str, precisions: Sequence[str], compile: bool) -> d
     if not mixture:
         found = {"Trainer": trainer(place, name, None)}
     found["naive loop"] = naive(place, name)
+    if "autocast" in precisions:
+        found["naive loop autocast"] = naive(place, name, autocast=True)
     for precision in precisions:
         found[f"surgery {precision}"] = ours(place, name, precision, False)
     if compile:
@@ -267,14 +269,15 @@ def alone(place: Path, name: str, loop: str) -> None:
     import transformers
 
     import surgery.midtraining.loop
+    from surgery.tensors.memory import high_water
 
     assert torch and transformers.Trainer and surgery
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     each = Turns(loops(place, name, PRECISIONS, "compiled" in loop)[loop])
     each.done.acquire()
     for _ in range(5):
         each.turn()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((high_water() - before) / 2**20)
 
 
 def main() -> None:

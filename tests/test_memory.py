@@ -111,3 +111,11 @@ def test_a_command_ends_without_looking_for_garbage():
     code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import surgery.cli.main"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_the_most_that_a_process_held_is_its_own():
+    """On Linux `ru_maxrss` of a new process begins at what its parent holds."""
+    held = np.ones(400 << 20, np.uint8)
+    code = "from surgery.tensors.memory import high_water; print(high_water())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert memory.high_water() > held.nbytes > 2 * int(done.stdout)

@@ -11,9 +11,7 @@ fails is told of, and the others go on.  The table stays in the run's folder, as
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +26,7 @@ from surgery.midtraining.run_folder import SWEEP
 from surgery.midtraining.sections import Section
 from surgery.midtraining.settings import Model, Run
 from surgery.midtraining.settings_train import Train
+from surgery.tensors.memory import high_water
 from surgery.writing.atomic import write_json
 
 MOST = 64  # trials
@@ -157,5 +156,4 @@ def _memory() -> int:
 
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return int(torch.cuda.max_memory_allocated())
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return high_water()

@@ -108,10 +108,15 @@ class Peak:
     def __init__(self) -> None:
         with suppress(OSError):
             CLEAR.write_text("5")  # Linux: the high-water mark becomes what is resident now
-        self.start = _status("VmRSS") or _high_water()
+        self.start = _status("VmRSS") or _most_resident()
 
     def bytes(self) -> int:
-        return max(0, (_status("VmHWM") or _high_water()) - self.start)
+        return max(0, high_water() - self.start)
+
+
+def high_water() -> int:
+    """The most bytes that this process has held.  On Linux `ru_maxrss` would begin at what the parent held."""
+    return _status("VmHWM") or _most_resident()
 
 
 def _status(key: str) -> int | None:
@@ -122,5 +127,5 @@ def _status(key: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _high_water() -> int:
+def _most_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
