@@ -3,6 +3,7 @@
     python -m tests.midtrain_ranks FOLDER few      # prints, as JSON, how far some runs of 8 steps lie from one process
     python -m tests.midtrain_ranks FOLDER two      # all of them, and 20 steps
     python -m tests.midtrain_ranks FOLDER four     # in four processes instead of two
+    python -m tests.midtrain_ranks FOLDER heads    # with experts in the attention, too
 
 They train a tiny mixture of experts with masks and packed rows; the chains are stopped by a signal on the way, and go
 on in another number of processes, or divided in another way.
@@ -24,9 +25,11 @@ from typing import Any
 import torch
 import torch.distributed.fsdp
 import transformers.distributed
+import transformers.models.mixtral.modeling_mixtral
 import transformers.models.olmoe.modeling_olmoe  # noqa: F401  seconds that each child would take anew
 from safetensors.torch import load_file
 
+import surgery
 from surgery.errors import MismatchError
 from surgery.midtraining import after_step, mesh, sharding
 from surgery.midtraining.checkpoint import newest
@@ -63,6 +66,7 @@ FOUR: Chains = {
     "replicate 2 x fsdp 2": [(4, None, COPIES)],
     "4 -> 1 -> ep 4": [(4, 7, {}), (1, 12, {}), (4, None, {"parallel": {"ep": 4}})],
 }
+HEADS: Chains = {"fsdp": [(2, None, {})], "2 -> 1 -> copies": [(2, 2, {}), (1, 5, {}), (2, None, COPIES)]}
 
 
 def ranks(count: int, job: Callable[[], None]) -> None:
@@ -148,12 +152,25 @@ def planted(folder: Path) -> None:
         (folder / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
-def main(folder: Path, chains: Chains, steps: int, size: int = 2, rows: int = ROWS) -> dict[str, Any]:
+def olmoe(folder: Path) -> None:
+    tiny.save("olmoe", folder, l=2, h=48, f=40, m=16, e=8)
+
+
+def heads(folder: Path) -> None:
+    """Two of four groups of heads, and two of four experts."""
+    tiny.save("llama", folder.with_name("dense"), l=2, h=48, f=40)
+    surgery.upcycle(folder.with_name("dense"), folder, attention_experts=4, attention_top_k=2, experts=4, top_k=2,
+                    strategy="copy", force_lossy=True, verify_tokens=0)  # fmt: skip
+
+
+def main(
+    folder: Path, chains: Chains, steps: int, size: int = 2, rows: int = ROWS, make: Callable[[Path], None] = olmoe
+) -> dict[str, Any]:
     """How far the last metrics, weights and moments of each chain lie from those of one process, relatively.
 
     The router losses are those of the rows that all processes have at once, `size`, of the `rows` of a step.
     """
-    ranks(1, lambda: (tiny.save("olmoe", folder / "model", l=2, h=48, f=40, m=16, e=8),
+    ranks(1, lambda: (make(folder / "model"),
                       record(folder / "batches.npz", masked=True, packed=True, steps=steps, rows=rows)))  # fmt: skip
     ranks(1, lambda: train(folder, "one", (1, None, {}), size))
     said: dict[str, Any] = {}
@@ -183,5 +200,6 @@ def of_two(folder: Path, chains: Chains, steps: int) -> dict[str, Any]:
 if __name__ == "__main__":
     where, how = Path(sys.argv[1]), sys.argv[2]
     wanted = {"few": lambda: of_two(where, FEW, 8), "two": lambda: of_two(where, TWO, 20),
-              "four": lambda: main(where, FOUR, 20, 4, 8)}  # fmt: skip
+              "four": lambda: main(where, FOUR, 20, 4, 8),
+              "heads": lambda: main(where, HEADS, 8, make=heads)}  # fmt: skip
     print(json.dumps(wanted[how]()))

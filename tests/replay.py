@@ -113,7 +113,7 @@ class Curve:
         aux = metrics.get("balance", 0.0)
         self.file.write(json.dumps({**kept, "aux": aux, "aux_loss": aux}) + "\n")
 
-    def routing(self, step: int, reading: Mapping[str, Any]) -> None:
+    def routing(self, step: int, kind: str, reading: Mapping[str, Any]) -> None:
         """Not in the curve."""
 
     def event(self, step: int, level: str, text: str) -> None:

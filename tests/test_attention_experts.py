@@ -17,9 +17,7 @@ from surgery.cli import main as cli
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.hf.files import code_of
 from surgery.formats.registry import open_checkpoint
-from surgery.midtraining.model import build
 from surgery.running.chat import answer
-from surgery.running.layerwise import with_family
 from surgery.upcycling import run
 from surgery.upcycling.request import Upcycle
 from surgery.verification.logits import compare_logits
@@ -264,15 +262,6 @@ def test_no_other_format_holds_it(made, tmp_path):
         with pytest.raises(ConfigError, match=r"groups of attention heads: 4|cannot hold"):
             surgery.convert(made, tmp_path / to, to=to)
     assert not list(tmp_path.iterdir())
-
-
-def test_training_refuses_it_and_says_what_to_do(made):
-    source = with_family(open_checkpoint(made))
-    with pytest.raises(
-        ConfigError, match="attention heads are experts: their module neither keeps documents"
-    ) as refused:
-        build(source, torch.float32, "cpu")
-    assert "let `surgery upcycle --attention-experts` come last" in refused.value.hint
 
 
 def test_the_experts_of_its_mlp_are_edited_and_collapse(made, dense, tmp_path):

@@ -33,7 +33,7 @@ class Kept:
     def event(self, step, level, text):
         self.events.append(text)
 
-    def routing(self, step, reading):
+    def routing(self, step, kind, reading):
         pass
 
 

@@ -63,6 +63,12 @@ def test_four_processes_are_one(tmp_path):
     near(ranks(tmp_path, "four"), 5)
 
 
+@pytest.mark.thorough
+@pytest.mark.timeout(600)
+def test_two_processes_are_one_where_the_attention_has_experts(tmp_path):
+    near(ranks(tmp_path, "heads"), 2)
+
+
 @pytest.mark.slow
 def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     tiny.save("llama", tmp_path / "model", l=2, h=48, f=40)

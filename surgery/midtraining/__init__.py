@@ -15,6 +15,7 @@ From settings to trained weights
 Mixtures of experts
     experts.py (experts_layout.py, experts_torch.py, experts_padded.py, experts_triton.py)   ways to run experts
     routers.py balance.py router_telemetry.py          found, kept balanced, measured
+    attention_experts.py                               groups of heads that are experts
     attention.py masks/                                sparse attention, and what it sees
 Many processes
     launching.py parallel.py sharding.py mesh.py       started, agreeing, dividing a model, tested

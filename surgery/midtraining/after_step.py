@@ -23,7 +23,7 @@ from surgery.midtraining.evaluation.resting import resting
 from surgery.midtraining.export import export, gathered
 from surgery.midtraining.resuming import random_state, tensors_of, trainer_of
 from surgery.midtraining.router_telemetry import drift, snapshot
-from surgery.midtraining.routers import Routed
+from surgery.midtraining.routers import MLP, Routed, by_kind
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import MOVED, Result, fingerprints, moved, sample
 from surgery.midtraining.step import hidden_states
@@ -69,8 +69,10 @@ class Readings:
     def __call__(self, job: Job, state: State) -> None:
         step = state["progress"].step
         if step % self.every == 0 or step == job.course.layout.steps:
-            far = drift(self.start, self.log.mixtures, self._routed(job))
-            self.told.experts({"step": step, **self.told.reading, **far})
+            routed, found = by_kind(self._routed(job)), dict[str, Any]()
+            for kind, alike in by_kind(self.log.mixtures).items():
+                found[kind] = {**self.told.readings[kind], **drift(self.start, alike, routed[kind])}
+            self.told.experts({"step": step, **found.pop(MLP, {}), **found})
 
     @torch.no_grad()
     def _routed(self, job: Job) -> tuple[Routed, ...]:

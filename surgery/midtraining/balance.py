@@ -82,6 +82,7 @@ def balance_loss(
     """What a micro-batch adds to the balance loss of its step: fp32, with a gradient through the routers' logits.
 
     The values of all micro-batches and ranks of a step are to be added up.
+    routed   of one kind of mixtures, with as many experts in every layer
     micro_batches, ranks   how many of them there are, a rank having so many micro-batches
     labels   of the whole step that count, on all ranks, for rules that divide by them
     reduce   sums an int64 tensor [layers, E] over the ranks: f is then that of the whole micro-batch, on every rank.

@@ -3,13 +3,15 @@
 note = compiled(model, "auto", device="cpu", seconds=3600, dense=True)       # "" if nothing was compiled
 
 A layer is compiled once and serves all.  Of a layer with experts only the attention is: routers are listened to, and
-the number of tokens of an expert is another one at every step.
+the number of tokens of an expert is another one at every step.  Where the attention has experts, nothing is.
 """
 
 from __future__ import annotations
 
 import shutil
 from typing import Any
+
+from surgery.midtraining.attention_experts import HeadRouter
 
 LONG = 20 * 60  # seconds of a run from which compiling, a minute or two on a CPU, pays
 
@@ -21,7 +23,7 @@ def compiled(model: Any, wanted: bool | str, *, device: str, seconds: float, den
     """
     if wanted == "auto":
         wanted = device != "cpu" or (dense and seconds > LONG and shutil.which("g++") is not None)
-    if not wanted:
+    if not wanted or any(isinstance(module, HeadRouter) for module in model.modules()):
         return ""
     from transformers.modeling_layers import GradientCheckpointingLayer
 

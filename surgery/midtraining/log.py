@@ -30,7 +30,7 @@ from surgery.writing.atomic import atomic_file
 
 Record = Mapping[str, Any]
 SHOWN = ("step", "tokens", "loss", "balance", "lr", "grad_norm", "skipped", "router/max_load", "router/dead",
-         "tokens_per_second", "mfu", "seconds", "eta")  # fmt: skip
+         "attention_router/max_load", "tokens_per_second", "mfu", "seconds", "eta")  # fmt: skip
 EVALUATED = ("loss", "bpb", "acc", "acc_norm", "exact")
 
 

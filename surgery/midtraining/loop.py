@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from surgery.data.rows import RowSource
+from surgery.errors import ConfigError
 from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import parallel
@@ -36,8 +37,8 @@ from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Masters, Precision, choose
 from surgery.midtraining.preference import preference_of
 from surgery.midtraining.recorded_rate import peak_rate
-from surgery.midtraining.router_telemetry import RouterTelemetry, summary
-from surgery.midtraining.routers import Fp32Routers, Mixture, RouterLog, find_mixtures
+from surgery.midtraining.router_telemetry import Reading, RouterTelemetry, summary
+from surgery.midtraining.routers import ATTENTION, MLP, Fp32Routers, Mixture, RouterLog, by_kind, find_mixtures
 from surgery.midtraining.settings import Run
 from surgery.midtraining.sharding import shard
 from surgery.midtraining.skip_step import Spikes
@@ -46,13 +47,15 @@ from surgery.midtraining.start import Start, find_start, put_moments
 from surgery.midtraining.step import Objective, gradients
 from surgery.running.layerwise import with_family
 
+ROUTER = {MLP: "router", ATTENTION: "attention_router"}  # what their numbers are called in a line of the log
+
 
 class Log(Protocol):
     """Who is told of steps and events; see log.py."""
 
     def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None: ...
     def event(self, step: int, level: str, text: str) -> None: ...
-    def routing(self, step: int, reading: Mapping[str, Any]) -> None: ...
+    def routing(self, step: int, kind: str, reading: Mapping[str, Any]) -> None: ...
 
 
 @dataclass
@@ -143,7 +146,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     digest = saved.digest if saved else fill(model, start.begun(source), world, progress)
     if train.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False}, int(train.activation_checkpointing))
-    if mixtures:
+    if MLP in by_kind(mixtures):
         tokens = course.micro * batches.sequence_length
         before = choices.get("experts") if run.model.experts == "auto" else None
         choices["experts"], why = choose_experts(run.model.experts, before, model, objective, world, tokens)
@@ -173,13 +176,16 @@ def objective_of(
         return plain, []
     if moe.fp32_router:
         Fp32Routers(mixtures)
-    coefficients, notes = [moe.balance, moe.router_z], []
+    coefficients, notes, kinds = [moe.balance, moe.router_z], list[str](), by_kind(mixtures)
     if moe.coefficients_of not in ("ours", moe.rule):
+        if len(kinds) > 1:
+            raise ConfigError(f"moe.coefficients_of: those of {moe.coefficients_of} are others for attention experts",
+                              hint=f"moe: {{rule: {moe.coefficients_of}}}")  # fmt: skip
         balance, said = translate(moe.balance, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures))
         router_z, also = translate(moe.router_z, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures),
                                    z_loss=True)  # fmt: skip
         coefficients, notes = [balance, router_z], [f"moe.balance: {said}", f"moe.router_z: {also}"]
-    telemetry = RouterTelemetry([m.layer for m in mixtures], sources)
+    telemetry = {kind: RouterTelemetry([m.layer for m in alike], sources) for kind, alike in kinds.items()}
     return replace(plain, balance=coefficients[0], router_z=coefficients[1], rule=RULES[moe.rule],
                    routers=RouterLog(mixtures), telemetry=telemetry), notes  # fmt: skip
 
@@ -189,7 +195,7 @@ def choose_experts(
 ) -> tuple[str, str]:
     """Run the experts by a backend, by the one `before` if the run had chosen it; says which, and why."""
     assert objective.routers
-    mixtures = objective.routers.mixtures
+    mixtures = by_kind(objective.routers.mixtures)[MLP]
     wanted, why = before or wanted, f"experts by {before or wanted}, as the {'run began' if before else 'settings say'}"
     if wanted == "auto":
         with objective.precision.computing(str(mixtures[0].weight.device)):
@@ -239,23 +245,24 @@ def train(job: Job, state: State, log: Log, after: Sequence[Act] = ()) -> None:
         progress.labels += losses.pop("labels")
         metrics = {"step": step, "tokens": progress.tokens, **losses, "lr": rate, "grad_norm": float(norm),
                    "skipped": reason is not None}  # fmt: skip
-        if reading := routing(job):
-            metrics["router"] = {name.removeprefix("router/"): value for name, value in summary(reading).items()}
-            log.routing(step, reading)
+        for kind, reading in routing(job).items():
+            metrics[ROUTER[kind]] = summary(reading)
+            log.routing(step, kind, reading)
         log.step(metrics, clock.times())
         for act in after:
             act(job, state)
 
 
-def routing(job: Job) -> dict[str, Any]:
-    """What the routers did in this step, {} of a dense model; biases that choose experts are moved."""
-    telemetry, moe = job.objective.telemetry, job.run.moe
-    if job.objective.routers is None or telemetry is None:
-        return {}
-    total = parallel.summing(job.world)
-    if moe.bias_rate:
-        nudge_biases(job.objective.routers.mixtures, total(telemetry.counts()), moe.bias_rate)
-    return telemetry.read(total)
+def routing(job: Job) -> dict[str, Reading]:
+    """What the routers of each kind did in this step; biases that choose experts are moved."""
+    found, total = dict[str, Reading](), parallel.summing(job.world)
+    for kind, telemetry in job.objective.telemetry.items():
+        assert job.objective.routers
+        if job.run.moe.bias_rate:
+            mixtures = by_kind(job.objective.routers.mixtures)[kind]
+            nudge_biases(mixtures, total(telemetry.counts()), job.run.moe.bias_rate)
+        found[kind] = telemetry.read(total)
+    return found
 
 
 def update(job: Job, rate: float, norm: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from surgery.midtraining.loss import IGNORE
 from surgery.midtraining.model import allocate, build, filled
 from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
-from surgery.midtraining.routers import Mixture, RouterLog, find_mixtures
+from surgery.midtraining.routers import MLP, Mixture, RouterLog, by_kind, find_mixtures
 from surgery.midtraining.sharding import place_of, shard
 from surgery.midtraining.step import Objective, gradients
 from surgery.model.spec import Spec
@@ -43,6 +43,8 @@ def small(spec: Spec, ep: int) -> Spec:
     dense_first = bool(spec.moe_layers)
     sizes = {"layers": 2, "kv_heads": 2, "group": min(spec.group, 2), "head_dim": HEAD, "vocab": VOCABULARY}
     sizes |= {"experts": experts, "width": 2 * min(spec.group, 2) * HEAD}
+    if spec.attn_experts:
+        sizes |= {"kv_heads": 4, "width": 2 * sizes["width"], "attn_experts": 4, "attn_top_k": min(spec.attn_top_k, 3)}
     sizes |= {name: FFN for name in ("ffn", "expert_ffn", "shared_ffn") if getattr(spec, name)}
     rope = spec.rope and replace(spec.rope, scaling={})
     return spec.replace(**sizes, rope=rope, rope_local=None, windows=(), sparse=None,
@@ -89,8 +91,9 @@ def _copies(job: Job, source: Checkpoint) -> list[tuple[Any, tuple[Mixture, ...]
 def _objective(job: Job, model: Any, mixtures: Sequence[Mixture], backend: str = "") -> Objective:
     if not mixtures:
         return replace(job.objective, precision=FP32)
-    use_experts(model, mixtures, backend or job.choices["experts"])
-    return replace(job.objective, precision=FP32, routers=RouterLog(mixtures), telemetry=None)
+    if with_experts := by_kind(mixtures).get(MLP):
+        use_experts(model, with_experts, backend or job.choices["experts"])
+    return replace(job.objective, precision=FP32, routers=RouterLog(mixtures), telemetry={})
 
 
 def _part(job: Job, rows: torch.Tensor) -> MicroBatch:

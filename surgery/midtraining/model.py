@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ConfigError, LayoutError, some
+from surgery.errors import LayoutError, some
 from surgery.formats.base import RUN, Checkpoint
 from surgery.formats.hf.table import table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
 from surgery.midtraining import parallel
+from surgery.midtraining.attention_experts import empty_with_attention_experts
 from surgery.midtraining.parallel import World
 from surgery.midtraining.sharding import Place, at_rest, place_of
 from surgery.running.device import Device
@@ -55,15 +56,10 @@ def build(
     Parameters have `dtype`; `attention` and `experts` are transformers' names; `dropout` is that of all places where
     the family has one.  Raises ConfigError if transformers has no such model.
     """
-    if source.spec.attn_experts:
-        raise ConfigError(
-            "its attention heads are experts: their module neither keeps documents apart nor balances its routers",
-            file=source.path,
-            hint="train the model first, and let `surgery upcycle --attention-experts` come last",
-        )
     name = str(dtype).removeprefix("torch.")
     with explained("transformers cannot hold the model", source.path), quiet():
-        model = empty_model(source, name, Device(device), attention, experts)
+        empty = empty_with_attention_experts if source.spec.attn_experts else empty_model
+        model = empty(source, name, Device(device), attention, experts)
     model.config.use_cache = False
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False  # its balance loss is not ours

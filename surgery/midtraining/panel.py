@@ -71,8 +71,9 @@ class Panel:
         yield "loss", Group(Text(_join(_losses(self.metrics))), Text(sparkline(self.losses, SHOWN), style="cyan"))
         if self.times:
             yield "speed", Text(_join(_speed(self.times)))
-        if isinstance(router := self.metrics.get("router"), Mapping):
-            yield "router", Text(_join(_router(router)))
+        for title, key in (("router", "router"), ("heads", "attention_router")):
+            if isinstance(router := self.metrics.get(key), Mapping):
+                yield title, Text(_join(_router(router)))
         if self.evaluated:
             yield "eval", Text(f"at {self.evaluated['step']}: {evaluated(self.evaluated)}")
         for event in self.events:

@@ -3,10 +3,11 @@
     telemetry = RouterTelemetry([m.layer for m in mixtures], sources=["web", "code"])
     telemetry.add(routed, source)                   # every micro-batch; nothing is read back from the device
     reading = telemetry.read(reduce)                # where a line is logged: plain lists, and the window starts anew
-    summary(reading)                                # {"router/max_load": 1.31, ...} of the worst layer, for a log
+    summary(reading)                                # {"max_load": 1.31, ...} of the worst layer, for a log
     alarms(reading)                                 # ["layer 3: the busiest expert has 4.2 times the mean load", ...]
 
-A reading has `layers`, the numbers of the L layers with experts, and a list over them of each of these (E experts):
+A reading has `layers`, the numbers of the L layers with experts, and a list over them of each of these (E experts; of a
+model with experts in its mlp and in its attention each kind has telemetry of its own):
 
     load          [L][E]  share of the choices, 1 / E where even      max_load      [L]  the busiest expert's, times E
     load_cv       [L]     standard deviation / mean of the load       load_entropy  [L]  1 even, 0 all on one expert
@@ -31,7 +32,7 @@ from surgery.midtraining.routers import Mixture, Routed
 
 Reading = dict[str, Any]
 MAX_LOAD = 4.0  # times the mean
-MOST = 0.75  # of the load that is possible, E / top_k: few experts cannot reach MAX_LOAD
+MOST = 0.75  # of the way from the mean to the load that is possible, E / top_k: few experts cannot reach MAX_LOAD
 DEAD = 0.1
 
 
@@ -106,8 +107,8 @@ WORST: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 
 def summary(reading: Reading) -> dict[str, float]:
-    """One number of each kind for a log, that of the worst layer: {"router/max_load": ...}."""
-    return {f"router/{name}": round(worst(reading[name]), 6) for name, worst in WORST.items() if name in reading}
+    """One number of each kind for a log, that of the worst layer: {"max_load": ...}."""
+    return {name: round(worst(reading[name]), 6) for name, worst in WORST.items() if name in reading}
 
 
 def alarms(reading: Reading) -> list[str]:
@@ -115,7 +116,7 @@ def alarms(reading: Reading) -> list[str]:
     if not reading:
         return []
     experts = len(reading["load"][0])
-    most = min(MAX_LOAD, MOST * experts / reading["top_k"])
+    most = min(MAX_LOAD, 1 + MOST * (experts / reading["top_k"] - 1))
     said = []
     for layer, load, dead in zip(reading["layers"], reading["max_load"], reading["dead"], strict=True):
         if load > most:

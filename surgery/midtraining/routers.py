@@ -7,7 +7,8 @@
 
 A mixture is a module with two children: experts that transformers runs through its experts interface, and a router with
 `weight` [experts, width] and `top_k`, which returns (logits, weights of the chosen, numbers of the chosen).  What a
-router makes of logits is found by trying a copy of it with random weights.
+router makes of logits is found by trying a copy of it with random weights.  An attention with a router of groups of
+heads is one too, of another kind: its experts are other in number, so each kind is balanced and measured by itself.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from surgery.errors import ConfigError, LayoutError, some
+from surgery.midtraining.attention_experts import HeadRouter
 
 SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.float().softmax(-1),
@@ -31,11 +33,27 @@ SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 BIAS = "e_score_correction_bias"  # added to the scores when experts are chosen, not to the weights
 PROBES = 64  # tokens that a copy of the router is tried with
+MLP, ATTENTION = "mlp", "attention"  # kinds of mixtures: what their experts are made of
+
+
+class OfKind(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+
+Kind = TypeVar("Kind", bound=OfKind)
+
+
+def by_kind(items: Sequence[Kind]) -> dict[str, tuple[Kind, ...]]:
+    """Mixtures, or what their routers said, of each kind that there is."""
+    kinds = [kind for kind in (MLP, ATTENTION) if any(item.kind == kind for item in items)]
+    return {kind: tuple(item for item in items if item.kind == kind) for kind in kinds}
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A layer with experts.  `scores`: a name of `SCORES`; `bias_path`: of the selection bias, below the router."""
+    """A layer with experts.  `experts`: their module, None if they are groups of heads; `scores`: a name of `SCORES`;
+    `bias_path`: of the selection bias, below the router."""
 
     name: str
     layer: int
@@ -45,6 +63,7 @@ class Mixture:
     top_k: int
     scores: str
     bias_path: str = ""
+    kind: str = MLP
 
     @property
     def weight(self) -> Tensor:
@@ -65,10 +84,11 @@ class Routed:
     logits: Tensor
     experts: Tensor
     scores: str
+    kind: str = MLP
 
     def where(self, kept: Tensor) -> Routed:
         """Of the tokens that are `kept`, bool [T]."""
-        return Routed(self.logits[kept], self.experts[kept], self.scores)
+        return replace(self, logits=self.logits[kept], experts=self.experts[kept])
 
     def probabilities(self) -> Tensor:
         """fp32 [T, E]: the scores of every token, made to sum to one."""
@@ -93,8 +113,9 @@ def find_mixtures(model: Any) -> tuple[Mixture, ...]:
     for name, module in model.named_modules():
         children = dict(module.named_children())
         experts = [child for child in children.values() if _runs_experts(child)]
-        if experts:
-            found.append(_mixture(name, children, experts))
+        heads = [child for child in children.values() if isinstance(child, HeadRouter)]
+        if experts or heads:
+            found.append(_mixture(name, children, experts, ATTENTION if heads else MLP))
             inside.append(f"{name}." if name else "")
     missed = [
         f"{name} ({type(module).__name__})"
@@ -105,7 +126,7 @@ def find_mixtures(model: Any) -> tuple[Mixture, ...]:
     if missed:
         hint = "its load could be neither balanced nor watched; train a family of docs/experts.md, or a dense model"
         raise ConfigError(f"these parts of a mixture of experts are not understood: {some(missed, 3)}", hint=hint)
-    if len({(m.num_experts, m.top_k) for m in found}) > 1:
+    if any(len({(m.num_experts, m.top_k) for m in alike}) > 1 for alike in by_kind(found).values()):
         raise ConfigError("layers differ in their numbers of experts, which is not supported")
     return tuple(found)
 
@@ -119,15 +140,15 @@ def _routes(module: Any) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2 and isinstance(getattr(module, "top_k", None), int)
 
 
-def _mixture(name: str, children: Mapping[str, Any], experts: Sequence[Any]) -> Mixture:
+def _mixture(name: str, children: Mapping[str, Any], experts: Sequence[Any], kind: str) -> Mixture:
     routers = [child for child in children.values() if _routes(child)]
-    if len(routers) != 1 or len(experts) != 1:
+    if len(routers) != 1 or len(experts) != (kind == MLP):
         raise ConfigError(f"{name} has {len(routers)} routers and {len(experts)} groups of experts, not one of each")
     router, layer = routers[0], re.search(r"\d+", name)
     copied = _random_copy(router)
     bias = _bias_path(copied)
-    return Mixture(name, int(layer[0]) if layer else 0, router, experts[0], len(router.weight), router.top_k,
-                   _tried(name, copied, bias), bias)  # fmt: skip
+    return Mixture(name, int(layer[0]) if layer else 0, router, next(iter(experts), None), len(router.weight),
+                   router.top_k, _tried(name, copied, bias), bias, kind)  # fmt: skip
 
 
 def _random_copy(router: Any) -> Any:
@@ -221,7 +242,7 @@ class RouterLog(AbstractContextManager["RouterLog"]):
         def hear(_module: Any, _args: Any, output: Any) -> None:
             if self._open:
                 logits, _, experts = output
-                self._heard[index].append(Routed(logits, experts, mixture.scores))
+                self._heard[index].append(Routed(logits, experts, mixture.scores, mixture.kind))
 
         return hear
 

@@ -11,8 +11,8 @@ config.resolved.yaml    its settings, with every default
 plan.json       its data: `sources`, each with name, have, take, heldout (instances), tokens, documents; `notes`
 selftests.json  a list of {name, passed, detail, seconds}
 metrics.jsonl   a line for each step: step, tokens (so far), loss, ce, z, balance, router_z, lr, grad_norm, skipped,
-                router {max_load, load_entropy, dead} of the worst layer.  Nothing in it depends on the clock: a run
-                that is resumed writes the same.
+                router {max_load, load_entropy, dead} of the worst layer, attention_router the same of attention
+                experts.  Nothing in it depends on the clock: a run that is resumed writes the same.
 times.jsonl     a line for each step: step, seconds, tokens_per_second, tokens_per_second_mean, seconds_mean, tflops,
                 mfu, and `parts` {data, compute, optimizer ... elsewhere}; the last is what lay between the step before
                 and this one, evaluations and checkpoints, and is in no other number but the means
@@ -20,7 +20,7 @@ evals.jsonl     a line for each evaluation: step, tokens, heldout {domain: {loss
                 tasks {task: {documents, acc, acc_norm, bpb, ...}}; averages {"last" or "ema": {heldout, tasks}}
 experts.jsonl   now and then: step, and a reading of `router_telemetry.py`: layers, load [layer][expert] (share of the
                 choices), together [layer][expert][expert] (share of the first one's tokens), by_source {name: load},
-                weight_drift [layer] ...
+                weight_drift [layer] ...; attention {the same of attention experts}
 events.jsonl    step, level ("note" or "alarm"), text: skipped steps, alarms of routers, resumptions
 checkpoints/    what a run that was stopped goes on from: see checkpoint.py
 export/         models that were exported: stepNNNNNNNNN-FORMAT, -last and -ema of running means

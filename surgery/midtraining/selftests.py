@@ -30,7 +30,7 @@ from surgery.midtraining.objections import largest_id, wasted
 from surgery.midtraining.optimizer import named
 from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
-from surgery.midtraining.routers import BIAS
+from surgery.midtraining.routers import BIAS, MLP, by_kind
 from surgery.midtraining.step import gradients, hidden_states
 from surgery.running.device import Device
 from surgery.running.layerwise import forward
@@ -238,9 +238,10 @@ def head(job: Job, part: MicroBatch) -> str:
 
 def experts(job: Job, part: MicroBatch) -> str:
     """The experts' backend computes what the plain loop does, forward and backward."""
-    if not job.objective.routers:
-        return "not needed: the model is dense"
-    module = job.objective.routers.mixtures[0].experts
+    mixtures = by_kind(job.objective.routers.mixtures).get(MLP) if job.objective.routers else None
+    if not mixtures:
+        return "not needed: the mlp is dense"
+    module = mixtures[0].experts
     given: list[tuple[torch.Tensor, ...]] = []
     handle = module.register_forward_pre_hook(lambda _, args: given.append(args))
     try:
@@ -293,7 +294,7 @@ def conversion(job: Job, part: MicroBatch) -> str:
 
 def gradient(job: Job, part: MicroBatch) -> str:
     """A gradient reaches everything that is trained."""
-    gradients(job.model, [part], replace(job.objective, telemetry=None), job.world)
+    gradients(job.model, [part], replace(job.objective, telemetry={}), job.world)
     found = {name: p.grad for name, p in named(job.optimizer)}
     here = {name: torch.zeros(0) if g is None else parallel.local(g) for name, g in found.items()}
     reached = _anywhere(job, {name: bool(g.any()) for name, g in here.items()})

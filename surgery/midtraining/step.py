@@ -11,7 +11,7 @@ documents of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ from surgery.midtraining.parallel import World
 from surgery.midtraining.precision import Precision
 from surgery.midtraining.preference import FIGURES, Preference, completion_logps
 from surgery.midtraining.router_telemetry import RouterTelemetry
-from surgery.midtraining.routers import RouterLog
+from surgery.midtraining.routers import RouterLog, by_kind
 from surgery.midtraining.sharding import trunk
 from surgery.running.loading import logits_divisor
 
@@ -47,7 +47,7 @@ class Objective:
     rule: Rule = RULES["ours"]
     preference: Preference | None = None  # None: every label is to be predicted
     routers: RouterLog | None = field(default=None, compare=False)  # None: a dense model
-    telemetry: RouterTelemetry | None = field(default=None, compare=False)
+    telemetry: Mapping[str, RouterTelemetry] = field(default_factory=dict, compare=False)  # by the kind of mixture
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -91,12 +91,14 @@ def _terms(
         if part.padding is not None:
             real = ~part.padding.reshape(-1)
             routed, source = tuple(r.where(real) for r in routed), source[real]
-        rule, ranks, reduce = objective.rule, world.size, parallel.summing(world)
-        balance = balance_loss(routed, rule, micro_batches=count, ranks=ranks, labels=labels, reduce=reduce)
-        router_z = router_z_loss(routed, rule, micro_batches=count, ranks=ranks, labels=labels)
+        balance = router_z = torch.zeros((), device=world.device)
+        rule, share = objective.rule, {"micro_batches": count, "ranks": world.size, "labels": labels}
+        for kind, alike in by_kind(routed).items():
+            balance = balance + balance_loss(alike, rule, reduce=parallel.summing(world), **share)
+            router_z = router_z + router_z_loss(alike, rule, **share)
+            if kind in objective.telemetry:
+                objective.telemetry[kind].add(alike, source)
         loss = loss + objective.balance * balance + objective.router_z * router_z
-        if objective.telemetry:
-            objective.telemetry.add(routed, source)
         terms += [balance, router_z]
     return [loss, *terms]
 

@@ -147,7 +147,7 @@ class _Timed:
     def event(self, step: int, level: str, text: str) -> None:
         """Not in the table."""
 
-    def routing(self, step: int, reading: Mapping[str, Any]) -> None:
+    def routing(self, step: int, kind: str, reading: Mapping[str, Any]) -> None:
         """Not in the table."""
 
 

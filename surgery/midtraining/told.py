@@ -17,6 +17,7 @@ from typing import Any
 
 from surgery.midtraining.log import RunLog
 from surgery.midtraining.router_telemetry import alarms
+from surgery.midtraining.routers import MLP
 from surgery.midtraining.throughput import Meter
 
 
@@ -29,7 +30,7 @@ class Told:
     tokens: int = 0
     loss: float = 0.0
     at: float = field(default_factory=time.perf_counter)  # when the last step was told
-    reading: Mapping[str, Any] = field(default_factory=dict)
+    readings: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of the routers, by the kind of mixture
     exports: list[Path] = field(default_factory=list)
 
     def step(self, metrics: Mapping[str, Any], times: Mapping[str, Any]) -> None:
@@ -53,10 +54,10 @@ class Told:
         if self.log:
             self.log.experts(record)
 
-    def routing(self, step: int, reading: Mapping[str, Any]) -> None:
-        self.reading = reading
+    def routing(self, step: int, kind: str, reading: Mapping[str, Any]) -> None:
+        self.readings[kind] = reading
         for text in alarms(dict(reading)):
-            self.event(step, "alarm", text)
+            self.event(step, "alarm", text if kind == MLP else f"{kind}, {text}")
 
     def sync(self) -> None:
         """Return when all that was told is on the disk."""

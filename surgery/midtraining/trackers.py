@@ -77,7 +77,7 @@ class Wandb:
             config=dict(config or {}),
         )  # fmt: skip
         kept.write_text(str(self.run.id))
-        for pattern in ("*", "heldout/*", "tasks/*", "time/*", "router/*"):
+        for pattern in ("*", "heldout/*", "tasks/*", "time/*", "router/*", "attention_router/*"):
             self.run.define_metric(pattern, step_metric="step")
 
     def step(self, metrics: Record, times: Record) -> None:

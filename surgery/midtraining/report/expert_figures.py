@@ -20,20 +20,30 @@ GAPS = 24  # cells that still have gaps between them
 def expert_figures(runs: Sequence[RunFolder]) -> Iterator[Figure]:
     """What the last reading says, and the busiest expert of each layer over time."""
     for run in runs:
-        readings = [r for r in run.experts if _loads(r)]
-        if readings:
-            last, suffix = readings[-1], f", {run.title}" if len(runs) > 1 else ""
-            layers = _layers(last)
-            note = f"Tokens of each expert at step {last['step']:,}, in multiples of an equal share."
-            yield heat_map(f"Load of the experts{suffix}", note, _loads(last), layers, "layer", "expert", middle=1.0)
-            yield from _over_time(readings, layers, suffix)
-            yield from _together(last, layers, suffix)
-            yield from _by_source(last, layers, suffix)
+        for kind, found in _by_kind(run).items():
+            yield from _of_kind([r for r in found if _loads(r)], f"{kind}, {run.title}" if len(runs) > 1 else kind)
     drift = [series(_worst(run, "weight_drift"), "weight_drift") for run in runs]
     note = "How far the weights are from where they began, relative to them, in the layer that moved most."
     figure = curve_figure("Experts", "Drift of the routers", note, runs, drift, ".3f")
     if figure:
         yield figure
+
+
+def _of_kind(readings: Sequence[Mapping[str, Any]], suffix: str) -> Iterator[Figure]:
+    if readings:
+        last = readings[-1]
+        layers = _layers(last)
+        note = f"Tokens of each expert at step {last['step']:,}, in multiples of an equal share."
+        yield heat_map(f"Load of the experts{suffix}", note, _loads(last), layers, "layer", "expert", middle=1.0)
+        yield from _over_time(readings, layers, suffix)
+        yield from _together(last, layers, suffix)
+        yield from _by_source(last, layers, suffix)
+
+
+def _by_kind(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """The readings of experts in the mlp, and of those in the attention, by what their titles say of it."""
+    heads = [{**named(r, "attention"), "step": r["step"]} for r in run.experts]
+    return {"": list(run.experts), " of the attention": heads}
 
 
 def _over_time(readings: Sequence[Mapping[str, Any]], layers: list[str], suffix: str) -> Iterator[Figure]:
@@ -147,4 +157,5 @@ def _layers(reading: Mapping[str, Any]) -> list[str]:
 
 
 def _worst(run: RunFolder, key: str) -> list[dict[str, Any]]:
-    return [{"step": r["step"], key: max(found)} for r in run.experts if (found := numbers(r.get(key)))]
+    kinds = [(r, [*numbers(r.get(key)), *numbers(named(r, "attention").get(key))]) for r in run.experts]
+    return [{"step": r["step"], key: max(found)} for r, found in kinds if found]

@@ -25,7 +25,13 @@ def _training(runs: Sequence[RunFolder]) -> Iterator[Figure]:
         ("Training loss", "Nats per token", ("ce",), ".4f", {}),
         ("Learning rate", "What each step used", ("lr",), ".3e", {"rangemode": "tozero", "exponentformat": "power"}),
         ("Gradient norm", "Before clipping", ("grad_norm",), ".3f", {"rangemode": "tozero"}),
-        ("Balance loss", "Mean over layers; 1 is balanced", ("balance",), ".4f", {}),
+        (
+            "Balance loss",
+            "Mean over layers; 1 is balanced, 2 where attention has experts besides",
+            ("balance",),
+            ".4f",
+            {},
+        ),
         ("Router z-loss", "Mean over layers, without its coefficient", ("router_z",), ".3f", {}),
     )
     for title, note, path, form, axis in wanted:
