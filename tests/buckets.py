@@ -109,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "503":
             return self.answer(503, [("content-type", "application/xml")], b"<Error><Code>SlowDown</Code></Error>")
+        if fault == "403":
+            return self.answer(403, [("content-type", "application/xml")], b"<Error><Code>AccessDenied</Code></Error>")
         if isinstance(fault, str) and fault.startswith("redirect"):
             place = fault.partition(" ")[2] or "file:///etc/hostname"
             return self.answer(302, [("location", place)], b"")

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ class Bucket:
 
     def unfinished(self) -> list[str]:
         return [u["Key"] for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+    def parts(self, key: str) -> list[int]:
+        """The numbers of the parts that an upload of an object has so far."""
+        found = [u for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) if u["Key"] == key]
+        held = [self.client.list_parts(Bucket=BUCKET, Key=key, UploadId=u["UploadId"]) for u in found]
+        return [part["PartNumber"] for one in held for part in one.get("Parts", [])]
 
     def puts(self) -> list[str]:
         """The objects that were sent, in order, each once."""
@@ -242,8 +249,13 @@ def test_a_push_that_is_killed_is_seen_by_nobody_and_goes_on(bucket: Bucket, fol
     url = f"s3://{BUCKET}/killed"
     run: list[subprocess.Popen[bytes]] = []
 
+    def kill() -> None:
+        while not bucket.parts("killed/model-00001.safetensors"):
+            time.sleep(0.02)
+        os.kill(run[0].pid, signal.SIGKILL)
+
     def at(number: int, method: str, path: str) -> Any:
-        return (lambda: os.kill(run[0].pid, signal.SIGKILL)) if "partNumber=2" in path else None
+        return kill if "partNumber=2" in path else None
 
     bucket.proxy.fault = at
     run.append(subprocess.Popen([sys.executable, "-c", PUSH, str(folder), url]))
@@ -254,10 +266,33 @@ def test_a_push_that_is_killed_is_seen_by_nobody_and_goes_on(bucket: Bucket, fol
     assert "killed/model-00001.safetensors" in bucket.unfinished()
     with pytest.raises(FileError, match="a push that has not ended"):
         listing(parse(url))
+    bucket.proxy.seen.clear()
     done = push(folder, url)
-    assert done.aborted == 1 and not [key for key in bucket.unfinished() if key.startswith("killed/")]
+    assert done.aborted == 0 and not [key for key in bucket.unfinished() if key.startswith("killed/")]
+    assert not [path for _, path, _ in bucket.proxy.seen if "partNumber=1&" in path or path.endswith("?uploads")]
     assert done.sent_files == len(FILES) - len(there.keys() & FILES.keys())
     assert bucket.objects("killed") == held(folder)
+
+
+def test_of_parts_that_were_sent_before_only_equal_ones_are_left(bucket: Bucket, folder: Path) -> None:
+    key, size = "parts/model-00001.safetensors", 5 << 20
+    data = (folder / "model-00001.safetensors").read_bytes()
+    for first in (b"x" * size, data[:size]):  # the one that was begun last is gone on with
+        upload = bucket.client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+        for number, body in ((1, first), (2, b"other"), (3, b"more")):
+            bucket.client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=number, Body=body)
+    done = push(folder, f"s3://{BUCKET}/parts")
+    assert bucket.objects("parts") == held(folder)
+    sent = [path for method, path, _ in bucket.proxy.seen if method == "PUT" and "partNumber" in path]
+    assert len(sent) == 1 and "partNumber=2" in sent[0]
+    assert done.aborted == 1 and bucket.unfinished() == []
+
+
+def test_keys_that_may_not_list_uploads_send_all_parts(bucket: Bucket, folder: Path) -> None:
+    bucket.proxy.fault = lambda number, method, path: "403" if method == "GET" and "uploads" in path else None
+    done = push(folder, f"s3://{BUCKET}/rights")
+    assert bucket.objects("rights") == held(folder) and done.aborted == 0
+    assert "unfinished uploads cannot be listed" in done.notes[0] and "lifecycle" in done.notes[0]
 
 
 def test_a_source_that_changes_is_refused(bucket: Bucket, folder: Path) -> None:

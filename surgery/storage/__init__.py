@@ -9,7 +9,7 @@ copies.py     what is needed on this machine as a whole
 
 contents.py   what a folder holds, in which order        push.py        the folder becomes objects of a bucket
 claim.py      a prefix for one push at a time            upload.py      a file becomes an object, and is compared
-leftovers.py  uploads that never ended            published.py   records without the paths of this machine
+multipart.py  parts that a killed push has sent   published.py   records without the paths of this machine
 together.py  a few at a time, until one fails
 
 pull.py       what lies at an address into a folder      landing.py     the hidden folder it comes into first

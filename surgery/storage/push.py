@@ -22,8 +22,8 @@ from surgery.storage.card import CARD, card
 from surgery.storage.claim import claim, release, standing, taken
 from surgery.storage.contents import Item, contents, digest_of, etag_of
 from surgery.storage.hub_push import Place, commit, look, message_for
-from surgery.storage.leftovers import abort
 from surgery.storage.listing import MOST, UNFINISHED
+from surgery.storage.multipart import abort
 from surgery.storage.store import Entry, Store, open_store
 from surgery.storage.together import Told, from_threads, together
 from surgery.storage.upload import is_equal, same_bytes, upload
@@ -79,7 +79,7 @@ class Pushed:
 
     files, bytes     of the folder                 sent_files, sent_bytes   of it, that were not there yet
     read_back        files whose ETags are no digests, so that their bytes were compared
-    aborted          uploads of an earlier push, which had not ended
+    aborted          uploads in parts that were left over
     commit           of the hub
     """
 
@@ -184,17 +184,16 @@ def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
         if not goes_on:
             release(store)
         raise
-    aborted, notes = _aborted(store, plan)
     todo = [item for item in plan.items if item.name not in plan.there]
     done: dict[str, tuple[Entry, bool]] = {}
     for rank in sorted({item.rank for item in todo}):
         done |= _uploaded(store, plan, [item for item in todo if item.rank == rank], told)
     check_unchanged({i.source.path: i.source.stamp for i in plan.items if isinstance(i.source, File)})
-    more, _ = _aborted(store, plan)  # a lost answer to the beginning of an upload leaves one
+    aborted, notes = _aborted(store, plan)  # a lost answer to the beginning of an upload leaves one
     _check(store, plan, {name: entry for name, (entry, _) in done.items()})
     release(store)
     read_back = sum(again for _, again in done.values())
-    return _report(plan, src, began, todo, read_back, aborted + more, notes)
+    return _report(plan, src, began, todo, read_back, aborted, notes)
 
 
 def _uploaded(store: Store, plan: Pushing, items: Sequence[Item], told: Told) -> dict[str, tuple[Entry, bool]]:

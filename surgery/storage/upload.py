@@ -2,8 +2,8 @@
 
     upload(store, "model/config.json", item, etag, told, stop)      # the object as it is there
 
-An object of several parts appears when all of them are there.  Its ETag says that it is the file's bytes where the
-store computes ETags as S3 does; elsewhere it is read back.
+An object of several parts (`multipart.py`) appears when all of them are there.  Its ETag says that it is the file's
+bytes where the store computes ETags as S3 does; elsewhere it is read back.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import threading
 from collections.abc import Iterator
 
 from surgery.errors import FileError
+from surgery.storage import multipart
 from surgery.storage.contents import Item, part_size
 from surgery.storage.store import TRIES, Entry, Store
 from surgery.storage.together import Stopped, Told
 from surgery.tensors.files import AGAIN
 
-TOGETHER = 4  # parts of one file at a time
 READ_BACK = 8 << 20  # bytes of one request
 
 
@@ -55,6 +55,9 @@ def is_equal(entry: Entry | None, size: int, etag: str | None) -> bool:
 def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) -> None:
     import obstore
 
+    if item.size > part_size(item.size) and store.address.scheme in multipart.LISTED:
+        return multipart.send(store, key, item, told, stop)
+
     def parts() -> Iterator[bytes]:
         for part in item.parts():
             if stop.is_set():
@@ -67,7 +70,7 @@ def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) 
             obstore.put(store.raw, key, b"".join(parts()), use_multipart=False)
         else:
             obstore.put(store.raw, key, parts(), use_multipart=True, chunk_size=part_size(item.size),
-                        max_concurrency=TOGETHER)  # fmt: skip
+                        max_concurrency=multipart.TOGETHER)  # fmt: skip
 
 
 def same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
