@@ -71,6 +71,7 @@ def test_masters_round_to_the_stored_weights(case):
     found = checkpoint.optimizer
     assert found and found.step == 2
     assert found.kept == (case not in NO_MASTERS)
+    assert not any("do not say the settings" in note for note in found.notes)
     for name, part in checkpoint.parts.items():
         master = found.roles[MASTER][name].full()
         assert master.dtype == torch.float32

@@ -32,6 +32,10 @@ MASTER, M, V = "master", "exp_avg", "exp_avg_sq"
 MOMENTS = (M, V)
 ROLES = (MASTER, *MOMENTS)
 LAST_EXACT = 1 << 24  # steps: fp32, in which most formats count them, holds every whole number up to here
+UNTOLD = (
+    "its files do not say the settings of its optimizer for {} (elastic checkpoints keep none): betas of 0.9 and "
+    "0.999, eps 1e-8 and no weight decay are written in their place"
+)
 _DTYPES = {"float32", "bfloat16", "float16"}
 _UNTRAINED = frozenset({"layers.{l}.router.bias"})  # parts that no optimizer moves, but the router itself
 
@@ -148,7 +152,9 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
     else:
         roles[MASTER] = {}
     groups = _by_part(states.groups, table, spec, topology)
-    notes = (*states.notes, *_widened(states))
+    untold = sorted({template_of(name) for name in roles[M]} - groups.keys())
+    groups |= dict.fromkeys(untold, Group())
+    notes = (*states.notes, *_widened(states), *([UNTOLD.format(some(untold))] if untold else []))
     return Optimizer(roles, states.step, groups, MASTER in states.roles, notes, states.files)
 
 

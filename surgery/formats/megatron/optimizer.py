@@ -132,7 +132,7 @@ def _numbered(
     for i, (group, owned) in enumerate(zip(groups, owners, strict=True)):
         settings = group_of(group, path)
         for number, parameter in zip(group["params"], owned, strict=True):
-            fields = states.get(number)
+            fields = states.get(number) if type(number) is int else None
             if not isinstance(fields, dict):
                 raise FileError(f"has no state of {show(parameter.name)}", file=path)
             found.steps.append(step_of(fields, group, path))

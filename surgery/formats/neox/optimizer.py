@@ -27,10 +27,6 @@ from surgery.tensors.lazy import Concat, Lazy, Shape
 
 _NAME = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MASTERS = "single_partition_of_fp32_groups"
-UNTOLD = (
-    "its files do not say the settings of its optimizer (elastic checkpoints keep none): betas of 0.9 and 0.999, eps "
-    "1e-8 and no weight decay are written in their place"
-)
 _PADDING = 64  # elements for each data-parallel rank that a group may be padded by
 
 
@@ -41,20 +37,18 @@ def read_states(found: Found, shards: Shards, tp: int) -> States | None:
     roles: dict[str, dict[Rank, dict[str, Lazy]]] = {role: {rank: {} for rank in shards} for role in ROLES}
     steps: list[float] = []
     groups: dict[str, Group] = {}
-    told = True
     for number, model in enumerate(found.ranks):
         parts = [_state(path) for path in _partitions(found, number)]
         for g, shapes in enumerate(_shapes(model)):
             settings = _settings(parts[0], g, model)
-            told &= settings is not None
             places, total = aligned(shapes.items(), 1)
             for role in ROLES:
                 flat = _joined([_tensor(part, role, g, model) for part in parts], total, model)
                 for name, shape in shapes.items():
                     roles[role][Rank(tp=number % tp)][name] = cut(flat, places[name], shape)
             steps += [_step(part, g, model) for part in parts]
-            groups |= dict.fromkeys(shapes, settings or Group())
-    return States(roles, one_step(steps, found.folder), groups, () if told else (UNTOLD,), found.optimizer)
+            groups |= dict.fromkeys(shapes, settings) if settings else {}
+    return States(roles, one_step(steps, found.folder), groups, files=found.optimizer)
 
 
 def _partitions(found: Found, number: int) -> list[Path]:
