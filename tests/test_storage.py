@@ -20,6 +20,7 @@ from surgery.storage import mirror
 from surgery.storage.address import is_address, parse
 from surgery.tensors import elsewhere
 from surgery.tensors.files import File, check_unchanged
+from surgery.writing import stream
 from tests.buckets import Proxy, every, moto, none
 
 pytest.importorskip("moto")
@@ -253,6 +254,15 @@ def test_addresses() -> None:
     assert parse("hf://datasets/org/name").kind == "datasets"
     assert is_address(Path("s3://bucket/x")) and parse(Path("s3://bucket/x")).place == "bucket"
     assert not any(map(is_address, ["model", "org/name", "/s3/x", "C:/x", "file:///etc/passwd", "s3", 7]))
+
+
+def test_a_disk_too_small_for_an_output_on_its_way_is_named(
+    store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "free_space", lambda dst: 10)
+    with pytest.raises(OutputError, match=r"are needed and 10 B are free[\s\S]*/cache first: .*SURGERY_CACHE"):
+        surgery.convert(tiny_hf("llama"), f"s3://{BUCKET}/large", to="meta")
+    assert "Contents" not in store.client.list_objects_v2(Bucket=BUCKET, Prefix="large")
 
 
 @pytest.mark.slow  # both import what runs models

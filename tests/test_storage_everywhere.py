@@ -152,6 +152,20 @@ def test_a_plan_of_tokens_at_addresses_is_that_of_the_same_files_here(
     s3.upload_file(str(TEXT / "megatron_int32.bin"), "everywhere", "text/megatron_int32.bin")
 
 
+def test_token_files_of_a_web_server_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))
+    copies._known.clear()
+    names = [f"AT/dolma/part-0-0000{i}.npy" for i in range(3)]
+    source = [{"name": "dolma", "paths": names, "weight": 1}]
+    local = planned(tmp_path / "local", str(TEXT), source)
+    with web(TEXT) as url:
+        there = planned(tmp_path / "there", url, source)
+        assert there.digest == local.digest and there.sources[0].files[0].bounds is not None
+        assert open_plan(tmp_path / "there" / "plan").digest == local.digest
+    copied = sorted(path.name for path in (tmp_path / "cache" / "copies").rglob("*.*"))
+    assert copied == [f"part-0-0000{i}{end}" for i in range(3) for end in (".csv.gz", ".npy")]
+
+
 def test_token_files_are_inspected_and_not_indexed_elsewhere(proxy: Proxy) -> None:
     words = ("--tokenizer", "s3://everywhere/text", "--json")
     there = json.loads(said("data", "inspect", "s3://everywhere/text/megatron_uint16.bin", *words))

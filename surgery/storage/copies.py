@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ from surgery.writing.locking import BUSY
 
 LOG = logging.getLogger(__name__)
 _known: dict[tuple[Address, tuple[str, ...]], Path] = {}
-_lock = threading.Lock()
 
 
 def here(path: str | os.PathLike[str], names: Sequence[str] = ()) -> Path:
@@ -34,9 +32,8 @@ def here(path: str | os.PathLike[str], names: Sequence[str] = ()) -> Path:
     if not is_address(path):
         return Path(path)
     asked = parse(path), tuple(names)
-    with _lock:
-        if asked not in _known or not _known[asked].exists():
-            _known[asked] = _copied(*asked)
+    if asked not in _known or not _known[asked].exists():
+        _known[asked] = _copied(*asked)
     return _known[asked]
 
 
@@ -52,7 +49,7 @@ def _copied(address: Address, names: Sequence[str]) -> Path:
 
 
 def _bring(plan: Pulling) -> None:
-    """Pull what is not there yet, or wait until another process has."""
+    """Pull what is not there yet, or wait until another process or thread has."""
     if not plan.dst.exists():
         LOG.info("bringing %s here: %s", plan.address, human(plan.bytes))
     while not plan.dst.exists():

@@ -58,7 +58,8 @@ def outgoing(dst: Path_, request: Request, bar: Bar = lambda total: nullcontext(
         _vacant(address, earlier, request.force)
         shutil.rmtree(place, ignore_errors=True)
         known_as(str(place), str(address))
-        yield place
+        with _room():
+            yield place
         asked = Push(force=request.force, supersedes=earlier)
         plan = prepare(place, dst, asked)
         with open(plans, "a") as file:
@@ -71,6 +72,17 @@ def outgoing(dst: Path_, request: Request, bar: Bar = lambda total: nullcontext(
             shutil.rmtree(base)
         os.close(lock)
         os.close(fd)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Within, whoever lacks room on the disk is told which disk it is."""
+    try:
+        yield
+    except OutputError as error:
+        if (error.hint or "").startswith("make room"):
+            error.hint = f"it is written to {cache()} first: make room there, or name another disk by SURGERY_CACHE"
+        raise
 
 
 def _vacant(address: Address, earlier: tuple[str, ...], force: bool) -> None:
