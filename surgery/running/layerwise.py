@@ -152,6 +152,8 @@ def layer_by_layer(
     finally:
         for handle in handles:
             handle.remove()
+        if blocks:
+            blocks.free()
 
 
 def held_at_once(model: Any, checkpoint: Checkpoint) -> int:

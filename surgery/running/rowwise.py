@@ -69,6 +69,10 @@ class Blocks:
         wide = self._space("_wide", size, str(self.dtype).removeprefix("torch.")).view(shape)
         return wide.copy_(stored.view(shape))
 
+    def free(self) -> None:
+        """Give the memory back: the modules that read into it refer to themselves, and are collected much later."""
+        self._stored = self._wide = None
+
     def _space(self, name: str, count: int, dtype: str) -> torch.Tensor:
         import torch
 
