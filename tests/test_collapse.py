@@ -160,7 +160,9 @@ def test_the_routers_shares_are_those_of_the_reference(tiny_hf):
             return super().feed(i, x)
 
     Watching(source.spec, {n: p.full().float() for n, p in source.parts.items()}).run(ids)
-    for layer, (shares, total) in router_shares(source, 64).items():
+    with pytest.raises(UsageError, match=r"running 64 tokens takes at least [\d.]+ MB of memory"):
+        router_shares(source, 64, memory=1 << 20)
+    for layer, (shares, total) in router_shares(source, 64, memory=6 << 20).items():
         assert total == pytest.approx(1)
         torch.testing.assert_close(torch.tensor(shares), seen[layer], rtol=1e-3, atol=1e-4)
 

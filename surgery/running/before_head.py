@@ -9,15 +9,24 @@ The logits of all tokens may take more memory than a layer: here they are never 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.formats.base import Checkpoint
+from surgery.model.spec import Spec
 from surgery.running.device import CPU, Device
-from surgery.running.layerwise import Route, empty_model, layer_by_layer, observed, weights_of, with_family
+from surgery.running.layerwise import (
+    Route,
+    empty_model,
+    held_at_once,
+    layer_by_layer,
+    observed,
+    weights_of,
+    with_family,
+)  # fmt: skip
 from surgery.running.loading import explained, logits_divisor, quiet
-from surgery.running.rowwise import Blocks
+from surgery.running.rowwise import LEAST, SPARE, Blocks, room_within
 from surgery.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -69,3 +78,24 @@ def before_head(checkpoint: Checkpoint, tokens: torch.Tensor, dtype: str, on: De
             getattr(model, HEAD).forward = keep
             model(input_ids=on.holds(tokens), use_cache=False)
         return BeforeHead(found[0], head, logits_divisor(model), on, routes)
+
+
+def room_for(models: Iterable[Checkpoint], tokens: int, memory: int, what: str, fewer: str = "") -> int:
+    """The `room` of runs of these models, one after the other, on so many tokens, that keep within `memory` bytes.
+
+    Raises UsageError, with the least that it takes, and with how many tokens would fit, as `fewer` says it.
+    """
+    held = each = 0
+    for model in map(with_family, models):
+        with explained("transformers cannot run the model", model.path), quiet():
+            held = max(held, held_at_once(empty_model(model, "float32"), model))
+        each = max(each, _of_a_token(model.spec))
+    fitting = max(0, (memory - held - SPARE * LEAST) // each)
+    return room_within(memory, held + tokens * each, what, fewer and fewer.format(fitting))
+
+
+def _of_a_token(spec: Spec) -> int:
+    """Bytes: its hidden states in three runs, a pass over a layer, its experts' outputs, and two runs' routes."""
+    wide = max(spec.width, spec.heads * spec.head_dim, spec.ffn, spec.expert_ffn)
+    routes = 2 * spec.layers * (spec.experts + 2 * spec.top_k)
+    return 4 * (3 * spec.width + 4 * wide + 3 * spec.top_k * spec.width + routes)

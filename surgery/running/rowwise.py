@@ -25,7 +25,7 @@ SPARE = 2  # of a block: itself, and what reading and multiplying it takes
 NUMBER = 8  # bytes of a number in a block: as it is stored, at most 4 (of doubles 8), and as it is computed with
 
 
-def room_within(memory: int, kept: int, what: str, else_: str) -> int:
+def room_within(memory: int, kept: int, what: str, else_: str = "") -> int:
     """What a block may take, in bytes, of a run that keeps so many.
 
     Raises UsageError, with the least that is needed and what can be done `else_`, if none is left.
@@ -34,7 +34,7 @@ def room_within(memory: int, kept: int, what: str, else_: str) -> int:
     if left < LEAST:
         least = human((kept + SPARE * LEAST) * 1.01)  # not less, however it is rounded
         raise UsageError(f"{what} takes at least {least} of memory, {human(memory)} are allowed",
-                         hint=f"--max-memory {least.replace(' ', '')}; {else_}")  # fmt: skip
+                         hint="; ".join(filter(None, (f"--max-memory {least.replace(' ', '')}", else_))))  # fmt: skip
     return left
 
 

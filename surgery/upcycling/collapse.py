@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.containers.text import read_json
+from surgery.conversion.request import MEMORY
 from surgery.errors import ConfigError, UsageError
 from surgery.formats.base import PROVENANCE, Checkpoint
 from surgery.formats.hf.config import choose_family, misfits
@@ -61,9 +62,10 @@ class Dense:
 
 
 def collapsed(
-    source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256, on: Device = CPU
-) -> Changed:
-    """Reads the experts once, to compare them.  `tokens` of text are run for `by-router`.
+    source: Checkpoint, by: str = "exact", force_lossy: bool = False, tokens: int = 256, on: Device = CPU,
+    memory: int = MEMORY,
+) -> Changed:  # fmt: skip
+    """Reads the experts once, to compare them.  `tokens` of text are run for `by-router`, within `memory` bytes.
 
     Raises ConfigError for a dense model, UsageError if it is not exact and that was not allowed.
     """
@@ -82,7 +84,7 @@ def collapsed(
             hint="--collapse average or --collapse by-router takes means, with --force-lossy",
         )
     if inexact and by == "by-router":
-        shares = router_shares(source, tokens, on)
+        shares = router_shares(source, tokens, on, memory)
         found |= {i: replace(found[i], weights=tuple(shares[i][0]), factor=shares[i][1]) for i in inexact}
     dense = _dense(source, found, losses)
     kinds = Counter(f"mean ({d.why})" if d.weights else f"{d.shards} shards" for d in found.values())
@@ -263,14 +265,14 @@ def _recorded_up(source: Checkpoint) -> float:
 # ---------------------------------------------------------------------------------------------- what a router does
 
 
-def router_shares(source: Checkpoint, tokens: int, on: Device = CPU) -> Shares:
+def router_shares(source: Checkpoint, tokens: int, on: Device = CPU, memory: int = MEMORY) -> Shares:
     """By layer, the share of the router's weight that each expert gets on a text, and a token's mean sum of weights."""
-    from surgery.running.layerwise import forward
+    from surgery.running.before_head import before_head, room_for
     from surgery.running.tokens import prose_tokens
 
     spec, ids = source.spec, prose_tokens(source, tokens)[0]
-    out = {}
-    for layer, route in forward(source, ids, "float32", on).routes.items():
+    room, out = room_for([source], ids.numel(), memory, f"running {ids.numel():,} tokens"), {}
+    for layer, route in before_head(source, ids, "float32", on, room=room).routes.items():
         chances = route.logits.softmax(-1) if spec.router_score == "softmax" else route.logits.sigmoid()
         weight = chances.gather(-1, route.chosen)
         if spec.top_k_renormalised:

@@ -20,11 +20,9 @@ from surgery.errors import MismatchError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import with_rows
 from surgery.model.spec import Spec
-from surgery.running.before_head import before_head
+from surgery.running.before_head import before_head, room_for
 from surgery.running.device import CPU, Device
-from surgery.running.layerwise import Route, bytes_of_a_pass, empty_model, held_at_once, with_family
-from surgery.running.loading import explained, quiet
-from surgery.running.rowwise import LEAST, SPARE, room_within
+from surgery.running.layerwise import Route, bytes_of_a_pass
 from surgery.running.tokens import prose_tokens
 from surgery.upcycling.distance import Distance, distance
 
@@ -118,22 +116,9 @@ def bytes_to_read(source: Checkpoint, result: Checkpoint) -> int:
     return 2 * (once + head) if source.dtype in NARROW else once
 
 
-def room_for(source: Checkpoint, result: Checkpoint, tokens: int, memory: int) -> int:
-    """What a block of a proof may take, in bytes.  Raises UsageError, with the least that it takes, if none is left."""
-    held = each = 0
-    for model in map(with_family, (source, result)):
-        with explained("transformers cannot run the model", model.path), quiet():
-            held = max(held, held_at_once(empty_model(model, "float32"), model))
-        each = max(each, _of_a_token(model.spec))
-    fitting = max(0, (memory - held - SPARE * LEAST) // each)
-    what, hint = f"the proof on {tokens:,} tokens", f"--verify-tokens {fitting}{'' if fitting else ', no proof'}"
-    return room_within(memory, held + tokens * each, what, hint)
-
-
-def _of_a_token(spec: Spec) -> int:
-    """Bytes: its hidden states in three runs, a pass over a layer, and its experts' outputs, in fp32."""
-    wide = max(spec.width, spec.heads * spec.head_dim, spec.ffn, spec.expert_ffn)
-    return 4 * (3 * spec.width + 4 * wide + 3 * spec.top_k * spec.width)
+def room_of_proof(source: Checkpoint, result: Checkpoint, tokens: int, memory: int) -> int:
+    """What a block of a proof may take, in bytes.  Raises UsageError as `room_for`, and says how many tokens fit."""
+    return room_for((source, result), tokens, memory, f"the proof on {tokens:,} tokens", "--verify-tokens {}")
 
 
 def prove(
@@ -145,7 +130,7 @@ def prove(
     """
     began = time.monotonic()
     tokens, text = prose_tokens(source, count)
-    room = room_for(source, result, tokens.numel(), memory)
+    room = room_of_proof(source, result, tokens.numel(), memory)
     dense, moe, dtype = source, _same_rows(result, claim), source.dtype
     wide, run = (before_head(model, tokens, "float32", on, room=room) for model in (dense, moe))
     fp32 = distance(run, wide, tokens, room)

@@ -27,7 +27,7 @@ from surgery.upcycling.attention_experts import attended
 from surgery.upcycling.collapse import collapsed
 from surgery.upcycling.dense_to_moe.build import upcycled
 from surgery.upcycling.edit_experts.choose import chosen
-from surgery.upcycling.proof import Made, Proof, bytes_to_read, prove, room_for
+from surgery.upcycling.proof import Made, Proof, bytes_to_read, prove, room_of_proof
 from surgery.upcycling.request import Collapse, Edit, Proven, Upcycle
 from surgery.writing import stream
 
@@ -101,7 +101,13 @@ def prepare_edit(src: Path_, request: Edit, on: Device | None = None) -> Prepare
 def prepare_collapse(src: Path_, request: Collapse, on: Device | None = None) -> Prepared:
     """As `prepare`, for a mixture that becomes dense."""
     by, lossy = request.by, request.force_lossy
-    return prepare_change(src, lambda source, on: collapsed(source, by, lossy, on=on), request, {"collapse": by}, on)
+    return prepare_change(
+        src,
+        lambda source, on: collapsed(source, by, lossy, on=on, memory=request.memory),
+        request,
+        {"collapse": by},
+        on,
+    )
 
 
 def prepare_change(
@@ -134,7 +140,7 @@ def carry_out(
     request, found, others = ready.request, list[Proof](), ready.made.models[1:]
     told, tokens = proving or request.proving, request.proof_tokens
     if tokens:
-        room_for(ready.made.models[0], ready.made.checkpoint, tokens, ready.plan.max_memory)
+        room_of_proof(ready.made.models[0], ready.made.checkpoint, tokens, ready.plan.max_memory)
     for other in others:
         refuse_overlap(other.path, Path(dst))
 
