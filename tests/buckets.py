@@ -132,6 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
+        if fault == "other bytes":
+            data = data[:-8] + bytes(8 - len(data[-8:])) + data[-8:][::-1]
         self.answer(status, headers, data, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward

@@ -265,6 +265,67 @@ def test_a_disk_too_small_for_an_output_on_its_way_is_named(
     assert "Contents" not in store.client.list_objects_v2(Bucket=BUCKET, Prefix="large")
 
 
+def shards(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
+
+
+def test_an_output_larger_than_the_disk_is_sent_file_by_file(
+    store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, url = tiny_hf("llama"), f"s3://{BUCKET}/streamed"
+    whole = surgery.convert(source, tmp_path / "here", to="hf", options={"shard_size": "600KB"})
+    held = shards(tmp_path / "here")
+    assert len(held) > 3
+
+    def keys() -> dict[str, int]:
+        found = store.client.list_objects_v2(Bucket=BUCKET, Prefix="streamed/").get("Contents", [])
+        return {o["Key"].removeprefix("streamed/"): o["Size"] for o in found}
+
+    most: list[int] = []
+
+    def watch(number: int, method: str, path: str) -> str | None:
+        files = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+        most.append(sum(p.stat().st_blocks * 512 for p in files))
+        stop = "redirect" if fail and method == "PUT" and path.endswith(sorted(held)[2]) else None
+        return stop
+
+    monkeypatch.setattr(stream, "free_space", lambda dst: 1_500_000)
+    store.proxy.fault, fail = watch, True
+    with pytest.raises(FileError, match=sorted(held)[2]):
+        surgery.convert(source, url, to="hf", options={"shard_size": "600KB"})
+    assert keys().keys() == {".surgery-push.json", *sorted(held)[:2]}  # no index and no config, and claimed
+    with pytest.raises(FileError, match="a push that has not ended"):
+        open_checkpoint(url)
+    fail = False
+    store.proxy.seen.clear()
+    done = surgery.convert(source, url, to="hf", options={"shard_size": "600KB"})
+    assert any("the disk had room for" in note for note in done.notes)
+    assert done.verified and done.content_digest == whole.content_digest and max(most) < 1_500_000
+    sent = [path.rpartition("/")[2] for method, path, _ in store.proxy.seen if method == "PUT"]
+    assert not {*sorted(held)[:2]} & {*sent} and sent[-1] == "surgery.json"
+    there = {n: store.client.get_object(Bucket=BUCKET, Key=f"streamed/{n}")["Body"].read() for n in held}
+    assert there == held and keys().keys() - held.keys() >= {"config.json", "surgery.json"}
+    assert store.proxy.gets("streamed/model-")  # read back where it is
+    assert not list((tmp_path / "cache" / "outgoing").iterdir())
+    monkeypatch.undo()
+
+
+def test_what_is_spoilt_on_its_way_is_found_before_it_is_a_checkpoint(
+    store: Store, tiny_hf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(number: int, method: str, path: str) -> Any:
+        if method == "GET" and "spoilt/model-00001" in path and "list-type" not in path:
+            return "other bytes"
+        return None
+
+    monkeypatch.setattr(stream, "free_space", lambda dst: 1_500_000)
+    store.proxy.fault = spoil
+    with pytest.raises(SurgeryError, match=r"read back differently"):
+        surgery.convert(tiny_hf("llama"), f"s3://{BUCKET}/spoilt", to="hf", options={"shard_size": "600KB"})
+    found = store.client.list_objects_v2(Bucket=BUCKET, Prefix="spoilt/")["Contents"]
+    assert not {"spoilt/surgery.json", "spoilt/config.json"} & {o["Key"] for o in found}
+
+
 @pytest.mark.slow  # both import what runs models
 def test_soups_and_upcycling_take_addresses(store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
     source = tiny_hf("llama")
@@ -275,6 +336,21 @@ def test_soups_and_upcycling_take_addresses(store: Store, tiny_hf: Callable[[str
     assert surgery.verify(tmp_path / "merged", source).verdict == "the same model"
     done = surgery.upcycle(url, tmp_path / "moe", experts=2, top_k=1, strategy="copy")
     assert done.proof and done.proof.verdict == "exact"
+
+
+@pytest.mark.thorough
+def test_upcycling_and_soups_larger_than_the_disk_are_proven_where_they_are(
+    store: Store, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, small = tiny_hf("llama"), {"options": {"shard_size": "400KB"}}
+    shutil.copytree(source, tmp_path / "two")
+    monkeypatch.setattr(stream, "free_space", lambda dst: 1_200_000)
+    done = surgery.upcycle(source, f"s3://{BUCKET}/small-moe", experts=2, top_k=1, strategy="copy", **small)
+    assert done.proof and done.proof.verdict == "exact" and "room for" in " ".join(done.report.notes)
+    models = [{"model": str(path), "parameters": {"weight": 1}} for path in (source, tmp_path / "two")]
+    merged = surgery.soup({"merge_method": "linear", "models": models}, f"s3://{BUCKET}/small-merged", **small)
+    assert "room for" in " ".join(merged.notes)
+    assert surgery.verify(source, f"s3://{BUCKET}/small-merged").verdict == "the same model"
 
 
 @pytest.mark.thorough

@@ -16,5 +16,5 @@ pull.py       what lies at an address into a folder      landing.py     the hidd
 proof.py      digests that stores tell
 
 hub_push.py   the folder becomes a commit of the hub     card.py        a model card, made from surgery.json
-outgoing.py   outputs whose destination is an address
+outgoing.py   outputs whose destination is an address        streamed.py  those larger than the disk
 """

@@ -4,7 +4,8 @@
         write(place)
 
 The place is looked at before anything is written.  A run that was killed while it wrote goes on there; one that was
-killed while it pushed writes again, and sends what is not there yet.
+killed while it pushed writes again, and sends what is not there yet.  Where the disk is too small for all, each file of
+weights is sent when it is complete (`streamed.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,8 @@ from surgery.storage.listing import UNFINISHED
 from surgery.storage.mirror import cache
 from surgery.storage.push import Push, carried_out, digest, prepare
 from surgery.storage.store import open_store
+from surgery.storage.streamed import Streamed
+from surgery.writing.leaving import leaving
 from surgery.writing.locking import locked
 
 PLANS = "plans"  # beside the folder: what was begun to be pushed from it
@@ -58,14 +62,16 @@ def outgoing(dst: Path_, request: Request, bar: Bar = lambda total: nullcontext(
         _vacant(address, earlier, request.force)
         shutil.rmtree(place, ignore_errors=True)
         known_as(str(place), str(address))
-        with _room():
+        sent = Streamed(address, plans, earlier)
+        with _room(), leaving(place, sent.leave) if address.scheme in BUCKETS else nullcontext():
             yield place
-        asked = Push(force=request.force, supersedes=earlier)
-        plan = prepare(place, dst, asked)
-        with open(plans, "a") as file:
-            file.write(f"{digest(plan)}\n")
-        with bar(plan.bytes_to_send) as advance:
-            carried_out(plan, place, Push(force=request.force, supersedes=earlier, progress=advance))
+        with sent.standing_in(place):
+            asked = Push(force=request.force, supersedes=sent.begun)
+            plan = prepare(place, dst, asked, sent.etags)
+            with open(plans, "a") as file:
+                file.write(f"{digest(plan)}\n")
+            with bar(plan.bytes_to_send) as advance:
+                carried_out(plan, place, replace(asked, progress=advance))
         shutil.rmtree(base)
     finally:
         if base.exists() and os.listdir(base) == ["lock"]:  # nothing to go on with

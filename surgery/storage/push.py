@@ -108,8 +108,11 @@ def push(src: Path_, dst: Path_, request: Push) -> Pushed:
     return carried_out(prepare(src, dst, request), src, request)
 
 
-def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
-    """Look at the folder and at the place; nothing is written.  Raises SurgeryError if it may not be pushed there."""
+def prepare(src: Path_, dst: Path_, request: Push, sent: Mapping[str, str] | None = None) -> Pushing:
+    """Look at the folder and at the place; nothing is written.  `sent`: the ETags of files that are there already.
+
+    Raises SurgeryError if it may not be pushed there.
+    """
     if is_address(src) or not is_address(dst):
         raise UsageError("surgery push takes a folder of this machine and an address",
                          hint="surgery push FOLDER s3://BUCKET/PREFIX")  # fmt: skip
@@ -126,8 +129,9 @@ def prepare(src: Path_, dst: Path_, request: Push) -> Pushing:
     if odd := [flag for flag in ("message", "public", "force") if getattr(request, flag)]:
         raise UsageError(f"--{odd[0]} is for the hub, not for buckets")
     told = from_threads(request.progress or (lambda n: None))
-    etags = together(lambda item, stop: etag_of(item, told), items, FILES)
-    known = {item.name: etag for item, etag in zip(items, etags, strict=True)}
+    here = [item for item in items if item.name not in (sent or {})]
+    etags = together(lambda item, stop: etag_of(item, told), here, FILES)
+    known = {item.name: etag for item, etag in zip(here, etags, strict=True)} | dict(sent or {})
     plan = Pushing(address, tuple(items), known, {})
     return replace(plan, there=_there(open_store(address), plan, request.supersedes))
 

@@ -143,6 +143,11 @@ def stand_in(path: str, remote: Remote) -> None:
     _places[path] = remote
 
 
+def forget(path: str) -> None:
+    """From now on `path` is what lies there."""
+    _places.pop(path, None)
+
+
 def at(path: str) -> Remote | None:
     """The object that a path stands for; None of a plain file."""
     return _places.get(path)

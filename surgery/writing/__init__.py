@@ -8,4 +8,5 @@ readback.py  what was written, read again                   locking.py    one ru
 publishing.py  the last step                                renaming.py   renames that take nothing away
 replaceable.py what --force may replace                     scratch.py    temporary folders
 shards.py      one output by several processes
+leaving.py     weights that leave a disk too small for all
 """

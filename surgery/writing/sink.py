@@ -27,7 +27,8 @@ from surgery.errors import ADVICE, SHORT, OutputError, shortage
 from surgery.tensors.files import kept_open
 from surgery.tensors.fingerprint import Counts, Ledger
 from surgery.writing.journal import Journal, Line, State
-from surgery.writing.staging import Staging, hidden_of
+from surgery.writing.leaving import Leave, may_leave
+from surgery.writing.staging import Staging, data_of, hidden_of
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 BACKLOG = 64  # files that may wait for their fsync
@@ -63,6 +64,7 @@ class Sink:
     """Writes to the files of a stage.
 
     every    bytes between two checkpoints inside a file
+    leave    what takes each file of weights when it is complete, if the disk is too small for all
     kept     file -> regions whose CRC-32 is to be known in the end, in `checks`, besides all those of archives
     """
 
@@ -81,6 +83,7 @@ class Sink:
         self.ledger.counts = dict(state.counts)
         self.progress = progress or (lambda n: None)
         self.file: OutputFile | None = None
+        self.leave: Leave | None = None
         self.fd, self.at, self.since, self.reported = -1, (0, 0), 0, 0
         self.crcs: dict[int, int] = {}
         self.checks = dict(state.checks)
@@ -177,7 +180,9 @@ class Sink:
         fd, self.fd = self.fd, -1
         self.syncer.put(fd, self._line(done=self.file.size), close=True)
         self._report(self.file.size)
-        self.file = None
+        name, self.file = self.file.name, None
+        if self.leave and may_leave(name):
+            self.leave(name, data_of(self.stage.dst) / name)
 
     def checkpoint(self) -> None:
         """Have the journal say how far the current file is, as soon as that is true on disk."""

@@ -38,6 +38,7 @@ from surgery.units import human
 from surgery.writing.ahead import ahead
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.journal import State
+from surgery.writing.leaving import Leave, leave_of, may_leave
 from surgery.writing.readback import proven, unproven
 from surgery.writing.shards import Shard, adopt, discard_shards
 from surgery.writing.sink import Begin, Block, Sink, Step, boot_id, os_errors
@@ -176,7 +177,7 @@ def _fill(
     """Write what is not written yet."""
     with sink:
         tally.resumed = sink.resumed(files)
-        _check_space(tally.dst, tally.total - tally.resumed)
+        sink.leave = _check_space(tally, files)
         tally.count(tally.resumed)
         _take(_steps(files, sink.state, ledger, block), threads, sink, tally.dst)
 
@@ -350,14 +351,21 @@ def _check_sources(sources: Iterable[str], dst: Path) -> None:
             raise OutputError("holds the source, so it cannot be replaced", file=dst, hint="write elsewhere, then move")
 
 
-def _check_space(dst: Path, need: int) -> None:
-    free = free_space(dst)
-    if need > free:
-        raise OutputError(
-            f"{human(need)} are needed and {human(free)} are free: {human(need - free)} are missing",
-            file=dst,
-            hint="make room, or choose a destination on another disk",
-        )
+def _check_space(tally: _Tally, files: Sequence[OutputFile]) -> Leave | None:
+    """What takes files of weights when they are complete, if there is no room for all.  Raises OutputError."""
+    need, free, leave = tally.total - tally.resumed, free_space(tally.dst), leave_of(tally.dst)
+    if need <= free:
+        return None
+    staying = sum(file.size for file in files if not may_leave(file.name))
+    if leave and staying + max(file.size for file in files) <= free:
+        what = f"of {human(need)} the disk had room for {human(free)}"
+        tally.notes.append(f"{what}: each file of weights was sent when it was complete")
+        return leave
+    raise OutputError(
+        f"{human(need)} are needed and {human(free)} are free: {human(need - free)} are missing",
+        file=tally.dst,
+        hint="make room, or choose a destination on another disk",
+    )
 
 
 def free_space(dst: Path) -> int:
