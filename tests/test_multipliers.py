@@ -48,7 +48,9 @@ def test_a_config_comes_back_as_it_was():
     again = write_config(read_config(stated, "config.json")[0], {}, "float32", "granite")
     assert {key: again[key] for key in KEYS} == {key: stated[key] for key in KEYS}
     usual = read_config(tiny.config("granite", attention_multiplier=0.31622777).to_dict(), "config.json")[0]
-    assert usual.score_scale is None  # 1 / sqrt(10), rounded
+    assert usual.score_scale is None  # 1 / sqrt(10), in single precision
+    near = read_config(tiny.config("granite", attention_multiplier=0.316228).to_dict(), "config.json")[0]
+    assert near.score_scale == 0.316228
     absent = {k: v for k, v in stated.items() if k not in KEYS}
     spec, _, notes = read_config(absent, "config.json")
     assert (spec.embed_scale, spec.residual_scale, spec.score_scale, spec.logits_divisor) == (1.0, 1.0, 1.0, 1.0)

@@ -340,6 +340,13 @@ def test_the_names_are_those_that_vllm_loads(target, up):
         assert config["num_experts"] == config.get("num_local_experts", config.get("moe_num_experts")) == 8
 
 
+def test_what_llama_cpp_makes_of_a_qwen2_moe_is_told(tiny_hf):
+    told = {family: [note for note in upcycled(open_checkpoint(tiny_hf(family)), Settings(4, 2)).checkpoint.notes
+                     if note.startswith("llama.cpp")] for family in ("qwen2", "llama")}  # fmt: skip
+    assert told["llama"] == []
+    assert ["NaN" in told["qwen2"][0], "does not divide" in told["qwen2"][1]] == [True, True]
+
+
 @pytest.mark.parametrize(("settings", "told"), [(GROUP, True), ({**COPY, "top_k": 4, "router": "zeros",
                                                                  "normalise": False}, False)])  # fmt: skip
 def test_what_vllm_does_not_read_is_told(settings, told, tiny_hf):

@@ -10,6 +10,7 @@ and must give the same Spec.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -114,9 +115,9 @@ def _heads(family: Family, keys: Keys) -> Json:
 
 
 def _read_scores(family: Family, keys: Keys, head_dim: int) -> float | None:
-    """The factor on attention scores; None for the usual one, however it is rounded."""
+    """The factor on attention scores; None for the usual one, which in single precision is the same number."""
     said, usual = keys.real(family.scores) if family.scores else head_dim**-0.5, head_dim**-0.5
-    return None if abs(said - usual) <= 1e-6 * usual else said
+    return None if struct.pack("f", said) == struct.pack("f", usual) else said
 
 
 def _read_windows(family: Family, keys: Keys) -> tuple[int, ...]:

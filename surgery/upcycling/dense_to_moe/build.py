@@ -130,9 +130,11 @@ def _notes(dense: Spec, spec: Spec, layout: Layout, target: Target) -> list[str]
         out.append(
             f"a {spec.family} always has a shared expert: it gets {spec.shared_ffn} neurons whose output is zero"
         )
+    if target.spoilt:
+        out.append(target.spoilt)
     if target.undivided and spec.top_k_renormalised:
-        out.append(f"vLLM does not divide the chosen weights of a {spec.family} by their sum, as the config and "
-                   "transformers have it: there the result computes something else")  # fmt: skip
+        out.append(f"{target.undivided} does not divide the chosen weights of a {spec.family} by their sum, as the "
+                   "config and transformers have it: there the result computes something else")  # fmt: skip
     return out
 
 

@@ -26,7 +26,8 @@ IDLE = 16  # neurons of a shared expert that a family insists on
 class Target:
     """A family.  `shared`: it always has a shared expert; `biases`: readers expect biases of q, k, v; `untied`:
     readers expect an output head; `exact_router`: it computes the router's logits in fp32, so that none tie in bf16;
-    `undivided`: vLLM does not divide the chosen weights by their sum, whatever the config says.
+    `undivided`: a program that does not divide the chosen weights by their sum, whatever the config says; `spoilt`:
+    what else a program makes of it that transformers does not.
     """
 
     family: str
@@ -34,7 +35,8 @@ class Target:
     biases: bool = False
     untied: bool = False
     exact_router: bool = False
-    undivided: bool = False
+    undivided: str = ""
+    spoilt: str = ""
     about: str = ""
 
 
@@ -44,10 +46,17 @@ TARGETS: Mapping[str, Target] = {
         Target("mixtral", about="Llama and Mistral"),
         Target("granitemoeshared", about="Llama and Granite with a shared expert"),
         Target("granitemoe", about="Llama and Granite"),
-        Target("qwen2_moe", shared=True, biases=True, about="Llama and Qwen2; layers may stay dense"),
+        Target(
+            "qwen2_moe",
+            shared=True,
+            biases=True,
+            undivided="llama.cpp",
+            about="Llama and Qwen2; layers may stay dense",
+            spoilt="llama.cpp computes NaN where the shared expert's gate is 0, as it is here",
+        ),
         Target("qwen3_moe", about="Qwen3; layers may stay dense"),
-        Target("flex_olmo", undivided=True, about="OLMo 2"),
-        Target("olmoe", undivided=True, about="models that norm all of q and k, norms in front"),
+        Target("flex_olmo", undivided="vLLM", about="OLMo 2"),
+        Target("olmoe", undivided="vLLM", about="models that norm all of q and k, norms in front"),
         Target(
             "glm4_moe", shared=True, untied=True, exact_router=True, about="Llama; a factor on the router's weights"
         ),
