@@ -3,6 +3,7 @@
     SurgeryError            anything the user or the file got wrong; shown without a traceback, exit status 1
     |-- FileError           a file is broken, hostile, truncated, missing, or not what its name says
     |-- LayoutError         tensors and the format's table disagree: names, shapes, dtypes, divisibility
+    |   `-- NoStateError    no state of an optimizer is there, or one of a kind that is not read
     |-- ConfigError         a config file or key cannot be understood or cannot be represented in the target
     |   `-- AmbiguousError  the files can be read in several ways; `readings` are the options that decide
     |-- UsageError          flags or arguments do not fit together; exit status 2
@@ -64,6 +65,10 @@ class FileError(SurgeryError):
 
 class LayoutError(SurgeryError):
     """Tensors and the format's table disagree."""
+
+
+class NoStateError(LayoutError):
+    """No state of an optimizer is there, or one of a kind that is not read.  What is there may be sound."""
 
 
 class ConfigError(SurgeryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.errors import FileError, LayoutError
+from surgery.errors import FileError, LayoutError, NoStateError
 from surgery.formats.hf.order import in_order, spared
 from surgery.formats.optimizer import MASTER, MOMENTS
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.loop import fresh_state, prepare, train
 from surgery.midtraining.run_file import make_run
+from surgery.midtraining.run_folder import RUN
 from surgery.midtraining.settings import Init
 from surgery.midtraining.start import find_start
 from tests.oracle import same_bits
@@ -25,7 +27,7 @@ from tests.replay import Curve, replay
 from tests.test_midtrain_loop import record, settings
 from tests.test_midtrain_replay import GOLDEN as CURVES
 from tests.test_midtrain_replay import apart
-from tests.test_optimizer import GOLDEN
+from tests.test_optimizer import FLAT, GOLDEN, OPTIONS, RANK, copied, trees
 
 CORE = CURVES / "core_olmo2_anneal_inherit"
 
@@ -126,18 +128,87 @@ def test_megatrons_masters_moments_and_rate_are_in_the_model(tmp_path):
     assert job.source.parts["embed"].dtype == "bfloat16"  # and so will be what is exported
 
 
-def test_a_state_that_cannot_be_read_is_said_or_refused(tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(GOLDEN / "hf-llama", folder)
-    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
-    opened = open_checkpoint(folder)
-    note = find_start(Init(), opened).note
-    assert note.startswith("Adam's moments start at zero, as those of run do not fit: ") and "groups" in note
+def _eight_bits(path: Path) -> None:
+    tree = trees(path)
+    tree["state"] = {i: {"step": 2, "state1": torch.zeros(4, dtype=torch.uint8)} for i in tree["state"]}
+    torch.save(tree, path)
+
+
+UNREAD = {  # states that are of another kind, or have been left out on purpose
+    "no groups": ("hf-llama", "optimizer.pt", lambda path: torch.save({"state": {}, "param_groups": []}, path)),
+    "eight bits": ("hf-llama", "optimizer.pt", _eight_bits),
+    "cut from Megatron's files": ("megatron-flat", FLAT, Path.unlink),
+}
+
+
+@pytest.mark.parametrize("kind", UNREAD)
+def test_a_state_of_a_kind_that_is_not_read_is_said(kind, tmp_path):
+    case, name, change = UNREAD[kind]
+    change(copied(case, tmp_path / "run") / name)
+    opened = open_checkpoint(tmp_path / "run")
+    assert find_start(Init(), opened).note.startswith("Adam's moments start at zero, as those of run are not read: ")
+    with pytest.raises(NoStateError):
+        find_start(Init(optimizer=str(tmp_path / "run")), opened)
+
+
+def _half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _put(value: float, role: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        tree = trees(path)
+        tree["state"][3][role].view(-1)[5] = value
+        torch.save(tree, path)
+
+    return change
+
+
+def _other_masters(path: Path) -> None:
+    tree = trees(path)
+    next(iter(tree[0].values()))["param"][9] += 1
+    torch.save(tree, path)
+
+
+BROKEN = {
+    "cut": ("hf-llama", "optimizer.pt", _half, "."),
+    "no number": ("hf-llama", "optimizer.pt", _put(float("nan"), "exp_avg"), r"1 values of exp_avg of model\.layers"),
+    "no square": ("hf-llama", "optimizer.pt", _put(-1.0, "exp_avg_sq"), "1 values of exp_avg_sq of .* negative"),
+    "a rank is missing": ("neox-zero1", RANK.format(0), Path.unlink, "zero_pp_rank_0_mp_rank_00.* is missing"),
+    "of another save": ("megatron-flat", FLAT, _other_masters, "does not round to its weight"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_state_stops_the_run_and_says_how_to_go_on(how, tmp_path):
+    case, name, change, words = BROKEN[how]
+    change(copied(case, tmp_path / "run") / name)
+    value = settings(tmp_path / "run", record(tmp_path / "b.npz", masked=False, packed=False), tmp_path / "out")
+    value["model"]["options"] = OPTIONS.get(case, {})
+    with pytest.raises((FileError, LayoutError), match=words) as error:
+        prepare(make_run(value))
+    assert "`init: {optimizer: fresh}`" in (error.value.hint or "")
+    assert prepare(make_run({**value, "init": {"optimizer": "fresh"}})).start.moments is None
+
+
+def test_a_damaged_checkpoint_of_the_run_that_exported_a_model_is_refused(tiny_hf, tmp_path):
+    export, saved = (tmp_path / "r" / name for name in ("export/step000000003-hf", "checkpoints/step000000003"))
+    shutil.copytree(tiny_hf("llama"), export)
+    assert find_start(Init(), open_checkpoint(export)).moments is None
+    saved.mkdir(parents=True)
+    (tmp_path / "r" / RUN).write_text("{}")
+    with pytest.raises(FileError, match="MANIFEST") as error:
+        find_start(Init(), open_checkpoint(export))
+    assert "`init: {optimizer: fresh}`" in error.value.hint
+
+
+def test_a_state_that_is_named_has_to_be_there_and_to_fit(tmp_path):
+    opened = open_checkpoint(copied("hf-llama", tmp_path / "run"))
     other = open_checkpoint(GOLDEN / "hf-qwen3_moe")
     with pytest.raises(LayoutError, match="of another model"):
         find_start(Init(optimizer=str(GOLDEN / "hf-llama")), other)
-    (folder / "optimizer.pt").unlink()
+    (tmp_path / "run" / "optimizer.pt").unlink()
     with pytest.raises(FileError, match="holds no optimizer's state"):
-        find_start(Init(optimizer=str(folder)), opened)
+        find_start(Init(optimizer=str(tmp_path / "run")), opened)
     taken = find_start(Init(optimizer=str(GOLDEN / "hf-llama")), opened)
     assert taken.moments.step == 2

@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import surgery
-from surgery.errors import ConfigError, FileError, LayoutError, SurgeryError
+from surgery.errors import ConfigError, FileError, LayoutError, NoStateError, SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.flat import aligned
 from surgery.formats.megatron.files import open_rank
@@ -269,7 +269,7 @@ def test_steps_that_differ_and_moments_that_are_missing(tmp_path):
         opened(folder, "neox-zero1")
     tree["optimizer_state_dict"]["base_optimizer_state"]["state"][1] = {"step": 2, "momentum_buffer": torch.zeros(320)}
     torch.save(tree, path)
-    with pytest.raises(FileError, match="has no exp_avg of group 1"):
+    with pytest.raises(NoStateError, match="has no exp_avg of group 1"):
         opened(folder, "neox-zero1")
     path.unlink()
     with pytest.raises(FileError, match=r"zero_pp_rank_0_mp_rank_00_optim_states\.pt is missing"):

@@ -14,10 +14,8 @@ from surgery.conversion.report import states_of
 from surgery.errors import ConfigError, FileError
 from surgery.formats.base import Checkpoint, Format
 from surgery.formats.operations import from_masters
-from surgery.formats.optimizer import LAST_EXACT, Optimizer
+from surgery.formats.optimizer import ALONE, LAST_EXACT, Optimizer
 from surgery.tensors.fingerprint import STATE, Ledger
-
-ALONE = "without --optimizer the weights alone are converted"
 
 
 def check(source: Checkpoint, origin: Format, target: Format) -> None:

@@ -22,7 +22,7 @@ from surgery import tokenizer
 from surgery.containers.output import copied_file
 from surgery.errors import ConfigError, FileError, UsageError, show, shown, some
 from surgery.formats.account import OPTIMIZER, Rule, beside, inside, summed_up
-from surgery.formats.optimizer import Optimizer, States, Written, gather_states, spread_states, with_masters
+from surgery.formats.optimizer import ALONE, Optimizer, States, Written, gather_states, spread_states, with_masters
 from surgery.formats.parts import Parts, rows_html
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank, Topology
@@ -328,7 +328,7 @@ class Format:
             return draft.files(ranks)
         if draft.states is None:
             raise ConfigError(f"{self.name} checkpoints are written without an optimizer's state",
-                              hint="without --optimizer the weights alone are converted")  # fmt: skip
+                              hint=ALONE)  # fmt: skip
         found = spread_states(
             checkpoint.optimizer, draft.states_table or draft.table, checkpoint.spec, draft.topology, ranks
         )

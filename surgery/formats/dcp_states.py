@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.containers.dcp import Dcp
-from surgery.errors import FileError, LayoutError, show
+from surgery.errors import FileError, NoStateError, show
 from surgery.formats.optimizer import MOMENTS, Group, group_of, one_step
 from surgery.formats.torch_states import OTHERS, STEP, number_of, torch_group
 from surgery.formats.weave import Stored
@@ -49,8 +49,7 @@ def read_named(dcp: Dcp, top: str) -> Named | None:
         elif kind == STEP:
             steps.append(number_of(tensor, dcp.path))
         else:
-            raise LayoutError(f"has {show(key)}, which is no state of Adam", file=dcp.path,
-                              hint=OTHERS)  # fmt: skip
+            raise NoStateError(f"has {show(key)}, which is no state of Adam", file=dcp.path, hint=OTHERS)
     objects = {name: load for name, load in dcp.objects.items() if name.startswith(start)}
     steps += [_plain_number(name, load, dcp.path) for name, load in objects.items() if name.endswith(f".{STEP}")]
     return Named(roles, one_step(steps, dcp.path), _groups(dcp, f"{top}.param_groups."))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import LayoutError, show, some
+from surgery.errors import LayoutError, NoStateError, show, some
 from surgery.formats.table import Row, Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Parts, Shards, Stored, gather, spread
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 MASTER, M, V = "master", "exp_avg", "exp_avg_sq"
 MOMENTS = (M, V)
 ROLES = (MASTER, *MOMENTS)
+ALONE = "without --optimizer, or by `init: {optimizer: fresh}` in a run, the weights alone are taken"
 LAST_EXACT = 1 << 24  # steps: fp32, in which most formats count them, holds every whole number up to here
 UNTOLD = (
     "its files do not say the settings of its optimizer for {} (elastic checkpoints keep none): betas of 0.9 and "
@@ -126,7 +127,7 @@ class Rounded(Lazy):
             raise LayoutError(
                 f"the master of {self.name} does not round to its weight: they are not of the same tensor, or not of "
                 "the same save",
-                hint="without --optimizer the weights alone are converted",
+                hint=ALONE,
             )
         return master
 
@@ -139,8 +140,7 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
     table, weights, topology = states.table or table, states.weights or weights, states.topology or topology
     _check(states, weights)
     if MASTER in states.roles and topology.tp > 1 and any(r.summed for r, _ in table.live(spec, topology)):
-        raise LayoutError("stores biases as shares of a sum, and the masters of these are not read",
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError("stores biases as shares of a sum, and the masters of these are not read", hint=ALONE)
     roles: dict[str, Parts] = {}
     for role in MOMENTS:
         found = gather(_of_moments(table), states.roles[role], spec, topology, _UNTRAINED).parts
@@ -185,7 +185,7 @@ def one_step(steps: Iterable[float], file: object) -> int:
             if not found
             else (f"holds parameters with different numbers of steps: {some(sorted(found))}")
         )
-        raise LayoutError(what, file=str(file), hint="one number of steps can be carried; convert the weights alone")
+        raise LayoutError(what, file=str(file), hint=f"one number of steps can be carried; {ALONE}")
     step = found.pop()
     if not (0 <= step < 1 << 53 and step == int(step)):
         raise LayoutError(f"has taken {step} steps, which is no count", file=str(file))
@@ -199,12 +199,11 @@ def group_of(fields: Mapping[object, object], file: object) -> Group:
     good = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(_real(b) and 0 <= b < 1 for b in betas)
     if not good or not _real(eps) or not _real(decay) or not (lr is None or _real(lr)):
         said = {name: fields.get(name) for name in ("betas", "eps", "weight_decay", "lr")}
-        raise LayoutError(f"has a group of parameters that is none of Adam: {show(said)}", file=str(file),
-                          hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
+        raise NoStateError(f"has a group of parameters that is none of Adam: {show(said)}", file=str(file),
+                           hint="the state of Adam and AdamW is read; that of other optimizers is not")  # fmt: skip
     if fields.get("amsgrad") or (decay and fields.get("decoupled_weight_decay") is False):
         what = "keeps maxima (amsgrad)" if fields.get("amsgrad") else "adds weight decay to gradients (Adam, not AdamW)"
-        raise LayoutError(f"is of an optimizer that {what}, which no other format can say", file=str(file),
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError(f"is of an optimizer that {what}, which no other format can say", file=str(file), hint=ALONE)
     return Group((float(betas[0]), float(betas[1])), float(eps), float(decay), None if lr is None else float(lr))  # type: ignore[index,arg-type]
 
 
@@ -213,8 +212,9 @@ def _real(value: object) -> bool:
 
 
 def _check(states: States, weights: Shards) -> None:
-    """Raise LayoutError for tensors that are no state of any weight, or not of its shape."""
-    odd = []
+    """Raise LayoutError for tensors that are no state of any weight, or not of its shape, NoStateError for dtypes that
+    are not read."""
+    odd, other = [], []
     for role, shards in states.roles.items():
         for rank, shard in shards.items():
             for name, tensor in shard.items():
@@ -225,10 +225,11 @@ def _check(states: States, weights: Shards) -> None:
                     odd.append(f"{role} of {show(name)} has the shape {list(tensor.shape)[:8]}, its weight "
                                f"{list(weight.shape)[:8]}")  # fmt: skip
                 elif tensor.dtype not in _DTYPES or (role == MASTER and tensor.dtype != "float32"):
-                    odd.append(f"{role} of {show(name)} is {tensor.dtype}, which is not read")
+                    other.append(f"{role} of {show(name)} is {tensor.dtype}, which is not read")
     if odd:
-        raise LayoutError(f"the optimizer's state does not fit the weights: {some(odd)}",
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise LayoutError(f"the optimizer's state does not fit the weights: {some(odd)}", hint=ALONE)
+    if other:
+        raise NoStateError(f"the {some(other)}", hint=ALONE)
 
 
 def _of_states(table: Table) -> Table:

@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery.containers import open_file
 from surgery.containers.pickles.records import TensorRecord
-from surgery.errors import FileError, LayoutError, show, some
+from surgery.errors import FileError, NoStateError, show, some
 from surgery.formats.optimizer import MOMENTS, Group
 from surgery.tensors.lazy import Lazy
 
@@ -26,13 +26,13 @@ Fields = Mapping[Any, Any]
 
 
 def read_tree(path: Path) -> tuple[Mapping[Any, Fields], Sequence[Fields]]:
-    """The states and the groups.  Raises FileError if the file holds anything else."""
+    """The states and the groups.  Raises NoStateError if the file holds anything else."""
     root = getattr(open_file(path), "root", None)
     states = root.get("state") if isinstance(root, dict) else None
     groups = root.get("param_groups") if isinstance(root, dict) else None
     good = isinstance(states, dict) and isinstance(groups, list) and all(isinstance(g, dict) for g in groups)
     if not good or not all(isinstance(f, dict) for f in states.values()):  # type: ignore[union-attr]
-        raise FileError("is no state dict of an optimizer", file=path)
+        raise NoStateError("is no state dict of an optimizer", file=path)
     return states, groups  # type: ignore[return-value]
 
 
@@ -54,17 +54,17 @@ def step_of(fields: Fields, group: Fields, path: Path) -> float:
 
 
 def tensor_of(fields: Fields, role: str, path: Path) -> Lazy:
-    """A tensor of a state.  Raises LayoutError if there is none of that name."""
+    """A tensor of a state.  Raises NoStateError if there is none of that name."""
     found = fields.get(role)
     if not isinstance(found, TensorRecord):
-        raise LayoutError(f"has no {role} among {some(sorted(map(str, fields)))}", file=path, hint=OTHERS)
+        raise NoStateError(f"has no {role} among {some(sorted(map(str, fields)))}", file=path, hint=OTHERS)
     return found
 
 
 def moments_of(fields: Fields, name: str, path: Path) -> dict[str, Lazy]:
-    """Both moments of a parameter.  Raises LayoutError for a state that holds anything else."""
+    """Both moments of a parameter.  Raises NoStateError for a state that holds anything else."""
     if odd := sorted(str(key) for key in fields if key not in (*MOMENTS, STEP)):
-        raise LayoutError(f"keeps {some(odd)} of {show(name)}, which is no state of Adam", file=path, hint=OTHERS)
+        raise NoStateError(f"keeps {some(odd)} of {show(name)}, which is no state of Adam", file=path, hint=OTHERS)
     return {role: tensor_of(fields, role, path) for role in MOMENTS}
 
 

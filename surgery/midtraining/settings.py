@@ -65,8 +65,9 @@ class Init(Section):
 
     optimizer: str = "auto"
     """Adam's moments: auto takes optimizer.safetensors beside the checkpoint, those of the run that exported it, or the
-    state in its own files, whatever its format; fresh starts at zero; or a path: the folder of a run's checkpoint or of
-    one in any format, or a .safetensors file of exp_avg.NAME and exp_avg_sq.NAME (NAME as in Hugging Face's files)."""
+    state in its own files, whatever its format, or zeros where there is none that is read; fresh starts at zero; or a
+    path: the folder of a run's checkpoint or of one in any format, or a .safetensors file of exp_avg.NAME and
+    exp_avg_sq.NAME (NAME as in Hugging Face's files)."""
     optimizer_step: Annotated[int, Field(ge=0)] | None = None
     """How many steps the moments have seen; null: as their file says."""
 

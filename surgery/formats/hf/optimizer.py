@@ -24,11 +24,11 @@ from surgery.containers.dcp import Dcp
 from surgery.containers.dcp_writer import dcp_files
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
-from surgery.errors import FileError, LayoutError, show, some
+from surgery.errors import FileError, NoStateError, show, some
 from surgery.formats.dcp_states import Named, grouped, named_tensors, paths, read_named
 from surgery.formats.hf.order import in_order, spared, spared_before
 from surgery.formats.hf.table import table
-from surgery.formats.optimizer import MOMENTS, Group, M, Optimizer, States, Written, group_of, one_step
+from surgery.formats.optimizer import ALONE, MOMENTS, Group, M, Optimizer, States, Written, group_of, one_step
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.torch_states import STEP, listed, moments_of, read_tree, step_of, torch_group
@@ -98,8 +98,8 @@ def _whole(path: Path, family: str, weights: Mapping[str, Lazy]) -> tuple[Named,
         for name in owned:
             fields = states.get(at if numbered else name)
             if not fields:
-                raise FileError(f"has no state of {show(name)}", file=path, hint="a parameter that was frozen, or saw "
-                                "no gradient, has none: convert the weights alone, without --optimizer")  # fmt: skip
+                raise NoStateError(f"has no state of {show(name)}", file=path, hint="a parameter that was frozen, or "
+                                   f"saw no gradient, has none: {ALONE}")  # fmt: skip
             steps.append(step_of(fields, group, path))
             for role, tensor in moments_of(fields, name, path).items():
                 roles[role][name] = tensor
@@ -111,7 +111,7 @@ def _whole(path: Path, family: str, weights: Mapping[str, Lazy]) -> tuple[Named,
 
 
 def _divided(keys: Sequence[object], names: Sequence[str], path: Path) -> list[list[str]]:
-    """The parameters of each group.  Raises LayoutError unless the numbers fit one of the Trainer's ways to group."""
+    """The parameters of each group.  Raises NoStateError unless the numbers fit one of the Trainer's ways to group."""
     counts = [len(own) if isinstance(own, list) else -1 for own in keys]
     if [key for own in keys if isinstance(own, list) for key in own] != list(range(sum(counts))):
         raise FileError("does not number its parameters from 0 through all groups", file=path)
@@ -122,10 +122,9 @@ def _divided(keys: Sequence[object], names: Sequence[str], path: Path) -> list[l
     if counts == [len(names)]:
         return [list(names)]
     wanted = [len([n for n in names if spared(n) == kind]) for kind in (False, True)]
-    raise LayoutError(
+    raise NoStateError(
         f"groups {some(counts)} parameters, of which the model has {some(wanted)}", file=path,
-        hint="transformers 4 numbered experts one by one, and frozen parameters or adapters have no state: convert the "
-        "weights alone, without --optimizer",
+        hint=f"transformers 4 numbered experts one by one, and frozen parameters or adapters have no state: {ALONE}",
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from surgery.errors import LayoutError, some
+from surgery.errors import NoStateError, some
+from surgery.formats.optimizer import ALONE
 
 _FIRST = ("model.embed_tokens", "gpt_neox.embed_in", "transformer.wte", "transformer.wpe")
 _LAST = ("model.norm", "gpt_neox.final_layer_norm", "transformer.ln_f", "lm_head")
@@ -48,13 +49,13 @@ _SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)
 
 
 def in_order(family: str, names: Iterable[str]) -> list[str]:
-    """The names of parameters, sorted.  Raises LayoutError for a family or a name that is not known here."""
+    """The names of parameters, sorted.  Raises NoStateError for a family or a name that is not known here."""
     if family not in LAYERS:
-        raise LayoutError(f"the order of a {family}'s parameters is not known, in which a Trainer numbers their states",
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        what = f"the order of a {family}'s parameters is not known, in which a Trainer numbers their states"
+        raise NoStateError(what, hint=ALONE)
     places = {name: _place(name, LAYERS[family]) for name in names}
     if odd := [name for name, place in places.items() if place is None]:
-        raise LayoutError(f"the place of {some(odd)} among a {family}'s parameters is not known")
+        raise NoStateError(f"the place of {some(odd)} among a {family}'s parameters is not known", hint=ALONE)
     return sorted(places, key=lambda name: places[name] or ())
 
 

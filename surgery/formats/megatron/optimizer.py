@@ -20,10 +20,10 @@ from pathlib import Path
 
 from surgery.containers import open_file
 from surgery.containers.pickles.records import Global
-from surgery.errors import FileError, LayoutError, show, some
+from surgery.errors import FileError, LayoutError, NoStateError, SurgeryError, show, some
 from surgery.formats.flat import aligned, cut
 from surgery.formats.megatron.files import RankFile
-from surgery.formats.optimizer import MASTER, MOMENTS, ROLES, Group, M, States, V, group_of, one_step
+from surgery.formats.optimizer import ALONE, MASTER, MOMENTS, ROLES, Group, M, States, V, group_of, one_step
 from surgery.formats.topology import Rank
 from surgery.formats.torch_states import Fields, step_of, tensor_of
 from surgery.tensors.lazy import Lazy, Shape
@@ -100,7 +100,7 @@ def _optimizers(file: RankFile) -> list[Fields]:
     value = next((file.root[key] for key in KEYS if file.root.get(key)), None)
     found = value if isinstance(value, list) else [value] if value is not None else []
     if not all(isinstance(optimizer, dict) for optimizer in found) or len(found) > 2:
-        raise FileError(f"holds an optimizer of an unknown form: {show(found)}", file=file.path)
+        raise NoStateError(f"holds an optimizer of an unknown form: {show(found)}", file=file.path)
     return found
 
 
@@ -113,7 +113,7 @@ def _parameters(file: RankFile, which: int | None) -> list[Parameter]:
 def groups_of(inner: object, path: Path) -> list[Fields]:
     groups = inner.get("param_groups") if isinstance(inner, dict) else None
     if not isinstance(groups, list) or not all(isinstance(g, dict) for g in groups):
-        raise FileError("holds an optimizer without groups of parameters", file=path)
+        raise NoStateError("holds an optimizer without groups of parameters", file=path)
     return groups
 
 
@@ -126,7 +126,7 @@ def _numbered(
 ) -> None:  # fmt: skip
     """States by number, masters by group."""
     if not isinstance(states, dict):
-        raise FileError("holds an optimizer's state of an unknown form", file=path)
+        raise NoStateError("holds an optimizer's state of an unknown form", file=path)
     masters = next((optimizer[key] for key in MASTERS if key in optimizer), None)
     owners = _divided(mine, groups, path)
     for i, (group, owned) in enumerate(zip(groups, owners, strict=True)):
@@ -134,7 +134,7 @@ def _numbered(
         for number, parameter in zip(group["params"], owned, strict=True):
             fields = states.get(number) if type(number) is int else None
             if not isinstance(fields, dict):
-                raise FileError(f"has no state of {show(parameter.name)}", file=path)
+                raise NoStateError(f"has no state of {show(parameter.name)}", file=path, hint=ALONE)
             found.steps.append(step_of(fields, group, path))
             found.groups[parameter.name] = settings
             for role in MOMENTS:
@@ -155,8 +155,8 @@ def _divided(mine: Sequence[Parameter], groups: Sequence[Fields], path: Path) ->
         counts = [len(group["params"]) if isinstance(group.get("params"), list) else -1 for group in groups]
         if [len(owned) for owned in out] == counts:
             return out
-    raise LayoutError(f"groups {counts} parameters, its model has {[len(owned) for owned in out]} of these kinds",
-                      file=path, hint="convert the weights alone, without --optimizer")  # fmt: skip
+    raise NoStateError(f"groups {counts} parameters, its model has {[len(owned) for owned in out]} of these kinds",
+                       file=path, hint=ALONE)  # fmt: skip
 
 
 def _belongs(p: Parameter, group: Fields, groups: Sequence[Fields], spared: bool) -> bool:
@@ -182,8 +182,9 @@ def _flat(
 ) -> None:  # fmt: skip
     """The buffers of the distributed optimizer: one for each chunk and dtype."""
     if not path.is_file():
-        raise FileError("is missing, which holds the optimizer's state", file=path, hint="copy it, or convert the "
-                        "weights alone, without --optimizer")  # fmt: skip
+        kept = any(path.parent.parent.glob(f"*/{FLAT}"))  # those of other ranks
+        kind: type[SurgeryError] = FileError if kept else NoStateError
+        raise kind("is missing, which holds the optimizer's state", file=path, hint=f"copy it; {ALONE}")
     root = getattr(open_file(path), "root", None)
     root = root[which] if isinstance(root, list) and which < len(root) else root
     put_coalesced(found, rank, mine, buffers_of(root, path), bucket, path)
@@ -194,8 +195,8 @@ def _flat(
 def buffers_of(root: object, path: Path) -> list[tuple[str, Fields]]:
     """(dtype of the parameters, tensors) of every buffer, in which buckets follow each other without gaps."""
     if not isinstance(root, dict) or not root.get("buckets_coalesced"):
-        raise FileError("is of a release before 2024-05, which laid its buffers out in other ways: it is not read",
-                        file=path, hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError("is of a release before 2024-05, which laid its buffers out in other ways: it is not read",
+                           file=path, hint=ALONE)  # fmt: skip
     return [pair for i in sorted(k for k in root if type(k) is int) for pair in _pairs(root[i])]
 
 
@@ -247,9 +248,8 @@ def _places(mine: Sequence[Parameter], size: Shape, bucket: int | None, path: Pa
     places = next((found for found, total in tried if size == (total,)), None)
     if places is None:
         count = sum(math.prod(shape) for _, shape in shapes)
-        raise LayoutError(f"has a buffer of {list(size)[:8]} elements, which {len(shapes)} parameters of {count:,} "
-                          "do not fill in any way that is known", file=path,
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError(f"has a buffer of {list(size)[:8]} elements, which {len(shapes)} parameters of {count:,} "
+                           "do not fill in any way that is known", file=path, hint=ALONE)  # fmt: skip
     return places
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.containers.dcp import Dcp
-from surgery.errors import FileError, LayoutError, some
+from surgery.errors import FileError, LayoutError, NoStateError, some
 from surgery.formats.flat import cut, fill
 from surgery.formats.megatron import entries
 from surgery.formats.megatron.optimizer import (
@@ -37,7 +37,7 @@ from surgery.formats.megatron.optimizer import (
 )
 from surgery.formats.megatron.order import place
 from surgery.formats.megatron.table import table
-from surgery.formats.optimizer import States, one_step
+from surgery.formats.optimizer import ALONE, States, one_step
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
 from surgery.formats.weave import Parts, spread
@@ -48,7 +48,6 @@ KEY = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+
 _BUCKET = re.compile(r"gbuf_idx_(\d{1,6})\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})\.(\w+)")
 _OBJECT = "{}/shard_0_1"
 _SIZES = "the sizes of its run are not those that args say, or its layers are divided unevenly"
-_ALONE = "convert the weights alone, without --optimizer"
 
 
 @dataclass
@@ -87,7 +86,7 @@ def read_states(dcp: Dcp, args: Mapping[str, Any], spec: Spec, parts: Parts) -> 
                 _put(found, rank, mine, held.get(group), dcp, bucket_size(args, rank))
     if surplus := sorted(held.keys() - used):
         raise LayoutError(f"holds an optimizer of the ranks {some(number for _, number in surplus)}, which args do not "
-                          "have", file=dcp.path, hint=_ALONE)  # fmt: skip
+                          "have", file=dcp.path, hint=ALONE)  # fmt: skip
     return States({role: shards for role, shards in found.roles.items() if shards}, one_step(found.steps, dcp.folder),
                   found.groups, table=rows, weights=weights, topology=topology)  # fmt: skip
 
@@ -115,22 +114,22 @@ def _group(rank: Rank, topology: Topology, *, experts: bool) -> int:
 
 
 def _held(dcp: Dcp) -> dict[tuple[int, int], Held]:
-    """By optimizer (dense, experts) and group of ranks.  Raises LayoutError for optimizers of other kinds."""
+    """By optimizer (dense, experts) and group of ranks.  Raises NoStateError for optimizers of other kinds."""
     out: dict[tuple[int, int], Held] = {}
     for name, value in (*dcp.tensors.items(), *dcp.objects.items()):
         if not (m := KEY.fullmatch(name)):
             continue
         which = int(m[1] or 0)
         if which > 1:
-            raise LayoutError(f"holds {which + 1} optimizers: those of dense and of expert parameters are read",
-                              file=dcp.path, hint=_ALONE)  # fmt: skip
+            raise NoStateError(f"holds {which + 1} optimizers: those of dense and of expert parameters are read",
+                               file=dcp.path, hint=ALONE)  # fmt: skip
         mine = out.setdefault((which, int(m[2])), Held())
         if not isinstance(value, Lazy):
             mine.entries[m[3]] = value
         elif b := _BUCKET.fullmatch(m[3]):
             mine.buckets.setdefault((int(b[1]), b[2]), {}).setdefault(int(b[3]), {})[b[4]] = value
         else:
-            raise LayoutError(f"holds {some([name])}, which is no bucket of Adam's state", file=dcp.path, hint=_ALONE)
+            raise NoStateError(f"holds {some([name])}, which is no bucket of Adam's state", file=dcp.path, hint=ALONE)
     return out
 
 
@@ -183,7 +182,7 @@ def _put_buckets(
         shapes = {tensor.shape for tensor in bucket.values()}
         if bucket.keys() != BUFFERS.keys() or len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise LayoutError(f"has a bucket of {some(sorted(bucket))} in the shapes {some(sorted(shapes))}: flat "
-                              f"{some(sorted(BUFFERS))} are read", file=dcp.path, hint=_ALONE)  # fmt: skip
+                              f"{some(sorted(BUFFERS))} are read", file=dcp.path, hint=ALONE)  # fmt: skip
         sizes.append(next(iter(shapes))[0])
     places = fill([p.weight.shape for p in reversed(mine)], sizes, ALIGN)
     if places is None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from surgery import tokenizer
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.torch_writer import torch_file
-from surgery.errors import ConfigError, LayoutError, show
+from surgery.errors import ConfigError, LayoutError, NoStateError, show
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, Rule
 from surgery.formats.base import (
     Checkpoint,
@@ -40,7 +40,7 @@ from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
 from surgery.formats.neox.universal import read_universal, universal_files
-from surgery.formats.optimizer import States, Written
+from surgery.formats.optimizer import ALONE, States, Written
 from surgery.formats.padding import multiple_of
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
@@ -102,8 +102,8 @@ def spec(config: Config, file: str, seen: Evidence, options: Options) -> Reading
 def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options: Options) -> States | None:
     found = files.find(place.root, options.get("config", ""))
     if not found.optimizer and opened.details["optimizer"] == "in the rank files":
-        raise LayoutError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,
-                          hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,
+                           hint=ALONE)  # fmt: skip
     whole = read_universal(found.folder, opened.shards[Rank()]) if opened.topology.tp == 1 else None
     return whole or optimizer.read_states(found, opened.shards, opened.topology.tp)
 

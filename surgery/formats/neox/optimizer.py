@@ -16,10 +16,10 @@ from pathlib import Path
 
 from surgery.containers import open_file
 from surgery.containers.pickles.records import TensorRecord
-from surgery.errors import FileError, LayoutError, show
+from surgery.errors import FileError, LayoutError, NoStateError, show
 from surgery.formats.flat import aligned, cut
 from surgery.formats.neox.files import Found
-from surgery.formats.optimizer import MASTER, ROLES, Group, States, group_of, one_step
+from surgery.formats.optimizer import ALONE, MASTER, ROLES, Group, States, group_of, one_step
 from surgery.formats.topology import Rank
 from surgery.formats.torch_states import STEP, Fields, number_of
 from surgery.formats.weave import Shards
@@ -66,8 +66,7 @@ def _state(path: Path) -> Fields:
     root = getattr(open_file(path), "root", None)
     state = root.get("optimizer_state_dict") if isinstance(root, dict) else None
     if not isinstance(state, dict) or _MASTERS not in state or "base_optimizer_state" not in state:
-        raise FileError("is no state of ZeRO stage 1 or 2 that is known", file=path,
-                        hint="convert the weights alone, without --optimizer")  # fmt: skip
+        raise NoStateError("is no state of ZeRO stage 1 or 2 that is known", file=path, hint=ALONE)
     return state
 
 
@@ -83,7 +82,7 @@ def _shapes(model: Path) -> list[dict[str, Shape]]:
             for name, shape in group.items()
         )
         if not good or not isinstance(group, dict):
-            raise FileError("does not say in which order its parameters were trained (param_shapes)", file=model)
+            raise NoStateError("does not say in which order its parameters were trained (param_shapes)", file=model)
         out.append({name: tuple(shape) for name, shape in group.items()})
     return out
 
@@ -116,8 +115,8 @@ def _tensor(part: Fields, role: str, g: int, model: Path) -> Lazy:
     own = masters[g] if isinstance(masters, list) and g < len(masters) else None
     found = own if role == MASTER else _base(part, g).get(role)
     if not isinstance(found, TensorRecord):
-        raise FileError(f"has no {role} of group {g} beside it: {show(found)}", file=model,
-                        hint="the state of Adam is read; that of other optimizers is not")  # fmt: skip
+        raise NoStateError(f"has no {role} of group {g} beside it: {show(found)}", file=model,
+                           hint="the state of Adam is read; that of other optimizers is not")  # fmt: skip
     return found
 
 

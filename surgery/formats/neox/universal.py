@@ -24,7 +24,7 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.containers.pickles.records import TensorRecord
 from surgery.containers.torch_writer import torch_file
 from surgery.errors import FileError, LayoutError, show
-from surgery.formats.optimizer import MASTER, MOMENTS, ROLES, Group, States, Written, group_of, one_step
+from surgery.formats.optimizer import ALONE, MASTER, MOMENTS, ROLES, Group, States, Written, group_of, one_step
 from surgery.formats.topology import Rank
 from surgery.formats.torch_states import STEP, number_of
 from surgery.formats.weave import Stored
@@ -75,8 +75,7 @@ def read_universal(folder: Path, weights: Mapping[str, Lazy]) -> States | None:
 
 def _tensor(path: Path) -> Lazy:
     if not path.is_file():
-        raise FileError("is missing", file=path, hint="copy the whole folder, or convert the weights alone, without "
-                        "--optimizer")  # fmt: skip
+        raise FileError("is missing", file=path, hint=f"copy the whole folder; {ALONE}")
     root = getattr(open_file(path), "root", None)
     found = root.get("param") if isinstance(root, dict) else None
     if not isinstance(found, TensorRecord):
