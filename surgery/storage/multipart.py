@@ -14,11 +14,12 @@ import hashlib
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 from surgery.errors import FileError, printable
 from surgery.storage.contents import Item, part_size
-from surgery.storage.store import TIMEOUT, Store, s3_endpoint, s3_session
+from surgery.storage.store import TIMEOUT, Environment, Store, environment, s3_endpoint, s3_session
 from surgery.storage.together import Stopped, Told, from_threads, together
 
 LISTED = ("s3", "r2")  # schemes where they can be found
@@ -29,7 +30,7 @@ def send(store: Store, key: str, item: Item, told: Told, stop: threading.Event) 
     """Upload a file in parts; what an earlier upload has sent, and is equal, is left.  Raises FileError."""
     step, advance = part_size(item.size), from_threads(told)
     with _said(store, f"{key} cannot be uploaded in parts", "look at the network and at the rights of the keys"):
-        client = _client(store)
+        client = _client(store.address.scheme, environment())
         where = {"Bucket": store.address.place, "Key": key}
         upload, there = _begun(client, store, key) or (client.create_multipart_upload(**where)["UploadId"], {})
         where["UploadId"] = upload
@@ -57,7 +58,7 @@ def abort(store: Store, keys: Collection[str]) -> int:
     count = 0
     with _said(store, "unfinished uploads cannot be listed or aborted",
                "a rule of the bucket's lifecycle can abort them"):  # fmt: skip
-        client = _client(store)
+        client = _client(store.address.scheme, environment())
         for found in _unfinished(client, store, store.address.key):
             if found["Key"] in keys:
                 with suppress(client.exceptions.NoSuchUpload):  # aborted, and the answer was lost
@@ -88,10 +89,12 @@ def _unfinished(client: Any, store: Store, prefix: str) -> list[Mapping[str, Any
     return sorted(found, key=lambda upload: str(upload.get("Initiated")))
 
 
-def _client(store: Store) -> Any:
+@lru_cache(maxsize=2)
+def _client(scheme: str, said: Environment) -> Any:
+    """boto3's client, made once for what the environment says."""
     import boto3
 
-    session, endpoint = s3_session(store.address.scheme), s3_endpoint(store.address.scheme)
+    session, endpoint = s3_session(scheme), s3_endpoint(scheme)
     settings = {
         "retries": {"max_attempts": 6, "mode": "standard"},
         "connect_timeout": 20,

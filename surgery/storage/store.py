@@ -28,6 +28,7 @@ from surgery.tensors.files import AGAIN
 R = TypeVar("R")
 T = TypeVar("T")
 TRIES = 3  # of a range, beyond what the client itself tries again
+Environment = frozenset[tuple[str, str]]
 FEWER = "name one checkpoint, not a folder of many"
 TIMEOUT = timedelta(seconds=120)  # of one request with its body
 SLOW = timedelta(seconds=60)  # that the client goes on trying
@@ -221,15 +222,18 @@ def open_store(address: Address) -> Store:
     """A client of a bucket or a server.  Raises SurgeryError if the environment does not say where it is, or which
     keys there are."""
     needs_client(address.scheme)
-    said = frozenset(
-        (k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "R2_", "GOOGLE_", "AZURE_", "SURGERY_"))
-    )
     with Store(address, None).said(address.key):
-        return Store(address, _opened(replace(address, key=""), said))
+        return Store(address, _opened(replace(address, key=""), environment()))
+
+
+def environment() -> Environment:
+    """What the environment says of stores and their keys."""
+    names = ("AWS_", "R2_", "GOOGLE_", "AZURE_", "SURGERY_")
+    return frozenset((name, value) for name, value in os.environ.items() if name.startswith(names))
 
 
 @lru_cache(maxsize=2)  # each keeps connections open
-def _opened(address: Address, environment: frozenset[tuple[str, str]]) -> Any:
+def _opened(address: Address, said: Environment) -> Any:
     """The client of a bucket or a server, made once for what the environment says; finding keys takes a while."""
     return _OPEN[address.scheme](address)
 
