@@ -63,6 +63,7 @@ test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is fo
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.upstream.run $(PROGRAM)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.data)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.tokens)
+	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.optimizer)
 
 test-honesty: $(VENV)/.ready-dev  ## does `verify` ever call two models the same that are not? (an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.honesty

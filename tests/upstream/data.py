@@ -22,7 +22,7 @@ import numpy as np
 from surgery.data.files.idx import IndexedWriter
 from surgery.data.payload_index import index_payload
 from surgery.data.trainers.megatron_run import open_megatron
-from tests.upstream.run import HOME, PROGRAMS, ROOT, install, last
+from tests.upstream.run import ROOT, install, last, python_of
 
 NAME = "megatron-core"
 DOLMA = ROOT / "tests" / "golden" / "tokenize" / "dolma" / "part-0-00000.npy"
@@ -72,10 +72,10 @@ def wrong(case: dict[str, Any], want: dict[str, Any], folder: Path) -> str:
 
 def main(python: str | None = None) -> int:
     if python is None:
-        if why := install(NAME, PROGRAMS[NAME].packages):
+        if why := install(NAME):
             print(f"skip  {NAME}: {why}")
             return 1
-        python = str(HOME / NAME / "bin" / "python")
+        python = str(python_of(NAME))
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         made, script = make(folder), Path(__file__).with_name("load_megatron_data.py")

@@ -1,6 +1,6 @@
 """Loads what surgery wrote with megatron-core: `GPTModel`, by its state dict or by `dist_checkpointing`.
 
-    .cache/upstream/megatron-core/bin/python tests/upstream/load_megatron.py CHECKPOINT IDS.pt LOGITS.pt
+    .cache/upstream/megatron-core/bin/python tests/upstream/load_megatron.py FOLDER ...
 
 The model is built from the checkpoint's own `args`, as `--use-checkpoint-args` does (pretrain_gpt.py itself is not in
 the package); the local layer spec, since Transformer Engine does not run on a CPU.  Gloo ranks: one per tensor-parallel
@@ -10,7 +10,6 @@ CPU here.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from each import each
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
@@ -73,11 +73,11 @@ def load(folder: Path, rank: int, tp: int) -> GPTModel:
     return model
 
 
-def rank_main(rank: int, tp: int, store: str, folder: Path, ids: str, out: str) -> None:
+def rank_main(rank: int, tp: int, store: str, folder: Path, tokens: torch.Tensor, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=tp)
     parallel_state.initialize_model_parallel(tp)
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)  # no dropout, no CUDA generator
-    model, tokens = load(folder, rank, tp), torch.load(ids)
+    model = load(folder, rank, tp)
     places = torch.arange(tokens.shape[1])[None].expand_as(tokens)
     future = torch.ones(1, 1, tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
     with torch.no_grad():
@@ -88,13 +88,14 @@ def rank_main(rank: int, tp: int, store: str, folder: Path, ids: str, out: str) 
     dist.destroy_process_group()
 
 
-def main(checkpoint: str, ids: str, out: str) -> None:
-    tracker = (Path(checkpoint) / "latest_checkpointed_iteration.txt").read_text().strip()
-    folder = Path(checkpoint) / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
+def computed(checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
+    tracker = (checkpoint / "latest_checkpointed_iteration.txt").read_text().strip()
+    folder = checkpoint / (tracker if tracker == "release" else f"iter_{int(tracker):07d}")
     tp = len(list(folder.glob("mp_rank_*"))) or 2
     with tempfile.TemporaryDirectory() as tmp:
-        mp.spawn(rank_main, (tp, f"{tmp}/store", folder, ids, out), nprocs=tp)
+        mp.spawn(rank_main, (tp, f"{tmp}/store", folder, ids, f"{tmp}/logits.pt"), nprocs=tp)
+        return torch.load(f"{tmp}/logits.pt")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    each(computed)

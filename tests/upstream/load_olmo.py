@@ -1,21 +1,20 @@
 """Loads what surgery wrote with ai2-olmo: `OLMo.from_checkpoint`.
 
-.cache/upstream/ai2-olmo/bin/python tests/upstream/load_olmo.py CHECKPOINT IDS.pt LOGITS.pt
+.cache/upstream/ai2-olmo/bin/python tests/upstream/load_olmo.py FOLDER ...
 """
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
+from each import each
 from olmo.model import OLMo
 
 
-def main(checkpoint: str, ids: str, out: str) -> None:
-    model = OLMo.from_checkpoint(checkpoint, device="cpu")
-    with torch.no_grad():
-        torch.save(model(torch.load(ids)).logits.float(), out)
+def load(checkpoint: Path, ids: torch.Tensor) -> torch.Tensor:
+    return OLMo.from_checkpoint(str(checkpoint), device="cpu")(ids).logits
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    each(load)

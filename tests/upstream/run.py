@@ -10,107 +10,35 @@ with the reason, which is printed; nothing that was not computed counts as passe
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import surgery
-from surgery.formats.topology import ONE_RANK, Topology
+from surgery.errors import SurgeryError
 from tests import oracle, tiny
+from tests.upstream.programs import PROGRAMS, SOUP, TARGETS, Case, Program
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".cache" / "upstream"
 IDS = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(3))
+LIMIT = 1e-4  # standard deviations of the logits
 
 
-@dataclass(frozen=True)
-class Case:
-    """A tiny family (and changes to it), how it is converted, and, if the program does not run it, why."""
-
-    family: str
-    to: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    topology: Topology = ONE_RANK
-    changes: Mapping[str, object] = field(default_factory=dict)
-    skip: str = ""
-
-    def __str__(self) -> str:
-        sizes = "".join(f" --{n} {x}" for n in ("tp", "pp", "ep") if (x := getattr(self.topology, n)) != 1)
-        more = "".join(f" {k}={v if isinstance(v, (int, str)) else '...'}" for k, v in self.changes.items())
-        return f"{self.family}{more} --to {self.to}{sizes}" + "".join(f" -O {k}={v}" for k, v in self.options.items())
+def python_of(name: str) -> Path:
+    """The program's own python."""
+    return HOME / name / "bin" / "python"
 
 
-@dataclass(frozen=True)
-class Program:
-    """A package of the index, the script that loads with it, and what it has to load."""
-
-    packages: tuple[str, ...]
-    script: str
-    cases: tuple[Case, ...]
-
-
-MHA = {"g": 12, "n": 1}
-TP2 = Topology(tp=2)
-LOCAL = {"spec": "local"}
-PROGRAMS: Mapping[str, Program] = {
-    "ai2-olmo": Program(
-        ("ai2-olmo==0.6.0", "datasets", "pyarrow<21"),  # imports datasets unsaid; wants numpy 1, newer pyarrow 2
-        "load_olmo.py",
-        (
-            Case("olmo", "olmo"),
-            Case("olmo", "olmo", {"block_group_size": "3"}),
-            Case("olmo", "olmo", {"block_type": "llama"}, changes=MHA),
-            Case("olmo2", "olmo"),
-            Case("olmo2", "olmo", changes={"tie_word_embeddings": True}),
-            Case("llama", "olmo"),
-            Case("llama", "olmo", {"block_type": "llama"}, changes={"g": 1, "n": 12}),
-            Case("olmoe", "olmo", skip="experts are on the branch that OLMoE was trained on, which is no package"),
-        ),
-    ),
-    "ai2-olmo-core": Program(
-        ("ai2-olmo-core==3.0.0",),
-        "load_olmo_core.py",
-        (
-            *(Case(f, "olmo-core") for f in ("olmo", "olmo2", "olmo3", "llama", "llama3", "llama_tied", "mistral",
-                                             "qwen3", "mixtral", "qwen3_moe", "olmoe", "flex_olmo")),
-            Case("olmo3", "olmo-core", {"shard_size": "100kB"}),
-            *(Case(f, "olmo-core", {"experts": "default"}) for f in ("mixtral", "flex_olmo")),
-        ),
-    ),
-    "llama-models": Program(
-        ("llama-models==0.3.0", "fairscale==0.4.13"),
-        "load_meta.py",
-        (
-            Case("llama3", "meta"),
-            Case("llama3", "meta", topology=TP2),
-            Case("llama", "meta", {"embedding": "vocab"}, Topology(tp=4)),
-            Case("llama_tied", "meta", changes={"rope_parameters": tiny.LLAMA3}),
-            Case("llama_tied", "meta", skip="its code scales every rope by a factor of 8, this model's is 32"),
-        ),
-    ),
-    "megatron-core": Program(
-        ("megatron-core==0.16.1",),
-        "load_megatron.py",
-        (
-            *(Case(f, "megatron", LOCAL, TP2) for f in ("llama", "qwen2", "qwen3", "gpt2")),
-            *(Case(f, "megatron-dist", LOCAL) for f in ("llama", "llama3", "qwen2", "qwen3", "mixtral",
-                                                         "qwen3_moe", "gpt2")),
-            Case("mixtral", "megatron", LOCAL),
-            Case("mistral", "megatron", LOCAL, skip="windows need Transformer Engine or flash attention"),
-        ),
-    ),
-}  # fmt: skip
-
-
-def install(name: str, packages: tuple[str, ...]) -> str:
+def install(name: str) -> str:
     """Make the program's environment; "" or why that failed."""
-    home = HOME / name
+    packages, home = PROGRAMS[name].packages, HOME / name
     done = home / ".ready"
     if done.is_file() and done.read_text() == " ".join(packages):
         return ""
@@ -130,38 +58,73 @@ def last(text: str) -> str:
     return lines[-1][:300] if lines else "no output"
 
 
-def check(name: str, program: Program, case: Case, folder: Path) -> str:
-    """Convert, load, compare; "" or what is wrong."""
-    source = tiny.save(case.family, folder / "hf", **case.changes)
-    surgery.convert(source, folder / "out", to=case.to, topology=case.topology, options=dict(case.options),
+def make(case: Case, folder: Path) -> Path:
+    """Write what the program loads as `folder/out`, and give the tiny model that it came from."""
+    origin = source = tiny.save(case.family, folder / "hf", **case.changes)
+    out = folder / "out"
+    if case.by == SOUP:
+        shutil.copytree(source, folder / "copy")
+        models = [{"model": str(m), "parameters": {"weight": 0.5}} for m in (source, folder / "copy")]
+        surgery.soup({"merge_method": "linear", "dtype": "float32", "models": models}, out, sync=False)
+        return origin
+    if case.by in TARGETS:
+        surgery.upcycle(source, out, target=case.by, experts=4, top_k=2, strategy="copy", verify_tokens=0, sync=False)
+        return origin
+    if case.by:
+        surgery.convert(source, folder / "between", to=case.by, sync=False)
+        source = folder / "between"
+    surgery.convert(source, out, to=case.to, topology=case.topology, options=dict(case.options), sync=False,
                     vocab_size=tiny.SIZES["v"] if case.to == "hf" else None)  # fmt: skip
-    torch.save(IDS, folder / "ids.pt")
-    python, script = HOME / name / "bin" / "python", Path(__file__).parent / program.script
-    words = [python, "-W", "ignore", script, folder / "out", folder / "ids.pt", folder / "logits.pt"]
-    run = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=600)
-    if run.returncode:
-        return last(run.stderr)
-    gap = oracle.gap(torch.load(folder / "logits.pt", weights_only=True), oracle.hf_logits(source, IDS))
-    return "" if gap < 1e-4 else f"logits differ by {gap:.1e} of their standard deviation"
+    return origin
+
+
+def load(name: str, program: Program, folders: list[Path]) -> str:
+    """Let the program load all that was made; the last line that it said."""
+    words = [python_of(name), "-W", "ignore", Path(__file__).parent / program.script, *folders]
+    try:
+        run = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=1800)
+    except subprocess.TimeoutExpired:
+        return "took more than half an hour"
+    return last(run.stderr)
+
+
+def compared(folder: Path, want: torch.Tensor, said: str) -> str:
+    """What is wrong with what the program computed; "" if nothing."""
+    if (folder / "why.txt").is_file():
+        return last((folder / "why.txt").read_text())
+    if not (folder / "logits.pt").is_file():
+        return f"ended before it came to this: {said}"
+    gap = oracle.gap(torch.load(folder / "logits.pt", weights_only=True), want)
+    return "" if gap < LIMIT else f"logits differ by {gap:.1e} of their standard deviation"
 
 
 def results(names: list[str]) -> Iterator[tuple[str, str, str]]:
     """(verdict, what, why) of everything."""
     for name in names:
         program = PROGRAMS[name]
-        if why := install(name, program.packages):
+        if why := install(name):
             yield "skip", name, why
             continue
-        for case in program.cases:
-            if case.skip:
-                yield "skip", f"{name}: {case}", case.skip
-                continue
-            with tempfile.TemporaryDirectory() as tmp:
-                why = check(name, program, case, Path(tmp))
-            yield "FAIL" if why else "ok", f"{name}: {case}", why
+        yield from (("skip", f"{name}: {case}", case.skip) for case in program.cases if case.skip)
+        with tempfile.TemporaryDirectory() as tmp:
+            made: list[tuple[Case, Path, torch.Tensor]] = []
+            for n, case in enumerate(case for case in program.cases if not case.skip):
+                folder = Path(tmp) / str(n)
+                try:
+                    made.append((case, folder, oracle.hf_logits(make(case, folder), IDS)))
+                except SurgeryError as error:
+                    yield "FAIL", f"{name}: {case}", str(error)
+                torch.save(IDS, folder / "ids.pt")
+            said = load(name, program, [folder for _, folder, _ in made])
+            for case, folder, want in made:
+                why = compared(folder, want, said)
+                yield "FAIL" if why else "ok", f"{name}: {case}", why
 
 
 def main(names: list[str]) -> int:
+    if unknown := [name for name in names if name not in PROGRAMS]:
+        print(f"no such program: {', '.join(unknown)}; there are {', '.join(PROGRAMS)}")
+        return 2
     counts = {"ok": 0, "skip": 0, "FAIL": 0}
     for verdict, what, why in results(names or list(PROGRAMS)):
         counts[verdict] += 1

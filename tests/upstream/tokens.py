@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.cli.main import main as surgery
-from tests.upstream.run import HOME, PROGRAMS, ROOT, install, last
+from tests.upstream.run import ROOT, install, last, python_of
 
 NAME = "ai2-olmo-core"
 GOLDEN = ROOT / "tests" / "golden"
@@ -44,10 +44,10 @@ def instances(folder: Path, suffix: str, dtype: str) -> list[list[int]]:
 
 def main(python: str | None = None) -> int:
     if python is None:
-        if why := install(NAME, PROGRAMS[NAME].packages):
+        if why := install(NAME):
             print(f"skip  {NAME}: {why}")
             return 1
-        python = str(HOME / NAME / "bin" / "python")
+        python = str(python_of(NAME))
     with tempfile.TemporaryDirectory() as tmp:
         folder, script = Path(tmp), Path(__file__).with_name("load_olmo_core_data.py")
         held = make(folder)

@@ -1,0 +1,97 @@
+"""Megatron-core's optimizers go on from states that surgery carried, as the runs that these came from.
+
+    .venv/bin/python -m tests.upstream.optimizer [PYTHON]
+
+PYTHON: one that has megatron-core; by default the environment that `tests.upstream.run` makes.  Megatron trains tiny
+models for two updates, saves them in each of its forms, and goes on for three.  What surgery makes of each save, by way
+of OLMo-core where that holds the model, is loaded by Megatron's own loaders, and three updates later every weight,
+master and moment must be that of the source's own run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery.errors import SurgeryError
+from tests import matrix, oracle, tiny
+from tests.upstream.run import install, last, python_of
+
+NAME = "megatron-core"
+FAMILIES = ("llama", "qwen2", "mixtral")
+TO = {"plain": "megatron", "fused": "megatron", "dist": "megatron-dist"}
+PAIRS = (("plain", "plain"), ("fused", "fused"), ("dist", "dist"), ("flat", "dist"))
+
+
+def script(python: str, *words: object) -> str:
+    """Why Megatron failed; "" if it did not."""
+    path = Path(__file__).with_name("load_megatron_optimizer.py")
+    run = subprocess.run([python, "-W", "ignore", str(path), *map(str, words)], capture_output=True, text=True)
+    return f"Megatron: {last(run.stderr)}" if run.returncode else ""
+
+
+def differences(want: Path, got: Path) -> str:
+    """Where two runs differ, at the start or after three updates."""
+    for one in sorted(want.parent.glob(f"{want.name}.*")):
+        a, b = (torch.load(p, weights_only=True) for p in (one, got.with_name(f"{got.name}{one.suffix}")))
+        for when in ("start", "later"):
+            if a[when].keys() != b[when].keys():
+                return f"{when}: other parameters"
+            if bad := [f"{name}.{role}" for name, held in a[when].items() for role, t in held.items()
+                       if not oracle.same_bits(t, b[when][name][role])]:  # fmt: skip
+                return f"{when}: {len(bad)} tensors differ, {bad[0]} first"
+    return ""
+
+
+def results(python: str, family: str, folder: Path) -> Iterator[tuple[str, str]]:
+    """(what, why it is wrong) of every pair of forms; the source's files and runs are made once."""
+    source = tiny.save(family, folder / "hf", "bfloat16")
+    surgery.convert(source, folder / "start", to="megatron", options={"spec": "local"}, sync=False)
+    failed = {}
+    for kind in ("plain", "fused", "flat", "dist"):
+        failed[kind] = script(python, "begin", folder / "start", kind, folder / kind, folder / f"{kind}.pt")
+    ways = ("", *("olmo-core" for name in matrix.HOLDS[family] if name == "olmo-core"))
+    for (kind, to), by in product(PAIRS, ways):
+        what = f"{family}: {kind} to {to}{f' by way of {by}' if by else ''}"
+        yield what, failed[kind] or went_on(python, folder, kind, to, by)
+
+
+def went_on(python: str, folder: Path, kind: str, to: str, by: str) -> str:
+    """Convert the save of one form into another, and let Megatron go on from it; "" or what is wrong."""
+    source, out, state = folder / kind, folder / f"{kind}-{to}-{by}", folder / f"{kind}-{to}-{by}.pt"
+    options = {"spec": "local"} | ({"adam": "fused" if to == "fused" else "torch"} if to != "dist" else {})
+    try:
+        if by:
+            surgery.convert(source, folder / f"{kind}-{by}", to=by, optimizer=True, sync=False, force=True)
+            source = folder / f"{kind}-{by}"
+        surgery.convert(source, out, to=TO[to], options=options, optimizer=True, dtype="bf16", sync=False)
+    except SurgeryError as error:
+        return str(error)
+    return script(python, "go-on", out, to, state) or differences(folder / f"{kind}.pt", state)
+
+
+def main(python: str | None = None) -> int:
+    if python is None:
+        if why := install(NAME):
+            print(f"skip  {NAME}: {why}")
+            return 1
+        python = str(python_of(NAME))
+    counts = {"ok": 0, "FAIL": 0}
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as tmp:
+            for what, why in results(python, family, Path(tmp)):
+                counts["FAIL" if why else "ok"] += 1
+                print(f"{'FAIL' if why else 'ok':4}  {what}{': ' if why else ''}{why}", flush=True)
+    print(f"{counts['ok']} go on as their source, {counts['FAIL']} do not")
+    return int(counts["FAIL"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
