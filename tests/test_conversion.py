@@ -53,7 +53,7 @@ def test_hf_to_itself_is_the_identity(family, tiny_hf, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(oracle.same_bits(ours[k], theirs[k]) for k in theirs)
     config, before = (json.loads((f / "config.json").read_text()) for f in (tmp_path / "copy", tiny_hf(family)))
-    classic = {"rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"}  # for others
+    classic = {"rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "num_experts"}
     assert {k: v for k, v in config.items() if "dtype" not in k and (k in before or k not in classic)} == {
         k: v for k, v in before.items() if "dtype" not in k
     }
