@@ -233,3 +233,57 @@ def test_ray_writes_the_same_bytes(tmp_path, tiny_hf, whole):
         assert tree(tmp_path / "out") == tree(whole)
     finally:
         ray.shutdown()
+
+
+MORTAL = """
+import os, signal, time
+real = os.pwrite
+def pwrite(*args):
+    time.sleep(0.02)
+    if os.path.exists({flag!r}):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+os.pwrite = pwrite
+"""
+
+
+@pytest.mark.thorough
+def test_a_killed_ray_worker_loses_nothing(tmp_path, tiny_hf, whole):
+    """One is killed from outside while it writes; then each kills itself, three times a share, until that is over."""
+    pytest.importorskip("ray")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(MORTAL.format(flag=str(tmp_path / "flag")))
+    env = {k: v for k, v in ENV.items() if k != "RAY_ADDRESS"}
+    env["PYTHONPATH"] = f"{tmp_path / 'site'}{os.pathsep}{env['PYTHONPATH']}"
+    words = [sys.executable, "-m", "surgery", "convert", str(tiny_hf("mixtral")), "out", *map(str, FLAGS),
+             "--workers", "2", "--engine", "ray"]  # fmt: skip
+    driver = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    worker = until(lambda: [p for p in titled(b"ray::_answer") if begun(tmp_path)])[0]
+    os.kill(worker, signal.SIGKILL)
+    said, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0, said
+    assert tree(tmp_path / "out") == tree(whole)
+    assert left(tmp_path) == []
+
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "flag").touch()
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "of 2 crashed 3 times" in done.stderr and "run the same command again" in done.stderr
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "flag").unlink()
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == tree(whole)
+    assert left(tmp_path) == []
+
+
+def titled(name):
+    return [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if read(p).startswith(name)]
+
+
+def read(path):
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

@@ -24,6 +24,7 @@ from surgery.writing.stream import Progress
 
 Task = Callable[[Shard, Progress], None]
 TRIES = 3  # of a process that is killed
+KEPT = "what was written is kept: run the same command again to go on from there"
 TICK = 0.2  # seconds
 
 
@@ -94,7 +95,7 @@ def _again(task: Task, worker: _Worker, tries: dict[Shard, int]) -> list[_Worker
     tries[shard] += 1
     if code > 0 or tries[shard] > TRIES:
         what = f"the process of shard {shard.index} of {shard.count} ended with {code}"
-        raise SurgeryError(what, hint="what was written is kept: run the same command again to go on from there")
+        raise SurgeryError(what, hint=KEPT)
     return [_Worker(task, shard)]
 
 
@@ -127,9 +128,8 @@ def in_ray(task: Task, todo: Iterable[Shard], dst: Path, progress: Progress) -> 
         except ray.exceptions.WorkerCrashedError:
             tries[shard] += 1
             if tries[shard] > TRIES:
-                raise SurgeryError(
-                    f"the worker of shard {shard.index} of {shard.count} crashed {TRIES} times"
-                ) from None
+                what = f"the worker of shard {shard.index} of {shard.count} crashed {TRIES} times"
+                raise SurgeryError(what, hint=KEPT) from None
             time.sleep(TICK)
             running[remote.remote(task, shard)] = shard
             continue

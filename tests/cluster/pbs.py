@@ -2,7 +2,8 @@
 """A stand-in for PBS's qsub, qstat and qrerun before Slurm: what Debian's wrappers lack of it.
 
 Ids end in `.server`, those of arrays in `[].server`; a script finds PBS_JOBID, PBS_O_WORKDIR, PBS_NODEFILE and
-PBS_ARRAY_INDEX; `qrerun` is refused, as PBS refuses it to users.  It is called by one of these three names.
+PBS_ARRAY_INDEX; `qrerun` is refused, as PBS refuses it to users, unless PBS_OPERATOR is set.  It is called by one of
+these three names.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main() -> None:
         print(qsub(words))
     elif name == "qstat":
         print(shim("qstat", [re.sub(r"(\[\])?\.server", "", word) for word in words]))
+    elif os.environ.get("PBS_OPERATOR"):
+        subprocess.run(["scontrol", "requeue", words[0].removesuffix(".server")], check=True)
     else:
         sys.exit(f"{name}: Unauthorized Request {os.environ.get('PBS_JOBID')}")
 

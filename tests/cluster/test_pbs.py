@@ -30,23 +30,35 @@ def pbs(tmp_path_factory):
         yield {**env, "PATH": f"{folder / 'bin'}:{env['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def test_the_next_job_of_a_chain_goes_on_where_the_time_limit_stopped_the_last_one(pbs, tmp_path):
-    (tmp_path / "slow.py").write_text(SLOW)
-    (tmp_path / "r.yaml").write_text("""
+def launched(env, folder, resources, seconds=240):
+    """A step that its time limit stops once, and one that comes after it; returns when both are done."""
+    (folder / "slow.py").write_text(SLOW)
+    (folder / "r.yaml").write_text(f"""
 steps:
-  slow: {python: slow.py $out, resources: {time: 20s, chain: 2}}
-  next: {shell: "cat $slow > $out"}
+  slow: {{python: slow.py $out, resources: {resources}}}
+  next: {{shell: "cat $slow > $out"}}
 """)
     launch = [sys.executable, "-m", "surgery", "launch"]
     words = [*launch, "r.yaml", "--scheduler", "pbs"]
-    subprocess.run(words, cwd=tmp_path, env=pbs, capture_output=True, check=True, timeout=300)
-    end, states = time.monotonic() + 240, []
+    subprocess.run(words, cwd=folder, env=env, capture_output=True, check=True, timeout=300)
+    end, states = time.monotonic() + seconds, []
     while states != ["done", "done"]:
         assert time.monotonic() < end, states
         time.sleep(1)
         words = [*launch, "status", "r.yaml", "--json"]
-        said = subprocess.run(words, cwd=tmp_path, env=pbs, capture_output=True, check=True, timeout=300).stdout
+        said = subprocess.run(words, cwd=folder, env=env, capture_output=True, check=True, timeout=300).stdout
         states = [line["state"] for line in json.loads(said)]
+
+
+def test_the_job_of_an_operator_reruns_itself_and_the_next_one_waits_for_it(pbs, tmp_path):
+    launched({**pbs, "PBS_OPERATOR": "yes"}, tmp_path, "{time: 20s}", 400)
+    assert (tmp_path / "attempts").read_text().split() == ["begun", "begun"]
+    jobs = json.loads((tmp_path / "runs/r/steps/jobs.json").read_text())["jobs"]
+    assert [len(jobs[step]["ids"]) for step in ("slow", "next")] == [1, 1]
+
+
+def test_the_next_job_of_a_chain_goes_on_where_the_time_limit_stopped_the_last_one(pbs, tmp_path):
+    launched(pbs, tmp_path, "{time: 20s, chain: 2}")
     assert (tmp_path / "attempts").read_text().split() == ["begun", "begun"]
     told = [path.read_text() for path in sorted(tmp_path.glob("slow.wrapped.[oe]?"))]  # where Debian's qsub lets it go
     assert len([text for text in told if "let resources.chain be 2 or more" in text]) == 1, "the first job asked for it"
