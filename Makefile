@@ -64,6 +64,7 @@ test-upstream: $(VENV)/.ready-dev  ## load the output with the programs it is fo
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.data)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.tokens)
 	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.optimizer)
+	$(if $(PROGRAM),,OMP_NUM_THREADS=1 $(BIN)/python -m tests.upstream.states)
 
 test-honesty: $(VENV)/.ready-dev  ## does `verify` ever call two models the same that are not? (an hour on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.honesty

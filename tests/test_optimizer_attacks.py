@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import surgery
-from surgery.errors import SurgeryError
+from surgery.errors import LayoutError, SurgeryError
 from surgery.formats.topology import Topology
 from tests.test_optimizer import FLAT, GOLDEN, MODEL, RANK, copied, opened, trees, trees_without_deepspeed, values
 
@@ -190,3 +190,12 @@ def test_numbers_of_parameters_that_are_none_are_refused(number, tmp_path):
     put(changed(tree, ("optimizer", "param_groups", 1, "params", 2), number))
     with pytest.raises(SurgeryError, match="has no state of"):
         opened(tmp_path / "m")
+
+
+def test_the_state_of_another_optimizer_is_named(tmp_path):
+    """OLMo's LionW keeps exp_avg alone, and counts nothing."""
+    tree, put = _olmo(tmp_path / "m")
+    put({**tree, "state": {name: {"exp_avg": fields["exp_avg"]} for name, fields in tree["state"].items()}})
+    with pytest.raises(LayoutError, match="has no exp_avg_sq among exp_avg") as error:
+        opened(tmp_path / "m")
+    assert "that of other optimizers is not" in str(error.value)

@@ -136,17 +136,21 @@ def save(folder: Path, config) -> None:
     save_model_and_optim_state(folder / "model_and_optim", build(config), thread_count=1)
 
 
-def trained(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """OLMo-core's default optimizer after two updates: all but the embedding decays."""
-    spared = OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})
-    optimizer = SkipStepAdamWConfig(lr=1e-3, weight_decay=0.1, group_overrides=[spared]).build(model)
-    for step in range(2):
-        ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(step))
+def updated(model: torch.nn.Module, optimizer: torch.optim.Optimizer, turns: range) -> None:
+    for turn in turns:
+        ids = torch.randint(0, 60, (2, 16), generator=torch.Generator().manual_seed(turn))
         logits = model(ids).float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
         optimizer.latest_loss = torch.tensor(1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def trained(model: torch.nn.Module) -> torch.optim.Optimizer:
+    """OLMo-core's default optimizer after two updates: all but the embedding decays."""
+    spared = OptimGroupOverride(params=["embeddings.weight"], opts={"weight_decay": 0.0})
+    optimizer = SkipStepAdamWConfig(lr=1e-3, weight_decay=0.1, group_overrides=[spared]).build(model)
+    updated(model, optimizer, range(2))
     return optimizer
 
 

@@ -27,6 +27,10 @@ from surgery.tensors.lazy import Concat, Lazy, Shape
 
 _NAME = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MASTERS = "single_partition_of_fp32_groups"
+ROUND_ROBIN = (
+    "its run set round_robin_gradients, with which DeepSpeed (up to 0.19 at least) writes other parameters' names into "
+    "param_slice_mappings: they are not used here, but DeepSpeed's own ds_to_universal would swap moments by them"
+)
 _PADDING = 64  # elements for each data-parallel rank that a group may be padded by
 
 
@@ -48,7 +52,8 @@ def read_states(found: Found, shards: Shards, tp: int) -> States | None:
                     roles[role][Rank(tp=number % tp)][name] = cut(flat, places[name], shape)
             steps += [_step(part, g, model) for part in parts]
             groups |= dict.fromkeys(shapes, settings) if settings else {}
-    return States(roles, one_step(steps, found.folder), groups, files=found.optimizer)
+    notes = (ROUND_ROBIN,) if _round_robin(found.optimizer[0]) else ()
+    return States(roles, one_step(steps, found.folder), groups, notes, found.optimizer)
 
 
 def _partitions(found: Found, number: int) -> list[Path]:
@@ -68,6 +73,14 @@ def _state(path: Path) -> Fields:
     if not isinstance(state, dict) or _MASTERS not in state or "base_optimizer_state" not in state:
         raise NoStateError("is no state of ZeRO stage 1 or 2 that is known", file=path, hint=ALONE)
     return state
+
+
+def _round_robin(path: Path) -> bool:
+    """Whether the run's settings beside a partition divided gradients in turns."""
+    root = getattr(open_file(path), "root", None)
+    zero = root.get("ds_config") if isinstance(root, dict) else None
+    zero = zero.get("zero_optimization") if isinstance(zero, dict) else None
+    return isinstance(zero, dict) and zero.get("round_robin_gradients") is True
 
 
 def _shapes(model: Path) -> list[dict[str, Shape]]:

@@ -90,6 +90,7 @@ def _files(config: Config, group: int, ranks: Ranks, written: Written | None = N
     yield torch_file("model.pt", {spell(name): s.tensor for name, s in stored.items()})
     if written:
         yield torch_file(optimizer.FILE, *optimizer.optim_tree(written, stored, spell))
+        yield torch_file(optimizer.TRAINER, optimizer.trainer_tree(written.step))
 
 
 def _blocks(checkpoint: Checkpoint, options: Options) -> tuple[str, int]:

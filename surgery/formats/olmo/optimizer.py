@@ -27,6 +27,7 @@ from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill, Lazy
 
 FILE = "optim.pt"
+TRAINER = "train.pt"  # without which OLMo's own loader takes no optimizer
 
 
 def read_states(folder: Path, layout: str) -> States | None:
@@ -58,9 +59,9 @@ def _whole(folder: Path) -> Found:
     steps = []
     for key, fields in states.items():
         name = _name(key, names, path)
-        steps.append(step_of(fields, {}, path))
         for role, tensor in moments_of(fields, name, path).items():
             roles[role][name] = tensor
+        steps.append(step_of(fields, {}, path))
     settings = {name: group_of(group, path) for group in groups for name in _listed(group, path)}
     return Named(roles, one_step(steps, path), settings), (path,)
 
@@ -141,6 +142,13 @@ def optim_tree(
     groups = [_group(written, [n for n in ordered if bool(written.group(n).weight_decay) == decayed], spell)
               for decayed in (True, False)]  # fmt: skip
     return {"state": state, "param_groups": [g for g in groups if g]}, copies
+
+
+def trainer_tree(step: int) -> dict[str, Any]:
+    """What train.pt says: the update at which a run goes on, with data that begin anew."""
+    lists: dict[str, Any] = {name: [] for name in ("checkpoints", "unsharded_checkpoints", "ephemeral_checkpoints")}
+    return {"epoch": 0, "global_step": step, "global_train_examples_seen_this_epoch": 0, "global_train_tokens_seen": 0,
+            **lists}  # fmt: skip
 
 
 def _group(written: Written, names: Sequence[str], spell: Callable[[str], str]) -> dict[str, Any]:

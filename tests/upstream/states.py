@@ -1,0 +1,81 @@
+"""OLMo and OLMo-core go on from states that surgery wrote as from their own: three updates, bit for bit.
+
+    .venv/bin/python -m tests.upstream.states [PROGRAM=PYTHON ...]
+
+PYTHON: one that has the program; by default the environments that `tests.upstream.run` makes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import surgery
+from surgery.errors import SurgeryError
+from tests.upstream.run import HOME, PROGRAMS, install, last
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "optimizer" / "olmo-core"
+Run = Callable[..., None]
+
+
+def there_and_back(source: Path, through: str, to: str, folder: Path, **options: str) -> Path:
+    surgery.convert(source, folder / "there", to=through, optimizer=True, options=options)
+    surgery.convert(folder / "there", folder / "back", to=to, optimizer=True)
+    return folder / "back"
+
+
+def olmo(run: Run, folder: Path) -> Iterator[tuple[str, Path, Path]]:
+    """(what, the program's own continuation, the one from ours)."""
+    (folder / "own").mkdir()
+    run("continue_olmo.py", "make", folder / "own")
+    for layout, ranks in (("unsharded", 1), ("torch_new", 2), ("local", 2)):
+        ours = there_and_back(folder / "own" / layout, "olmo-core", "olmo", folder / layout)
+        run("continue_olmo.py", "go", ours, folder / f"{layout}.pt")
+        yield f"{layout} by OLMo-core", folder / "own" / f"{ranks}.pt", folder / f"{layout}.pt"
+
+
+def olmo_core(run: Run, folder: Path) -> Iterator[tuple[str, Path, Path]]:
+    run("continue_olmo_core.py", GOLDEN, folder / "own.pt", "plain")
+    for through, options in (("olmo", {}), ("hf", {"optimizer": "fsdp"})):
+        ours = there_and_back(GOLDEN, through, "olmo-core", folder / through, **options)
+        run("continue_olmo_core.py", ours, folder / f"{through}.pt", "trainer")
+        yield f"its own by {through}", folder / "own.pt", folder / f"{through}.pt"
+
+
+CASES = {"ai2-olmo": olmo, "ai2-olmo-core": olmo_core}
+
+
+def main(given: dict[str, str]) -> int:
+    wrong = 0
+    for name, cases in CASES.items():
+        if name not in given and (why := install(name, PROGRAMS[name].packages)):
+            print(f"skip  {name}: {why}")
+            continue
+        python = given.get(name, str(HOME / name / "bin" / "python"))
+
+        def run(script: str, *words: object, python: str = python) -> None:
+            command = [python, "-W", "ignore", str(Path(__file__).parent / script), *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                raise RuntimeError(last(done.stderr))
+
+        with tempfile.TemporaryDirectory() as tmp:
+            try:
+                for what, own, ours in cases(run, Path(tmp)):
+                    a, b = (torch.load(path, weights_only=True) for path in (own, ours))
+                    same = a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+                    print(f"{'ok  ' if same else 'FAIL'}  {name}: {what}", flush=True)
+                    wrong += not same
+            except (RuntimeError, SurgeryError) as error:
+                print(f"FAIL  {name}: {error}")
+                wrong += 1
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(dict(word.split("=", 1) for word in sys.argv[1:])))
