@@ -1,9 +1,10 @@
 """Adam's state between formats: the programs' own files, every way through every format, and what may not pass.
 
 The goldens are two updates by Megatron-LM (plain, distributed, and in every form of torch_dist;
-`tests/test_optimizer_megatron.py` has more of those), by GPT-NeoX with ZeRO-1 on
-two ranks, by OLMo-core with FSDP on two ranks (`tests/upstream/make_olmo_core_goldens.py`), and by transformers'
-Trainer (`tests/upstream/make_trainer_goldens.py`; `tests/test_optimizer_hf.py` has more).
+`tests/test_optimizer_megatron.py` has more of those), by GPT-NeoX with ZeRO-1 on two ranks, by OLMo
+(`tests/upstream/continue_olmo.py make`), by OLMo-core with FSDP on two ranks
+(`tests/upstream/make_olmo_core_goldens.py`), and by transformers' Trainer (`tests/upstream/make_trainer_goldens.py`;
+`tests/test_optimizer_hf.py` has more).
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from tests import oracle
 GOLDEN = oracle.GOLDEN / "optimizer"
 OPTIONS = {"neox-zero1": {"release": "2024-11"}}
 CASES = ("megatron-plain", "megatron-flat", "megatron-cells", "neox-zero1", "olmo-core", "hf-llama", "hf-qwen3_moe",
-         "megatron-buckets", "megatron-gathered", "megatron-reshardable", "megatron-buckets-experts")  # fmt: skip
-NO_MASTERS = ("olmo-core", "hf-llama", "hf-qwen3_moe")
+         "megatron-buckets", "megatron-gathered", "megatron-reshardable", "megatron-buckets-experts", "olmo-unsharded",
+         "olmo-torch_new", "olmo-local")  # fmt: skip
+NO_MASTERS = ("olmo-core", "hf-llama", "hf-qwen3_moe", "olmo-unsharded", "olmo-torch_new", "olmo-local")
 MODEL = "iter_0000002/mp_rank_00/model_optim_rng.pt"
 FLAT = "iter_0000002/mp_rank_00/distrib_optim.pt"
 RANK = "global_step250/bf16_zero_pp_rank_0_mp_rank_0{}_optim_states.pt"
@@ -83,6 +85,16 @@ def test_masters_round_to_the_stored_weights(case):
 def test_flat_buffers_and_cells_of_one_run_are_the_same_state():
     """Two runs of the same seed, saved in two formats by upstream: all that was read agrees, bit for bit."""
     assert equal(values(opened(GOLDEN / "megatron-flat")), values(opened(GOLDEN / "megatron-cells")))
+
+
+@pytest.mark.parametrize("layout", ["torch_new", "local"])
+def test_shards_of_olmo_are_the_state_that_it_saved_whole(layout):
+    """One run, saved by OLMo in three layouts; of `local`, no rank has something of every tensor."""
+    found, whole = opened(GOLDEN / f"olmo-{layout}"), opened(GOLDEN / "olmo-unsharded")
+    assert equal(values(found), values(whole))
+    assert found.optimizer.groups == whole.optimizer.groups
+    counts = [len(trees(path)["state"]) for path in sorted((GOLDEN / "olmo-local" / "optim").iterdir())]
+    assert max(counts) < len(trees(GOLDEN / "olmo-unsharded" / "optim.pt")["state"])
 
 
 def test_settings_and_rate():
