@@ -72,7 +72,7 @@ def _proof(out: Console, proof: Proof) -> None:
                  ("noise floor", f"{_distance(proof.floor)} (the source against itself in fp32)")]  # fmt: skip
     part = f", in {ties.incomplete} a virtual group in part" if ties.incomplete else ""
     rows += [
-        ("router", f"{ties.tied} of {ties.choices:,} choices tie{part}"),
+        ("router", f"{ties.tied} of {ties.choices:,} choices tie{part}" if ties.choices else ""),
         (
             "neurons",
             "" if proof.intact is None else f"{proof.intact:.1%} of the experts' are the source's, bit for bit",
