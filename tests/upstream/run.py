@@ -38,15 +38,16 @@ def python_of(name: str) -> Path:
 
 def install(name: str) -> str:
     """Make the program's environment; "" or why that failed."""
-    packages, home = PROGRAMS[name].packages, HOME / name
+    packages, without, home = PROGRAMS[name].packages, PROGRAMS[name].without, HOME / name
     done = home / ".ready"
     if done.is_file() and done.read_text() == " ".join(packages):
         return ""
     print(f"installing {' '.join(packages)} into {home.relative_to(ROOT)}", flush=True)
     venv.create(home, with_pip=True)
     torch_pin = next(x for x in (ROOT / "constraints.txt").read_text().split() if x.startswith("torch=="))
-    for wanted in ((torch_pin,), (torch_pin, *packages)):
-        run = subprocess.run([home / "bin" / "pip", "install", "-q", *wanted], capture_output=True, text=True)
+    steps = [("install", torch_pin), ("install", torch_pin, *packages)]
+    for step in [*steps, ("uninstall", "-y", *without)] if without else steps:
+        run = subprocess.run([home / "bin" / "pip", "-q", *step], capture_output=True, text=True)
         if run.returncode:
             return "cannot be installed: " + last(run.stderr)
     done.write_text(" ".join(packages))
