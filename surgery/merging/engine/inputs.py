@@ -28,6 +28,7 @@ T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
 LARGE_PIECE = 1 << 20  # the same for compiled loops, which take it in strips
+CROWD = 4  # sources up to which this holds: of more, the pieces are smaller, not the memory larger
 
 
 class Again(Enum):
@@ -119,15 +120,21 @@ class Inputs:
         return len(self.sources) - self.based
 
     @property
+    def crowd(self) -> int:
+        """By how much pieces are smaller for there being many sources."""
+        return max(1, math.ceil(len(self.sources) / CROWD))
+
+    @property
     def chunk(self) -> int:
         """Elements that are scanned at once: whole rows, if possible."""
-        piece, row = LARGE_PIECE if self.stored else PIECE, max(1, self.shape[-1]) if self.shape else 1
+        piece = (LARGE_PIECE if self.stored else PIECE) // self.crowd
+        row = max(1, self.shape[-1]) if self.shape else 1
         return min(CHUNK, piece if row > piece else piece // row * row)
 
     @property
     def single(self) -> bool:
         """Whether the tensor is small, so that reductions are torch's own."""
-        return self.numel <= CHUNK
+        return self.numel * self.crowd <= CHUNK
 
     def scan(self, fn: Callable[[Block], T], span: int = 0, size: int = 0) -> list[T]:
         """`fn` of every chunk of the tensor, in order.

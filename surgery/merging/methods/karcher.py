@@ -78,7 +78,7 @@ def _karcher_span(inputs: Inputs, options: Options) -> Ready:
         stacked = torch.stack([t.double().reshape(-1) for t in block.tensors])
         return (stacked @ stacked.T).tolist()
 
-    gram = torch.tensor(inputs.scan(products, size=PIECE), dtype=torch.float64).sum(0)
+    gram = torch.tensor(inputs.scan(products, size=PIECE // inputs.crowd), dtype=torch.float64).sum(0)
     lengths, tol = gram.diagonal().sqrt(), options["tol"]
     used = lengths > tol
     if not used.any():
