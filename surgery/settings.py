@@ -118,7 +118,9 @@ def _problem(owner: Any, f: Field[Any]) -> tuple[str, str | None] | None:
         return f"{what} is unknown", suggest(value, found.choices, "choose from")
     low, high = found.low, found.high if found.high is not None else WHOLE - 1
     if kind in (int, float) and low is not None and not low <= value <= high:
-        return f"{what}: choose {low:g} to {high:g}" if found.high is not None else f"{what}: at least {low:g}", None
+        if found.high is not None:
+            return f"{what}: choose {low:g} to {high:g}", None
+        return f"{what}: at least {low:g}" if value < low else f"{what} is larger than anything here can be", None
     return None
 
 

@@ -47,6 +47,8 @@ def test_values_are_checked_and_all_are_told():
         "did you mean box?",
     ):  # fmt: skip
         assert words in str(error.value)
+    with pytest.raises(UsageError, match="larger than anything"):
+        Blur(count=1, limit=10**21)
 
 
 @pytest.mark.parametrize(
