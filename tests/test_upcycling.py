@@ -19,8 +19,9 @@ from surgery.tensors.gather import Gather, taken
 from surgery.tensors.in_memory import InMemory
 from surgery.tensors.random import Random, permutation
 from surgery.upcycling import proof
-from surgery.upcycling.dense_to_moe.build import upcycled
+from surgery.upcycling.dense_to_moe.build import notes_of, upcycled
 from surgery.upcycling.dense_to_moe.settings import Settings
+from surgery.upcycling.dense_to_moe.targets import TARGETS
 from tests import oracle, tiny
 from tests.test_conversion import weights
 
@@ -349,12 +350,13 @@ def test_what_llama_cpp_makes_of_a_qwen2_moe_is_told(tiny_hf):
 
 @pytest.mark.parametrize(("settings", "told"), [(GROUP, True), ({**COPY, "top_k": 4, "router": "zeros",
                                                                  "normalise": False}, False)])  # fmt: skip
-def test_what_vllm_does_not_read_is_told(settings, told, tiny_hf):
-    made = upcycled(open_checkpoint(tiny_hf("olmo2")), Settings(**settings))
-    assert any("vLLM does not divide" in note for note in made.checkpoint.notes) == told
-    assert not any(
-        "vLLM" in note for note in upcycled(open_checkpoint(tiny_hf("llama")), Settings(4, 2)).checkpoint.notes
-    )
+def test_what_vllm_makes_of_an_olmoe_is_told(settings, told, tiny_hf):
+    """A flex_olmo it runs by transformers' classes, as transformers does."""
+    source = open_checkpoint(tiny_hf("olmo2"))
+    made = upcycled(source, Settings(**settings))
+    assert made.target.family == "flex_olmo" and not any("vLLM" in note for note in made.checkpoint.notes)
+    notes = notes_of(source.spec, made.checkpoint.spec, made.layout, TARGETS["olmoe"])
+    assert any("vLLM does not divide" in note for note in notes) == told
 
 
 # --------------------------------------------------------------------------------------------------------- the proof

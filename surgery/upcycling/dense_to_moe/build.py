@@ -115,12 +115,13 @@ def upcycled(source: Checkpoint, wanted: Settings, others: Sequence[Checkpoint] 
     cut = {i: pieces(layout, wanted, i, dense.ffn, found) for i in range(dense.layers) if spec.is_moe(i)}
     maker = _Maker((source, *others), spec, layout, wanted, cut, found)
     parts = {name: maker.part(name) for name in spec.part_names()}
-    notes = [*source.notes, *layout.notes, *_notes(dense, spec, layout, target)]
+    notes = [*source.notes, *layout.notes, *notes_of(dense, spec, layout, target)]
     made = replace(source, spec=spec, parts=parts, notes=tuple(dict.fromkeys(notes)))
     return Upcycled(made, wanted, layout, target, cut, (source, *others))
 
 
-def _notes(dense: Spec, spec: Spec, layout: Layout, target: Target) -> list[str]:
+def notes_of(dense: Spec, spec: Spec, layout: Layout, target: Target) -> list[str]:
+    """What has to be said of the model that is made, and of the programs that read it."""
     out = []
     if dense.tied and not spec.tied:
         out.append(f"the output head is written out: readers of {spec.family} do not tie it to the embedding")

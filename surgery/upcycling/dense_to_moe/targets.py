@@ -55,7 +55,7 @@ TARGETS: Mapping[str, Target] = {
             spoilt="llama.cpp computes NaN where the shared expert's gate is 0, as it is here",
         ),
         Target("qwen3_moe", about="Qwen3; layers may stay dense"),
-        Target("flex_olmo", undivided="vLLM", about="OLMo 2"),
+        Target("flex_olmo", about="OLMo 2"),
         Target("olmoe", undivided="vLLM", about="models that norm all of q and k, norms in front"),
         Target(
             "glm4_moe", shared=True, untied=True, exact_router=True, about="Llama; a factor on the router's weights"
