@@ -227,8 +227,10 @@ def test_a_run_that_goes_on_has_the_same_bits(ended, made, tmp_path):
 def test_the_self_tests_pass_where_products_are_rounded(name, precision, made, tmp_path):
     record(tmp_path / "batches.npz", masked=False, packed=True)
     value = wanted(tmp_path, made[name])
-    value["train"] |= {"precision": precision, "activation_checkpointing": True}
-    results = self_test(prepare(make_run(value)))
+    value["train"] |= {"precision": precision, "activation_checkpointing": True, "compile": True}
+    job = prepare(make_run(value))
+    results = self_test(job)
+    assert "train.compile: nothing is compiled, as groups of heads are experts" in job.notes
     assert [r.name for r in results] == list(TESTS) and all(r.passed for r in results)
 
 
@@ -241,5 +243,5 @@ def test_what_is_refused(made, tmp_path):
         build(sparse, torch.float32, "cpu")
     record(tmp_path / "batches.npz", masked=False, packed=False)
     value = wanted(tmp_path, made["mixed"], moe={"balance": 0.02, "coefficients_of": "transformers"})
-    with pytest.raises(ConfigError, match="those of transformers are others for attention experts"):
+    with pytest.raises(ConfigError, match="a coefficient of transformers is two of ours"):
         prepare(make_run(value))

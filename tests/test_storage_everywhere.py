@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from surgery.data.plans.batches import Batches
 from surgery.data.plans.draft import draft_plan
 from surgery.data.plans.plan import open_plan, write_plan
 from surgery.data.tokenizing.sources import find_sources
-from surgery.errors import FileError, SurgeryError, UsageError
+from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
 from surgery.jobs.digests import Digests
 from surgery.storage import copies, mirror
 from surgery.storage.address import parse
@@ -123,6 +124,14 @@ def planned(folder: Path, at: str, sources: list[dict[str, Any]] = SOURCES) -> A
     return write_plan(draft_plan(folder / "mix.yaml"), folder / "plan")
 
 
+def test_a_folder_at_an_address_without_tokens_and_texts_is_an_error(proxy: Proxy, s3: Any, tmp_path: Path) -> None:
+    for name in ("README.md", "x.csv", ".tmp/part.npy"):  # as the files below a hidden folder here
+        s3.put_object(Bucket="everywhere", Key=f"odd/{name}", Body=bytes(8))
+    docs = {"name": "docs", "paths": ["AT/documents", "s3://everywhere/odd"], "weight": 1, "eos": 0}
+    with pytest.raises(ConfigError, match="docs: s3://everywhere/odd holds no token files and no texts"):
+        planned(tmp_path / "plan", str(TEXT), [docs])
+
+
 def test_a_plan_of_tokens_at_addresses_is_that_of_the_same_files_here(
     proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +225,16 @@ def test_a_copy_that_another_process_makes_is_waited_for(
     assert here("s3://everywhere/wait/a.bin").read_bytes() == b"one" and waited == [1]
     assert held.hidden.exists()
     other.__exit__(None, None, None)
+
+
+def test_a_disk_without_room_for_a_copy_is_named(
+    proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.put_object(Bucket="everywhere", Key="room/a.bin", Body=b"one")
+    monkeypatch.setattr("surgery.storage.pull.shutil.disk_usage", lambda place: SimpleNamespace(free=2))
+    with pytest.raises(OutputError, match="are to come") as caught:
+        here("s3://everywhere/room/a.bin")
+    assert f"copies are kept in {tmp_path}/cache, or where SURGERY_CACHE says" in str(caught.value.hint)
 
 
 def test_a_recipe_reads_from_addresses_and_sees_when_they_change(

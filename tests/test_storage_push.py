@@ -122,13 +122,17 @@ def test_a_folder_is_pushed_in_the_order_in_which_it_may_be_seen(bucket: Bucket,
 def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) -> None:
     command = ["surgery", "--tokenizer=/home/me/tok", "a/b"]
     record = {"source": {"path": "/home/me/My models/SmolLM2"}, "command": command,
-              "notes": ["tokenizer of ~/tok/x, of s3://bucket/home/me"], "content_digest": "ab"}  # fmt: skip
+              "notes": ["tokenizer of ~/tok/x, of s3://bucket/home/me", "/home/me/a: 2 tensors as in /home/me/b"],
+              "content_digest": "ab"}  # fmt: skip
     soup = {
         "models": {"/home/me/a/run": {"path": "/home/me/a/run"}, "/home/me/b/run": 1},
-        "config": "- model: ../me/run\n",
+        "config": "- model: ../me/run\n  chat_template: \"[INST] {{ '/no_think' }} [/INST]</s>\"\n",
     }
     inputs = {
-        "sources": [{"path": "/home/me/.cache/huggingface/hub/datasets/../models--org--name/snapshots/3fa1/x.txt"}]
+        "sources": [
+            {"path": "/home/me/.cache/huggingface/hub/datasets/../models--org--name/snapshots/3fa1/x.txt"},
+            {"path": "file:///home/me/y.txt"},
+        ]
     }
     told = {"surgery.json": record, "soup.json": soup, "a/tokens.json": inputs, "other.json": record}
     for name, value in told.items():
@@ -138,12 +142,13 @@ def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) ->
     assert there.pop("other.json") == (folder / "other.json").read_bytes()
     assert json.loads(there["surgery.json"]) == {
         "source": {"path": "SmolLM2"}, "command": ["surgery", "--tokenizer=tok", "a/b"],
-        "notes": ["tokenizer of x, of s3://bucket/home/me"], "content_digest": "ab"}  # fmt: skip
+        "notes": ["tokenizer of x, of s3://bucket/home/me", "a: 2 tensors as in b"],
+        "content_digest": "ab"}  # fmt: skip
     assert json.loads(there["soup.json"]) == {
         "models": {"run": {"path": "run"}, "run (2)": 1},
-        "config": "- model: run\n",
+        "config": "- model: run\n  chat_template: \"[INST] {{ '/no_think' }} [/INST]</s>\"\n",
     }
-    assert json.loads(there["a/tokens.json"]) == {"sources": [{"path": "hf://org/name@3fa1/x.txt"}]}
+    assert json.loads(there["a/tokens.json"]) == {"sources": [{"path": "hf://org/name@3fa1/x.txt"}, {"path": "y.txt"}]}
     assert "README.md" in there and not [
         name for name, data in there.items() if b"/me/" in data.replace(b"t/home/me", b"")
     ]

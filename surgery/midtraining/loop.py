@@ -179,12 +179,15 @@ def objective_of(
     coefficients, notes, kinds = [moe.balance, moe.router_z], list[str](), by_kind(mixtures)
     if moe.coefficients_of not in ("ours", moe.rule):
         if len(kinds) > 1:
-            raise ConfigError(f"moe.coefficients_of: those of {moe.coefficients_of} are others for attention experts",
-                              hint=f"moe: {{rule: {moe.coefficients_of}}}")  # fmt: skip
+            what = f"a coefficient of {moe.coefficients_of} is two of ours, the mlp's experts' and the attention's"
+            raise ConfigError(f"moe.coefficients_of: {what}",
+                              hint=f"moe: {{rule: {moe.coefficients_of}}} takes its losses")  # fmt: skip
         balance, said = translate(moe.balance, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures))
         router_z, also = translate(moe.router_z, moe.coefficients_of, top_k=mixtures[0].top_k, layers=len(mixtures),
                                    z_loss=True)  # fmt: skip
         coefficients, notes = [balance, router_z], [f"moe.balance: {said}", f"moe.router_z: {also}"]
+    if ATTENTION in kinds and train.compile is True:
+        notes.append("train.compile: nothing is compiled, as groups of heads are experts")
     telemetry = {kind: RouterTelemetry([m.layer for m in alike], sources) for kind, alike in kinds.items()}
     return replace(plain, balance=coefficients[0], router_z=coefficients[1], rule=RULES[moe.rule],
                    routers=RouterLog(mixtures), telemetry=telemetry), notes  # fmt: skip

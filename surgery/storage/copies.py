@@ -59,4 +59,7 @@ def _bring(plan: Pulling) -> None:
             if error.what == BUSY:
                 time.sleep(1)
             elif not plan.dst.exists():
+                error.hint = "; ".join(
+                    filter(None, (error.hint, f"copies are kept in {cache()}, or where SURGERY_CACHE says"))
+                )
                 raise

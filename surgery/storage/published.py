@@ -4,7 +4,7 @@
     told(["~/.cache/huggingface/hub/models--org--name/snapshots/3fa1"]) # ["hf://org/name@3fa1"]
     published(Path("moe/surgery.json"))                                 # its bytes; None if it names no such place
 
-Addresses, relative paths and everything else stay as they are.
+Addresses, relative paths and everything else stay as they are, such as the [/INST] of a chat template.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from surgery.writing.replaceable import PROVENANCE, TOKENS
 
 SOUP = "soup.json"
 RECORDS = (PROVENANCE, SOUP, TOKENS)
-_BEGIN = r"(?<![^\s=,'\"`(\[])(?:~[\w.-]*|\.\.?)?/"  # of a path that is not relative to anything that is published
+_BEFORE = r"(?<![^\s=,'\"`(\[])"  # a path, which is not relative to anything that is published
+_BEGIN = rf"{_BEFORE}(?:file://|~[\w.-]*|\.\.?)?/"
+_FOLDER = r"(?:[^\s/'\"<>\[\]{}]+/)"
 _CACHED = re.compile(rf"{_BEGIN}(?:[^\s'\"]*/)?models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)")
-_WHOLE = re.compile(rf"{_BEGIN}[^\n]*")
-_WITHIN = re.compile(rf"{_BEGIN}(?:[^\s/'\"]+/)*(?=[^\s/])")
+_WHOLE = re.compile(rf"{_BEGIN}(?:(?![:,]\s|\s[~.]*/)[^\n])*")  # no sentence that begins with a path
+_WITHIN = re.compile(rf"(?:{_BEFORE}~[\w.-]*/|{_BEGIN}{_FOLDER}){_FOLDER}*(?=[^\s/])")
 
 
 def told(value: Any) -> Any:

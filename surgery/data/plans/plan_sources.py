@@ -24,7 +24,7 @@ from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
 from surgery.data.plans.plan_file import Entry, relative
 from surgery.data.plans.turns import whole_turns
-from surgery.data.tokenizing.sources import files_below, is_url, kind_of
+from surgery.data.tokenizing.sources import KNOWN, files_below, is_url, kind_of
 from surgery.errors import ConfigError, FileError, some
 from surgery.storage.address import is_address
 from surgery.storage.listing import matching
@@ -57,7 +57,7 @@ def _named(given: str, root: Path, name: str) -> list[str]:
     `x.idx` stands for `x.bin`, and of several names of one file the first counts.
     """
     if is_address(given):
-        return _at_address(given)
+        return _at_address(given, name)
     if is_url(given):
         return [given]
     path = root / os.path.expanduser(given)
@@ -74,13 +74,20 @@ def _named(given: str, root: Path, name: str) -> list[str]:
     return list({identity(p): p for p in reversed(list(payloads))}.values())[::-1]
 
 
-def _at_address(given: str) -> list[str]:
-    """A file or dataset, the token files of a folder, else its texts, or what matches a pattern."""
+def _at_address(given: str, name: str) -> list[str]:
+    """A file or dataset, the token files of a folder, else its texts, or what matches a pattern.
+
+    Raises ConfigError if there are none.
+    """
     found = list(matching(given))
-    if any(os.path.basename(name) in DATASET for name in found):
+    if any(os.path.basename(p) in DATASET for p in found):
         return [given]
     if len(found) > 1 and not glob.has_magic(given):
-        found = [p for p in found if p.endswith(SUFFIXES)] or [p for p in found if kind_of(p)]
+        seen = [p for p in found if "/." not in os.path.dirname(p).removeprefix(given.rstrip("/"))]
+        found = [p for p in seen if p.endswith(SUFFIXES)] or [p for p in seen if kind_of(p)]
+    if not found:
+        raise ConfigError(f"{name}: {given} holds no token files and no texts",
+                          hint=f"names must end in {', '.join(SUFFIXES)}, or in {KNOWN}")  # fmt: skip
     return list(dict.fromkeys(p.removesuffix(".idx") + ".bin" if p.endswith(".idx") else p for p in found))
 
 
