@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import surgery
-from surgery.errors import UsageError
+from surgery.errors import MismatchError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.running.layerwise import forward
 from surgery.running.tokens import prose_tokens
+from surgery.tensors.in_memory import InMemory
+from surgery.upcycling.proof import Claim, prove
 from tests import tiny
 from tests.test_soup_memory import MIB, model
 
@@ -90,3 +93,11 @@ def test_a_proof_by_blocks_says_what_whole_logits_say(family, dtype, tmp_path):
     for name, pair in pairs.items():
         got = torch.tensor(list(proof[name].values()), dtype=torch.float64)
         torch.testing.assert_close(got, apart(*pair), rtol=2e-3, atol=2e-3 if name != "fp32" else 1e-5)
+
+
+def test_a_result_whose_logits_are_no_numbers_is_not_exact_up_to_rounding(tmp_path):
+    source = open_checkpoint(tiny.save("llama", tmp_path / "model", "bfloat16", l=2))
+    broken = InMemory(torch.full((source.spec.width,), torch.nan, dtype=torch.bfloat16))
+    result = replace(source, parts={**source.parts, "final_norm": broken})
+    with pytest.raises(MismatchError, match="the logits differ by inf"):
+        prove(source, result, Claim("copy", source.spec, True, rounds=True), 32, memory=64 * MIB)

@@ -56,10 +56,10 @@ def distance(a: BeforeHead, b: BeforeHead, tokens: torch.Tensor, room: int) -> D
         largest = max(largest, float(gap.abs().max().nan_to_num(math.inf)))
         apart = apart * (before - log_b).exp() + (gap * (y - log_b[:, None]).exp()).sum(1)
     known = said >= 0
-    kl = float((apart + log_a - log_b).mean())
+    kl = float((apart + log_a - log_b).mean())  # NaN stays NaN: who compares it with a limit is not misled
     loss_a, loss_b = (float((log + loss)[known].sum()) for log, loss in ((log_a, losses_a), (log_b, losses_b)))
     predicted = max(1, int(known.sum()))
-    return Distance(largest, max(0.0, kl), _exp(loss_a / predicted), _exp(loss_b / predicted))
+    return Distance(largest, max(kl, 0.0), _exp(loss_a / predicted), _exp(loss_b / predicted))
 
 
 def _spans(a: BeforeHead, b: BeforeHead, tokens: int, room: int) -> Iterator[tuple[int, int]]:
