@@ -18,6 +18,7 @@ import surgery
 from surgery.containers.dcp import Dcp
 from surgery.errors import FileError, LayoutError, SurgeryError
 from surgery.formats.flat import aligned, fill
+from surgery.formats.megatron.rank_buffers import KEY
 from surgery.formats.registry import open_checkpoint
 from tests.test_optimizer import GOLDEN, copied, equal, opened, values
 
@@ -40,6 +41,12 @@ def test_buffers_of_ranks_hold_the_state_that_lies_under_the_weights(buffers, wh
 
 def test_inspect_says_that_there_is_a_state():
     assert open_checkpoint(GOLDEN / "megatron-gathered").details["optimizer"] == "in the buffers of ranks"
+
+
+def test_a_number_without_end_is_none_of_a_rank():
+    assert KEY.fullmatch("chained_1.optimizer.distributed.dp_group_idx_3.optimizer/shard_0_1")
+    assert not KEY.fullmatch(f"optimizer.distributed.dp_group_idx_{'9' * 5000}.optimizer/shard_0_1")
+    assert not KEY.fullmatch(f"chained_{'9' * 5000}.optimizer.distributed.dp_group_idx_0.optimizer/shard_0_1")
 
 
 def patched(folder: Path, name: str, start: int, numbers: torch.Tensor) -> None:

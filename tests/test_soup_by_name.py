@@ -136,6 +136,15 @@ def test_what_is_no_number_is_counted_and_its_model_named(tmp_path: Path) -> Non
     assert note in json.loads((tmp_path / "out" / "surgery.json").read_text())["notes"]
 
 
+def test_numbers_without_end_in_names_are_names(tmp_path: Path) -> None:
+    folders = saved(MODELS["reward model"], tmp_path)
+    odd = {f"model.layers.{'9' * 5000}.x": torch.ones(2), "model.layers.0.²": torch.ones(3)}
+    for folder in folders:
+        save_file({**weights(folder), **odd}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SurgeryError, match="transformers"):  # which has no place for them
+        surgery.soup(mean(folders), tmp_path / "out")
+
+
 def test_files_of_a_few_bytes_are_refused(tmp_path: Path) -> None:
     folders = saved(MODELS["reward model"], tmp_path)
     with pytest.raises(SurgeryError, match="too little"):

@@ -54,7 +54,7 @@ from surgery.writing.staging import data_of
 
 RECORD = "soup.json"
 FLOATS = ("float64", "float32", "bfloat16", "float16")
-_NUMBERED = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks|layer)\.)(\d+)(\..+)")
+_NUMBERED = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks|layer)\.)(\d{1,6})(\..+)")
 _FIRST = re.compile(r"embed|wte|wpe")  # what stands before the layers, by its name
 _SMALL = re.compile(r"(?:(?:pre|video_pre|image_)?processor_config|modules|config_sentence_transformers|"
                     r"sentence_\w+_config)\.json")  # fmt: skip

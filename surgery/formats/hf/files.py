@@ -7,6 +7,7 @@ code_of("modeling_attention_moe.py")            # the bytes of the file that is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from surgery.containers.output import OutputFile, text_file
 from surgery.containers.safetensors import safetensors_file
 from surgery.formats.weave import Stored
 from surgery.tensors.files import read_small
+
+_NUMBER = re.compile(r"\d{1,6}")  # of a layer or an expert; longer ones are names like others
 
 
 def weight_files(stored: Mapping[str, Stored], limit: int) -> list[OutputFile]:
@@ -41,7 +44,7 @@ def weight_files(stored: Mapping[str, Stored], limit: int) -> list[OutputFile]:
 
 def _natural(name: str) -> tuple[tuple[bool, str, int], ...]:
     """Sorts layer 2 before layer 10."""
-    return tuple((t.isdigit(), "", int(t)) if t.isdigit() else (False, t, 0) for t in name.split("."))
+    return tuple((True, "", int(t)) if _NUMBER.fullmatch(t) else (False, t, 0) for t in name.split("."))
 
 
 def to_json(value: object) -> bytes:

@@ -215,7 +215,7 @@ def put_coalesced(
     wanted = list(wanted_buffers(mine))
     if [dtype for dtype, _ in wanted] != [dtype for dtype, _ in buffers]:
         raise LayoutError(f"has buffers of {some(d for d, _ in buffers)}, the model {some(d for d, _ in wanted)}",
-                          file=path)  # fmt: skip
+                          file=path, hint=ALONE)  # fmt: skip
     for (_, owned), (_, fields) in zip(wanted, buffers, strict=True):
         tensors = {role: tensor_of(fields, key, path) for key, role in BUFFERS.items()}
         places = _places(owned, tensors[M].shape, bucket, path)

@@ -44,10 +44,10 @@ from surgery.formats.weave import Parts, spread
 from surgery.model.spec import Spec
 from surgery.tensors.lazy import Lazy
 
-KEY = re.compile(r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_(\d+)\.(.+)")
+KEY = re.compile(r"(?:chained_(\d{1,6})\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\.(.+)")
 _BUCKET = re.compile(r"gbuf_idx_(\d{1,6})\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})\.(\w+)")
 _OBJECT = "{}/shard_0_1"
-_SIZES = "the sizes of its run are not those that args say, or its layers are divided unevenly"
+_SIZES = f"the sizes of its run are not those that args say, or its layers are divided unevenly; {ALONE}"
 
 
 @dataclass
