@@ -72,7 +72,8 @@ def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
 
 def with_tokenizer(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint with the tokenizer of another folder or file.  Raises FileError if there is none."""
-    found = tokenizer.find(place_of(path), place_of(path))
+    place = place_of(path)
+    found = tokenizer.find(place, place)
     if found is None:
         raise FileError(
             "holds no tokenizer", file=path, hint="give a tokenizer.json, a tokenizer.model or their folder"

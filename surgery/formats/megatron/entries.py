@@ -44,8 +44,8 @@ OPTIONS = (
     Option("etp", "ranks that share the tensors of each expert, a divisor of tp; auto: tp", "auto", (), "write"),
     Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
-    Option("adam", "with --optimizer, whose state it is: fused (FusedAdam of Transformer Engine or Apex) or torch "
-           "(AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write"),
+    Option("adam", "with --optimizer, whose state legacy files hold: fused (FusedAdam of Transformer Engine, Apex) or "
+           "torch (AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write"),
     Option("max_lr", "with --optimizer: --lr of the run that goes on, by which core 0.19 and later tell their groups; "
            "auto: not written, and the run's own counts", "auto", (), "write"),
     Option("min_lr", "with max_lr: --min-lr of that run; auto: 0", "auto", (), "write"),
