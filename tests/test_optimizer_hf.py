@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,20 @@ def test_what_the_trainer_cannot_say_is_told(tmp_path):
     assert "model.embed_tokens.weight" in told and "model.norm.weight" in told and "q_proj" not in told
 
 
+@pytest.mark.parametrize(("apart", "decays"), [(lambda n: "embed_tokens" in n, [0.1, 0.0]), (spared, [0.0, 0.1])])
+def test_groups_that_are_not_a_trainers_are_told(apart, decays, tmp_path):
+    """OLMo-core's, by name: torch mixes up the decays of an optimizer that is divided as a Trainer's."""
+    done = surgery.convert(
+        GOLDEN / "olmo-core", tmp_path / "out", to="hf", optimizer=True, options={"optimizer": "fsdp"}
+    )
+    told = next(note for note in done.notes if "its groups are the source's" in note)
+    assert "model.embed_tokens.weight" in told and "model.norm.weight" in told and "q_proj" not in told
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    optimizer = adamw(model, apart)
+    filled(model, optimizer, tmp_path / "out" / "optimizer_0")
+    assert [group["weight_decay"] for group in optimizer.param_groups] == decays
+
+
 # ---------------------------------------------------------------------------------------------------- states by name
 
 
@@ -135,8 +150,8 @@ def test_states_of_fsdp_are_read_by_name(layout, tmp_path):
     assert found.optimizer.step == 2
 
 
-def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
-    both = [[p for n, p in model.named_parameters() if spared(n) == kind] for kind in (False, True)]
+def adamw(model: torch.nn.Module, apart: Callable[[str], bool] = spared) -> torch.optim.AdamW:
+    both = [[p for n, p in model.named_parameters() if apart(n) == kind] for kind in (False, True)]
     return torch.optim.AdamW([{"params": owned} for owned in both])
 
 

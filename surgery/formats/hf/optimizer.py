@@ -186,15 +186,21 @@ def _decay(written: Written, owned: Sequence[str]) -> float:
 
 def notes_of(found: Optimizer, family: str, form: str) -> tuple[str, ...]:
     """What somebody who resumes from what a writer of this name wrote has to know."""
-    if form == "fsdp":
-        return (
-            f"{SHARDED}/ holds the state by name, after {found.step:,} updates: torch.distributed.checkpoint.load "
-            f"fills {{{TOP!r}: get_optimizer_state_dict(model, optimizer)}} from it, for set_optimizer_state_dict",
-        )
     decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
     wanted = {r.name: 0.0 if spared(r.name) else decay for r in in_memory(family).rows}
     rows = [r for r in in_memory(family).rows if r.parts[0] in found.groups and not r.copy]
     changed = sorted({r.name for r in rows if found.groups[r.parts[0]].weight_decay != wanted[r.name]})
+    if form == "fsdp":
+        named = (
+            f"{SHARDED}/ holds the state by name, after {found.step:,} updates: torch.distributed.checkpoint.load "
+            f"fills {{{TOP!r}: get_optimizer_state_dict(model, optimizer)}} from it, for set_optimizer_state_dict"
+        )
+        kept = (
+            f"its groups are the source's, where {some(changed, 20)} did otherwise than in a Trainer, which decays all "
+            "but norms and biases: divide the parameters in that way, or set weight_decay anew once the state is "
+            "loaded, for torch gives groups that are divided in another way the decay of any of their parameters"
+        )
+        return (named, kept) if changed else (named,)
     told = f"a Trainer decays all but norms and biases: {some(changed, 20)} did otherwise before" if changed else ""
     note = (
         f"resume_from_checkpoint goes on at update {found.step:,} of your own schedule and data: give the rate and the "
