@@ -19,6 +19,7 @@ from surgery.data.plans.plan import open_plan, write_plan
 from surgery.data.tokenizing.sources import find_sources
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
 from surgery.jobs.digests import Digests
+from surgery.midtraining.run_file import make_run
 from surgery.storage import copies, mirror
 from surgery.storage.address import parse
 from surgery.storage.copies import here
@@ -183,6 +184,23 @@ def test_token_files_are_inspected_and_not_indexed_elsewhere(proxy: Proxy) -> No
     assert here_[0].pop("path") == str(TEXT / "megatron_uint16.bin") and there == here_
     assert "surgery pull ADDRESS FOLDER" in said("data", "index", "s3://everywhere/text/megatron_uint16.bin", code=2)
     assert "surgery pull ADDRESS FOLDER" in said("data", "plan", "s3://everywhere/mix.yaml", code=1)
+
+
+def test_an_address_is_no_folder_for_what_is_written_here_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(
+        json.dumps({"steps": {"a": {"shell": "echo > $out", "outputs": {"out": "s3://b/a"}}}})
+    )
+    (tmp_path / "mix.yaml").write_text(json.dumps({"sequence_length": 8, "budget": 9, "sources": SOURCES}))
+    tokens = ("data", "tokenize", TEXT / "documents", "gs://b/out", "--tokenizer", TEXT / "tokenizer.json", "--eos", 0)
+    plan, folder = ("data", "plan", "mix.yaml", "s3://b/plan"), ("run", "r.yaml", "--folder", "s3://b/r")
+    for code, words in ((2, tokens), (2, plan), (1, ("run", "r.yaml")), (2, folder)):
+        assert "surgery push FOLDER ADDRESS sends it" in said(*words, code=code)
+    with pytest.raises(UsageError, match="s3://b/run is an address"):
+        make_run({"model": {"path": "model"}, "data": {"plan": "plan"}, "output": "s3://b/run"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mix.yaml", "r.yaml"]
 
 
 def test_a_copy_is_made_once_of_each_version(proxy: Proxy, s3: Any, tmp_path: Path) -> None:

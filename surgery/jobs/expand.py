@@ -23,6 +23,7 @@ from surgery.jobs.spec import Input, StepSpec
 from surgery.jobs.step import absolute
 from surgery.storage.address import is_address
 from surgery.storage.listing import matching
+from surgery.tensors.files import check_local
 
 FOLDER = "steps"  # of a run's folder: records, logs, configs and batch scripts of its steps
 OUT = "out"
@@ -79,7 +80,9 @@ def _run(name: str, where: Where, spec: StepSpec, scope: Names, root: Path) -> R
     own = {**refs.bound(scope, where), "step": label}
     outputs = {}
     for out, template in _paths(spec).items():
-        path = Path(os.path.normpath(root / refs.text(template, own, absolute)))
+        text = refs.text(template, own, absolute)
+        check_local(text)
+        path = Path(os.path.normpath(root / text))
         if root not in path.parents or path.is_relative_to(root / FOLDER):
             raise ConfigError(f"output {out}: {path} does not lie in the run's folder {root}, outside of {FOLDER}/")
         outputs[out] = Thing(label if out == OUT else f"{label}.{out}", path, maker=label)

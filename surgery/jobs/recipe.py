@@ -29,7 +29,7 @@ from surgery.jobs.problems import Problems
 from surgery.jobs.spec import Input, StepSpec, check_name, mapping, named, read_input, read_step
 from surgery.settings import Checked, keywords, make, setting
 from surgery.storage.address import is_address
-from surgery.tensors.files import read_small
+from surgery.tensors.files import check_local, read_small
 
 SNAPSHOT = "steps/recipe.yaml"  # in a run's folder: the recipe as it was launched
 Lines = Mapping[tuple[str | int, ...], int]
@@ -55,7 +55,7 @@ def read_recipe(
     folder   of the run; else the recipe's `folder`, else runs/NAME, with -small if it is: below the working folder
 
     `path` may be the folder of a run that was launched: the recipe is then as it was.  Raises FileError if the file is
-    no YAML, UsageError for a --set that is none, ConfigError with everything that is wrong.
+    no YAML, UsageError for a --set that is none and a folder at an address, ConfigError with everything that is wrong.
     """
     path = Path(path)
     path = path / SNAPSHOT if path.is_dir() else path
@@ -72,6 +72,7 @@ def read_recipe(
     merged = laid_over(value, over or {}) if small else value
     recipe = with_sets(located(parsed(merged, path, yaml_lines(data)), path.resolve().parent), sets)
     given = folder or recipe.folder or os.path.join("runs", path.stem)
+    check_local(given)
     return replace(recipe, folder=os.path.abspath(given + ("-small" if small and not folder else "")))
 
 

@@ -26,7 +26,7 @@ from surgery.errors import ConfigError, UsageError, show
 from surgery.midtraining.conventions import preset, put
 from surgery.midtraining.settings import Run
 from surgery.storage.address import is_address
-from surgery.tensors.files import read_small
+from surgery.tensors.files import check_local, read_small
 
 PATHS = ("model.path", "data.plan", "data.mixture", "data.recorded", "data.chat_template", "evaluation.task_data")
 
@@ -91,7 +91,8 @@ def apply_set(value: dict[str, Any], text: str) -> tuple[str, Any]:
 
 
 def located(run: Run, root: Path) -> Run:
-    """The run with absolute paths; an optimizer that is a file, too."""
+    """The run with absolute paths; an optimizer that is a file, too.  Raises UsageError for an output at an address."""
+    check_local(run.output)
     sections = {}
     for name in ("model", "data", "evaluation", "init"):
         section = getattr(run, name)

@@ -31,6 +31,7 @@ MAX_OPEN = 128
 IO: Counter[str] = Counter()  # bytes and calls of all reads in this process, so that claims can be measured
 AGAIN = "wait until whatever writes it is done, then run the same command again"
 BRING = "only files of this machine are read here: surgery pull ADDRESS FOLDER brings what lies at an address"
+SEND = "write to a folder of this machine: surgery push FOLDER ADDRESS sends it"
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.I)
 _open: OrderedDict[tuple[str, Stamp], _Handle] = OrderedDict()
@@ -245,16 +246,23 @@ def read_small(path: str | os.PathLike[str], limit: int, what: str) -> bytes:
 
 
 def usable_path(path: object) -> Path:
-    """A path that the caller gave, made absolute.  Raises UsageError if it is none, or the working folder is gone."""
+    """A path that is to be written, made absolute.  Raises UsageError if it is none, or the working folder is gone."""
     if not isinstance(path, (str, os.PathLike)) or not isinstance(text := os.fspath(path), str):
         raise UsageError(f"a path is needed, not {show(path)}")
     if "\0" in text or not text:
         raise UsageError(f"{show(text)} is not a usable file name")
+    check_local(text)
     try:
         return Path(os.path.abspath(text))
     except FileNotFoundError:
         what = "is a relative path, but the working folder has been removed"
         raise UsageError(what, file=text, hint="give an absolute path, or `cd` to a folder that exists") from None
+
+
+def check_local(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError for an address, which would be the name of a folder here."""
+    if _ADDRESS.match(text := os.fspath(path)):
+        raise UsageError(f"{re.sub(':/+', '://', text, count=1)} is an address", hint=SEND)
 
 
 def leads_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
