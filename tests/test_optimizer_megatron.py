@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import surgery
 from surgery.containers.dcp import Dcp
 from surgery.errors import FileError, LayoutError, SurgeryError
 from surgery.formats.flat import aligned, fill
+from surgery.formats.megatron.entries import optimizer_notes
+from surgery.formats.megatron.optimizer_writer import Wanted
 from surgery.formats.megatron.rank_buffers import KEY
 from surgery.formats.registry import open_checkpoint
 from tests.test_optimizer import GOLDEN, copied, equal, opened, values
@@ -41,6 +44,19 @@ def test_buffers_of_ranks_hold_the_state_that_lies_under_the_weights(buffers, wh
 
 def test_inspect_says_that_there_is_a_state():
     assert open_checkpoint(GOLDEN / "megatron-gathered").details["optimizer"] == "in the buffers of ranks"
+
+
+def test_weight_decay_that_two_groups_cannot_say_is_told():
+    found = opened(GOLDEN / "megatron-reshardable")
+
+    def told(**decays: float) -> list[str]:
+        groups = {n: replace(g, weight_decay=decays.get(n, g.weight_decay)) for n, g in found.optimizer.groups.items()}
+        changed = replace(found, optimizer=replace(found.optimizer, groups=groups))
+        return [note for note in optimizer_notes(changed, Wanted(), "torch_dist") if "did otherwise" in note]
+
+    assert not told() and not told(**dict.fromkeys(found.optimizer.groups, 0.0))
+    assert "norms and biases: embed, final_norm did" in told(embed=0.0, final_norm=0.1)[0]
+    assert "norms and biases: embed did" in told(embed=0.05)[0]
 
 
 def test_a_number_without_end_is_none_of_a_rank():

@@ -12,14 +12,15 @@ from typing import Any
 
 from surgery.containers.pickles.records import Obj
 from surgery.containers.torch_writer import Record
-from surgery.errors import ConfigError, LayoutError, UsageError, show
+from surgery.errors import ConfigError, LayoutError, UsageError, show, some
 from surgery.formats import optimizer
 from surgery.formats.account import OPTIMIZER, RANDOM, READ, SCHEDULER, TRAINER, Rule
 from surgery.formats.base import Checkpoint, Config, Option, Options, Reading, number
 from surgery.formats.megatron.config import BUILT_IN_FACTOR, padding, read_args, write_args
-from surgery.formats.megatron.dist_optimizer import Rates
+from surgery.formats.megatron.dist_optimizer import Rates, decays
 from surgery.formats.megatron.files import chosen_iteration
 from surgery.formats.megatron.optimizer_writer import Wanted
+from surgery.formats.megatron.table import table
 from surgery.formats.table import Table
 from surgery.formats.topology import Topology
 from surgery.model.spec import Spec
@@ -267,7 +268,17 @@ def optimizer_notes(checkpoint: Checkpoint, wanted: Wanted, form: str) -> list[s
             "updates are counted for every parameter, for torch's AdamW; Transformer Engine's FusedAdam stops at that: "
             "-O adam=fused"
         )  # fmt: skip
+    if changed := _decay_changes(checkpoint.optimizer):
+        notes.append(f"Megatron decays all but norms and biases: {some(changed, 20)} did otherwise before")
     if not wanted.rates:
         notes.append("core 0.19 and later tell groups of parameters by --lr and --min-lr: for these give yours with "
                      "-O max_lr=... -O min_lr=...")  # fmt: skip
     return notes
+
+
+def _decay_changes(found: optimizer.Optimizer) -> list[str]:
+    """The parts whose weight decay Megatron's two groups do not say."""
+    decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
+    wanted = {part: decay if decays(row.name) else 0.0 for row in table("local", "sequential").rows
+              for part in row.parts}  # fmt: skip
+    return sorted(part for part, group in found.groups.items() if group.weight_decay != wanted.get(part, decay))
