@@ -301,6 +301,11 @@ def test_an_evaluation_from_addresses_gives_the_numbers_of_the_same_files_here(
     assert there == numbers(str(tmp_path / "there"), str(golden / "model"))
 
 
+def test_a_folder_that_cannot_be_asked_is_not_copied(proxy: Proxy, tmp_path: Path) -> None:
+    assert "surgery convert s3://everywhere/text NEW_FOLDER" in said("ask", "s3://everywhere/text", "who?", code=1)
+    assert not (tmp_path / "cache" / "copies").exists()
+
+
 @pytest.mark.thorough
 def test_a_question_is_asked_of_an_address(proxy: Proxy, s3: Any) -> None:
     folder = TEXT.parent / "lm_eval" / "model"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import surgery
+from surgery.data.tokenizing.sources import find_sources
 from surgery.errors import FileError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.storage import mirror
@@ -97,6 +98,20 @@ def test_a_repository_of_the_hub_is_one_commit(hub: Hub, tiny_hf: Callable[[str]
     there = surgery.convert("hf://org/name@" + sha, tmp_path / "there", to="meta")
     assert there.content_digest == surgery.convert(source, tmp_path / "here", to="meta").content_digest
     assert checkpoint.parts["embed"].full().equal(open_checkpoint(source).parts["embed"].full())
+
+
+def test_a_repository_of_many_texts_is_not_listed_for_each(hub: Hub) -> None:
+    texts = {f"web/{i}.jsonl": b'{"text": "%d"}\n' % i for i in range(9)}
+    hub.put("org/texts", texts)
+    sources, _ = find_sources(["hf://org/texts"])
+    for source, text in zip(sources, texts.values(), strict=True):
+        with source.open() as file:
+            assert file.read() == text
+        hub.put("org/texts", {"web/8.jsonl": b'{"text": "other"}\n'})  # another commit changes nothing
+    assert len([path for _, path, _ in hub.seen if path.startswith("/api/")]) == 2
+    changed, _ = find_sources(["hf://org/texts/web/8.jsonl"])
+    with changed[0].open() as file:
+        assert file.read() == b'{"text": "other"}\n'
 
 
 def test_the_token_stays_with_the_hub(hub: Hub) -> None:

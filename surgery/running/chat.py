@@ -35,22 +35,22 @@ def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
 
 
 def _folder(path: str | Path) -> Path:
-    folder = here(path) if is_address(path) else located(path)
+    folder = located(path)
     if not folder.is_dir():
         raise FileError("is no folder", file=folder)
     if not (folder / "config.json").is_file():
         raise FileError(
             "has no config.json: only models in Hugging Face form can be asked",
             file=folder,
-            hint=f"surgery convert {folder} NEW_FOLDER --to hf",
+            hint=f"surgery convert {path} NEW_FOLDER --to hf",
         )
     if not any(folder.glob("*.safetensors")):
         raise FileError(
             "has no safetensors weights",
             file=folder,
-            hint=f"pickled weights are not loaded here; surgery convert {folder} NEW_FOLDER --to hf",
+            hint=f"pickled weights are not loaded here; surgery convert {path} NEW_FOLDER --to hf",
         )
-    return folder
+    return here(path) if is_address(path) else folder  # as a whole only now
 
 
 def _greedy(found: Any) -> Any:

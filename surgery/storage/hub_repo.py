@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from surgery.errors import FileError, SurgeryError, printable, show
@@ -78,6 +80,17 @@ def repository(address: Address) -> Listing:
     if address.key and (one := [e for e in every if e.name == address.key]):
         return Listing(store, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
     return Listing(store, below(every, address))
+
+
+def first_seen(address: Address) -> Listing:
+    """A repository at the commit at which this process has seen it first: asking anew for each of its files costs time,
+    and hubs count how often they are asked."""
+    return _first_seen(replace(address, key=""), api().endpoint)
+
+
+@lru_cache(maxsize=4)
+def _first_seen(address: Address, endpoint: str) -> Listing:
+    return repository(address)
 
 
 def _entry(sibling: Any, address: Address) -> Entry:

@@ -12,7 +12,7 @@ import os
 from typing import Any, BinaryIO, cast
 
 from surgery.errors import FileError
-from surgery.storage.address import parse
+from surgery.storage.address import Address, parse
 from surgery.storage.listing import Listing, listing
 from surgery.storage.store import Entry
 from surgery.tensors.elsewhere import BLOCK, Remote
@@ -45,11 +45,24 @@ def stamp_of(entry: Entry) -> Stamp:
 
 def opened(url: str, version: str) -> BinaryIO:
     """An object as a file, read in ranges.  Raises FileError if it is not of this version (`version_of` its entry)."""
-    found = listing(parse(url))
-    name, entry = next(iter(found.entries.items()))
-    if not found.single or version_of(entry) != version:
+    found, name = _listed(parse(url), version)
+    if version_of(found.entries[name]) != version:
         raise FileError("has changed since the work on it began", file=url, hint=AGAIN)
     return cast(BinaryIO, io.BufferedReader(_Stream(remote_of(found, name)), BLOCK))
+
+
+def _listed(address: Address, version: str) -> tuple[Listing, str]:
+    """A listing that has an object, and its name there; of a repository one that is known, if it has this version."""
+    if address.scheme == "hf":
+        from surgery.storage.hub_repo import first_seen
+
+        known = first_seen(address)
+        if address.key in known.entries and version_of(known.entries[address.key]) == version:
+            return known, address.key
+    found = listing(address)
+    if not found.single:
+        raise FileError("is no file any more", file=str(address), hint=AGAIN)
+    return found, address.name
 
 
 def version_of(entry: Entry) -> str:
