@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy, softmax
 
 import surgery
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, UsageError
 from surgery.formats.hf.files import code_of
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining.balance import balance_loss
@@ -245,3 +245,5 @@ def test_what_is_refused(made, tmp_path):
     value = wanted(tmp_path, made["mixed"], moe={"balance": 0.02, "coefficients_of": "transformers"})
     with pytest.raises(ConfigError, match="a coefficient of transformers is two of ours"):
         prepare(make_run(value))
+    with pytest.raises(UsageError, match="has no bias that chooses experts"):
+        prepare(make_run(wanted(tmp_path, made["mixed"], moe={"bias_rate": 0.001})))

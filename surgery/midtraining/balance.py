@@ -160,6 +160,14 @@ def translate(
 
 
 @torch.no_grad()
+def check_biases(mixtures: Sequence[Mixture]) -> None:
+    """Raise UsageError for routers without a bias that chooses experts."""
+    without = [m.name for m in mixtures if m.bias is None]
+    if without:
+        hint = "leave out moe.bias_rate and use the balance loss; glm4_moe and ernie4_5_moe have the bias"
+        raise UsageError(f"the router of {without[0]} has no bias that chooses experts", hint=hint)
+
+
 def nudge_biases(mixtures: Sequence[Mixture], counts: Tensor, rate: float = 1e-3) -> None:
     """Balance without a loss (Wang et al. 2408.15664; DeepSeek-V3): call it after a step.
 
@@ -167,10 +175,7 @@ def nudge_biases(mixtures: Sequence[Mixture], counts: Tensor, rate: float = 1e-3
 
     counts: int64 [layers, E], of the whole step and of all ranks.  Raises UsageError for routers without such a bias.
     """
-    without = [m.name for m in mixtures if m.bias is None]
-    if without:
-        hint = "use the balance loss; glm4_moe and ernie4_5_moe have the bias"
-        raise UsageError(f"the router of {without[0]} has no bias that chooses experts", hint=hint)
+    check_biases(mixtures)
     for mixture, chosen in zip(mixtures, counts, strict=True):
         bias = mixture.bias
         assert bias is not None

@@ -23,7 +23,7 @@ from surgery.formats.base import Checkpoint
 from surgery.formats.registry import open_checkpoint
 from surgery.midtraining import parallel
 from surgery.midtraining.attention import attending, attention_for
-from surgery.midtraining.balance import RULES, nudge_biases, translate
+from surgery.midtraining.balance import RULES, check_biases, nudge_biases, translate
 from surgery.midtraining.batching import micro_batches, rows_of
 from surgery.midtraining.checkpoint import Saved
 from surgery.midtraining.clock import Clock
@@ -174,6 +174,8 @@ def objective_of(
                       preference=preference_of(run.objective))  # fmt: skip
     if not mixtures:
         return plain, []
+    if moe.bias_rate:
+        check_biases(mixtures)
     if moe.fp32_router:
         Fp32Routers(mixtures)
     coefficients, notes, kinds = [moe.balance, moe.router_z], list[str](), by_kind(mixtures)
