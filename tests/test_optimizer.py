@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import surgery
-from surgery.errors import ConfigError, FileError, LayoutError, NoStateError, SurgeryError
+from surgery.errors import ConfigError, FileError, LayoutError, NoStateError, SurgeryError, UsageError
 from surgery.formats.base import Checkpoint
 from surgery.formats.flat import aligned
 from surgery.formats.megatron.files import open_rank
@@ -385,3 +385,10 @@ class Attack:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(("to", "options"), [("hf", {"optimizer": "fsdp"}), ("megatron", {"max_lr": "1e-3"})])
+def test_options_of_a_state_that_is_not_carried_are_refused(to, options, tiny_hf, tmp_path):
+    with pytest.raises(UsageError, match=f"-O {next(iter(options))}: no state of an optimizer is carried"):
+        surgery.convert(tiny_hf("llama"), tmp_path / "out", to=to, options=options)
+    assert not (tmp_path / "out").exists()

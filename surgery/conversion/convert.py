@@ -131,6 +131,9 @@ def plan_for(
         source = with_tokenizer(source, write.tokenizer)
     given = dict((write.options or {}) if options is None else options)
     by_side(given, [], target)
+    if source.optimizer is None and (idle := [o.name for o in target.choices if o.of_optimizer and o.name in given]):
+        raise UsageError(f"-O {some(idle)}: no state of an optimizer is carried here",
+                         hint="leave it out, or convert with --optimizer")  # fmt: skip
     tapped = replace(source, parts={name: ledger.tap(name, part) for name, part in source.parts.items()},
                      optimizer=state.tapped(source, target, ledger))  # fmt: skip
     output = target.plan(tapped, write.topology, target.with_defaults(given, "write"))

@@ -49,13 +49,17 @@ RUN = ("iteration", "step", "consumed_train_samples", "consumed_valid_samples")
 
 @dataclass(frozen=True)
 class Option:
-    """A choice that a format offers as `-O name=value`; `side` says when it applies: read, write or both."""
+    """A choice that a format offers as `-O name=value`; `side` says when it applies: read, write or both.
+
+    `of_optimizer`: only to what --optimizer carries, and refused without it.
+    """
 
     name: str
     meaning: str
     default: str
     choices: tuple[str, ...] = ()
     side: str = "both"
+    of_optimizer: bool = False
 
 
 ALLOW_UNKNOWN = Option("allow_unknown", "what is not understood and is to be passed over: names with commas between, "

@@ -168,7 +168,7 @@ FORMAT = Format(
         Option("family", "the model_type to write; auto: the source's, else the first that holds it exactly", "auto",
                ("auto", *FAMILIES), "write"),
         Option("optimizer", "with --optimizer: trainer (optimizer.pt) or fsdp (optimizer_0/, by name, for torch's DCP)",
-               "trainer", tuple(WRITERS), "write"),
+               "trainer", tuple(WRITERS), "write", of_optimizer=True),
         Option("shard_size", "largest weight file (same as --shard-size)", "5GB", (), "write"),
     ),
 )  # fmt: skip

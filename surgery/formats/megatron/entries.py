@@ -46,10 +46,11 @@ OPTIONS = (
     Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
     Option("adam", "with --optimizer, whose state legacy files hold: fused (FusedAdam of Transformer Engine, Apex) or "
-           "torch (AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write"),
+           "torch (AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write",
+           of_optimizer=True),
     Option("max_lr", "with --optimizer: --lr of the run that goes on, by which core 0.19 and later tell their groups; "
-           "auto: not written, and the run's own counts", "auto", (), "write"),
-    Option("min_lr", "with max_lr: --min-lr of that run; auto: 0", "auto", (), "write"),
+           "auto: not written, and the run's own counts", "auto", (), "write", of_optimizer=True),
+    Option("min_lr", "with max_lr: --min-lr of that run; auto: 0", "auto", (), "write", of_optimizer=True),
     Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
 )  # fmt: skip
 
