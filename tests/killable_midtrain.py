@@ -164,9 +164,11 @@ def stop(name: str) -> None:
 
 
 def narrow(folder: Path) -> None:
-    """Let no file become as large as a checkpoint's."""
+    """Let no file become as large as a checkpoint's, once that of step 6 is there, which another thread writes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    size = next((folder / "out").glob("checkpoints/*/*.safetensors")).stat().st_size // 2
+    while not (written := list((folder / "out" / "checkpoints" / "step000000006").glob("*.safetensors"))):
+        time.sleep(0.01)
+    size = written[0].stat().st_size // 2
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

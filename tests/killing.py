@@ -5,6 +5,7 @@ pid = forked(lambda: (dies_at(7, after=True), job()))       # the seventh call t
 
 import os
 import signal
+import traceback
 
 from surgery.writing import renaming
 
@@ -17,13 +18,15 @@ def tree(folder):
 
 
 def forked(job):
-    """The process id of a child that does `job` and ends with status 0, or 1 after an error."""
+    """The process id of a child that does `job` and ends with status 0, or 1 after an error, which it prints."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             job()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return pid
