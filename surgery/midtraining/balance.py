@@ -159,7 +159,6 @@ def translate(
 # ------------------------------------------------------------------------------------------------------ selection bias
 
 
-@torch.no_grad()
 def check_biases(mixtures: Sequence[Mixture]) -> None:
     """Raise UsageError for routers without a bias that chooses experts."""
     without = [m.name for m in mixtures if m.bias is None]
@@ -168,6 +167,7 @@ def check_biases(mixtures: Sequence[Mixture]) -> None:
         raise UsageError(f"the router of {without[0]} has no bias that chooses experts", hint=hint)
 
 
+@torch.no_grad()
 def nudge_biases(mixtures: Sequence[Mixture], counts: Tensor, rate: float = 1e-3) -> None:
     """Balance without a loss (Wang et al. 2408.15664; DeepSeek-V3): call it after a step.
 
