@@ -20,11 +20,11 @@ from surgery import errors
 from surgery.errors import SurgeryError, UsageError
 from surgery.writing.interrupt import Interrupted, signals
 from surgery.writing.shards import Shard
+from surgery.writing.sink import RESUME
 from surgery.writing.stream import Progress
 
 Task = Callable[[Shard, Progress], None]
 TRIES = 3  # of a process that is killed
-KEPT = "what was written is kept: run the same command again to go on from there"
 TICK = 0.2  # seconds
 
 
@@ -95,7 +95,7 @@ def _again(task: Task, worker: _Worker, tries: dict[Shard, int]) -> list[_Worker
     tries[shard] += 1
     if code > 0 or tries[shard] > TRIES:
         what = f"the process of shard {shard.index} of {shard.count} ended with {code}"
-        raise SurgeryError(what, hint=KEPT)
+        raise SurgeryError(what, hint=RESUME)
     return [_Worker(task, shard)]
 
 
@@ -129,7 +129,7 @@ def in_ray(task: Task, todo: Iterable[Shard], dst: Path, progress: Progress) -> 
             tries[shard] += 1
             if tries[shard] > TRIES:
                 what = f"the worker of shard {shard.index} of {shard.count} crashed {TRIES} times"
-                raise SurgeryError(what, hint=KEPT) from None
+                raise SurgeryError(what, hint=RESUME) from None
             time.sleep(TICK)
             running[remote.remote(task, shard)] = shard
             continue

@@ -12,6 +12,7 @@ from surgery import tokenizer
 from surgery.errors import FileError, LayoutError
 from surgery.formats.base import Checkpoint
 from surgery.formats.optimizer import MASTER
+from surgery.formats.padding import tokens_of
 from surgery.model.spec import VOCABULARY
 from surgery.storage.mirror import place_of
 from surgery.tensors.lazy import Concat, Fill, Lazy, Slice, cast
@@ -58,10 +59,10 @@ def with_rows(checkpoint: Checkpoint, rows: int) -> Checkpoint:
 
 def to_vocab(checkpoint: Checkpoint, rows: int) -> Checkpoint:
     """As `with_rows`, for people: a note says it.  Raises LayoutError if tokens would be cut."""
-    before, found = checkpoint.spec, checkpoint.tokenizer
+    before = checkpoint.spec
     if rows == before.vocab:
         return replace(checkpoint, padding="")
-    tokens = before.true_vocab or (found.vocab_size if found else None)
+    tokens = tokens_of(checkpoint)
     if tokens is not None and rows < tokens:
         raise LayoutError(f"--vocab-size {rows} would cut tokens: the tokenizer has {tokens}")
     resized = with_rows(checkpoint, rows)

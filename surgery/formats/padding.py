@@ -21,13 +21,13 @@ def multiple_of(rows: int, multiple: object, tp: int = 1) -> str:
 
 def padding_rows(checkpoint: Checkpoint) -> int | None:
     """Rows of the vocabulary that no token uses; None if nothing says it."""
-    tokens = _tokens(checkpoint)
+    tokens = tokens_of(checkpoint)
     return None if tokens is None else max(0, checkpoint.spec.vocab - tokens)
 
 
 def padding_notes(checkpoint: Checkpoint) -> list[str]:
     """What a reader of a checkpoint should know of its padding; nothing where no format has padded."""
-    rows, tokens, padding = checkpoint.spec.vocab, _tokens(checkpoint), checkpoint.padding
+    rows, tokens, padding = checkpoint.spec.vocab, tokens_of(checkpoint), checkpoint.padding
     if not padding or (tokens is not None and tokens >= rows):
         return []
     if tokens is None:
@@ -37,6 +37,7 @@ def padding_notes(checkpoint: Checkpoint) -> list[str]:
             f"surgery convert --vocab-size {tokens} leaves them out"]  # fmt: skip
 
 
-def _tokens(checkpoint: Checkpoint) -> int | None:
+def tokens_of(checkpoint: Checkpoint) -> int | None:
+    """How many tokens the vocabulary has, as its config or its tokenizer says; None if neither does."""
     found = checkpoint.tokenizer
     return checkpoint.spec.true_vocab or (found.vocab_size if found else None)

@@ -28,7 +28,6 @@ def leaving(dst: Path, leave: Leave) -> Iterator[None]:
     def moved(name: str, path: Path) -> elsewhere.Remote:
         remote = leave(name, path)
         gone.append(os.fspath(path))
-        os.truncate(path, 0)
         path.write_bytes(elsewhere.POINTER + remote.name.encode() + b"\n")
         elsewhere.stand_in(gone[-1], remote)
         return remote

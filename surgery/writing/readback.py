@@ -15,7 +15,6 @@ import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from surgery.containers.output import OutputFile, Region
 from surgery.errors import MismatchError, SurgeryError, some
@@ -96,15 +95,15 @@ def _intact(stage: Staging, file: OutputFile, kept: Collection[int], crcs: Crcs)
     path = os.fspath(data_of(stage.dst) / file.name)
     if elsewhere.at(path) is not None:
         left = File(path)
-        read = lambda size, at: left.read(at, size)  # noqa: E731
-        return left.size == file.size and all(_same(read, *span) for span in _spans(file, kept, crcs))
+        return left.size == file.size and all(_same(left.read, *span) for span in _spans(file, kept, crcs))
     try:
         fd = stage.reopen(file.name)
     except FileNotFoundError:
         return False
     try:
-        read = partial(os.pread, fd)
-        return os.fstat(fd).st_size == file.size and all(_same(read, *span) for span in _spans(file, kept, crcs))
+        return os.fstat(fd).st_size == file.size and all(
+            _same(lambda at, size: os.pread(fd, size, at), *span) for span in _spans(file, kept, crcs)
+        )
     finally:
         os.close(fd)
 
@@ -130,7 +129,7 @@ def _same(read: Callable[[int, int], bytes], start: int, stop: int, what: bytes 
     crc = 0
     for at in range(start, stop, CHUNK):
         size = min(CHUNK, stop - at)
-        data = read(size, at)
+        data = read(at, size)
         if len(data) != size:
             return False
         if isinstance(what, int):

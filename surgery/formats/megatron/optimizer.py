@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,7 +107,12 @@ def _optimizers(file: RankFile) -> list[Fields]:
 def _parameters(file: RankFile, which: int | None) -> list[Parameter]:
     """What is trained, in the order of the model; of two optimizers, that of the experts is the second."""
     every = (Parameter(v, name, weight) for v, chunk in enumerate(file.chunks) for name, weight in chunk.items())
-    return [p for p in every if p.trained and (which is None or (".experts." in p.name) == bool(which))]
+    return trained_by(which, every)
+
+
+def trained_by(which: int | None, parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Those that an optimizer trains: all (None), or of two the dense ones (0) and the experts (1)."""
+    return [p for p in parameters if p.trained and (which is None or (".experts." in p.name) == bool(which))]
 
 
 def groups_of(inner: object, path: Path) -> list[Fields]:

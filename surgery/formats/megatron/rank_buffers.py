@@ -33,6 +33,7 @@ from surgery.formats.megatron.optimizer import (
     groups_of,
     put_coalesced,
     put_settings,
+    trained_by,
     wanted_buffers,
 )
 from surgery.formats.megatron.order import place
@@ -139,7 +140,7 @@ def _parameters(
     """What a rank trains, in the order of Megatron's modules; of two optimizers, the second has the experts."""
     chunks = ((v, weights[rank._replace(chunk=v)]) for v in range(topology.vpp))
     every = (Parameter(v, name, chunk[name]) for v, chunk in chunks for name in sorted(chunk, key=place))
-    return [p for p in every if p.trained and (which is None or (".experts." in p.name) == bool(which))]
+    return trained_by(which, every)
 
 
 def _put(
