@@ -365,8 +365,8 @@ def test_selection_biases_even_out_the_load():
     assert loads[-1] < 1.15
     assert all(torch.equal(m.weight, w) for m, w in zip(mixtures, before, strict=True))
     ernie = find_mixtures(tiny.model("ernie4_5_moe"))
-    held = ernie[0].router.moe_statics.e_score_correction_bias
-    old = held.clone()
+    held = ernie[0].router.moe_statics.e_score_correction_bias.requires_grad_()  # as a parameter is
+    old = held.detach().clone()
     nudge_biases(ernie, torch.arange(8).expand(4, 8))
     torch.testing.assert_close((held - old)[0], torch.tensor([1e-3] * 4 + [-1e-3] * 4), rtol=0, atol=1e-6)
     with pytest.raises(UsageError, match="no bias that chooses experts"):

@@ -109,6 +109,13 @@ class Optimizer:
         return replace(self, roles=roles)
 
 
+def decay_changes(found: Optimizer, rows: Iterable[Row], spared: Callable[[str], bool]) -> list[tuple[str, str]]:
+    """(row, part) of all that has another weight decay than where everything decays alike but rows that are spared."""
+    decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
+    return [(row.name, part) for row in rows if not row.copy for part in row.parts if part in found.groups
+            and found.groups[part].weight_decay != (0.0 if spared(row.name) else decay)]  # fmt: skip
+
+
 class Rounded(Lazy):
     """A master.  Reading it proves that it rounds to the stored weight, bit for bit."""
 

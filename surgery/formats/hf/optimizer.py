@@ -28,7 +28,18 @@ from surgery.errors import FileError, NoStateError, show, some
 from surgery.formats.dcp_states import Named, grouped, named_tensors, paths, read_named
 from surgery.formats.hf.order import in_order, spared, spared_before
 from surgery.formats.hf.table import table
-from surgery.formats.optimizer import ALONE, MOMENTS, Group, M, Optimizer, States, Written, group_of, one_step
+from surgery.formats.optimizer import (
+    ALONE,
+    MOMENTS,
+    Group,
+    M,
+    Optimizer,
+    States,
+    Written,
+    decay_changes,
+    group_of,
+    one_step,
+)
 from surgery.formats.table import Table
 from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.torch_states import STEP, listed, moments_of, read_tree, step_of, torch_group
@@ -186,10 +197,8 @@ def _decay(written: Written, owned: Sequence[str]) -> float:
 
 def notes_of(found: Optimizer, family: str, form: str) -> tuple[str, ...]:
     """What somebody who resumes from what a writer of this name wrote has to know."""
-    decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
-    wanted = {r.name: 0.0 if spared(r.name) else decay for r in in_memory(family).rows}
     rows = [r for r in in_memory(family).rows if r.parts[0] in found.groups and not r.copy]
-    changed = sorted({r.name for r in rows if found.groups[r.parts[0]].weight_decay != wanted[r.name]})
+    changed = sorted({name for name, _ in decay_changes(found, rows, spared)})
     if form == "fsdp":
         named = (
             f"{SHARDED}/ holds the state by name, after {found.step:,} updates: torch.distributed.checkpoint.load "

@@ -269,17 +269,11 @@ def optimizer_notes(checkpoint: Checkpoint, wanted: Wanted, form: str) -> list[s
             "updates are counted for every parameter, for torch's AdamW; Transformer Engine's FusedAdam stops at that: "
             "-O adam=fused"
         )  # fmt: skip
-    if changed := _decay_changes(checkpoint.optimizer):
-        notes.append(f"Megatron decays all but norms and biases: {some(changed, 20)} did otherwise before")
+    rows = table("local", "sequential").rows
+    if changed := optimizer.decay_changes(checkpoint.optimizer, rows, lambda name: not decays(name)):
+        parts = sorted({part for _, part in changed})
+        notes.append(f"Megatron decays all but norms and biases: {some(parts, 20)} did otherwise before")
     if not wanted.rates:
         notes.append("core 0.19 and later tell groups of parameters by --lr and --min-lr: for these give yours with "
                      "-O max_lr=... -O min_lr=...")  # fmt: skip
     return notes
-
-
-def _decay_changes(found: optimizer.Optimizer) -> list[str]:
-    """The parts whose weight decay Megatron's two groups do not say."""
-    decay = max((group.weight_decay for group in found.groups.values()), default=0.0)
-    wanted = {part: decay if decays(row.name) else 0.0 for row in table("local", "sequential").rows
-              for part in row.parts}  # fmt: skip
-    return sorted(part for part, group in found.groups.items() if group.weight_decay != wanted.get(part, decay))
