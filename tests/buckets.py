@@ -14,10 +14,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+
+from surgery.storage import copies, mirror
 
 HOP = {"transfer-encoding", "connection", "keep-alive", "content-length", "server", "date"}
 ENDLESS = 40_000_000  # bytes after which an endless body ends, so that a test does
+
+
+def keys(patch: pytest.MonkeyPatch, cache: Path) -> None:
+    """An environment with keys and a folder for copies, in which nothing is known of any address."""
+    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
+                        "SURGERY_CACHE": str(cache)}.items():  # fmt: skip
+        patch.setenv(name, value)
+    patch.delenv("AWS_PROFILE", raising=False)
+    mirror._known.clear()
+    copies._known.clear()
 
 
 @contextmanager

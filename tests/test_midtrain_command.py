@@ -24,7 +24,7 @@ from surgery.midtraining.settings_train import Train
 from surgery.storage.push import push
 from surgery.verification import compare
 from tests import tiny
-from tests.buckets import moto
+from tests.buckets import keys, moto
 
 TEXT = Path(__file__).parent / "golden" / "tokenize"
 MIX = """
@@ -236,9 +236,7 @@ def test_a_mixture_of_experts_is_watched(place):
 def test_a_run_begins_from_an_address(place, trained, monkeypatch, tmp_path):
     import boto3
 
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
-                        "SURGERY_CACHE": str(tmp_path)}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
+    keys(monkeypatch, tmp_path)
     with moto() as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         boto3.client("s3", endpoint_url=url).create_bucket(Bucket="bucket")

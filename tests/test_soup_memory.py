@@ -25,30 +25,19 @@ MERGES = {
 SHARED = {"slerp": {"t": 0.5}, "sce": {"select_topk": 0.5}}
 BASED = ("ties", "della", "dare_ties", "slerp", "sce", "arcee_fusion")
 SCRIPT = """
-import json, sys, threading, time
+import json, sys
 import surgery
-
-def held():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+from tests.held import most_held
 
 first, *recipes = json.loads(sys.argv[1])
 out, budget = sys.argv[2], int(sys.argv[3])
+
+def merge(recipe, name):
+    surgery.soup(recipe, f"{out}-{name}", max_memory=budget, sync=False, threads=2)
+
 for i, recipe in enumerate(first):
-    surgery.soup(recipe, f"{out}-first-{i}", max_memory=budget, sync=False, threads=2)
-peaks = []
-for i, recipe in enumerate(recipes):
-    start, peak, done = held(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.004):
-            peak[0] = max(peak[0], held())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    surgery.soup(recipe, f"{out}-{i}", max_memory=budget, sync=False, threads=2)
-    done.set()
-    watcher.join()
-    peaks.append(peak[0] - start)
-print(json.dumps(peaks))
+    merge(recipe, f"first-{i}")
+print(json.dumps([most_held(lambda: merge(recipe, i)) for i, recipe in enumerate(recipes)]))
 """
 
 

@@ -21,7 +21,7 @@ from surgery.storage.address import is_address, parse
 from surgery.tensors import elsewhere
 from surgery.tensors.files import File, check_unchanged
 from surgery.writing import stream
-from tests.buckets import Proxy, every, moto, none
+from tests.buckets import Proxy, every, keys, moto, none
 
 pytest.importorskip("moto")
 BUCKET = "bucket"
@@ -38,11 +38,7 @@ def store(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """A bucket behind a proxy without faults, and no copies of anything."""
     import boto3
 
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
-                        "SURGERY_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    mirror._known.clear()
+    keys(monkeypatch, tmp_path / "cache")
     client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket=BUCKET)
     with Proxy(s3) as proxy:

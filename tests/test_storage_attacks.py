@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from surgery.errors import FileError, SurgeryError
-from surgery.storage import copies, mirror, store
+from surgery.storage import mirror, store
 from surgery.storage.address import parse
 from surgery.storage.copies import here
 from surgery.storage.listing import listing
 from surgery.storage.pull import pull
 from surgery.storage.store import open_store
 from surgery.tensors.files import File
-from tests.buckets import Proxy, every
+from tests.buckets import Proxy, every, keys
 from tests.servers import Quiet, served, web
 
 ONE = ("<Contents><Key>{key}</Key><LastModified>2026-11-01T00:00:00Z</LastModified><ETag>&quot;ab&quot;</ETag>"
@@ -28,14 +28,9 @@ ENDLESS = 500  # answers after which a test ends, whatever happens
 
 
 @pytest.fixture(autouse=True)
-def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
-                        "SURGERY_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(store, "SLOW", timedelta(seconds=5))
-    mirror._known.clear()
-    copies._known.clear()
 
 
 class Lists:

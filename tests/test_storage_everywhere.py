@@ -25,7 +25,7 @@ from surgery.storage.address import parse
 from surgery.storage.copies import here
 from surgery.storage.listing import beside, matching
 from surgery.tensors.files import File
-from tests.buckets import Proxy, moto
+from tests.buckets import Proxy, keys, moto
 from tests.servers import web
 
 pytest.importorskip("moto")
@@ -50,11 +50,7 @@ def s3() -> Iterator[Any]:
 
 @pytest.fixture
 def proxy(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
-                        "SURGERY_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    mirror._known.clear()
-    copies._known.clear()
+    keys(monkeypatch, tmp_path / "cache")
     with Proxy(s3.meta.endpoint_url) as found:
         monkeypatch.setenv("AWS_ENDPOINT_URL", found.url)
         yield found

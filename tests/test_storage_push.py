@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from surgery.cli.main import main
 from surgery.errors import FileError, OutputError, UsageError
-from surgery.storage import contents, mirror
+from surgery.storage import contents
 from surgery.storage import pull as pulling
 from surgery.storage.address import parse
 from surgery.storage.claim import claim
@@ -27,7 +27,7 @@ from surgery.storage.listing import UNFINISHED, listing
 from surgery.storage.pull import pull
 from surgery.storage.push import Pushed, push
 from surgery.storage.store import open_store
-from tests.buckets import Proxy, every, moto, none
+from tests.buckets import Proxy, every, keys, moto, none
 
 pytest.importorskip("moto")
 BUCKET = "bucket"
@@ -74,12 +74,8 @@ class Bucket:
 def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     import boto3
 
-    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1",
-                        "SURGERY_CACHE": str(tmp_path / "cache")}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    keys(monkeypatch, tmp_path / "cache")
     monkeypatch.setattr(contents, "PART", 5 << 20)
-    mirror._known.clear()
     client = boto3.client("s3", endpoint_url=s3)
     client.create_bucket(Bucket=BUCKET)
     with Proxy(s3) as proxy:

@@ -23,28 +23,18 @@ from tests.test_soup_memory import MIB, model
 
 BUDGET = 64 * MIB
 SCRIPT = """
-import json, sys, threading
+import json, sys
 import surgery
-
-def held():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+from tests.held import most_held
 
 first, *folders = json.loads(sys.argv[1])
-budget, peaks = int(sys.argv[2]), []
-surgery.upcycle(first, f"{first}-moe", experts=4, top_k=2, strategy="copy", max_memory=budget, sync=False)
-for folder in folders:
-    start, peak, done = held(), [0], threading.Event()
-    def watch():
-        while not done.wait(0.004):
-            peak[0] = max(peak[0], held())
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+budget = int(sys.argv[2])
+
+def upcycle(folder):
     surgery.upcycle(folder, f"{folder}-moe", experts=4, top_k=2, strategy="copy", max_memory=budget, sync=False)
-    done.set()
-    watcher.join()
-    peaks.append(peak[0] - start)
-print(json.dumps(peaks))
+
+upcycle(first)
+print(json.dumps([most_held(lambda: upcycle(folder)) for folder in folders]))
 """
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from surgery.data.files.idx import IndexedWriter
 from surgery.data.payload_index import index_payload
 from surgery.data.trainers.megatron_run import open_megatron
-from tests.upstream.run import ROOT, install, last, python_of
+from tests.upstream.run import ROOT, last, python_for
 
 NAME = "megatron-core"
 DOLMA = ROOT / "tests" / "golden" / "tokenize" / "dolma" / "part-0-00000.npy"
@@ -71,11 +71,9 @@ def wrong(case: dict[str, Any], want: dict[str, Any], folder: Path) -> str:
 
 
 def main(python: str | None = None) -> int:
+    python = python or python_for(NAME)
     if python is None:
-        if why := install(NAME):
-            print(f"skip  {NAME}: {why}")
-            return 1
-        python = str(python_of(NAME))
+        return 1
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         made, script = make(folder), Path(__file__).with_name("load_megatron_data.py")

@@ -54,6 +54,14 @@ def install(name: str) -> str:
     return ""
 
 
+def python_for(name: str) -> str | None:
+    """The program's own python, once it is installed; None, and a word, where that fails."""
+    if why := install(name):
+        print(f"skip  {name}: {why}")
+        return None
+    return str(python_of(name))
+
+
 def last(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.cli.main import main as surgery
-from tests.upstream.run import ROOT, install, last, python_of
+from tests.upstream.run import ROOT, last, python_for
 
 NAME = "ai2-olmo-core"
 GOLDEN = ROOT / "tests" / "golden"
@@ -43,11 +43,9 @@ def instances(folder: Path, suffix: str, dtype: str) -> list[list[int]]:
 
 
 def main(python: str | None = None) -> int:
+    python = python or python_for(NAME)
     if python is None:
-        if why := install(NAME):
-            print(f"skip  {NAME}: {why}")
-            return 1
-        python = str(python_of(NAME))
+        return 1
     with tempfile.TemporaryDirectory() as tmp:
         folder, script = Path(tmp), Path(__file__).with_name("load_olmo_core_data.py")
         held = make(folder)
