@@ -27,6 +27,7 @@ from surgery.storage.listing import UNFINISHED, listing
 from surgery.storage.pull import pull
 from surgery.storage.push import Pushed, push
 from surgery.storage.store import open_store
+from surgery.storage.streamed import Streamed
 from tests.buckets import Proxy, every, keys, moto, none
 
 pytest.importorskip("moto")
@@ -470,3 +471,18 @@ def test_the_command_that_pulls(bucket: Bucket, tmp_path: Path) -> None:
     assert json.loads(said_by("pull", url, tmp_path / "got", "--force", "--json"))["checked"] == 1
     with pytest.raises(UsageError, match="an address and a folder"):
         pull(tmp_path, tmp_path / "x")
+
+
+def test_a_file_that_left_before_is_not_sent_again_where_etags_are_no_digests(
+    bucket: Bucket, folder: Path, tmp_path: Path
+) -> None:
+    address, path = parse(f"s3://{BUCKET}/left"), folder / "model-00001.safetensors"
+    bucket.proxy.fault = every(1, "opaque")
+    first = Streamed(address, tmp_path / "plans", ())
+    first.leave(path.name, path)
+    bucket.proxy.seen.clear()
+    Streamed(address, tmp_path / "plans", first.begun).leave(path.name, path)
+    assert bucket.puts() == [UNFINISHED]
+    path.write_bytes(bytes(FILES[path.name]))
+    Streamed(address, tmp_path / "plans", (tmp_path / "plans").read_text().split()).leave(path.name, path)
+    assert bucket.objects("left")[path.name] == path.read_bytes()

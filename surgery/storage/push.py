@@ -26,7 +26,7 @@ from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.multipart import abort
 from surgery.storage.store import Entry, Store, open_store
 from surgery.storage.together import Told, from_threads, together
-from surgery.storage.upload import is_equal, same_bytes, upload
+from surgery.storage.upload import holds, upload
 from surgery.tensors.files import File, check_unchanged
 
 FILES = 4  # at a time
@@ -145,7 +145,10 @@ def _there(store: Store, plan: Pushing, supersedes: Sequence[str] = ()) -> dict[
     """The ETags of files that are there already, by name.  Raises OutputError if the place is another's."""
     found = {e.name: e for e in store.list(store.address.key, MOST + 1) if e.name and not e.name.endswith("/")}
     equal = {
-        i.name: found[i.name].etag for i in plan.items if i.name in found and _equal(store, plan, i, found[i.name])
+        i.name: e.etag
+        for i in plan.items
+        if (e := found.get(i.name))
+        and holds(store, plan.address.below(i.name), i, e, plan.etags[i.name], plan.there.get(i.name))
     }
     names = {item.name for item in plan.items}
     if UNFINISHED in found:
@@ -159,15 +162,6 @@ def _there(store: Store, plan: Pushing, supersedes: Sequence[str] = ()) -> dict[
         raise OutputError(f"holds other objects: {some(sorted(odd))}", file=str(store.address),
                           hint="choose another place, or remove what is there")  # fmt: skip
     return equal
-
-
-def _equal(store: Store, plan: Pushing, item: Item, entry: Entry) -> bool:
-    """Whether an object is a file; by its bytes where its ETag does not say so."""
-    if is_equal(entry, item.size, plan.etags[item.name]):
-        return True
-    if item.name in plan.there and is_equal(entry, item.size, plan.there[item.name]):
-        return True
-    return entry.size == item.size and same_bytes(store, plan.address.below(item.name), item, entry)
 
 
 def carried_out(plan: Pushing, src: Path_, request: Push) -> Pushed:
@@ -224,7 +218,7 @@ def _check(store: Store, plan: Pushing, sent: Mapping[str, Entry]) -> None:
         item.name
         for item in plan.items
         if (e := found.get(item.name)) is None
-        or not is_equal(e, item.size, sent[item.name].etag if item.name in sent else plan.there[item.name])
+        or (e.size, e.etag) != (item.size, sent[item.name].etag if item.name in sent else plan.there[item.name])
     ]
     if wrong:
         raise MismatchError(f"{some(wrong)}: what is there is not what was sent", file=str(plan.address),

@@ -24,7 +24,7 @@ from surgery.storage.contents import Item, etag_of, rank
 from surgery.storage.listing import Listing
 from surgery.storage.remote import remote_of
 from surgery.storage.store import Store, open_store
-from surgery.storage.upload import is_equal, upload
+from surgery.storage.upload import holds, upload
 from surgery.tensors import elsewhere
 from surgery.tensors.files import File
 
@@ -44,7 +44,7 @@ class Streamed:
         key, item = self.address.below(name), Item(name, rank(name), File(path))
         etag = etag_of(item)
         entry = store.head(key)
-        if entry is None or not is_equal(entry, item.size, etag):
+        if entry is None or not holds(store, key, item, entry, etag):
             entry, _ = upload(store, key, item, etag, lambda n: None, threading.Event())
         self.etags[name] = entry.etag or etag
         self.remotes[name] = remote_of(Listing(store, {name: entry}), name)

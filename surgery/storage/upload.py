@@ -31,25 +31,27 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
             sent += n
             told(n)
 
+        failed = None
         try:
             _put(store, key, item, advance, stop)
         except FileError as error:
-            # the answer may be all that was lost
-            if error.hint == AGAIN or (attempt == TRIES and not is_equal(store.head(key), item.size, etag)):
+            if error.hint == AGAIN:
                 raise
+            failed = error  # the answer may be all that was lost
         entry = store.head(key)
-        if entry is not None and entry.size == item.size:
-            if entry.etag == etag:
-                return entry, False
-            if same_bytes(store, key, item, entry):
-                return entry, True
+        if entry is not None and holds(store, key, item, entry, etag):
+            return entry, entry.etag != etag
         told(-sent)
+        if failed and attempt == TRIES:
+            raise failed
     raise FileError("is not what was sent", file=store.url(key), hint="look at the store and the network")
 
 
-def is_equal(entry: Entry | None, size: int, etag: str | None) -> bool:
-    """Whether an object is there and is a file, as far as its size and ETag say."""
-    return entry is not None and (entry.size, entry.etag) == (size, etag)
+def holds(store: Store, key: str, item: Item, entry: Entry, *etags: str | None) -> bool:
+    """Whether an object is a file: by one of the ETags that the file is known to have, else by its bytes, read back."""
+    if entry.size != item.size:
+        return False
+    return (entry.etag is not None and entry.etag in etags) or _same_bytes(store, key, item, entry)
 
 
 def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) -> None:
@@ -73,7 +75,7 @@ def _put(store: Store, key: str, item: Item, told: Told, stop: threading.Event) 
                         max_concurrency=multipart.TOGETHER)  # fmt: skip
 
 
-def same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
+def _same_bytes(store: Store, key: str, item: Item, entry: Entry) -> bool:
     """Whether what is there is what was sent, byte by byte."""
     for start in range(0, item.size, READ_BACK):
         end = min(start + READ_BACK, item.size)
