@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import main
+from surgery.data.files.readers import found_at, sidecars
 from surgery.data.plans.batches import Batches
 from surgery.data.plans.draft import draft_plan
 from surgery.data.plans.plan import open_plan, write_plan
@@ -23,7 +25,7 @@ from surgery.midtraining.run_file import make_run
 from surgery.storage import copies, mirror
 from surgery.storage.address import parse
 from surgery.storage.copies import here
-from surgery.storage.listing import beside, matching
+from surgery.storage.listing import matching, with_sidecars
 from surgery.tensors.files import File
 from tests.buckets import Proxy, keys, moto
 from tests.servers import web
@@ -212,9 +214,33 @@ def test_a_copy_is_made_once_of_each_version(proxy: Proxy, s3: Any, tmp_path: Pa
     assert here("s3://everywhere/once/a.bin", ["a.idx", "a.mask"]).read_bytes() == b"two"
     assert here("s3://everywhere/once").is_dir() and here("plain/path") == Path("plain/path")
     with pytest.raises(FileError, match=r"s3://everywhere/once/b.bin: "):
-        beside(parse("s3://everywhere/once/b.bin"), ["a.bin"])
+        with_sidecars(parse("s3://everywhere/once/b.bin"), ["a.bin"])
     with pytest.raises(FileError, match="surgery pull ADDRESS FOLDER"):
         File("s3:/bucket/once/a.bin")
+
+
+def listed(proxy: Proxy) -> list[str]:
+    """The prefixes that were listed, and whatever else was asked but for bytes."""
+    asked = [path for method, path, _ in proxy.seen if method == "HEAD" or "list-type" in path]
+    return [parse_qs(urlsplit(path).query).get("prefix", [path])[0] for path in asked]
+
+
+def test_the_folder_of_many_token_files_is_listed_once(
+    proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(tmp_path / "plan", "s3://everywhere/text", SOURCES[:1])
+    copies._known.clear()  # as another process has it
+    mirror._known.clear()
+    proxy.seen.clear()
+    assert open_plan(plan.folder).digest == plan.digest
+    assert listed(proxy) == ["text/dolma/", "text/tokenizer.json/", "/everywhere/text/tokenizer.json"]
+    assert len({entry.path for entry in plan.file.sources[0].entries}) == 3
+    assert plan.sources[0].files[0].bounds is not None
+    monkeypatch.setattr("surgery.storage.listing.PAGE", 1)  # of a larger one what is needed is asked for
+    for name in ("a.npy", "b.npy", "b.mask"):
+        s3.put_object(Bucket="everywhere", Key=f"many/{name}", Body=b"x")
+    copies.bring([f"s3://everywhere/many/{n}.npy" for n in "ab"], sidecars)
+    assert {p.name for p in found_at("s3://everywhere/many/b.npy").parent.iterdir()} == {"b.mask", "b.npy"}
 
 
 def test_a_copy_that_another_process_makes_is_waited_for(
@@ -272,6 +298,27 @@ def test_a_recipe_reads_from_addresses_and_sees_when_they_change(
     assert [line["step"] for line in json.loads(said("run", "r.yaml", "--dry-run", "--json")) if line["runs"]]
     tree = Digests(tmp_path / "d.json").tree(Path("s3://everywhere/recipe/text"))
     assert tree.bytes == 6 and Digests(tmp_path / "d.json").sizes(Path("s3://everywhere/recipe/text")).bytes == 6
+
+
+def test_a_run_of_a_recipe_lists_each_address_once(
+    proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        s3.put_object(Bucket="everywhere", Key=f"listed/text/{name}.txt", Body=b"one")
+        s3.put_object(Bucket="everywhere", Key=f"listed/own/{name}.txt", Body=b"one")
+    inputs = {"text": "s3://everywhere/listed/text", "files": "s3://everywhere/listed/text/*.txt"}
+    own = {"own": "s3://everywhere/listed/own/*.txt"}
+    steps = {"each": {"shell": "echo $text $n $own > $out", "matrix": {"n": [1, 2, 3]}, "inputs": own},
+             "all": {"shell": "cat $each $files > $out || true"}}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps({"inputs": inputs, "steps": steps}))
+    for words in (("run", "r.yaml"), ("run", "r.yaml", "--dry-run")):
+        proxy.seen.clear()
+        said(*words)
+        assert sorted(listed(proxy)) == ["listed/own/", "listed/text/", "listed/text/"]
+    s3.put_object(Bucket="everywhere", Key="listed/own/b.txt", Body=b"two")
+    again = json.loads(said("run", "r.yaml", "--dry-run", "--json"))
+    assert [line["why"] for line in again if line["runs"]][:3] == ["own/b.txt has changed"] * 3
 
 
 @pytest.mark.thorough  # it imports what runs models

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import surgery
+from surgery.data.files.readers import found_at, sidecars
 from surgery.data.tokenizing.sources import find_sources
 from surgery.errors import FileError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
-from surgery.storage import mirror
+from surgery.storage import copies, mirror
 from surgery.tensors.files import File
 from tests.buckets import Proxy, every, none
 from tests.servers import Hub, web
@@ -112,6 +113,20 @@ def test_a_repository_of_many_texts_is_not_listed_for_each(hub: Hub) -> None:
     changed, _ = find_sources(["hf://org/texts/web/8.jsonl"])
     with changed[0].open() as file:
         assert file.read() == b'{"text": "other"}\n'
+
+
+def test_a_repository_of_many_token_files_is_listed_once(hub: Hub, tmp_path: Path) -> None:
+    hub.put("org/tokens", {f"web/{i}.{end}": bytes([i]) for i in range(5) for end in ("npy", "csv.gz")})
+    paths = [f"hf://org/tokens/web/{i}.npy" for i in range(5)]
+    copies.bring(paths, sidecars)
+    assert [(found_at(p).read_bytes(), len(list(found_at(p).parent.iterdir()))) for p in paths] == [
+        (bytes([i]), 2) for i in range(5)
+    ]
+    assert len([path for _, path, _ in hub.seen if path.startswith("/api/models/")]) == 1
+    hub.put("org/tokens", {"web/new.npy": b"new"})  # what was not seen before is looked for
+    assert found_at("hf://org/tokens/web/new.npy").read_bytes() == b"new"
+    with pytest.raises(FileError, match=r"hf://org/tokens/web/none.npy: holds no files"):
+        found_at("hf://org/tokens/web/none.npy")
 
 
 def test_the_token_stays_with_the_hub(hub: Hub) -> None:

@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import stat
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FileError
-from surgery.storage.address import is_address, parse
+from surgery.storage.address import Address, is_address, parse
 from surgery.storage.listing import listing
 from surgery.storage.remote import fingerprint
+from surgery.storage.store import Entry
 from surgery.writing.atomic import atomic_file
 
 LARGE = 16 << 20  # bytes
@@ -53,21 +55,23 @@ class _Entry:
 
 
 class Digests:
-    """Digests of files, remembered in a file of JSON, which may be removed at any time."""
+    """Digests of files, remembered in a file of JSON, which may be removed at any time; addresses are listed once."""
 
     def __init__(self, memory: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self.memory, self.say = memory, say
         self.known = _remembered(memory)
         self.new: dict[str, list[Any]] = {}
+        self.listed: dict[Address, Mapping[str, Entry]] = {}
+        self.lock = threading.Lock()
 
-    def tree(self, path: Path, large: bool = True) -> Tree:
+    def tree(self, path: Path, large: bool = True, entry: Entry | None = None) -> Tree:
         """Of a file or folder.  `large`: large files count by content as well.  Raises FileError if there is none.
 
-        Of an address: by the names, sizes and ETags of what lies there.
+        Of an address: by the names, sizes and ETags of what lies there; `entry`: of a file, what is known of it.
         """
         if is_address(path):
-            there = listing(parse(path))
-            return Tree(fingerprint(there), sum(entry.size for entry in there.entries.values()), True)
+            there = self._listed(path, entry)
+            return Tree(fingerprint(there), sum(entry.size for entry in there.values()), True)
         entries = sorted(_entries(path), key=lambda entry: entry.name)
         if any(entry.name == SPEAKS for entry in entries):
             large = False
@@ -77,14 +81,24 @@ class Digests:
         digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
         return Tree(digest, sum(e.info.st_size for e in entries), len(read) == len(entries))
 
-    def sizes(self, path: Path) -> Tree:
+    def sizes(self, path: Path, entry: Entry | None = None) -> Tree:
         """By names and sizes alone."""
         if is_address(path):
-            sizes = sorted((name, entry.size) for name, entry in listing(parse(path)).entries.items())
+            sizes = sorted((name, entry.size) for name, entry in self._listed(path, entry).items())
         else:
             sizes = sorted((e.name, e.info.st_size) for e in _entries(path))
         digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
         return Tree(digest, sum(size for _, size in sizes), False)
+
+    def _listed(self, path: Path, entry: Entry | None) -> Mapping[str, Entry]:
+        """What lies at an address, which is listed once."""
+        address = parse(path)
+        if entry is not None:
+            return {address.name: entry}
+        with self.lock:
+            if address not in self.listed:
+                self.listed[address] = listing(address).entries
+            return self.listed[address]
 
     def save(self) -> None:
         """Remember what was read."""

@@ -10,7 +10,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from surgery.jobs.spec import Input, StepSpec
 from surgery.jobs.step import absolute
 from surgery.storage.address import is_address
 from surgery.storage.listing import matching
+from surgery.storage.store import Entry
 from surgery.tensors.files import check_local
 
 FOLDER = "steps"  # of a run's folder: records, logs, configs and batch scripts of its steps
@@ -54,11 +55,12 @@ def input_of(name: str, one: Input) -> Thing | Several:
     path = Path(one.path)
     if not set(path.name) & set("*?["):
         return Thing(name, path, check=one.check)
-    found = map(Path, matching(one.path) if is_address(one.path) else sorted(glob.glob(one.path)))
-    items = tuple(({f"#{name}": i}, Thing(f"{name}/{p.name}", p, check=one.check)) for i, p in enumerate(found))
-    if not items:
+    found: Mapping[str, Entry | None]
+    found = matching(one.path) if is_address(one.path) else dict.fromkeys(sorted(glob.glob(one.path)))
+    if not found:
         raise ConfigError(f"no file fits {one.path}")
-    return Several(items)
+    things = [Thing(f"{name}/{Path(p).name}", Path(p), check=one.check, entry=entry) for p, entry in found.items()]
+    return Several(tuple(({f"#{name}": i}, thing) for i, thing in enumerate(things)))
 
 
 def runs_of(name: str, spec: StepSpec, scope: Names, root: Path) -> list[Run]:

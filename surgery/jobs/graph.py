@@ -44,9 +44,12 @@ def graph_of(recipe: Recipe, file: str | None = None) -> tuple[Step, ...]:
     for name in recipe.steps:
         scope |= expand.makers([run for run in runs if run.name == name])
     steps = []
+    inputs: dict[str, Names] = {}  # of each step, looked for once for all its runs
     for run in runs:
         with problems.at(f"step {run.name}"):
-            steps.append(_step(run, runs, recipe, scope))
+            if run.name not in inputs:
+                inputs[run.name] = {name: expand.input_of(name, one) for name, one in run.spec.inputs.items()}
+            steps.append(_step(run, runs, inputs[run.name], recipe, scope))
     problems.check()
     with problems.at("outputs"):
         _check_outputs(steps)
@@ -54,9 +57,8 @@ def graph_of(recipe: Recipe, file: str | None = None) -> tuple[Step, ...]:
     return in_order(steps)
 
 
-def _step(run: Run, runs: Sequence[Run], recipe: Recipe, scope: Names) -> Step:
-    files, spec = Path(recipe.folder) / FOLDER, run.spec
-    extra: dict[str, Any] = {name: expand.input_of(name, one) for name, one in spec.inputs.items()}
+def _step(run: Run, runs: Sequence[Run], inputs: Names, recipe: Recipe, scope: Names) -> Step:
+    files, spec, extra = Path(recipe.folder) / FOLDER, run.spec, dict(inputs)
     if spec.config is not None:
         extra["config"] = Thing("config", files / f"{run.id}.yaml", maker=run.id)
     if spec.python:

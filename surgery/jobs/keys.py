@@ -62,7 +62,8 @@ def parts_of(step: Step, records: Records, digests: Digests) -> dict[str, Any]:
             name = thing.label.removeprefix(thing.maker)[1:] or OUT
             read[thing.label] = records[thing.maker].outputs[name]
         else:
-            read[thing.label] = (digests.sizes if thing.check == "size" else digests.tree)(thing.path).digest
+            digest = digests.sizes if thing.check == "size" else digests.tree
+            read[thing.label] = digest(thing.path, entry=thing.entry).digest
     return {
         "command": [step.spec.kind, *step.command(_named)],
         "config": step.config(_named),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import ConfigError, some, suggest
+from surgery.storage.store import Entry
 
 REFERENCE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<plain>[A-Za-z_]\w*)|\{(?P<braced>[\w.-]+)\})")
 Where = Mapping[str, Any]  # variables of a matrix -> their values in one run
@@ -26,12 +27,16 @@ Where = Mapping[str, Any]  # variables of a matrix -> their values in one run
 
 @dataclass(frozen=True)
 class Thing:
-    """A file or folder; `maker` is the step that makes it, "" if none does."""
+    """A file or folder; `maker` is the step that makes it, "" if none does.
+
+    `entry`: of an object that a pattern has found, what its store said of it then.
+    """
 
     label: str
     path: Path
     maker: str = ""
     check: str = "content"
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from surgery.errors import UsageError, show
@@ -49,6 +49,11 @@ class Address:
     def name(self) -> str:
         """The last part of it, which a folder that stands for it has as its name."""
         return (self.key or self.place).rpartition("/")[2]
+
+    @property
+    def folder(self) -> Address:
+        """Where a file lies."""
+        return replace(self, key=self.key.rpartition("/")[0])
 
     def below(self, name: str) -> str:
         """The key of a file in this folder."""

@@ -3,6 +3,7 @@
     here("plan")                                        # Path("plan"): what is no address is where it is
     here("s3://bucket/plan")                            # ~/.cache/surgery/copies/KEY/plan, pulled once per version
     here("s3://bucket/tokens/a.bin", ["a.idx"])         # a file, and of some names in its folder those that are there
+    bring(["s3://bucket/tokens/a.bin", ...], names)     # several at a time; their folder is listed once
 
 A process keeps to the version that it has seen first.
 """
@@ -12,17 +13,20 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from surgery.errors import OutputError, known_as
 from surgery.storage.address import Address, is_address, parse
-from surgery.storage.listing import beside, listing
+from surgery.storage.listing import Listing, folder_of_some, with_sidecars
 from surgery.storage.mirror import cache, key_of
 from surgery.storage.pull import Pull, Pulling, carried_out
+from surgery.storage.together import together
 from surgery.units import human
 from surgery.writing.locking import BUSY
 
+AT_ONCE = 8  # files
 LOG = logging.getLogger(__name__)
 _known: dict[tuple[Address, tuple[str, ...]], Path] = {}
 
@@ -31,17 +35,25 @@ def here(path: str | os.PathLike[str], names: Sequence[str] = ()) -> Path:
     """A path of this machine; of an address that of the copy.  Raises SurgeryError."""
     if not is_address(path):
         return Path(path)
-    asked = parse(path), tuple(names)
-    if asked not in _known or not _known[asked].exists():
-        _known[asked] = _copied(*asked)
-    return _known[asked]
+    return _once(parse(path), tuple(names))
 
 
-def _copied(address: Address, names: Sequence[str]) -> Path:
-    found = listing(address)
-    file, url = found.single, str(address)
-    if file and names:
-        found = beside(address, names)
+def bring(paths: Iterable[str], names: Callable[[str], Sequence[str]]) -> None:
+    """Copy those of some files that lie at addresses, with what has some `names` beside each.  Raises SurgeryError."""
+    files = [parse(path) for path in paths if is_address(path)]
+    folders = {folder: folder_of_some(folder, n) for folder, n in Counter(file.folder for file in files).items()}
+    together(lambda file, stop: _once(file, tuple(names(file.name)), folders[file.folder]), files, AT_ONCE)
+
+
+def _once(address: Address, names: tuple[str, ...], folder: Listing | None = None) -> Path:
+    if (address, names) not in _known or not _known[address, names].exists():
+        _known[address, names] = _copied(address, names, folder)
+    return _known[address, names]
+
+
+def _copied(address: Address, names: Sequence[str], folder: Listing | None) -> Path:
+    found, url = with_sidecars(address, names, folder), str(address)
+    file = found.single or found.store.address != address
     place = cache() / "copies" / key_of(address, found) / ("files" if file else address.name)
     _bring(Pulling(address, found, place))
     known_as(str(place), url.rpartition("/")[0] if file else url)

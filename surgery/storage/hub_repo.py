@@ -8,7 +8,7 @@ HF_ENDPOINT and HF_TOKEN are those of huggingface_hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -69,28 +69,38 @@ def below(every: Iterable[Entry], address: Address) -> dict[str, Entry]:
 
 def repository(address: Address) -> Listing:
     """The files of a repository, or those below a folder of it, or one file; of the commit that it is at now."""
+    return _part(*_whole(address), address)
+
+
+def first_seen(address: Address) -> Listing:
+    """The same at the commit at which this process has seen the repository first, if it had such files then: asking
+    anew for each of its files costs time, and hubs count how often they are asked."""
+    found = _part(*_first_seen(replace(address, key=""), api().endpoint), address)
+    return found if found.entries else repository(address)
+
+
+def _whole(address: Address) -> tuple[Any, list[Entry]]:
+    """The client that reads the commit that a repository is at now, and all files of it."""
     client = api()
     needs_client("hf")
     sha, every = commit_of(client, address)
     prefix = "datasets/" if address.kind == "datasets" else ""
     token = client.token or _token()
     headers = {"authorization": f"Bearer {token}"} if token else None
-    raw = http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{sha}", headers)
+    return http_store(f"{client.endpoint}/{prefix}{address.place}/resolve/{sha}", headers), every
+
+
+@lru_cache(maxsize=4)
+def _first_seen(address: Address, endpoint: str) -> tuple[Any, list[Entry]]:
+    return _whole(address)
+
+
+def _part(raw: Any, every: Sequence[Entry], address: Address) -> Listing:
+    """What of a repository lies at an address."""
     store = Store(address, raw, pinned=True)
     if address.key and (one := [e for e in every if e.name == address.key]):
         return Listing(store, {address.name: Entry(address.name, one[0].size, one[0].etag)}, True)
     return Listing(store, below(every, address))
-
-
-def first_seen(address: Address) -> Listing:
-    """A repository at the commit at which this process has seen it first: asking anew for each of its files costs time,
-    and hubs count how often they are asked."""
-    return _first_seen(replace(address, key=""), api().endpoint)
-
-
-@lru_cache(maxsize=4)
-def _first_seen(address: Address, endpoint: str) -> Listing:
-    return repository(address)
 
 
 def _entry(sibling: Any, address: Address) -> Entry:

@@ -3,7 +3,7 @@
     found = listing(parse("s3://bucket/Llama-2-7b"))
     found.entries["config.json"].size
 
-    beside(parse("s3://bucket/a.bin"), ["a.idx", "a.mask"])     # the file, and those of the names that are there
+    with_sidecars(parse("s3://bucket/a.bin"), ["a.idx"])        # the file, and those of the names that lie beside it
     matching("s3://bucket/web/**/*.parquet")                    # {address: entry} of all that fits, or lies below
 
 Names that would lead out of a folder are an error.
@@ -20,8 +20,8 @@ from fnmatch import fnmatchcase
 from glob import has_magic
 
 from surgery.errors import FileError, UsageError, show
-from surgery.storage.address import Address, parse
-from surgery.storage.store import Entry, Store, open_store
+from surgery.storage.address import BUCKETS, Address, parse
+from surgery.storage.store import FEWER, PAGE, Entry, Store, open_store
 from surgery.tensors.files import plain_name
 
 MOST = 100_000  # objects of one checkpoint
@@ -55,12 +55,15 @@ class Listing:
         return self.store.address.key if self.single else self.store.address.below(name)
 
 
-def listing(address: Address) -> Listing:
-    """What lies at an address.  Raises FileError if nothing does, or a push there has not ended."""
-    if address.scheme == "hf":
-        from surgery.storage.hub_repo import repository
+def listing(address: Address, first: bool = False) -> Listing:
+    """What lies at an address; `first`: in a repository, what this process has seen there first.
 
-        found = repository(address)
+    Raises FileError if nothing does, or a push there has not ended.
+    """
+    if address.scheme == "hf":
+        from surgery.storage import hub_repo
+
+        found = (hub_repo.first_seen if first else hub_repo.repository)(address)
     else:
         store = open_store(address)
         found = _on_server(store) if address.scheme in ("http", "https") else _in_bucket(store)
@@ -74,20 +77,39 @@ def listing(address: Address) -> Listing:
     return found
 
 
-def beside(address: Address, names: Sequence[str]) -> Listing:
-    """A file, and those of some names that lie in its folder.  Raises FileError if the file does not exist."""
-    folder, _, name = address.key.rpartition("/")
-    if address.scheme == "hf":
-        from surgery.storage.hub_repo import repository
+def with_sidecars(address: Address, names: Sequence[str], folder: Listing | None = None) -> Listing:
+    """What lies at an address, as this process has seen it first; with a file, those of some names beside it.
 
-        every = repository(replace(address, key=folder))
-        found = Listing(every.store, {n: e for n, e in every.entries.items() if n in {name, *names}})
-    else:
-        store = open_store(replace(address, key=folder))
-        found = Listing(store, _asked(store, [name, *names]))
-    if name not in found.entries:
-        raise FileError("does not exist", file=str(address))
-    return found
+    `folder`: its folder, if that was listed.  Raises FileError.
+    """
+    if folder is None or address.name not in folder.entries:
+        found = listing(address, first=True)
+        if not found.single or not names:
+            return found
+        if address.scheme == "hf":
+            folder = listing(address.folder, first=True)
+            if address.name not in folder.entries:  # it came later
+                folder = listing(address.folder)
+        else:
+            store = open_store(address.folder)
+            folder = Listing(store, {**found.entries, **_asked(store, names)})
+    wanted = {address.name, *names}
+    return Listing(folder.store, {name: entry for name, entry in folder.entries.items() if name in wanted})
+
+
+def folder_of_some(folder: Address, files: int) -> Listing | None:
+    """The folder of so many files, listed if that takes no more requests than there are files; else None."""
+    if folder.scheme == "hf":
+        return listing(folder, first=True)
+    if files < 2 or folder.scheme not in BUCKETS:
+        return None
+    store = open_store(folder)
+    try:
+        return Listing(store, {e.name: e for e in store.list(folder.key, min(MOST, PAGE * files))})
+    except FileError as error:
+        if error.hint == FEWER:
+            return None
+        raise
 
 
 def matching(place: str) -> dict[str, Entry]:

@@ -80,7 +80,7 @@ def _made(address: Address) -> Path:
 
 def key_of(address: Address, found: Listing) -> str:
     """The name of a folder for what lies at an address now."""
-    return hashlib.sha256(f"{address} {fingerprint(found)}".encode()).hexdigest()[:20]
+    return hashlib.sha256(f"{address} {fingerprint(found.entries)}".encode()).hexdigest()[:20]
 
 
 def _copy(found: Listing, name: str, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from typing import Any, BinaryIO, cast
 
 from surgery.errors import FileError
@@ -53,13 +54,9 @@ def opened(url: str, version: str) -> BinaryIO:
 
 def _listed(address: Address, version: str) -> tuple[Listing, str]:
     """A listing that has an object, and its name there; of a repository one that is known, if it has this version."""
-    if address.scheme == "hf":
-        from surgery.storage.hub_repo import first_seen
-
-        known = first_seen(address)
-        if address.key in known.entries and version_of(known.entries[address.key]) == version:
-            return known, address.key
-    found = listing(address)
+    found = listing(address, first=True)
+    if address.scheme == "hf" and found.single and version_of(found.entries[address.name]) != version:
+        found = listing(address)
     if not found.single:
         raise FileError("is no file any more", file=str(address), hint=AGAIN)
     return found, address.name
@@ -70,9 +67,9 @@ def version_of(entry: Entry) -> str:
     return f"{entry.size} {entry.etag or entry.modified}"
 
 
-def fingerprint(found: Listing) -> str:
+def fingerprint(found: Mapping[str, Entry]) -> str:
     """What tells what lies at an address now from what may lie there later: names, sizes and ETags."""
-    seen = sorted((name, version_of(entry)) for name, entry in found.entries.items())
+    seen = sorted((name, version_of(entry)) for name, entry in found.items())
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 

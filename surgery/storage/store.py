@@ -29,6 +29,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 TRIES = 3  # of a range, beyond what the client itself tries again
 Environment = frozenset[tuple[str, str]]
+PAGE = 1000  # objects that a store lists by one request
 FEWER = "name one checkpoint, not a folder of many"
 TIMEOUT = timedelta(seconds=120)  # of one request with its body
 SLOW = timedelta(seconds=60)  # that the client goes on trying
@@ -79,7 +80,7 @@ class Store:
         found: list[Entry] = []
         skip = len(prefix) + 1 if prefix else 0
         with self.said(prefix):
-            for chunk in _in_time(obstore.list(self.raw, prefix=prefix or None, chunk_size=1000), self.url(prefix)):
+            for chunk in _in_time(obstore.list(self.raw, prefix=prefix or None, chunk_size=PAGE), self.url(prefix)):
                 found += [entry_of(meta, str(meta["path"])[skip:], self.url(prefix)) for meta in chunk]
                 if len(found) > most:
                     raise FileError(f"holds more than {most} objects", file=self.url(prefix), hint=FEWER)

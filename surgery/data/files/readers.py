@@ -11,7 +11,7 @@ on request, for texts may hold that id inside.  A dtype is never guessed: it is 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,15 +25,12 @@ from surgery.data.files.mapped import Array, Column, Held, Mapped, mapped
 from surgery.data.files.npy import is_npy, open_npy
 from surgery.data.files.tokens import MASK_SUFFIX, TokenFile
 from surgery.errors import ConfigError, FileError, UsageError, show
-from surgery.storage.address import is_address
 from surgery.storage.copies import here
-from surgery.storage.together import together
 from surgery.tensors.files import File, read_small
 
 INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}  # dolma and datatrove know no others
 CHUNK = 1 << 22  # tokens looked at at once
-AT_ONCE = 8  # files that are copied from addresses
 WINDOWS, WINDOW = 16, 4096  # how many places of a file are looked at for ids beyond the vocabulary, and how far
 
 
@@ -100,7 +97,7 @@ def recognise(path: Path) -> str:
     raise ConfigError("is no token file that is known by its name", file=path, hint=hint)
 
 
-def beside(name: str) -> list[str]:
+def sidecars(name: str) -> list[str]:
     """The names of what may lie beside a token file, for who has to bring them here."""
     stem = name.rpartition(".")[0]
     return [*(f"{stem}{end}" for end in (".bin", ".idx", ".csv.gz", MASK_SUFFIX)),
@@ -109,12 +106,7 @@ def beside(name: str) -> list[str]:
 
 def found_at(path: str | os.PathLike[str]) -> Path:
     """Where a token file lies; of an address, the copy of it and of what lies beside it.  Raises SurgeryError."""
-    return here(path, beside(os.path.basename(path)))
-
-
-def bring(paths: Iterable[str]) -> None:
-    """Copy those token files of many that lie at addresses, several at a time.  Raises SurgeryError."""
-    together(lambda path, stop: found_at(path), [path for path in paths if is_address(path)], AT_ONCE)
+    return here(path, sidecars(os.path.basename(path)))
 
 
 def check_vocabulary(file: TokenFile, vocab_size: int | None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from surgery.data.files.arrow import DATASET, is_dataset
 from surgery.data.files.documents import EndBounds
 from surgery.data.files.mapped import Array, Held, Mapped, mapped
-from surgery.data.files.readers import bring, found_at, open_tokens, recognise
+from surgery.data.files.readers import found_at, open_tokens, recognise, sidecars
 from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
@@ -27,6 +27,7 @@ from surgery.data.plans.turns import whole_turns
 from surgery.data.tokenizing.sources import KNOWN, files_below, is_url, kind_of
 from surgery.errors import ConfigError, FileError, some
 from surgery.storage.address import is_address
+from surgery.storage.copies import bring
 from surgery.storage.listing import matching
 
 SUFFIXES = (".bin", ".npy", ".ds")
@@ -42,7 +43,7 @@ def find_entries(source: Source, root: Path) -> list[Entry]:
         raise ConfigError(
             f"{source.name} names {some(twice)} twice", hint="use multiplier or weight to repeat a source"
         )
-    bring(path for path in found if path.endswith(SUFFIXES))
+    bring([path for path in found if path.endswith(SUFFIXES)], sidecars)
     masks = _masks(source, root, found)
     kinds = [source.format if source.format != "auto" else _kind(path) for path in found]
     return [
@@ -137,7 +138,7 @@ def open_entries(
 ) -> TokenSource:
     """`own`: the plan's folder, for the document ends that it holds.  Raises what the readers raise."""
     files: list[TokenFile] = []
-    bring(entry.path for entry in entries)
+    bring([entry.path for entry in entries], sidecars)
     for entry in entries:
         mask = entry.mask
         if mask is not None and mask != "none" and entry.format != "datasets":
