@@ -11,12 +11,13 @@ from surgery.conversion.convert import convert, execute, plan_for
 from surgery.conversion.request import Write
 from surgery.errors import LayoutError
 from surgery.formats.registry import open_checkpoint
-from surgery.midtraining.model import checkpoint_of, load, weights_now
+from surgery.midtraining.model import checkpoint_of, load, noise_of_source, weights_now
 from surgery.midtraining.precision import Masters
 from surgery.running.layerwise import forward, with_family
 from surgery.tensors.lazy import Fill, same_bits
 from tests import tiny
 
+HAS = "the source's config has"
 IDS = torch.randint(0, tiny.SIZES["v"], (2, 19), generator=torch.Generator().manual_seed(3))
 
 
@@ -79,6 +80,18 @@ def test_dropout_is_off_unless_it_is_asked_for(tiny_hf):
     shares = {m.p for m in load(source, torch.float32, "cpu", dropout=0.25)[0].modules() if hasattr(m, "p")}
     assert shares == {0.25}
     assert {m.p for m in load(source, torch.float32, "cpu")[0].modules() if hasattr(m, "p")} == {0.0}
+
+
+@pytest.mark.parametrize(("family", "changes", "said"), [
+    ("gpt2", {}, "attn_pdrop 0.1, embd_pdrop 0.1, resid_pdrop 0.1"),
+    ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise 0.01"),
+    ("llama", {"attention_dropout": 0.1}, "attention_dropout 0.1"),
+    ("llama", {}, ""),
+])  # fmt: skip
+def test_noise_that_the_source_trained_with_is_named(family, changes, said, tmp_path):
+    source = open_checkpoint(tiny.save(family, tmp_path / "hf", **changes))
+    assert noise_of_source(source, 0.0) == ([f"train.dropout is 0; {HAS} {said}, not used here"] if said else [])
+    assert len(noise_of_source(source, 0.1)) == ("jitter" in said)  # the others are what the run has, too
 
 
 def test_a_part_that_the_model_has_no_place_for_is_named(tiny_hf):

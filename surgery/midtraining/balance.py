@@ -42,6 +42,7 @@ class Rule:
     sum_layers       over layers: the sum, not the mean
     sum_micro        over the micro-batches of a step: the sum, not the mean
     over_labels      divided by the labels of the whole step that count, not by the tokens of the micro-batch
+    by_scores        f counts whom the scores alone would choose, whatever bias the router adds to choose
     source           where this was read
     """
 
@@ -50,6 +51,7 @@ class Rule:
     sum_layers: bool = False
     sum_micro: bool = False
     over_labels: bool = False
+    by_scores: bool = False
     source: str = ""
 
 
@@ -59,6 +61,7 @@ RULES: Mapping[str, Rule] = {
         one_pot=True,
         times_top_k=True,
         sum_micro=True,
+        by_scores=True,
         source="models/mixtral/modeling_mixtral.py: load_balancing_loss_func; Trainer adds up micro-batches",
     ),
     "olmo_core": Rule(over_labels=True, sum_micro=True, source="olmo_core/nn/moe/loss.py, scale_loss_by_num_layers"),
@@ -89,7 +92,7 @@ def balance_loss(
              Without it each rank balances its own tokens, and results depend on the number of ranks.
     """
     experts, top_k = routed[0].logits.shape[-1], routed[0].experts.shape[-1]
-    counts = reduce(torch.stack([r.counts() for r in routed]))
+    counts = reduce(torch.stack([(r.by_scores() if rule.by_scores else r).counts() for r in routed]))
     chances = torch.stack([r.probabilities().mean(0) for r in routed])
     if rule.one_pot:
         counts, chances = counts.sum(0, keepdim=True), chances.mean(0, keepdim=True)

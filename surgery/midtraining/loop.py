@@ -30,7 +30,7 @@ from surgery.midtraining.clock import Clock
 from surgery.midtraining.course import Course
 from surgery.midtraining.experts import fastest_experts, keep_compiled_gemms, use_experts
 from surgery.midtraining.fp8 import use_fp8
-from surgery.midtraining.model import allocate, build, fill, weights_now
+from surgery.midtraining.model import allocate, build, fill, noise_of_source, weights_now
 from surgery.midtraining.objections import check
 from surgery.midtraining.optimizer import DECAYS, adamw, freeze, grouped, named, set_rate
 from surgery.midtraining.parallel import World
@@ -160,7 +160,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     if start.moments:
         put_moments(start.moments, optimizer, model, source, world)
     notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *said_of(run, batches),
-             *attention_notes, *moe_notes)  # fmt: skip
+             *noise_of_source(source, train.dropout), *attention_notes, *moe_notes)  # fmt: skip
     return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes, choices,
                saved.step if saved else 0)  # fmt: skip
 

@@ -10,6 +10,7 @@ filled block by block from the parts it is woven of.  Every element of every par
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ from surgery.tensors.lazy import ITEMSIZE, Box, Lazy, boxes, cast, inside, lengt
 from surgery.writing.ahead import ahead
 from surgery.writing.stream import block_limit
 
+NOISE = re.compile("(?<!classifier_)(?<!summary_first_)dropout$|_pdrop$|jitter_noise$|_jitter_eps$")  # keys of configs
 BLOCK = 32 << 20  # bytes of the file that are read at once
 
 
@@ -103,6 +105,22 @@ def _drop(model: Any, share: float) -> None:
             module.p = share
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = share
+
+
+def noise_of_source(source: Checkpoint, share: float) -> list[str]:
+    """A note on dropout and router noise that the source's config states and a run with `share` does not have."""
+    stated = [f"{key} {value:g}" for key, value in entries(source.config)
+              if NOISE.search(key) and type(value) in (int, float) and value > 0 and value != share]  # fmt: skip
+    return [f"train.dropout is {share:g}; the source's config has {some(stated)}, not used here"] if stated else []
+
+
+def entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys of a config and of the sections in it, each with its value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from entries(value)
+        else:
+            yield str(key), value
 
 
 def allocate(model: Any, device: str) -> dict[str, torch.Tensor]:

@@ -95,6 +95,10 @@ class Routed:
         scores = SCORES[self.scores](self.logits)
         return scores if self.scores == "softmax" else scores / scores.sum(-1, keepdim=True)
 
+    def by_scores(self) -> Routed:
+        """As if experts were chosen by their scores alone, without the selection bias that some routers have."""
+        return replace(self, experts=self.logits.topk(self.experts.shape[-1], -1).indices)
+
     def counts(self) -> Tensor:
         """int64 [E]: how many tokens chose each expert."""
         flat = self.experts.reshape(-1)
