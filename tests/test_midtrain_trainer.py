@@ -112,6 +112,13 @@ def ours(init: Path, way: SimpleNamespace, data: dict[str, torch.Tensor], out: P
     return lines, load_file(out / "export/model.safetensors")
 
 
+def moved(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight without what only rounding moves: a key's bias that no position turns changes no softmax."""
+    if name.endswith("query_key_value.bias"):
+        return weight.view(SMALL["g"] * SMALL["n"], 3, -1)[:, ::2]
+    return weight.view(3, -1)[::2] if name.endswith("c_attn.bias") else weight
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "family"), [
     pytest.param(n, f, marks=() if f in SAMPLE else pytest.mark.thorough) for n, f in enumerate(tiny.FAMILIES)
@@ -129,5 +136,5 @@ def test_the_trainer_comes_to_the_same_weights(number, family, tmp_path):
         norms = [line["grad_norm"] for line in log]
         assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=2e-5)
     assert got.keys() == want.keys()
-    far = {name: float((got[name] - want[name]).abs().max()) / RATE for name in want}
+    far = {name: float((moved(name, got[name]) - moved(name, want[name])).abs().max()) / RATE for name in want}
     assert {name: x for name, x in far.items() if x > 0.05} == {}  # of a step: AdamW makes full ones of rounding
