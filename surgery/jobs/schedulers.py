@@ -183,11 +183,13 @@ def _pbs_states(said: str) -> Iterator[tuple[str, str]]:
 PBS_STATES = {"Q": "queued", "R": "running", "H": "held", "W": "waiting", "E": "ending", "F": "finished",
               "B": "running", "S": "suspended", "C": "finished", "X": "finished"}  # fmt: skip
 
+RUNS = 'squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T'  # a job that somebody cancelled ends, and must not come back
+
 SCHEDULERS: Mapping[str, Scheduler] = {
     "slurm": Scheduler(
         "slurm", "#SBATCH", ".sbatch", _slurm_lines, ("sbatch", "--parsable"), _slurm_depends,
         index="SLURM_ARRAY_TASK_ID",
-        requeue='scontrol requeue "$SLURM_JOB_ID"',
+        requeue=f'[[ $({RUNS}) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"',
         per_node="srun --ntasks-per-node=1 --kill-on-bad-exit=1",
         number="$SLURM_JOB_ID",
         head='scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1',

@@ -86,9 +86,12 @@ def test_a_step_that_its_time_limit_stops_is_told_before_and_queued_again(slurm,
 
 
 def test_a_job_that_is_cancelled_does_not_come_back(slurm, tmp_path):
-    (tmp_path / "r.yaml").write_text("steps: {slow: {shell: 'touch begun; sleep 600; touch $out'}}")
+    step = "trap 'exit 75' TERM; touch begun; while true; do sleep 0.1; done; touch $out"  # as one that can go on
+    (tmp_path / "r.yaml").write_text(json.dumps({"steps": {"slow": {"shell": step}}}))
     assert surgery(slurm, tmp_path, "r.yaml", "--scheduler", "slurm").returncode == 0
     settled(slurm, tmp_path, {"slow": "running"})
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.1)
     subprocess.run(["scancel", lines(slurm, tmp_path)["slow"]["job"]], env=slurm, check=True)
     end = time.monotonic() + 60
     while (found := lines(slurm, tmp_path)["slow"])["queue"] != "CANCELLED":
