@@ -290,6 +290,34 @@ def test_the_command_ends_with_75_and_goes_on(place, monkeypatch):
     assert "checkpoints/step000000005" in again.output
 
 
+def test_an_export_that_fails_at_the_end_loses_no_step(place, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OutputError("cannot be written: no space left on device")
+
+    shutil.rmtree(checkpoint(place, 20))
+    monkeypatch.setattr(after_step, "export", full)
+    with pytest.raises(OutputError):
+        go_on(place, export=[{"to": "hf"}])
+    assert read_folder(place / "out").status == "failed" and checkpoint(place, 20).is_dir()
+    monkeypatch.undo()
+    assert any("checkpoints/step000000020" in line for line in go_on(place, export=[{"to": "hf"}]))
+    assert (place / "out" / "export" / "step000000020-hf" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("export", "what"),
+    [
+        ([{"to": "ggfu"}, {"to": "megatron", "tp": 3}], "no format 'ggfu'.*\n.*among 3 ranks"),
+        ([{"to": "megatron"}, {"to": "megatron", "tp": 2}], "megatron is named twice"),
+        ([{"to": "meta", "options": {"shard": "1"}}], "no option shard"),
+    ],
+)
+def test_exports_that_cannot_be_are_refused_before_the_first_step(place, export, what):
+    with pytest.raises(ConfigError, match=what):
+        go_on(place, export=export, output=str(place / "new"))
+    assert not (place / "new").exists() or read_folder(place / "new").steps == []
+
+
 def test_a_signal_in_the_last_export_is_made_up_for(place, monkeypatch):
     def cut(*args: Any, **kwargs: Any) -> None:
         raise Interrupted(signal.SIGTERM, place)

@@ -209,3 +209,16 @@ def test_a_schedule_in_steps_tokens_or_shares():
     assert shorter.schedule.idle(shorter.layout.steps) == [6, 7, 8, 9, 10]
     with pytest.raises(ConfigError, match="warm-up of 8 and decay of 3 steps in 10"):
         course(schedule={"name": "wsd", "warmup": 8, "decay": 3})
+
+
+def test_a_schedule_that_goes_on_behind_the_run():
+    """Its tokens beyond the run are counted on, at the batch of the last stage."""
+    made = course(schedule={"name": "linear", "length": "1920 tokens"}).schedule
+    assert made.steps == 40 and made(10) == pytest.approx(1e-3 * 31 / 40)
+    growing = course(batch_tokens={0: 48, 240: 96}, length=4, schedule={"name": "linear", "length": "480 tokens"})
+    assert growing.layout.steps == 4 and len(growing.layout.taken) == 1
+    assert growing.schedule.steps == 5 + 3  # 5 steps of 48, then of 96
+    for name in ("linear", "cosine", "constant"):
+        for warmup in (11, "200%", "1B tokens"):
+            with pytest.raises(ConfigError, match=r"warm-up of \d+ and decay of 0 steps in 10"):
+                course(schedule={"name": name, "warmup": warmup})

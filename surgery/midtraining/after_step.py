@@ -6,6 +6,8 @@ weights, export, save.
 
 Each is called with the job and the state after every step, by all processes.  `Saves` is the last: whatever belongs to
 a step has been done and logged when its checkpoint appears, and a run that goes on from it has nothing to make up for.
+But what is exported of the last step is written when its checkpoint is there (`exports.last`): an export that fails, as
+on a full disk, then loses no step, and a run that goes on makes up for it.
 """
 
 from __future__ import annotations
@@ -99,13 +101,18 @@ def average(job: Job, state: State) -> None:
 
 
 class Exports:
-    """The model in other formats, after so many steps and at the end; at the end its running means as well."""
+    """The model in other formats, after so many steps; at the end, by `last`, its running means as well."""
 
     def __init__(self, told: Told, folder: Path, command: Sequence[str], came: list[int]) -> None:
         """`came`: signals; one that stops an export is put there."""
         self.told, self.folder, self.command, self.came = told, folder, command, came
 
     def __call__(self, job: Job, state: State) -> None:
+        if state["progress"].step < job.course.layout.steps:
+            self.last(job, state)
+
+    def last(self, job: Job, state: State) -> None:
+        """All that are due at this step."""
         for dst, wanted, mean in self._due(job, state):
             if not parallel.highest(job.world, len(self.came)):
                 self._export(job, state, dst, wanted, mean)

@@ -43,12 +43,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stages of a run, its `steps`, and what a unit is: `rows` of `length` tokens."""
+    """The stages of the data, not all of which a run may come to; its `steps`; a unit is `rows` of `length` tokens."""
 
     stages: tuple[Stage, ...]
     steps: int
     rows: int
     length: int
+
+    @property
+    def taken(self) -> tuple[Stage, ...]:
+        """The stages that the run comes to."""
+        return tuple(s for s in self.stages if s.first < self.steps)
 
     def stage(self, step: int) -> Stage:
         """Of a step, counted from 0."""
@@ -68,9 +73,9 @@ class Layout:
         return self.tokens_before(self.steps)
 
     def steps_of(self, tokens: float) -> int:
-        """How many steps see so many tokens; the last one may see more."""
+        """How many steps see so many tokens, be they more than the run's; the last one may see more."""
         stage = next(s for s in reversed(self.stages) if s.tokens <= tokens)
-        return min(self.steps, stage.first + math.ceil((tokens - stage.tokens) / self.tokens_of(stage)))
+        return stage.first + math.ceil((tokens - stage.tokens) / self.tokens_of(stage))
 
 
 def unit_rows(batch_tokens: Mapping[int, int], length: int) -> int:
@@ -105,12 +110,12 @@ def lay_out(
         taken = int(max(0, min(wanted, (units - unit) // count)))
         step, unit, tokens = step + taken, unit + taken * count, tokens + taken * count * rows * length
     wanted = step if run is None else run.steps(Layout(tuple(stages), step, rows, length).steps_of, step)
-    if wanted > step or (run and run.unit == "tokens" and run.value > tokens):
+    if wanted > step:
         have = f"{step:,} steps, {tokens:,} tokens"
         raise ConfigError(f"train.length: {run} are more than the data have ({have})", hint="plan more of them")
     if wanted < 1:
         raise ConfigError("the run has no step: the data are fewer than one batch, or train.length is less")
-    return Layout(tuple(s for s in stages if s.first < wanted), wanted, rows, length)
+    return Layout(tuple(stages), wanted, rows, length)
 
 
 def _latest(values: Mapping[int, int], token: int) -> int:

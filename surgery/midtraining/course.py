@@ -54,7 +54,7 @@ def rows_per_unit(train: Train, length: int) -> int | None:
 
 def _micro(train: Train, layout: Layout, world: int, group: int) -> int:
     """Rows of a micro-batch; `group` of them belong together."""
-    for stage in layout.stages:
+    for stage in layout.taken:
         rows = stage.units * layout.rows
         if layout.rows % (world * group):
             raise ConfigError(f"a batch of {rows} rows cannot be divided among {world} processes",
@@ -82,7 +82,7 @@ def schedule_of(wanted: Wanted, layout: Layout, peak: float) -> Schedule:
     warmup, total = whole(wanted.warmup), layout.steps if wanted.length is None else whole(wanted.length)
     decays = {"wsd": whole(wanted.decay), "constant": 0, INVERSE_SQRT: 0}
     shapes = {"wsd": wanted.decay_shape, INVERSE_SQRT: INVERSE_SQRT, "cosine": "cosine"}
-    decay = decays.get(wanted.name, total - warmup)
+    decay = decays.get(wanted.name, max(0, total - warmup))
     if warmup + decay > total:
         hint = "warm-up and decay lie within the run"
         raise ConfigError(f"train.schedule: warm-up of {warmup} and decay of {decay} steps in {total}", hint=hint)

@@ -103,8 +103,8 @@ def foretell(job: Job, processes: int = 1) -> Forecast:
 
 def _stages(job: Job) -> Iterator[dict[str, int]]:
     layout, course = job.course.layout, job.course
-    ends = [*(s.first for s in layout.stages[1:]), layout.steps]
-    for stage, end in zip(layout.stages, ends, strict=True):
+    ends = [*(s.first for s in layout.taken[1:]), layout.steps]
+    for stage, end in zip(layout.taken, ends, strict=True):
         rows = stage.units * layout.rows * (layout.length // stage.length)
         each = {"micro_rows": course.micro_rows(stage.first), "accumulation": course.accumulation(stage.first)}
         yield {"first": stage.first + 1, "steps": end - stage.first, "rows": rows, "length": stage.length, **each}

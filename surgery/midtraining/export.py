@@ -5,6 +5,8 @@ Where several processes hold the model, all of them first write what they hold, 
     with gathered(job, job.weights(), folder) as whole:
         if job.world.main:
             export(job, wanted, dst, step, weights=whole)
+
+check_exports(run, source) plans all of them before the first step, so that none is refused behind the last.
 """
 
 from __future__ import annotations
@@ -15,20 +17,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.conversion.convert import execute, plan_for
-from surgery.conversion.report import Report
+from surgery.conversion.report import Plan, Report
 from surgery.conversion.request import Write
-from surgery.formats.operations import DTYPES
+from surgery.errors import ConfigError, SurgeryError
+from surgery.formats.base import Checkpoint
+from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.topology import Topology
 from surgery.midtraining import parallel
 from surgery.midtraining.checkpoint import shard_name, stitched
 from surgery.midtraining.model import checkpoint_of
 from surgery.midtraining.saving import held, write_checkpoint
-from surgery.midtraining.settings import Export
+from surgery.midtraining.settings import Export, Run
 from surgery.tensors.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -61,9 +65,29 @@ def export(
     """
     now = checkpoint_of(job.weights() if weights is None else weights, job.source,
                         DTYPES.get(wanted.dtype, wanted.dtype), step)  # fmt: skip
+    once = {"midtraining": step, "weights": secrets.token_hex(8)}  # a killed export is not gone on with: memory is gone
+    return execute(_planned(now, wanted, command=command, force=force, job=once), dst)
+
+
+def check_exports(run: Run, source: Checkpoint) -> None:
+    """Plan every export before anything is trained.  Raises ConfigError naming each that could not be written."""
+    found, hints, twice = [], [], {w.to for w in run.export if [e.to for e in run.export].count(w.to) > 1}
+    if twice:
+        found.append(f"export: {', '.join(sorted(twice))} is named twice, and both would have the same name")
+        hints.append("convert the one into the other when the run has ended")
+    for wanted in run.export:
+        try:
+            _planned(source if wanted.dtype == "source" else to_dtype(source, DTYPES[wanted.dtype]), wanted)
+        except SurgeryError as error:
+            found.append(f"export to {wanted.to}: {error.what}")
+            hints += [error.hint] if error.hint else []
+    if found:
+        raise ConfigError("\n  ".join(found), hint="; ".join(hints) or None)
+
+
+def _planned(now: Checkpoint, wanted: Export, job: Mapping[str, object] | None = None, **more: Any) -> Plan:
+    """How a checkpoint would be written."""
     if wanted.attention == "full":
         now = replace(now, spec=now.spec.replace(sparse=None))
     sizes = Topology(tp=wanted.tp, pp=wanted.pp, ep=wanted.ep)
-    write = Write(to=wanted.to, topology=sizes, options=wanted.options, command=command, force=force)
-    once = {"midtraining": step, "weights": secrets.token_hex(8)}  # a killed export is not gone on with: memory is gone
-    return execute(plan_for(now, write, job=once), dst)
+    return plan_for(now, Write(to=wanted.to, topology=sizes, options=wanted.options, **more), job=job)

@@ -29,6 +29,7 @@ from surgery.midtraining.checkpoint import Saved
 from surgery.midtraining.clock import Clock
 from surgery.midtraining.course import Course
 from surgery.midtraining.experts import fastest_experts, keep_compiled_gemms, use_experts
+from surgery.midtraining.export import check_exports
 from surgery.midtraining.fp8 import use_fp8
 from surgery.midtraining.model import allocate, build, fill, noise_of_source, weights_now
 from surgery.midtraining.objections import check
@@ -123,6 +124,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     with parallel.main_first(world):
         batches = open_batches(run)
     source, attention_notes = attending(run, source, batches.sequence_length)
+    check_exports(run, source)
     start = Start(None, saved.note) if saved else find_start(run.init, source, run.model.options)
     peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source, start.lr)
     course = Course.of(train, batches, world.size, peak)

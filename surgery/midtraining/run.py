@@ -109,6 +109,8 @@ def trained(
         train(job, state, told, [First(job, told, results), *readings, average, evaluations, exports,
                                  Saves(told, saver, came)])  # fmt: skip
         saver.wait()
+        if progress.step > job.begun:
+            exports.last(job, state)
         if signum := parallel.highest(job.world, max(came, default=0)):  # in the last step, perhaps while it exported
             raise Requeue(signum, folder)
     except BaseException as error:
