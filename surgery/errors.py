@@ -10,6 +10,7 @@
     |-- OutputError         the destination exists, is full, or cannot be written
     `-- MismatchError       a verification found a difference
 
+The wrong values of flags, arguments and configs (UsageError, ConfigError) are ValueErrors, too, as Python calls them.
 Nothing else is raised on bad input.  `assert` is for our own mistakes only.  What the system refuses (a file, memory,
 a thread) becomes one of them by `reported`; what came from a file is printed through `show`, `some` or `printable`.
 """
@@ -71,7 +72,7 @@ class NoStateError(LayoutError):
     """No state of an optimizer is there, or one of a kind that is not read.  What is there may be sound."""
 
 
-class ConfigError(SurgeryError):
+class ConfigError(SurgeryError, ValueError):
     """A config cannot be understood, or cannot be represented in the target format."""
 
 
@@ -90,7 +91,7 @@ class AmbiguousError(ConfigError):
         self.readings = readings
 
 
-class UsageError(SurgeryError):
+class UsageError(SurgeryError, ValueError):
     """Flags or arguments do not fit together."""
 
 

@@ -63,6 +63,16 @@ def test_mistakes_are_errors_of_surgery(call, words: str, tiny_hf, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_values_are_value_errors_too(tiny_hf, tmp_path: Path) -> None:
+    """As mergekit and pydantic raise them: callers of theirs need not change."""
+    model = str(tiny_hf("llama"))
+    recipe = {"merge_method": "task_arithmetic", "base_model": model, "models": [{"model": model + "/"}]}
+    with pytest.raises(ValueError, match="named twice"):
+        surgery.soup({**recipe, "models": recipe["models"] * 2}, tmp_path / "out")
+    with pytest.raises(ValueError, match="is no size"):
+        surgery.convert(model, tmp_path / "out", to="meta", max_memory="lots")
+
+
 def test_an_edit_in_five_lines(tiny_hf, tmp_path: Path) -> None:
     model = surgery.open_checkpoint(tiny_hf("llama"))
     embed = model.parts["embed"][:]

@@ -94,6 +94,16 @@ def test_every_tensor_is_merged(kind: str, tmp_path: Path) -> None:
         surgery.soup(recipe, tmp_path / "no", to="meta")
 
 
+def test_a_filter_that_fits_nothing_is_told(tmp_path: Path) -> None:
+    """Names are those of the files: what a class calls its tensors in memory may be another."""
+    recipe = mean(saved(llava, tmp_path))
+    recipe["models"][0]["parameters"]["weight"] = [
+        {"filter": "vision_tower", "value": 0.5}, {"filter": "model.vision_tower", "value": 0.25}, {"value": 0.75}
+    ]  # fmt: skip
+    told = [n for n in surgery.soup(recipe, tmp_path / "out").notes if "filter" in n]
+    assert told == ["no tensor's name holds the filter 'model.vision_tower'"]
+
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 

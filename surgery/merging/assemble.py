@@ -5,7 +5,7 @@ spec, parts, notes = assemble(recipe, opened, "fp32", engine)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,24 +62,24 @@ def assemble(
     used = dict.fromkeys(source.model for s in recipe.slices for source in s.sources)
     views = {m: view(opened[m], table) for m in used}
     merged: dict[str, Lazy] = {}
-    unused = _all_filters(recipe)
     for row, bind in table.live(spec, ONE_RANK):
         if row.optional:
             continue
         layer = layers[bind["l"]] if "l" in bind else None
         tensor = _tensor(recipe, row, bind, layer)
-        unused -= {f for f in unused if f in tensor.name}
         given = [_given(source, row, bind, layer, opened, views[source.model]) for source in tensor.part.sources]
         merged[tensor.name] = merged_tensor(recipe, tensor, given, arithmetic, engine, alignment)
-    if unused - {"*"}:
-        notes.append(f"no tensor's name holds the filter {some(sorted(show(f) for f in unused - {'*'}))}")
+    notes += idle_filters(recipe, merged)
     return spec, gather(table, {Rank(): merged}, spec, ONE_RANK).parts, notes
 
 
-def _all_filters(recipe: Recipe) -> set[str]:
+def idle_filters(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """A note on the filters that are part of no tensor's name, if there are any."""
     scopes = [recipe.settings, recipe.outer, *(s.settings for s in recipe.slices)]
     scopes += [source.settings for s in recipe.slices for source in s.sources]
-    return {f for scope in scopes for f in filters(scope)}
+    text = "\n".join(names)
+    idle = sorted(show(f) for f in {f for scope in scopes for f in filters(scope)} - {"*"} if f not in text)
+    return [f"no tensor's name holds the filter {some(idle)}"] if idle else []
 
 
 def _tensor(recipe: Recipe, row: Row, bind: dict[str, int], layer: Layer | None) -> Tensor:

@@ -31,7 +31,7 @@ from surgery.formats.account import CARRIED, Rule, beside
 from surgery.formats.base import PROVENANCE, main_dtype
 from surgery.formats.hf.files import weight_files
 from surgery.formats.weave import Stored
-from surgery.merging.assemble import Given, Tensor, merged_tensor
+from surgery.merging.assemble import Given, Tensor, idle_filters, merged_tensor
 from surgery.merging.depth import fitted, layers_of
 from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.layers import out_layers, span
@@ -267,6 +267,7 @@ def prepared(recipe: Recipe, folders: Folders, request: Soup) -> Iterator[Merge]
             files = [text_file("config.json", json_text(_config(recipe, folders, merged))), *small]
             files += [text_file(RECORD, json_text(_record(recipe, folders, request))), *weight_files(stored, limit)]
             said = [f"merged by the names of its tensors, as {donor.config.get('model_type')} is stored", *recipe.notes]
+            said += idle_filters(recipe, merged)
             yield Merge(recipe, folders, request, tuple(files), merged, ledger, engine.threads, (*said, *notes), left)
         finally:
             engine.close()
