@@ -519,3 +519,25 @@ def test_the_width_of_a_dense_layer_that_nobody_has(tmp_path, to):
     assert there.verified
     assert back.verified
     assert all(same_bits(ours[k], theirs[k]) for k in theirs)
+
+
+def test_stacks_of_layers_and_experts_hold_what_they_claim(tmp_path):
+    """A dozen tensors of torch_dist hold every expert of every layer."""
+    sizes = {
+        "h": 24,
+        "v": 20,
+        "l": 6,
+        "g": 2,
+        "n": 1,
+        "half": 4,
+        "f": 16,
+        "e": 64,
+        "m": 4,
+        "num_experts": 64,
+        "mlp_only_layers": [],
+    }
+    source = tiny.save("qwen3_moe", tmp_path / "hf", **sizes)
+    convert(source, tmp_path / "dist", to="megatron-dist", options={"vocab_multiple": "1"})
+    ours, theirs = open_checkpoint(tmp_path / "dist"), open_checkpoint(source)
+    assert ours.spec.part_count() > 6 * 3 * 64
+    assert all(same_bits(ours.parts[name].full(), part.full()) for name, part in theirs.parts.items())

@@ -12,6 +12,7 @@ formats are in folders beside this file; `registry.FORMATS` lists them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -129,10 +130,11 @@ def main_dtype(tensors: Iterable[Lazy]) -> str:
 def _check_counts(spec: Spec, opened: Opened) -> None:
     """Raise ConfigError if the config claims more than the tensors could hold, before any list of it is made.
 
-    A tensor holds three parts, or a stack of layers or experts: two for each of its rows.
+    A tensor holds three parts, or a stack of layers, of experts or of both: two for each row or matrix of it.
     """
     tensors = [tensor.shape for shard in opened.shards.values() for tensor in shard.values()]
-    if spec.part_count() > min(PARTS_LIMIT, sum(max(3, 2 * shape[0]) if shape else 1 for shape in tensors)):
+    rows = [max(shape[0], math.prod(shape[:-2])) if shape else 0 for shape in tensors]
+    if spec.part_count() > min(PARTS_LIMIT, sum(max(3, 2 * n) for n in rows)):
         what = f"{spec.layers} layers" + (f" with {spec.experts} experts" if spec.experts else "")
         raise ConfigError(f"claims {what}, which {len(tensors)} tensors do not hold", file=opened.file)
 
