@@ -18,8 +18,9 @@ from click.testing import CliRunner
 
 import surgery
 from surgery.cli import main as cli
-from surgery.errors import FileError, SurgeryError, UsageError, printable, reported, some
+from surgery.errors import FileError, OutputError, SurgeryError, UsageError, printable, reported, some
 from surgery.writing.scratch import scratch
+from surgery.writing.staging import hidden_of
 
 ENV = os.environ | {"PYTHONPATH": str(Path(surgery.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 EVIL = "\x1b]0;owned\x07\x1b[2J\x00\u202egnp.\u200b\r"
@@ -365,3 +366,21 @@ def test_a_terminal_of_another_encoding_is_no_obstacle(tiny_hf, tmp_path):
     done = subprocess.run(command, capture_output=True, env=ENV | {"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     assert b"a\\udcff\\xfc" in done.stdout.replace(b"\n", b"")
+
+
+@pytest.mark.parametrize("umask", [0o777, 0o277])
+def test_a_umask_takes_no_rights_from_the_owner(umask, tiny_hf, tmp_path):
+    """Whoever is no superuser could not enter the hidden folder, nor go on with what a stopped run has left in it."""
+    out = tmp_path / "out"
+    before = os.umask(umask)
+    try:
+        done = run("convert", tiny_hf("llama"), out, "--to", "hf")
+        assert done.exit_code == 0 and os.umask(umask) == umask
+        assert out.stat().st_mode & 0o777 == 0o700
+        assert {p.stat().st_mode & 0o777 for p in out.iterdir()} == {0o600}
+        for _ in range(2):  # a program that uses the library keeps its umask
+            with pytest.raises(OutputError, match="umask 022"):
+                surgery.convert(tiny_hf("llama"), tmp_path / "again", to="hf")
+            assert not hidden_of(tmp_path / "again").exists()
+    finally:
+        os.umask(before)

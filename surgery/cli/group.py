@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from surgery.cli.command import LOG
-from surgery.cli.terminal import ASIDE, Stopped, lenient_streams, say, stoppable, talking
+from surgery.cli.terminal import ASIDE, Stopped, lenient_streams, owners_rights, say, stoppable, talking
 
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError
@@ -83,7 +83,7 @@ class Group(click.Group):
         as_json = "--json" in ctx.args
         with talking():
             try:
-                with stoppable(), reported():
+                with stoppable(), owners_rights(), reported():
                     return super().invoke(ctx)
             except SurgeryError as error:
                 _fail(error, as_json)

@@ -1,4 +1,4 @@
-"""How a command behaves towards its terminal: any text can be printed, and SIGTERM leaves nothing behind.
+"""How a command behaves towards its terminal: any text can be printed, SIGTERM and umasks leave nothing amiss.
 
 lenient_streams()
 with stoppable():      # SIGTERM and SIGHUP end what runs here as an exception does
@@ -8,6 +8,7 @@ with stoppable():      # SIGTERM and SIGHUP end what runs here as an exception d
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -93,3 +94,14 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+@contextmanager
+def owners_rights() -> Iterator[None]:
+    """A umask takes rights from others only: without their own, owners could not go on with what is written."""
+    before = os.umask(0o077)
+    os.umask(before & 0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def locked(hidden: Path) -> tuple[int, int]:
     for _ in range(100):
         with suppress(FileExistsError):
             os.mkdir(hidden, 0o700)
+        _refuse_closed(hidden)
         try:
             fd = os.open(hidden, DIRECTORY)
         except FileNotFoundError:
@@ -40,6 +42,17 @@ def locked(hidden: Path) -> tuple[int, int]:
             return fd, lock
         os.close(fd)
     raise OutputError("cannot be locked: other runs come and go", file=hidden)
+
+
+def _refuse_closed(hidden: Path) -> None:
+    """Raise OutputError if the owner has no rights in the folder, as under a umask of 0777; if empty, it goes."""
+    with suppress(FileNotFoundError):
+        info = os.lstat(hidden)
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and info.st_mode & 0o700 != 0o700:
+            with suppress(OSError):
+                os.rmdir(hidden)
+            raise OutputError("its owner has no rights in it", file=hidden,
+                              hint="umask 022, and remove the folder if it is still there")  # fmt: skip
 
 
 def _lock(folder: int, hidden: Path) -> int | None:
