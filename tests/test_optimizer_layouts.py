@@ -87,7 +87,7 @@ def test_flat_buffers_of_any_ranks_and_buckets(topology, bucket, tmp_path):
         tree = trees(path)
         tree["args"].ddp_bucket_size = 10 * bucket  # no border there: the length tells
         torch.save(tree, path)
-        with pytest.raises(LayoutError, match="do not fill in any way that is known"):
+        with pytest.raises(LayoutError, match="do not fill in any known way"):
             values(opened(tmp_path / "m"))
 
 

@@ -1,15 +1,18 @@
-"""Megatron's torch_dist optimizers, as megatron-core 0.16.1 wrote them: one state in several forms, read as the same.
+"""Megatron's distributed optimizers, as megatron-core 0.16.1 wrote them: read, and written to the same bytes.
 
 The goldens are two updates on gloo ranks (`tests/upstream/make_megatron_optimizer_goldens.py`): tp 2 and pp 2 in
-buckets, gathered, and under the weights' keys; experts on two ranks with an optimizer of their own.
+buckets, gathered, and under the weights' keys; stages of one layer and of two; experts on two ranks with an optimizer
+of their own; distrib_optim.pt of a tied model on two stages, and of experts.
 """
 
 from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +20,15 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import surgery
 from surgery.containers.dcp import Dcp
-from surgery.errors import FileError, LayoutError, SurgeryError
+from surgery.errors import FileError, LayoutError, NoStateError, SurgeryError, UsageError
 from surgery.formats.flat import aligned, fill
 from surgery.formats.megatron.entries import optimizer_notes
+from surgery.formats.megatron.files import open_rank
 from surgery.formats.megatron.optimizer_writer import Wanted
 from surgery.formats.megatron.rank_buffers import KEY
 from surgery.formats.registry import open_checkpoint
+from surgery.formats.topology import Topology
+from tests.oracle import same_bits
 from tests.test_optimizer import GOLDEN, copied, equal, opened, values
 
 ITERATION = "iter_0000002"
@@ -40,6 +46,125 @@ def test_buffers_of_ranks_hold_the_state_that_lies_under_the_weights(buffers, wh
     assert found.optimizer.step == want.optimizer.step == 2
     assert found.optimizer.groups == want.optimizer.groups
     assert {g.weight_decay for g in found.optimizer.groups.values()} == {0.0, 0.1}
+
+
+def test_stages_of_unequal_length_are_told_by_their_buffers():
+    """One layer on the first stage, two on the last; the masters prove every place."""
+    found = opened(GOLDEN / "megatron-buckets-uneven")
+    assert found.spec.layers == 3 and len(values(found)) == 3 * len(found.parts)
+    assert {t.count_nonzero() for t in values(found).values()} != {0}
+
+
+# ------------------------------------------------------------------------------------------------ distrib_optim.pt
+
+FLAT_CASES = {
+    "megatron-flat": (Topology(), "128"),
+    "megatron-flat-tied": (Topology(tp=2, pp=2), "31"),
+    "megatron-flat-experts": (Topology(ep=2), "64"),
+}
+IDENTIFIERS = (
+    "wd_mult",
+    "lr_mult",
+    "is_expert_parallel",
+    "is_decoupled_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "lr",
+    "step",
+)
+
+
+def same(a: object, b: object) -> bool:
+    """Equal keys in equal order, equal bytes."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and same_bits(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("case", FLAT_CASES)
+def test_the_distributed_optimizer_is_written_as_megatron_writes_it(case, tmp_path):
+    """Every rank's file: the tied head's bucket, and of two ranks with the same dense parameters only the first."""
+    topology, multiple = FLAT_CASES[case]
+    options = {"spec": "local", "optimizer": "distributed", "vocab_multiple": multiple}
+    done = surgery.convert(GOLDEN / case, tmp_path / "m", to="megatron", optimizer=True, topology=topology,
+                           options=options)  # fmt: skip
+    assert done.verified and any("any number of data-parallel ranks" in note for note in done.notes)
+    theirs = sorted((GOLDEN / case).rglob("distrib_optim.pt"))
+    assert len(theirs) == topology.tp * topology.pp * topology.ep == len(list(tmp_path.rglob("distrib_optim.pt")))
+    for path in theirs:
+        ours = tmp_path / "m" / path.relative_to(GOLDEN / case)
+        assert same(torch.load(path, weights_only=True), torch.load(ours, weights_only=True))
+        want, got = (open_rank(p.with_name("model_optim_rng.pt")).root["optimizer"] for p in (path, ours))
+        want, got = (entry if isinstance(entry, list) else [entry] for entry in (want, got))
+        for one, other in zip(want, got, strict=True):
+            said = [{key: group[key] for key in IDENTIFIERS} for group in other["optimizer"]["param_groups"]]
+            assert other.keys() == {"optimizer"} and not any("params" in g for g in other["optimizer"]["param_groups"])
+            assert all({key: group[key] for key in IDENTIFIERS} in said for group in one["optimizer"]["param_groups"])
+    assert equal(values(opened(tmp_path / "m")), values(opened(GOLDEN / case)))
+
+
+def test_virtual_stages_and_experts_that_share_no_tensors(tmp_path):
+    """Buffers of each chunk, and two ranks of a grid of four: read back as they were."""
+    for case, topology, etp in (("hf-llama", Topology(pp=1, vpp=2), "auto"), ("hf-qwen3_moe", Topology(2, 1, 2), "1")):
+        options = {"optimizer": "distributed", "etp": etp, "vocab_multiple": "1"}
+        surgery.convert(GOLDEN / case, tmp_path / case, to="megatron", optimizer=True, topology=topology,
+                        options=options, max_memory="16MB")  # fmt: skip
+        assert equal(values(opened(tmp_path / case)), values(opened(GOLDEN / case)))
+    held = torch.load(next((tmp_path / "hf-llama").rglob("distrib_optim.pt")), weights_only=True)
+    assert [key for key in held if type(key) is int] == [0, 1]
+
+
+def test_options_of_legacy_files_alone(tmp_path):
+    refused = (
+        ("megatron", {"optimizer": "distributed", "adam": "torch"}, "adam=torch goes with -O optimizer=plain"),
+        ("megatron-dist", {"adam": "torch"}, "adam"),
+        ("megatron-dist", {"optimizer": "distributed"}, "optimizer"),
+    )
+    for to, options, words in refused:
+        with pytest.raises(UsageError, match=words):
+            surgery.convert(GOLDEN / "megatron-flat", tmp_path / "m", to=to, optimizer=True, options=options)
+
+
+def spoilt(case: str, folder: Path, change: Callable[[Any], Any]) -> Path:
+    """A golden, with its first distrib_optim.pt changed."""
+    path = sorted(copied(case, folder).rglob("distrib_optim.pt"))[0]
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    return folder
+
+
+def test_a_damaged_state_is_told_from_one_that_is_not_read(tmp_path):
+    """A run stops at the first, and begins anew at the second: alike in both forms."""
+
+    def shorter(tree: Any) -> Any:
+        fields = next(iter(tree[0].values()))
+        return tree | {0: {key: {n: t[:-64] for n, t in fields.items() if n != "numel_unpadded"} for key in tree[0]}}
+
+    def other(tree: Any) -> Any:
+        fields = next(iter(tree[0].values()))
+        return tree | {0: {key: {"param": fields["param"], "momentum": fields["exp_avg"]} for key in tree[0]}}
+
+    kinds = {}
+    for what, change in (("shorter", shorter), ("other", other)):
+        with pytest.raises(LayoutError) as caught:
+            opened(spoilt("megatron-flat", tmp_path / what, change))
+        kinds[what] = type(caught.value)
+    assert kinds == {"shorter": LayoutError, "other": NoStateError}
+    for which, words in (([None, None], "holds nothing of optimizer 0"), ([], "holds nothing of optimizer 0")):
+        with pytest.raises(FileError, match=words):
+            opened(spoilt("megatron-flat-experts", tmp_path / f"{len(which)}", lambda tree, which=which: which))
+    folder = copied("megatron-buckets", tmp_path / "buckets")
+    path = folder / ITERATION / "common.pt"
+    tree = torch.load(path, weights_only=False)
+    vars(tree["args"]).update(tensor_model_parallel_size=1)
+    torch.save(tree, path)
+    with pytest.raises(LayoutError, match="do not fill") as caught:
+        opened(folder)
+    assert type(caught.value) is LayoutError
 
 
 def test_inspect_says_that_there_is_a_state():
@@ -134,7 +259,7 @@ def test_a_group_of_ranks_that_is_missing_or_too_many(tmp_path):
     shutil.rmtree(folder)
     folder = copied("megatron-buckets", tmp_path / "m")
     path.write_bytes(data.replace(b"bucket_idx_1.exp_avg_sq", b"bucket_idx_1.master_abc"))
-    with pytest.raises(LayoutError, match="a bucket of exp_avg, master_abc, param "):
+    with pytest.raises(LayoutError, match="a bucket of exp_avg, master_abc, param: "):
         opened(folder)
     path.write_bytes(data.replace(b"bucket_idx_1.exp_avg_sq", b"bucket_idx_x.exp_avg_sq"))
     with pytest.raises(LayoutError, match="no bucket of Adam's state"):

@@ -2,17 +2,18 @@
 
 at = aligned([("a", (3, 5)), ("b", (7,))], 64)      # {"a": 0, "b": 64}, and 71 in all
 cut(buffer, 64, (7,))
+joined([(0, a), (64, b)])                           # the buffer again, with zeros from 15 to 64
 fill([(3, 5), (7,), (4,)], [71, 4], 64)              # [(0, 0), (0, 64), (1, 0)]: bucket, and place in it
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from surgery.errors import LayoutError
 from surgery.tensors.axes import Rearrange
-from surgery.tensors.lazy import Lazy, Shape, Slice
+from surgery.tensors.lazy import Concat, Fill, Lazy, Shape, Slice
 
 
 def cut(buffer: Lazy, start: int, shape: Shape) -> Lazy:
@@ -33,10 +34,30 @@ def reshaped(flat: Lazy, shape: Shape) -> Lazy:
     return Rearrange(flat, (axes,), tuple((a,) for a in axes), dict(zip(axes, shape, strict=True)))
 
 
-def aligned(shapes: Iterable[tuple[str, Shape]], to: int, bucket: int | None = None) -> tuple[dict[str, int], int]:
+def flattened(tensor: Lazy) -> Lazy:
+    """A tensor's elements in one dimension, row-major."""
+    axes = tuple(f"d{i}" for i in range(len(tensor.shape)))
+    return Rearrange(tensor, tuple((a,) for a in axes), (axes,), dict(zip(axes, tensor.shape, strict=True)))
+
+
+def joined(pieces: Iterable[tuple[int, Lazy]]) -> Lazy:
+    """A flat buffer of tensors, each from its place on, in ascending order; zeros between them."""
+    out: list[Lazy] = []
+    at = 0
+    for start, tensor in pieces:
+        gap = [Fill((start - at,), tensor.dtype)] if start > at else []
+        out += [*gap, flattened(tensor)]
+        at = start + math.prod(tensor.shape)
+    return Concat(out, 0)
+
+
+def aligned(
+    shapes: Iterable[tuple[str, Shape]], to: int, bucket: int | None = None, alone: Collection[str] = ()
+) -> tuple[dict[str, int], int]:
     """Where each tensor begins, at multiples of `to` in its bucket, and how many elements there are in all.
 
-    A bucket ends with the tensor that fills it up to `bucket` elements; the next one follows without a gap.
+    A bucket ends with the tensor that fills it up to `bucket` elements; the next one follows without a gap.  Those that
+    are `alone` have buckets of their own; the one before ends with the gap that they begin behind.
     """
     out: dict[str, int] = {}
     begin = at = 0
@@ -44,7 +65,7 @@ def aligned(shapes: Iterable[tuple[str, Shape]], to: int, bucket: int | None = N
         at += -(at - begin) % to
         out[name] = at
         at += math.prod(shape)
-        if bucket is not None and at - begin >= bucket:
+        if name in alone or (bucket is not None and at - begin >= bucket):
             begin = at
     return out, at
 

@@ -27,12 +27,12 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LayoutError, some
 from surgery.tensors.hashing import places, splitmix64
-from surgery.tensors.lazy import Box, Lazy, Shape, bytes_of, lengths
+from surgery.tensors.lazy import Box, Lazy, Shape, bytes_of, lengths, walk
 
 if TYPE_CHECKING:
     import torch
@@ -135,6 +135,25 @@ class Tap(Lazy):
     def read_into(self, box: Box, out: torch.Tensor) -> None:
         self.src.read_into(box, out)
         self.ledger.count(self.name, out, box)
+
+
+class Uncounted(Lazy):
+    """A replica inside of a larger tensor: its original is counted where that is written."""
+
+    __slots__ = ("dtype", "ledgers", "shape", "src")
+
+    def __init__(self, src: Lazy) -> None:
+        self.src, self.dtype, self.shape = src, src.dtype, src.shape
+        self.ledgers = {node.ledger for node in walk(src) if isinstance(node, Tap)}
+
+    def sources(self) -> tuple[Lazy, ...]:
+        return (self.src,)
+
+    def read(self, box: Box) -> torch.Tensor:
+        with ExitStack() as stack:
+            for ledger in self.ledgers:
+                stack.enter_context(ledger.collect())
+            return self.src.read(box)
 
 
 class Ledger:

@@ -1,10 +1,11 @@
-"""Makes tests/golden/optimizer/megatron-{buckets,gathered,reshardable}*: torch_dist states by megatron-core itself.
+"""Makes tests/golden/optimizer/megatron-{buckets,gathered,reshardable,flat}*: states by megatron-core itself.
 
-    .cache/upstream/megatron-core/bin/python tests/upstream/make_megatron_optimizer_goldens.py OUT
+    .cache/upstream/megatron-core/bin/python tests/upstream/make_megatron_optimizer_goldens.py OUT [CASE ...]
 
-Two updates of a distributed optimizer by gradients that depend on name and place alone, saved in three ways by
-`dist_checkpointing` on gloo ranks: tp 2 and pp 2 (in small buckets, but for `fully_reshardable`: core 0.16.1 writes
-that wrongly where buckets are padded), and experts on two ranks.  Calls for a GPU mean the CPU here.
+Two updates of a distributed optimizer by gradients that depend on name and place alone, saved on gloo ranks in three
+ways by `dist_checkpointing`, or in legacy files: tp 2 and pp 2 (in small buckets, but for `fully_reshardable`: core
+0.16.1 writes that wrongly where buckets are padded; tied, with an embedding of no round size), stages of one and of two
+layers, and experts on two ranks.  Calls for a GPU mean the CPU here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 
@@ -41,15 +42,22 @@ ARGS: dict = dict(  # noqa: C408
     use_distributed_optimizer=True, ckpt_format="torch_dist",
 )  # fmt: skip
 SPARSE = {**ARGS, "num_experts": 2, "num_layers": 1}
+UNEVEN = {**ARGS, "num_layers": 3, "decoder_first_pipeline_num_layers": 1}
+TIED = {**ARGS, "untie_embeddings_and_output_weights": False, "vocab_size": 61, "padded_vocab_size": 62,
+        "make_vocab_size_divisible_by": 31, "ckpt_format": "torch"}  # fmt: skip
 DENSE = (2, 2, 1)  # tp, pp, ep
+STAGES = (1, 2, 1)
 EXPERTS = (1, 1, 2)
 # name: how it is saved, the args, the sizes, how many elements close a bucket
 CASES = {
     "megatron-buckets": ("dp_reshardable", ARGS, DENSE, 700),
     "megatron-gathered": ("dp_zero_gather_scatter", ARGS, DENSE, 700),
+    "megatron-buckets-uneven": ("dp_reshardable", UNEVEN, STAGES, 700),
     "megatron-reshardable": ("fully_reshardable", ARGS, DENSE, None),
     "megatron-buckets-experts": ("dp_reshardable", SPARSE, EXPERTS, None),
     "megatron-reshardable-experts": ("fully_reshardable", SPARSE, EXPERTS, None),
+    "megatron-flat-tied": ("legacy", TIED, DENSE, None),
+    "megatron-flat-experts": ("legacy", {**SPARSE, "ckpt_format": "torch"}, EXPERTS, None),
 }
 
 
@@ -78,7 +86,8 @@ def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
         num_attention_heads=4, num_query_groups=2, kv_channels=4, normalization="RMSNorm", layernorm_epsilon=1e-5,
         add_bias_linear=False, gated_linear_unit=True, activation_func=F.silu, tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp, expert_model_parallel_size=ep, pipeline_dtype=torch.bfloat16,
-        use_cpu_initialization=True, bias_activation_fusion=False, masked_softmax_fusion=False, bf16=True,
+        num_layers_in_first_pipeline_stage=a.get("decoder_first_pipeline_num_layers"), bf16=True,
+        use_cpu_initialization=True, bias_activation_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=False, bias_dropout_fusion=False,
         params_dtype=torch.bfloat16, **sparse,
     )  # fmt: skip
@@ -86,8 +95,8 @@ def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
             else get_gpt_layer_local_spec(normalization="RMSNorm"))  # fmt: skip
     return GPTModel(
         config, spec, vocab_size=a["padded_vocab_size"], max_sequence_length=64, position_embedding_type="rope",
-        share_embeddings_and_output_weights=False, pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
+        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     ).bfloat16()  # fmt: skip
 
 
@@ -96,6 +105,8 @@ def drawn(name: str, parameter: torch.nn.Parameter, turn: int) -> torch.Tensor:
     tp = parallel_state.get_tensor_model_parallel_rank() if getattr(parameter, "tensor_model_parallel", False) else 0
     pp = parallel_state.get_pipeline_model_parallel_rank()
     ep = parallel_state.get_expert_model_parallel_rank() if ".experts." in name else 0
+    if getattr(parameter, "shared_embedding", False):  # of the first and the last stage
+        name, pp = "shared", 0
     seed = zlib.crc32(repr((name, turn, tp, pp, ep)).encode())
     return torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -122,24 +133,45 @@ def rank_main(rank: int, world: int, store: str, out: Path, name: str) -> None:
         for n, p in model.named_parameters():
             p.main_grad.copy_(drawn(n, p, turn) * 0.01)
         optimizer.step()
-    about = {"distrib_optim_sharding_type": kind, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    weights = model.sharded_state_dict(metadata=about)
     args = Namespace(**a, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
                      expert_tensor_parallel_size=tp, world_size=world, data_parallel_size=world // (tp * pp),
                      overlap_grad_reduce=bucket is not None, ddp_bucket_size=bucket)  # fmt: skip
-    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=about), "args": args,
-             "iteration": 2, "checkpoint_version": 3.0, "content_metadata": about}  # fmt: skip
+    common = {"args": args, "iteration": 2, "checkpoint_version": 3.0}
     where = out / name / "iter_0000002"
     where.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(state, str(where))
+    if kind == "legacy":
+        save_legacy(where, model, optimizer, common, (pp, ep))
+    else:
+        save_sharded(where, model, optimizer, common, kind)
     (out / name / "latest_checkpointed_iteration.txt").write_text("2")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def save_sharded(where: Path, model: GPTModel, optimizer: MegatronOptimizer, common: dict, kind: str) -> None:
+    about = {"distrib_optim_sharding_type": kind, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    weights = model.sharded_state_dict(metadata=about)
+    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=about), **common,
+             "content_metadata": about}  # fmt: skip
+    dist_checkpointing.save(state, str(where))
+
+
+def save_legacy(
+    where: Path, model: GPTModel, optimizer: MegatronOptimizer, common: dict, sizes: tuple[int, int]
+) -> None:
+    """As pretrain_gpt.py saves, whose own code is not in the package: every rank here is the first of its copies."""
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    ranks = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank())
+    folder = where / "_".join([name, *(f"{rank:03d}" for rank, n in zip(ranks, sizes, strict=True) if n > 1)])
+    folder.mkdir(exist_ok=True)
+    weights = model.state_dict_for_save_checkpoint()
+    torch.save({"model": weights, "optimizer": optimizer.state_dict(), **common}, folder / "model_optim_rng.pt")
+    optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+
+
 if __name__ == "__main__":
-    for case, (_, _, (tp, pp, ep), _) in CASES.items():
+    for case, (_, _, (tp, pp, ep), _) in ((name, CASES[name]) for name in sys.argv[2:] or CASES):
         with tempfile.TemporaryDirectory() as folder:
             world = tp * pp * ep
             mp.spawn(rank_main, (world, f"{folder}/store", Path(sys.argv[1]), case), nprocs=world)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery.containers.dcp import Dcp
@@ -94,7 +94,7 @@ def _by_name(groups: Sequence[Mapping[Any, Any]], keys: Mapping[str, Lazy], dcp:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def megatron_groups(written: Written, names: Mapping[str, Stored], rates: Rates) -> list[dict[str, Any]]:
+def megatron_groups(written: Written, names: Collection[str], rates: Rates) -> list[dict[str, Any]]:
     """The two groups that every Megatron has: what decays, and what does not.  Their steps are whole numbers, which
     fused kernels ask for.
 

@@ -45,13 +45,16 @@ OPTIONS = (
     Option("etp", "ranks that share the tensors of each expert, a divisor of tp; auto: tp", "auto", (), "write"),
     Option("vocab_multiple", "the vocabulary is padded to a multiple of this times tp", "128", (), "write"),
     Option("iteration", "the iteration to write, or release; auto: the source's own, else 1", "auto", (), "write"),
-    Option("adam", "with --optimizer, whose state legacy files hold: fused (FusedAdam of Transformer Engine, Apex) or "
-           "torch (AdamW); auto: fused where spec is te", "auto", ("auto", "fused", "torch"), "write",
-           of_optimizer=True),
     Option("max_lr", "with --optimizer: --lr of the run that goes on, by which core 0.19 and later tell their groups; "
            "auto: not written, and the run's own counts", "auto", (), "write", of_optimizer=True),
     Option("min_lr", "with max_lr: --min-lr of that run; auto: 0", "auto", (), "write", of_optimizer=True),
     Option("rope_factor", "factor of the scaled rope, where args.rope_scaling_factor is not 8", "auto", (), "read"),
+)  # fmt: skip
+LEGACY_OPTIONS = (
+    Option("optimizer", "with --optimizer: plain (in model_optim_rng.pt) or distributed (in distrib_optim.pt, for runs "
+           "with --use-distributed-optimizer)", "plain", ("plain", "distributed"), "write", of_optimizer=True),
+    Option("adam", "with optimizer=plain: fused (FusedAdam of Transformer Engine, Apex) or torch (AdamW); auto: fused "
+           "where spec is te", "auto", ("auto", "fused", "torch"), "write", of_optimizer=True),
 )  # fmt: skip
 
 
@@ -185,6 +188,15 @@ def rates(options: Options) -> Rates:
     return {} if highest is None else {"max_lr": highest, "min_lr": lowest or 0.0}
 
 
+def loaded_by(options: Options, norms: str) -> Wanted:
+    """Who is to load an optimizer's state.  Raises UsageError."""
+    adam, distributed = options.get("adam", "auto"), options.get("optimizer") == "distributed"
+    if distributed and adam != "auto":
+        raise UsageError(f"-O adam={adam} goes with -O optimizer=plain: the distributed optimizer counts updates alike "
+                         "for both")  # fmt: skip
+    return Wanted(adam == "fused" or (adam == "auto" and norms == "te"), rates(options), distributed)
+
+
 def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: Mapping[str, Any]) -> Written:
     """Args of primitives only, so that stock loaders take them.  Raises UsageError, LayoutError."""
     spec, carried = checkpoint.spec, checkpoint.details
@@ -212,8 +224,7 @@ def written(checkpoint: Checkpoint, topology: Topology, options: Options, more: 
                             "iteration": iteration or 0}  # fmt: skip
     if args.get("rope_scaling_factor", BUILT_IN_FACTOR) != BUILT_IN_FACTOR:
         root["surgery"] = {"rope_factor": args["rope_scaling_factor"]}
-    adam = options.get("adam", "auto")
-    wanted = Wanted(adam == "fused" or (adam == "auto" and norms == "te"), rates(options))
+    wanted = loaded_by(options, norms)
     notes = (*notes_of(checkpoint, topology, multiple), *optimizer_notes(checkpoint, wanted, args["ckpt_format"]))
     seen = Seen(spec.vocab, own_factor(root))
     return Written(args, root, norms, experts, topology, multiple, iteration, seen, notes, wanted)
@@ -261,7 +272,10 @@ def optimizer_notes(checkpoint: Checkpoint, wanted: Wanted, form: str) -> list[s
         "arguments say otherwise, unless --override-opt_param-scheduler takes these (your schedule, at the samples "
         "consumed so far) or --use-checkpoint-opt_param-scheduler takes what is written (the same rate for ever)"
     ]
-    if form == "torch":
+    if wanted.distributed:
+        notes.append("distrib_optim.pt is for runs with --use-distributed-optimizer, on any number of data-parallel "
+                     "ranks; with --overlap-grad-reduce if every parameter has a multiple of 64 elements")  # fmt: skip
+    elif form == "torch":
         notes.append(
             "updates are counted by group, for FusedAdam of Transformer Engine and Apex; torch's AdamW needs "
             "-O adam=torch"

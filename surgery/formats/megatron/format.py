@@ -10,7 +10,7 @@ pipeline or an expert rank); how many layers a stage holds is counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,7 @@ def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options
     chunks = range(opened.topology.vpp)
     held = {rank: RankFile(tree.paths[0], tree, tuple(dict(opened.shards[rank._replace(chunk=v)]) for v in chunks))
             for rank, tree in zip(ranks, trees, strict=True)}  # fmt: skip
-    return optimizer.read_states(held, opened.config)
+    return optimizer.read_states(held, opened.config, opened.topology)
 
 
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
@@ -147,7 +147,9 @@ def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
 
 def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft:
     """The ranks' files and the tracker."""
-    plan = entries.written(checkpoint, topology, options, {"ckpt_format": "torch"})
+    distributed = options.get("optimizer") == "distributed"
+    more = {"ckpt_format": "torch"} | ({"use_distributed_optimizer": True} if distributed else {})
+    plan = entries.written(checkpoint, topology, options, more)
     rows = table(plan.norms, plan.experts, plan.multiple)
     planned = partial(_files, plan)
     return Draft(plan.args, plan.seen, rows, plan.topology, planned, plan.notes, states=planned)
@@ -159,30 +161,26 @@ def _files(plan: entries.Written, ranks: Ranks, written: Written | None = None) 
     for rank in ranks:
         if rank.chunk == 0:
             own = [rank._replace(chunk=v) for v in range(plan.topology.vpp)]
-            yield _rank_file(f"{where}/{files.rank_folder(rank, plan.topology)}", plan, ranks, own, written)
+            yield from _rank_files(f"{where}/{files.rank_folder(rank, plan.topology)}", plan, ranks, own, written)
 
 
-def _rank_file(
+def _rank_files(
     folder: str, plan: entries.Written, ranks: Ranks, own: Sequence[Rank], written: Written | None
-) -> OutputFile:
-    """A rank's file, its parameters in the order in which Megatron numbers them."""
-    tree, copies = dict(plan.root), set()
-    chunks = [dict(sorted(ranks[rank].items(), key=lambda item: place_of(item[0]))) for rank in own]
+) -> Iterator[OutputFile]:
+    """A rank's files, its parameters in the order in which Megatron numbers them."""
+    tree, copies = dict(plan.root), set[str]()
+    chunks = {rank: dict(sorted(ranks[rank].items(), key=lambda item: place_of(item[0]))) for rank in own}
     if written:
-        mine = dict(zip(own, chunks, strict=True))
-        state, replicas = optimizer_writer.tree(written, mine, apart(plan.topology), plan.wanted)
-        tree |= {"optimizer": state, "opt_param_scheduler": entries.scheduler(written, plan)}
-        copies |= replicas
-    for i, chunk in enumerate(chunks):
+        state = optimizer_writer.entry(written, chunks, plan.topology, plan.args, plan.wanted)
+        tree |= {"optimizer": state.tree, "opt_param_scheduler": entries.scheduler(written, plan)}
+        copies |= state.replicas
+        if state.beside is not None:
+            yield torch_file(f"{folder}/{optimizer.FLAT}", state.beside)
+    for i, chunk in enumerate(chunks.values()):
         key = "model" if len(chunks) == 1 else f"model{i}"
         tree[key] = {name: s.tensor for name, s in chunk.items()} | dict.fromkeys(extra_states(chunk, plan.norms))
         copies |= {f"{key}.{name}" for name, s in chunk.items() if s.copy}
-    return torch_file(f"{folder}/{files.MODEL_FILES[0]}", tree, frozenset(copies))
-
-
-def apart(topology: Topology) -> bool:
-    """Whether experts have an optimizer of their own."""
-    return topology.ep > 1 or topology.expert_tp != topology.tp
+    yield torch_file(f"{folder}/{files.MODEL_FILES[0]}", tree, frozenset(copies))
 
 
 def extra_states(names: Mapping[str, Stored], norms: str) -> list[str]:
@@ -205,7 +203,7 @@ FORMAT = Format(
     table=stored_table,
     draft=draft,
     flags=("tp", "pp", "vpp", "ep"),
-    options=entries.OPTIONS,
+    options=(*entries.OPTIONS, *entries.LEGACY_OPTIONS),
     entries=entries.ENTRIES,
     states=states,
     masters=True,

@@ -1,90 +1,113 @@
-"""Adam's state as Megatron's legacy files number it, without a distributed optimizer.
+"""Adam's state as Megatron's legacy files hold it: numbered, or in the flat buffers of the distributed optimizer.
 
-    state, replicas = tree(written, {Rank(): {"embedding.word_embeddings.weight": stored, ...}}, False, Wanted())
+    found = entry(written, {Rank(): {"embedding.word_embeddings.weight": stored}}, Topology(), args, Wanted())
+    found.tree, found.beside          # for model_optim_rng.pt, for distrib_optim.pt
 
-Of bf16 and fp16 weights the masters stand beside the state; an fp32 model has torch's bare state dict.  FusedAdam of
-Transformer Engine and of Apex counts updates by group, and Transformer Engine's knows no state but the moments; torch's
-AdamW counts them for every parameter.
-Source: TransformerEngine `pytorch/optimizers/fused_adam.py` (load_state_dict, step), apex `optimizers/fused_adam.py`.
+Numbered, the masters of bf16 and fp16 weights stand beside the state; an fp32 model has torch's bare state dict.
+FusedAdam of Transformer Engine and of Apex counts updates by group, and Transformer Engine's knows no state but the
+moments; torch's AdamW counts them for every parameter.  The distributed optimizer counts by group for both.
+Source: TransformerEngine `pytorch/optimizers/fused_adam.py` (load_state_dict, step), apex `optimizers/fused_adam.py`,
+megatron/core `optimizer/distrib_optimizer.py` (state_dict, save_parameter_state).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgery.formats.megatron.buffers import borders_of, coalesced, holder
 from surgery.formats.megatron.dist_optimizer import Rates, megatron_groups
-from surgery.formats.megatron.optimizer import MASTERS, decays
+from surgery.formats.megatron.optimizer import MASTERS
+from surgery.formats.megatron.parameters import Chunks, Parameter, parameters_of, state_of, trained_by
 from surgery.formats.optimizer import MASTER, MOMENTS, Written
-from surgery.formats.topology import Rank
+from surgery.formats.topology import Topology
 from surgery.formats.torch_states import STEP
-from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Fill
-
-Chunks = Mapping[Rank, Mapping[str, Stored]]
-Owned = tuple[Rank, str]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Who loads the state: FusedAdam or torch's AdamW, and the rates by which core 0.19 tells its groups."""
+    """Who loads the state: the plain or the distributed optimizer, with FusedAdam or torch's AdamW, and the rates by
+    which core 0.19 tells its groups."""
 
     fused: bool = True
     rates: Rates = field(default_factory=dict)
+    distributed: bool = False
 
 
-def tree(written: Written, chunks: Chunks, apart: bool, wanted: Wanted) -> tuple[Any, set[str]]:
-    """The entry `optimizer` of a rank's file, and the paths in the file of replicas.
+@dataclass(frozen=True)
+class Entry:
+    """A rank's state: the entry `optimizer` of its file, the paths in that of replicas, and what stands in
+    distrib_optim.pt beside it, if anything does."""
 
-    `apart`: the experts have an optimizer of their own.
-    """
-    owned = [(rank, name) for rank, chunk in chunks.items() for name in chunk]
-    if not apart or not any(".experts." in name for _, name in owned):
-        state, replicas = _one(written, owned, False, wanted)
-        return state, {f"optimizer.{path}" for path in replicas}
-    both = [
-        _one(written, [o for o in owned if (".experts." in o[1]) == experts], experts, wanted)
-        for experts in (False, True)
+    tree: Any
+    replicas: frozenset[str] = frozenset()
+    beside: Any = None
+
+
+def entry(written: Written, chunks: Chunks, topology: Topology, args: Mapping[str, Any], wanted: Wanted) -> Entry:
+    """The state of a rank, in one optimizer or, where experts have theirs, in two."""
+    apart = topology.ep > 1 or topology.expert_tp != topology.tp
+    both = apart and any(".experts." in name for chunk in chunks.values() for name in chunk)
+    each: tuple[int | None, ...] = (0, 1) if both else (None,)
+    if wanted.distributed:
+        return _flat(written, chunks, topology, args, wanted, each)
+    found = [
+        _numbered(written, trained_by(which, parameters_of(chunks)), chunks, bool(which), wanted) for which in each
     ]
-    return [state for state, _ in both], {
-        f"optimizer.{i}.{path}" for i, (_, paths) in enumerate(both) for path in paths
-    }
+    starts = [f"optimizer.{i}." if both else "optimizer." for i in range(len(each))]
+    replicas = {start + path for start, (_, paths) in zip(starts, found, strict=True) for path in paths}
+    return Entry(_one_or_both([tree for tree, _ in found]), frozenset(replicas))
 
 
-def _one(written: Written, owned: Sequence[Owned], experts: bool, wanted: Wanted) -> tuple[dict[str, Any], set[str]]:
-    names = {name: written.roles[MOMENTS[0]][rank][name] for rank, name in owned}
-    kinds = [[o for o in owned if _decays(written, o) == kind] for kind in (True, False)]
-    groups, numbers, replicas = (
-        megatron_groups(written, names, wanted.rates),
-        [o for kind in kinds for o in kind],
-        set[str](),
-    )
-    at = 0
-    for group, kind in zip(groups, kinds, strict=True):
-        group |= {"params": list(range(at, at + len(kind))), "is_expert_parallel": experts}
-        at += len(kind)
+def _one_or_both(found: Sequence[Any]) -> Any:
+    return found[0] if len(found) == 1 else list(found)
+
+
+def _flat(
+    written: Written, chunks: Chunks, topology: Topology, args: Mapping[str, Any], wanted: Wanted,
+    each: Sequence[int | None],
+) -> Entry:  # fmt: skip
+    """Of several ranks that have the same parameters, the first stores their buffers."""
+    rank = next(iter(chunks))._replace(chunk=0)
+    trees, held = [], []
+    for which in each:
+        names = [p.name for p in trained_by(which, parameters_of(chunks))]
+        groups = [{**g, "is_expert_parallel": bool(which)} for g in megatron_groups(written, names, wanted.rates)]
+        trees.append({"optimizer": {"param_groups": groups}})
+        first = holder(rank, topology, experts=bool(which)) == rank
+        held.append(coalesced(written, chunks, which, borders_of(args, rank)) if first else None)
+    return Entry(_one_or_both(trees), beside=_one_or_both(held) if any(held) else None)
+
+
+def _numbered(
+    written: Written, mine: Sequence[Parameter], chunks: Chunks, experts: bool, wanted: Wanted
+) -> tuple[dict[str, Any], set[str]]:
+    """States by number, masters by group."""
+    kinds = [[p for p in mine if p.decays == kind] for kind in (True, False)]
+    held = [[state_of(written, chunks, p) for p in kind] for kind in kinds if kind]
+    groups = [g for g, kind in zip(megatron_groups(written, [p.name for p in mine], wanted.rates), kinds, strict=True)
+              if kind]  # fmt: skip
+    numbers = iter(range(len(mine)))
+    for group, own in zip(groups, held, strict=True):
+        group |= {"params": list(itertools.islice(numbers, len(own))), "is_expert_parallel": experts}
+    each = [one for own in held for one in own]
     state = {
         i: {
             # its own: torch adds to a shared one once for every parameter
             **({} if wanted.fused else {STEP: Fill((), "float32", written.step)}),
-            **{role: written.roles[role][rank][name].tensor for role in MOMENTS},
+            **{role: one[role].tensor for role in MOMENTS},
         }
-        for i, (rank, name) in enumerate(numbers)
+        for i, one in enumerate(each)
     }
-    inner = {"state": state, "param_groups": [g for g in groups if g["params"]]}
-    masters = [[written.roles[MASTER][rank][name] for rank, name in kind if name in written.roles[MASTER][rank]]
-               for kind in kinds if kind]  # fmt: skip
+    inner = {"state": state, "param_groups": groups}
+    masters = [[one[MASTER] for one in own if MASTER in one] for own in held]
     nested = any(masters)
     start = "optimizer." if nested else ""
-    for i, (rank, name) in enumerate(numbers):
-        replicas |= {f"{start}state.{i}.{role}" for role in MOMENTS if written.roles[role][rank][name].copy}
+    replicas = {f"{start}state.{i}.{role}" for i, one in enumerate(each) for role in MOMENTS if one[role].copy}
     if not nested:
         return inner, replicas
     replicas |= {f"{MASTERS[0]}.{g}.{i}" for g, own in enumerate(masters) for i, s in enumerate(own) if s.copy}
     return {"optimizer": inner, MASTERS[0]: [[s.tensor for s in own] for own in masters]}, replicas
-
-
-def _decays(written: Written, owned: Owned) -> bool:
-    rank, name = owned
-    return decays(name, written.roles[MOMENTS[0]][rank][name].tensor.shape)

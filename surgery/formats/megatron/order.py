@@ -18,13 +18,13 @@ _INSIDE = ("input_layernorm", "self_attention.linear_proj", "self_attention.line
            "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2", "mlp.shared_experts.gate_weight",
            "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
 _LEAF = ("layer_norm_weight", "layer_norm_bias", "weight", "bias")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.linear_fc(\d)\.")
 
 
 def place(name: str) -> tuple[int, ...]:
     """What a parameter of a chunk is sorted by."""
-    if not (found := _LAYER.fullmatch(name)):
+    if not (found := LAYER.fullmatch(name)):
         return _first(name, _OUTSIDE), 0, 0, 0, 0, *_leaf(name)
     inner = found[2]
     expert = _EXPERT.match(inner)

@@ -7,7 +7,8 @@ optimizer.distributed.dp_group_idx_G.                     G: tp + TP * pp, or of
     param_state/shard_0_1                                 `dp_zero_gather_scatter` (before): what distrib_optim.pt holds
     optimizer/shard_0_1                                   the groups and the step
 Where experts have an optimizer of their own, the keys begin with chained_0. (dense) and chained_1. (experts).  Buffers
-are of the parameters that a rank holds in memory, so `args` have to say how the model was divided.
+are of the parameters that a rank holds in memory, so `args` have to say how the model was divided; how many layers a
+stage has, its buffers tell (stages.py).
 Source: megatron/core `optimizer/distrib_optimizer.py` (sharded_param_state_dp_reshardable, .._dp_zero),
 `distributed/param_and_grad_buffer.py`.
 """
@@ -15,28 +16,25 @@ Source: megatron/core `optimizer/distrib_optimizer.py` (sharded_param_state_dp_r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from surgery.containers.dcp import Dcp
 from surgery.errors import FileError, LayoutError, NoStateError, some
-from surgery.formats.flat import cut, fill
 from surgery.formats.megatron import entries
-from surgery.formats.megatron.optimizer import (
-    ALIGN,
-    BUFFERS,
-    Found,
-    Parameter,
-    bucket_size,
+from surgery.formats.megatron.buffers import (
+    OTHER_SIZES,
+    Buffer,
+    borders_of,
+    buffer_of,
     buffers_of,
-    groups_of,
-    put_coalesced,
-    put_settings,
-    trained_by,
+    put_buffers,
     wanted_buffers,
 )
-from surgery.formats.megatron.order import place
+from surgery.formats.megatron.parameters import Found, Parameter, groups_of, in_order, put_settings, trained_by
+from surgery.formats.megatron.stages import Filled, all_on_the_first, layer_counts
 from surgery.formats.megatron.table import table
 from surgery.formats.optimizer import ALONE, States, one_step
 from surgery.formats.table import Table
@@ -48,7 +46,6 @@ from surgery.tensors.lazy import Lazy
 KEY = re.compile(r"(?:chained_(\d{1,6})\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\.(.+)")
 _BUCKET = re.compile(r"gbuf_idx_(\d{1,6})\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})\.(\w+)")
 _OBJECT = "{}/shard_0_1"
-_SIZES = f"the sizes of its run are not those that args say, or its layers are divided unevenly; {ALONE}"
 
 
 @dataclass
@@ -64,6 +61,17 @@ class Held:
         found = load() if load else None
         return found[0] if isinstance(found, list) and len(found) == 1 else found
 
+    def buffers(self, dcp: Dcp) -> list[Buffer]:
+        """In their order, of chunks and dtypes."""
+        if self.coalesced is not None:
+            return buffers_of(self.coalesced, dcp.folder)
+        return [buffer_of(dtype, [buckets[i] for i in sorted(buckets)], dcp.folder)
+                for (_, dtype), buckets in sorted(self.buckets.items(), key=lambda pair: pair[0])]  # fmt: skip
+
+    @cached_property
+    def coalesced(self) -> Any:
+        return self.object("param_state")
+
 
 def read_states(dcp: Dcp, args: Mapping[str, Any], spec: Spec, parts: Parts) -> States | None:
     """Raises SurgeryError for buffers that are missing, or that the ranks' parameters do not fill."""
@@ -72,19 +80,27 @@ def read_states(dcp: Dcp, args: Mapping[str, Any], spec: Spec, parts: Parts) -> 
         return None
     topology, rows = _topology(args, dcp), memory(args)
     entries.check_heads(spec, topology.tp)
-    weights = {rank: {name: stored.tensor for name, stored in chunk.items()}
-               for rank, chunk in spread(rows, parts, spec, topology).items()}  # fmt: skip
-    found, used = Found(), set[tuple[int, int]]()
     apart = any(which for which, _ in held)
+
+    def divided(topology: Topology) -> Mapping[Rank, Mapping[str, Lazy]]:
+        return {rank: {name: stored.tensor for name, stored in chunk.items()}
+                for rank, chunk in spread(rows, parts, spec, topology).items()}  # fmt: skip
+
+    if topology.pp * topology.vpp > 1:
+        first = divided(all_on_the_first(topology, spec.layers))
+        filled = _filled(held, topology, 0 if apart else None, args, dcp)
+        topology = replace(topology, stages=layer_counts(topology, spec.layers, first, filled))
+    weights, found, used = divided(topology), Found(), set[tuple[int, int]]()
     for rank in topology.ranks():
         if rank.chunk:
             continue
         for which in (0, 1) if apart else (0,):
             mine = _parameters(weights, rank, topology, which if apart else None)
-            group = which, _group(rank, topology, experts=bool(which))
-            used.add(group)
+            used.add((which, _group(rank, topology, experts=bool(which))))
             if mine:
-                _put(found, rank, mine, held.get(group), dcp, bucket_size(args, rank))
+                own = _of(held, which, rank, topology, dcp)
+                put_buffers(found, rank, mine, own.buffers(dcp), borders_of(args, rank), dcp.folder)
+                put_settings(found, mine, groups_of(own.object("optimizer"), dcp.folder), dcp.folder)
     if surplus := sorted(held.keys() - used):
         raise LayoutError(f"holds an optimizer of the ranks {some(number for _, number in surplus)}, which args do not "
                           "have", file=dcp.path, hint=ALONE)  # fmt: skip
@@ -134,61 +150,37 @@ def _held(dcp: Dcp) -> dict[tuple[int, int], Held]:
     return out
 
 
+def _of(held: Mapping[tuple[int, int], Held], which: int, rank: Rank, topology: Topology, dcp: Dcp) -> Held:
+    """Raises FileError if a rank's optimizer is not there."""
+    found = held.get((which, _group(rank, topology, experts=bool(which))))
+    if found is None:
+        raise FileError(f"holds no optimizer of tensor rank {rank.tp}, stage {rank.pp}, expert rank {rank.ep}",
+                        file=dcp.path, hint=OTHER_SIZES)  # fmt: skip
+    return found
+
+
+def _filled(
+    held: Mapping[tuple[int, int], Held], topology: Topology, dense: int | None, args: Mapping[str, Any], dcp: Dcp
+) -> Filled:
+    """Whether parameters of a stage fill its next dense buffers: those behind what was filled before."""
+    at: dict[int, int] = {}
+
+    def filled(rank: Rank, every: Sequence[Parameter]) -> bool:
+        wanted, stage = list(wanted_buffers(trained_by(dense, every))), Rank(pp=rank.pp)
+        begin = at.get(rank.pp, 0)
+        there = _of(held, 0, stage, topology, dcp).buffers(dcp)[begin : begin + len(wanted)]
+        good = [dtype for dtype, _ in wanted] == [buffer.dtype for buffer in there] and all(
+            buffer.places(owned, borders_of(args, stage)) for (_, owned), buffer in zip(wanted, there, strict=True)
+        )
+        if good:
+            at[rank.pp] = begin + len(wanted)
+        return good and bool(wanted)
+
+    return filled
+
+
 def _parameters(
     weights: Mapping[Rank, Mapping[str, Lazy]], rank: Rank, topology: Topology, which: int | None
 ) -> list[Parameter]:
-    """What a rank trains, in the order of Megatron's modules; of two optimizers, the second has the experts."""
-    chunks = ((v, weights[rank._replace(chunk=v)]) for v in range(topology.vpp))
-    every = (Parameter(v, name, chunk[name]) for v, chunk in chunks for name in sorted(chunk, key=place))
-    return trained_by(which, every)
-
-
-def _put(
-    found: Found, rank: Rank, mine: Sequence[Parameter], held: Held | None, dcp: Dcp, bucket: int | None
-) -> None:  # fmt: skip
-    """The state of a rank's parameters."""
-    if held is None:
-        raise FileError(f"holds no optimizer of tensor rank {rank.tp}, stage {rank.pp}, expert rank {rank.ep}",
-                        file=dcp.path, hint=_SIZES)  # fmt: skip
-    whole = held.object("param_state")
-    if whole is not None:
-        put_coalesced(found, rank, mine, buffers_of(whole, dcp.folder), bucket, dcp.folder)
-    else:
-        for owned, buckets in _matched(mine, held, dcp):
-            _put_buckets(found, rank, owned, buckets, dcp)
-    settings = held.object("optimizer")
-    put_settings(found, mine, groups_of(settings, dcp.folder), dcp.folder)
-
-
-def _matched(
-    mine: Sequence[Parameter], held: Held, dcp: Dcp
-) -> Iterator[tuple[list[Parameter], list[Mapping[str, Lazy]]]]:
-    """The parameters of each buffer, with its buckets in their order."""
-    wanted = list(wanted_buffers(mine))
-    numbers = sorted(held.buckets)
-    if [dtype for dtype, _ in wanted] != [dtype for _, dtype in numbers]:
-        raise LayoutError(f"has buffers of {some(d for _, d in numbers)}, the model {some(d for d, _ in wanted)}",
-                          file=dcp.path, hint=_SIZES)  # fmt: skip
-    for number, (_, owned) in zip(numbers, wanted, strict=True):
-        buckets = held.buckets[number]
-        yield owned, [buckets[i] for i in sorted(buckets)]
-
-
-def _put_buckets(
-    found: Found, rank: Rank, mine: Sequence[Parameter], buckets: Sequence[Mapping[str, Lazy]], dcp: Dcp
-) -> None:
-    """Every bucket is filled by the parameters in reverse, each at a multiple of 64."""
-    sizes = []
-    for bucket in buckets:
-        shapes = {tensor.shape for tensor in bucket.values()}
-        if bucket.keys() != BUFFERS.keys() or len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise LayoutError(f"has a bucket of {some(sorted(bucket))} in the shapes {some(sorted(shapes))}: flat "
-                              f"{some(sorted(BUFFERS))} are read", file=dcp.path, hint=ALONE)  # fmt: skip
-        sizes.append(next(iter(shapes))[0])
-    places = fill([p.weight.shape for p in reversed(mine)], sizes, ALIGN)
-    if places is None:
-        raise LayoutError(f"has buckets of {some(sizes)} elements, which the {len(mine)} parameters of tensor rank "
-                          f"{rank.tp}, stage {rank.pp}, do not fill", file=dcp.path, hint=_SIZES)  # fmt: skip
-    for parameter, (number, start) in zip(reversed(mine), places, strict=True):
-        for key, role in BUFFERS.items():
-            found.put(role, rank, parameter, cut(buckets[number][key], start, parameter.weight.shape))
+    """What a rank trains; of two optimizers, the second has the experts."""
+    return trained_by(which, (p for v in range(topology.vpp) for p in in_order(v, weights[rank._replace(chunk=v)])))
