@@ -21,6 +21,7 @@ from surgery.data.plans.plan import open_plan, write_plan
 from surgery.data.tokenizing.sources import find_sources
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
 from surgery.jobs.digests import Digests
+from surgery.midtraining.evaluation.rows import rows_of
 from surgery.midtraining.run_file import make_run
 from surgery.storage import copies, mirror
 from surgery.storage.address import parse
@@ -349,10 +350,42 @@ def test_a_folder_that_cannot_be_asked_is_not_copied(proxy: Proxy, tmp_path: Pat
     assert not (tmp_path / "cache" / "copies").exists()
 
 
+def copied(folder: Path) -> set[str]:
+    """The files that were copied into a cache, by their names."""
+    return {path.name for path in (folder / "copies").rglob("*") if path.is_file()}
+
+
+def test_of_a_run_only_what_is_shown_is_copied(proxy: Proxy, s3: Any, tmp_path: Path) -> None:
+    plan = planned(tmp_path / "run", str(TEXT), SOURCES[:2])
+    for path in plan.folder.iterdir():
+        s3.upload_file(str(path), "everywhere", f"run/plan/{path.name}")
+        s3.upload_file(str(path), "everywhere", f"planned/{path.name}")
+    config = {"model": {"max_sequence_length": 64, "vocab_size": 1000}, "global_train_batch_size": 2, "seed": 1,
+              "data": {"paths": [str(TEXT / "dolma/part-0-00000.npy")]}}  # fmt: skip
+    s3.put_object(Bucket="everywhere", Key="olmo/config.yaml", Body=json.dumps(config).encode())
+    for name in ("run/model.safetensors", "olmo/step10/model.pt", "olmo/train_data/x", "planned/checkpoints/x.bin"):
+        s3.put_object(Bucket="everywhere", Key=name, Body=bytes(1 << 16))
+    words = ("--step", 0, "--rows-per-step", 2, "--json")
+    assert json.loads(said("data", "show", "s3://everywhere/olmo", *words))["rows"]
+    assert copied(tmp_path / "cache") == {"config.yaml"}
+    assert json.loads(said("data", "show", "s3://everywhere/planned", *words))["rows"]
+    assert "name one of plan" in said("data", "show", "s3://everywhere/run", *words, code=1)
+    with pytest.raises(UsageError, match="holds no row"):
+        rows_of("s3://everywhere/planned", 2, 64, 1000)
+    assert copied(tmp_path / "cache") == {"config.yaml", *(path.name for path in plan.folder.iterdir())}
+
+
 @pytest.mark.thorough
-def test_a_question_is_asked_of_an_address(proxy: Proxy, s3: Any) -> None:
+def test_a_question_is_asked_of_an_address_of_which_only_the_model_is_copied(
+    proxy: Proxy, s3: Any, tmp_path: Path
+) -> None:
     folder = TEXT.parent / "lm_eval" / "model"
-    for path in folder.iterdir():
-        s3.upload_file(str(path), "everywhere", f"ask/{path.name}")
+    names = {path.name for path in folder.iterdir()}
+    for name in names:
+        for at in ("ask", "ask/checkpoint-1"):
+            s3.upload_file(str(folder / name), "everywhere", f"{at}/{name}")
+    for name in ("optimizer.pt", "consolidated.safetensors", "checkpoint-1/optimizer.pt"):
+        s3.put_object(Bucket="everywhere", Key=f"ask/{name}", Body=bytes(1 << 16))
     words = ("the cat sat", "--max-new-tokens", 4)
     assert said("ask", "s3://everywhere/ask", *words) == said("ask", folder, *words)
+    assert copied(tmp_path / "cache") == names

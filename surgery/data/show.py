@@ -19,7 +19,7 @@ from typing import Any
 from surgery.containers.text import read_yaml
 from surgery.data.plans.batches import Batches
 from surgery.data.plans.plan import open_plan
-from surgery.data.plans.plan_file import NAME
+from surgery.data.plans.plan_file import FILES, NAME
 from surgery.data.rows import IGNORE, RowSource
 from surgery.data.trainers import olmo_batches
 from surgery.data.trainers.megatron_cache import DESCRIPTION, open_cache
@@ -28,6 +28,8 @@ from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError, UsageError, shown, some
 from surgery.storage.copies import here
 
+# what of a folder is looked at, as patterns
+KNOWN = (*FILES, f"*/{NAME}", olmo_batches.CONFIG, *olmo_batches.ORDER, f"*{DESCRIPTION}")
 Decode = Callable[[list[int]], str]
 
 
@@ -43,13 +45,13 @@ def open_rows(
     rows_per_step  of the global batch, in place of what the run says
     root           where the data of a plan lie now      pad_id  of the tokenizer of a Megatron run
     """
-    path = here(path)
+    path = here(path, only=KNOWN)
     if (path / NAME).is_file():
         return Batches(open_plan(path, root=root), rows_per_step)
     if (path / olmo_batches.CONFIG).is_file():
         return olmo_batches.open_olmo(path, rows_per_step)
     if path.is_dir():
-        found = sorted(p.name for p in path.glob("*" + DESCRIPTION))
+        found = sorted(p.name for p in path.glob("*" + DESCRIPTION)) + [p.parent.name for p in path.glob(f"*/{NAME}")]
         hint = f"name one of {some(found)}" if found else f"a plan has {NAME}, a run of OLMo {olmo_batches.CONFIG}"
         raise ConfigError("is no plan and no run that is known", file=path, hint=hint)
     if path.name.endswith(DESCRIPTION):

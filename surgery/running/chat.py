@@ -8,14 +8,17 @@ with the model is run, and a weight that is missing is an error, where transform
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+from surgery.containers.opening import open_tensors
 from surgery.errors import ConfigError, FileError, UsageError, show
 from surgery.formats.registry import located
 from surgery.running.loading import explained, load, load_tokenizer, quiet
 from surgery.storage.address import is_address
 from surgery.storage.copies import here
+from surgery.storage.mirror import COPIED
 
 
 def answer(path: str | Path, question: str, max_new_tokens: int = 64) -> str:
@@ -50,7 +53,15 @@ def _folder(path: str | Path) -> Path:
             file=folder,
             hint=f"pickled weights are not loaded here; surgery convert {path} NEW_FOLDER --to hf",
         )
-    return here(path) if is_address(path) else folder  # as a whole only now
+    return here(path, only=_needed(folder)) if is_address(path) else folder  # all that is read, only now
+
+
+def _needed(folder: Path) -> tuple[str, ...]:
+    """The files that transformers reads of a folder: the small ones in it, and the weights of one model."""
+    small = [path.name for path in folder.iterdir() if path.name.endswith(COPIED)]
+    whole = folder / "model.safetensors"
+    weights = [whole] if whole.is_file() else [p for held in open_tensors(folder).containers for p in held.paths]
+    return tuple(map(escape, sorted([*small, *(path.name for path in weights)])))
 
 
 def _greedy(found: Any) -> Any:

@@ -127,19 +127,23 @@ def matching(place: str) -> dict[str, Entry]:
     found = listing(address)
     if found.single and not pattern:
         return {str(address): next(iter(found.entries.values()))}
-    names = sorted(name for name in found.entries if not pattern or _fits(name.split("/"), pattern))
+    names = sorted(name for name in found.entries if not pattern or fits(name, "/".join(pattern)))
     if not names:
         raise FileError("nothing there has such a name", file=place)
     return {str(replace(address, key=address.below(name))): found.entries[name] for name in names}
 
 
-def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether the parts of a name are those of a pattern, in which ** stands for any number of folders."""
+def fits(name: str, pattern: str) -> bool:
+    """Whether a name is one of a pattern, in which ** stands for any number of folders."""
+    return _fit(name.split("/"), pattern.split("/"))
+
+
+def _fit(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if not pattern:
         return not parts
     if pattern[0] == "**":
-        return any(_fits(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+        return any(_fit(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fit(parts[1:], pattern[1:])
 
 
 def _in_bucket(store: Store) -> Listing:

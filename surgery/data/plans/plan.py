@@ -27,7 +27,7 @@ from surgery.data.plans.fingerprint import check_same, digest_of, sampled
 from surgery.data.plans.mixture import Mixture
 from surgery.data.plans.order import Taken, make_order, split
 from surgery.data.plans.packing import Instances
-from surgery.data.plans.plan_file import NAME, ORDER, PlanFile, little, plan_bytes, read_plan_file
+from surgery.data.plans.plan_file import FILES, NAME, ORDER, PlanFile, little, plan_bytes, read_plan_file
 from surgery.data.plans.plan_sources import found_ends, located, open_entries, stored_instances, tables
 from surgery.data.plans.text_cache import load_tokenizer
 from surgery.errors import FileError
@@ -138,7 +138,7 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
 
     Raises FileError if the plan or a file is damaged or missing, ConfigError naming what changed since it was made.
     """
-    folder = here(folder)
+    folder = here(folder, only=FILES)
     file = read_plan_file(folder)
     base = Path(os.path.abspath(root)) if root is not None else Path(file.root)
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)

@@ -28,6 +28,7 @@ from surgery.errors import FileError, show
 from surgery.tensors.files import File, plain_name, read_small
 
 NAME, ORDER = "plan.json", "order.u64"
+FILES = (NAME, ORDER, "*.i64")  # what a plan consists of, as patterns
 LIMIT = 256 << 20  # bytes; a source of 100,000 files has about 40 MB
 CHUNK = 1 << 24
 Whole = Annotated[int, Field(ge=0)]

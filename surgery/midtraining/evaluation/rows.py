@@ -18,6 +18,7 @@ from surgery.data.plans.plan import open_plan
 from surgery.data.plans.plan_file import NAME
 from surgery.data.rows import Rows, isolated, restarting, shifted
 from surgery.errors import UsageError
+from surgery.storage.mirror import place_of
 
 
 def rows_of(path: str | os.PathLike[str], limit: int | None, length: int, vocabulary: int) -> dict[str, Rows]:
@@ -25,14 +26,17 @@ def rows_of(path: str | os.PathLike[str], limit: int | None, length: int, vocabu
 
     At most `limit` rows of each.  Raises UsageError if there is none, FileError if an id is beyond the vocabulary.
     """
-    path = found_at(path)
-    found = _planned(path, limit) if (path / NAME).is_file() else {path.stem: _windows(path, limit, length, vocabulary)}
+    if (place_of(path) / NAME).is_file():
+        found = _planned(path, limit)
+    else:
+        file = found_at(path)
+        found = {file.stem: _windows(file, limit, length, vocabulary)}
     if not any(len(rows) for rows in found.values()):
         raise UsageError(f"{path} holds no row", hint="a plan holds rows out if its mixture says `holdout`")
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def _planned(path: Path, limit: int | None) -> dict[str, Rows]:
+def _planned(path: str | os.PathLike[str], limit: int | None) -> dict[str, Rows]:
     batches = Batches(open_plan(path), rows_per_step=1)
     return {name: batches.heldout(name, stop=limit) for name in batches.sources}
 
