@@ -27,6 +27,8 @@ from surgery.storage import copies, mirror
 from surgery.storage.address import parse
 from surgery.storage.copies import here
 from surgery.storage.listing import matching, with_sidecars
+from surgery.storage.pull import pull
+from surgery.storage.push import push
 from surgery.tensors.files import File
 from tests.buckets import Proxy, keys, moto
 from tests.servers import web
@@ -159,6 +161,35 @@ def test_a_plan_of_tokens_at_addresses_is_that_of_the_same_files_here(
     with pytest.raises(SurgeryError, match="megatron"):
         open_plan("s3://everywhere/plan")
     s3.upload_file(str(TEXT / "megatron_int32.bin"), "everywhere", "text/megatron_int32.bin")
+
+
+def test_a_plan_that_is_pushed_names_no_folder_of_this_machine_and_opens_elsewhere(
+    proxy: Proxy, tmp_path: Path
+) -> None:
+    for name in ("here/near", "far/web", "far/math"):
+        shutil.copytree(TEXT / "dolma", tmp_path / name)
+    shutil.copy(TEXT / "tokenizer.json", tmp_path / "far")
+    far = [f"{tmp_path}/far/{name}/part-0-00000.npy" for name in ("web", "math")]
+    sources = [{"name": "near", "paths": "near/*.npy", "weight": 1}, {"name": "far", "paths": far, "weight": 1}]
+    mixture = {"sequence_length": 64, "tokenizer": f"{tmp_path}/far/tokenizer.json", "budget": {"tokens": 6400}}
+    (tmp_path / "here/mix.yaml").write_text(json.dumps({**mixture, "sources": sources}))
+    digest = write_plan(draft_plan(tmp_path / "here/mix.yaml"), tmp_path / "here/plan").digest
+    push(tmp_path / "here/plan", "s3://everywhere/private-plan")
+    shutil.copytree(tmp_path / "here/near", tmp_path / "there/near")
+    pull("s3://everywhere/private-plan", tmp_path / "there/plan")
+    text = (tmp_path / "there/plan/plan.json").read_text()
+    assert str(tmp_path) not in text and '"web/part-0-00000.npy"' in text and "far/" not in text
+    with pytest.raises(
+        ConfigError, match=r"does not say where its files lie[\s\S]*put them into \S*/there, or say --root"
+    ):
+        open_plan(tmp_path / "there/plan")
+    for name in ("web", "math"):
+        shutil.copytree(tmp_path / "far" / name, tmp_path / "there" / name)
+    shutil.rmtree(tmp_path / "here")
+    shutil.rmtree(tmp_path / "far")
+    assert open_plan(tmp_path / "there/plan").digest == digest
+    shutil.move(tmp_path / "there/plan", tmp_path / "plan")
+    assert open_plan(tmp_path / "plan", root=tmp_path / "there").digest == digest
 
 
 def test_token_files_of_a_web_server_are_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

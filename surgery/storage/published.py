@@ -4,21 +4,27 @@
     told(["~/.cache/huggingface/hub/models--org--name/snapshots/3fa1"]) # ["hf://org/name@3fa1"]
     published(Path("moe/surgery.json"))                                 # its bytes; None if it names no such place
 
-Addresses, relative paths and everything else stay as they are, such as the [/INST] of a chat template.
+Addresses, relative paths and everything else stay as they are, such as the [/INST] of a chat template.  A data plan
+does not say its root, and names the files that lie elsewhere by as much of their paths as tells them apart.
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from surgery.containers.text import json_text, read_json
-from surgery.errors import SurgeryError
+from surgery.containers.text import JSON_LIMIT, json_text, read_json
+from surgery.errors import FileError, SurgeryError
 from surgery.writing.replaceable import PROVENANCE, TOKENS
 
 SOUP = "soup.json"
-RECORDS = (PROVENANCE, SOUP, TOKENS)
+PLAN = "plan.json"
+ENTRIES = 4_000_000  # of a record: a plan of 100,000 files has 2 million
+RECORDS = (PROVENANCE, SOUP, TOKENS, PLAN)
 _BEFORE = r"(?<![^\s=,'\"`(\[])"  # a path, which is not relative to anything that is published
 _BEGIN = rf"{_BEFORE}(?:file://|~[\w.-]*|\.\.?)?/"
 _FOLDER = r"(?:[^\s/'\"<>\[\]{}]+/)"
@@ -45,10 +51,40 @@ def told(value: Any) -> Any:
 
 
 def published(path: Path) -> bytes | None:
-    """The bytes of a record to publish in place of the file; None if it names no place of this machine, or is none."""
+    """The bytes of a record to publish in place of the file; None if it names no place of this machine, or is none.
+
+    Raises FileError if it is too large to know.
+    """
+    if path.stat().st_size > JSON_LIMIT:
+        raise FileError("is too large to take the folders of this machine out of it", file=path, hint="move it away")
     try:
-        found = read_json(path, path.name)
+        found = read_json(path, path.name, ENTRIES)
     except SurgeryError:
         return None
-    said = told(found)
+    said = told(_portable(found) if path.name == PLAN else found)
     return None if said == found else json_text(said)
+
+
+def _portable(plan: Any) -> Any:
+    """A data plan without its root, whose entries beyond it are the shortest ends of their paths that differ."""
+    try:
+        files = [entry[key] for source in plan["sources"] for entry in source["entries"] for key in ("path", "mask")]
+    except (KeyError, TypeError):
+        return plan  # of another kind
+    ends = _ends({file for file in files if isinstance(file, str) and os.path.isabs(file) and told(file) in file})
+
+    def entry(one: dict[str, Any]) -> dict[str, Any]:
+        return {key: ends.get(value, value) if key in ("path", "mask") else value for key, value in one.items()}
+
+    sources = [{**source, "entries": [entry(one) for one in source["entries"]]} for source in plan["sources"]]
+    return {**plan, "root": "", "sources": sources}
+
+
+def _ends(paths: Collection[str]) -> dict[str, str]:
+    """The last parts of each path, as few as tell all of them apart."""
+
+    def end(path: str, parts: int) -> str:
+        return "/".join(path.strip("/").split("/")[-parts:])
+
+    parts = next(n for n in count(1) if len({end(path, n) for path in paths}) == len(paths))
+    return {path: end(path, parts) for path in paths}

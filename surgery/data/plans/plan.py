@@ -2,6 +2,7 @@
 
     plan = write_plan(draft_plan("mix.yaml"), "plan")       # the folder appears whole or not at all
     plan = open_plan("plan")                                # refuses if the data are not what they were
+    plan = open_plan("plan", root="data")                   # a plan that was pushed does not say where they lie
     plan.order                                              # uint64 [instances], a memory map
     plan.check(saved)                                       # `saved`: the fingerprint that a checkpoint kept
 
@@ -30,7 +31,8 @@ from surgery.data.plans.packing import Instances
 from surgery.data.plans.plan_file import FILES, NAME, ORDER, PlanFile, little, plan_bytes, read_plan_file
 from surgery.data.plans.plan_sources import found_ends, located, open_entries, stored_instances, tables
 from surgery.data.plans.text_cache import load_tokenizer
-from surgery.errors import FileError
+from surgery.errors import ConfigError, FileError, shown, some
+from surgery.storage.address import is_address
 from surgery.storage.copies import here
 from surgery.writing.folder import write_folder
 
@@ -140,7 +142,7 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     """
     folder = here(folder, only=FILES)
     file = read_plan_file(folder)
-    base = Path(os.path.abspath(root)) if root is not None else Path(file.root)
+    base = _base(file, folder) if root is None else Path(os.path.abspath(root))
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)
     now = {"tokenizer": _tokenizer_now(file, base), **{s.name: facts_of(s) for s in sources}}
     check_same(_facts_before(file, folder), now, str(folder))
@@ -148,6 +150,16 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     plan = Plan(folder, base, file, sources, instances, mapped(folder / ORDER, "u8"))
     _check_order(plan)
     return plan
+
+
+def _base(file: PlanFile, folder: Path) -> Path:
+    """Where the files of a plan lie, as it says; of one that was published, beside its folder.  Raises ConfigError."""
+    base = Path(file.root) if file.root else Path(os.path.abspath(folder)).parent
+    paths = [e.path for s in file.sources for e in s.entries if not is_address(e.path)]
+    if not file.root and (missing := [path for path in paths if not (base / path).exists()]):
+        what = f"does not say where its files lie, and beside it there is no {some(missing)}"
+        raise ConfigError(what, file=folder / NAME, hint=f"put them into {shown(base)}, or say --root FOLDER")
+    return base
 
 
 def _facts_before(file: PlanFile, folder: Path) -> dict[str, Any]:
