@@ -42,7 +42,7 @@ class SurgeryError(Exception):
         hint: str | None = None,
     ) -> None:
         super().__init__(what)
-        self.what, self.member, self.byte, self.hint = what, member, byte, hint
+        self.what, self.member, self.byte, self.hint = told(what), member, byte, hint and told(hint)
         self.file = None if file is None else shown(file)
 
     def to_json(self) -> dict[str, object]:
@@ -109,6 +109,13 @@ _names: dict[str, str] = {}
 def known_as(folder: str, name: str) -> None:
     """From now on messages and records call this folder by another name: it stands for an address."""
     _names[folder] = name
+
+
+def told(text: str) -> str:
+    """A text with the names of folders that stand for addresses."""
+    for folder, name in _names.items():
+        text = text.replace(folder, name)
+    return text
 
 
 def shown(path: str | os.PathLike[str]) -> str:

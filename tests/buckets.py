@@ -9,19 +9,28 @@ with Proxy(upstream) as proxy:
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from surgery.storage import copies, mirror
 
+BUCKET = "bucket"
+FILES = {"model-00001.safetensors": 6 << 20, "model-00002.safetensors": 3000, "config.json": 40,
+         "model.safetensors.index.json": 90, "surgery.json": 7, "a/tokenizer.json": 0}  # fmt: skip
 HOP = {"transfer-encoding", "connection", "keep-alive", "content-length", "server", "date"}
+REFUSALS = {"503": (503, "SlowDown"), "429": (429, "TooManyRequests"), "401": (401, "Unauthorized"),
+            "403": (403, "AccessDenied"), "expired": (400, "ExpiredToken"), "keys": (403, "InvalidAccessKeyId"),
+            "signature": (403, "SignatureDoesNotMatch"), "clock": (403, "RequestTimeTooSkewed")}  # fmt: skip
 ENDLESS = 40_000_000  # bytes after which an endless body ends, so that a test does
 
 
@@ -50,6 +59,75 @@ def moto() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What lies in a bucket, and the proxy before it."""
+
+    client: Any
+    proxy: Proxy
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Put the files of a folder below a prefix; their address."""
+        return self.put(prefix, held(folder))
+
+    def put(self, prefix: str, files: Mapping[str, bytes]) -> str:
+        for name, data in files.items():
+            self.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=data)
+        return f"s3://{BUCKET}/{prefix}"
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The objects below a prefix, by the rest of their keys."""
+        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
+        return {item["Key"][len(prefix) + 1 :]: item["Size"] for item in found}
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        keys = {name: f"{prefix}/{name}" for name in self.sizes(prefix)}
+        return {name: self.client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for name, key in keys.items()}
+
+    def unfinished(self) -> list[str]:
+        return [u["Key"] for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
+
+    def parts(self, key: str) -> list[int]:
+        """The numbers of the parts that an upload of an object has so far."""
+        found = [u for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) if u["Key"] == key]
+        held = [self.client.list_parts(Bucket=BUCKET, Key=key, UploadId=u["UploadId"]) for u in found]
+        return [part["PartNumber"] for one in held for part in one.get("Parts", [])]
+
+    def puts(self) -> list[str]:
+        """The objects that were sent, in order, each once."""
+        sent = [p.partition("?")[0] for m, p, _ in self.proxy.seen if m in ("PUT", "POST") and "?delete" not in p]
+        return [path.removeprefix(f"/{BUCKET}/").split("/", 1)[1] for path in dict.fromkeys(sent)]
+
+
+@contextmanager
+def bucket_before(url: str, patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Bucket]:
+    """An empty bucket behind a proxy without faults, the environment that leads there, and no copies of anything."""
+    import boto3
+
+    keys(patch, cache)
+    client = boto3.client("s3", endpoint_url=url)
+    client.create_bucket(Bucket=BUCKET)
+    with Proxy(url) as proxy:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield Bucket(client, proxy)
+    for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=item["Key"])
+
+
+def model(folder: Path) -> Path:
+    """A folder of FILES, of which no two have the same bytes."""
+    for i, (name, size) in enumerate(FILES.items()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((bytes([i]) + os.urandom(1023)) * (size // 1024) + bytes(size % 1024))
+    return folder
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def every(n: int, fault: str, method: str = "") -> Callable[[int, str, str], str | None]:
@@ -100,6 +178,11 @@ class Proxy:
         """The ranges that were asked for, of paths with this in them."""
         return [r for method, path, r in self.seen if method == "GET" and part in path and "list-type" not in path]
 
+    def listed(self) -> list[str]:
+        """The prefixes that were listed, and whatever else was asked but for bytes."""
+        asked = [path for method, path, _ in self.seen if method == "HEAD" or "list-type" in path]
+        return [parse_qs(urlsplit(path).query).get("prefix", [path])[0] for path in asked]
+
 
 def _plain(tag: bytes) -> bytes:
     return tag.replace(b"&quot;", b"").replace(b'"', b"")
@@ -122,10 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
             return
-        if fault == "503":
-            return self.answer(503, [("content-type", "application/xml")], b"<Error><Code>SlowDown</Code></Error>")
-        if fault == "403":
-            return self.answer(403, [("content-type", "application/xml")], b"<Error><Code>AccessDenied</Code></Error>")
+        if isinstance(fault, str) and fault in REFUSALS:
+            status, code = REFUSALS[fault]
+            headers = [("content-type", "application/xml"), ("retry-after", "1")]
+            return self.answer(status, headers, b"<Error><Code>%s</Code></Error>" % code.encode())
         if isinstance(fault, str) and fault.startswith("redirect"):
             place = fault.partition(" ")[2] or "file:///etc/hostname"
             return self.answer(302, [("location", place)], b"")

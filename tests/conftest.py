@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +31,21 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of an S3 server."""
+    from tests.buckets import moto
+
+    with moto() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """tests.buckets.Bucket: an empty one, to which the environment leads."""
+    from tests.buckets import bucket_before
+
+    with bucket_before(s3, monkeypatch, tmp_path / "cache") as found:
+        yield found

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from click.testing import CliRunner
@@ -20,7 +19,6 @@ from surgery.data.plans.draft import draft_plan
 from surgery.data.plans.plan import open_plan, write_plan
 from surgery.data.tokenizing.sources import find_sources
 from surgery.errors import ConfigError, FileError, OutputError, SurgeryError, UsageError
-from surgery.jobs.digests import Digests
 from surgery.midtraining.evaluation.rows import rows_of
 from surgery.midtraining.run_file import make_run
 from surgery.storage import copies, mirror
@@ -212,6 +210,8 @@ def test_token_files_are_inspected_and_not_indexed_elsewhere(proxy: Proxy) -> No
     here_ = json.loads(said("data", "inspect", TEXT / "megatron_uint16.bin", "--tokenizer", TEXT, "--json"))
     assert there[0].pop("path") == "s3://everywhere/text/megatron_uint16.bin"
     assert here_[0].pop("path") == str(TEXT / "megatron_uint16.bin") and there == here_
+    several = json.loads(said("data", "inspect", "s3://everywhere/text/dolma/*0000[01].*", "--json"))
+    assert [one["path"] for one in several] == [f"s3://everywhere/text/dolma/part-0-0000{i}.npy" for i in (0, 1)]
     assert "surgery pull ADDRESS FOLDER" in said("data", "index", "s3://everywhere/text/megatron_uint16.bin", code=2)
     assert "surgery pull ADDRESS FOLDER" in said("data", "plan", "s3://everywhere/mix.yaml", code=1)
 
@@ -251,12 +251,6 @@ def test_a_copy_is_made_once_of_each_version(proxy: Proxy, s3: Any, tmp_path: Pa
         File("s3:/bucket/once/a.bin")
 
 
-def listed(proxy: Proxy) -> list[str]:
-    """The prefixes that were listed, and whatever else was asked but for bytes."""
-    asked = [path for method, path, _ in proxy.seen if method == "HEAD" or "list-type" in path]
-    return [parse_qs(urlsplit(path).query).get("prefix", [path])[0] for path in asked]
-
-
 def test_the_folder_of_many_token_files_is_listed_once(
     proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +259,7 @@ def test_the_folder_of_many_token_files_is_listed_once(
     mirror._known.clear()
     proxy.seen.clear()
     assert open_plan(plan.folder).digest == plan.digest
-    assert listed(proxy) == ["text/dolma/", "text/tokenizer.json/", "/everywhere/text/tokenizer.json"]
+    assert proxy.listed() == ["text/dolma/", "text/tokenizer.json/", "/everywhere/text/tokenizer.json"]
     assert len({entry.path for entry in plan.file.sources[0].entries}) == 3
     assert plan.sources[0].files[0].bounds is not None
     monkeypatch.setattr("surgery.storage.listing.PAGE", 1)  # of a larger one what is needed is asked for
@@ -307,50 +301,6 @@ def test_a_disk_without_room_for_a_copy_is_named(
     with pytest.raises(OutputError, match="are to come") as caught:
         here("s3://everywhere/room/a.bin")
     assert f"copies are kept in {tmp_path}/cache, or where SURGERY_CACHE says" in str(caught.value.hint)
-
-
-def test_a_recipe_reads_from_addresses_and_sees_when_they_change(
-    proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    s3.put_object(Bucket="everywhere", Key="recipe/text/a.txt", Body=b"one")
-    s3.put_object(Bucket="everywhere", Key="recipe/text/b.txt", Body=b"two")
-    steps = {"told": {"shell": "echo $text > $out"},
-             "each": {"shell": "echo $files > $out"}}  # fmt: skip
-    inputs = {"text": "s3://everywhere/recipe/text", "files": "s3://everywhere/recipe/text/*.txt"}
-    (tmp_path / "r.yaml").write_text(json.dumps({"inputs": inputs, "steps": steps}))
-    said("run", "r.yaml")
-    assert (tmp_path / "runs/r/told").read_text() == "s3://everywhere/recipe/text\n"
-    both = (tmp_path / "runs/r/each").read_text()
-    assert both == "s3://everywhere/recipe/text/a.txt s3://everywhere/recipe/text/b.txt\n"
-    again = json.loads(said("run", "r.yaml", "--dry-run", "--json"))
-    assert not [line for line in again if line["runs"]]
-    assert again[0]["reads"] == {"text": "s3://everywhere/recipe/text"}
-    s3.put_object(Bucket="everywhere", Key="recipe/text/a.txt", Body=b"ONE")
-    assert [line["step"] for line in json.loads(said("run", "r.yaml", "--dry-run", "--json")) if line["runs"]]
-    tree = Digests(tmp_path / "d.json").tree(Path("s3://everywhere/recipe/text"))
-    assert tree.bytes == 6 and Digests(tmp_path / "d.json").sizes(Path("s3://everywhere/recipe/text")).bytes == 6
-
-
-def test_a_run_of_a_recipe_lists_each_address_once(
-    proxy: Proxy, s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in "abc":
-        s3.put_object(Bucket="everywhere", Key=f"listed/text/{name}.txt", Body=b"one")
-        s3.put_object(Bucket="everywhere", Key=f"listed/own/{name}.txt", Body=b"one")
-    inputs = {"text": "s3://everywhere/listed/text", "files": "s3://everywhere/listed/text/*.txt"}
-    own = {"own": "s3://everywhere/listed/own/*.txt"}
-    steps = {"each": {"shell": "echo $text $n $own > $out", "matrix": {"n": [1, 2, 3]}, "inputs": own},
-             "all": {"shell": "cat $each $files > $out || true"}}  # fmt: skip
-    (tmp_path / "r.yaml").write_text(json.dumps({"inputs": inputs, "steps": steps}))
-    for words in (("run", "r.yaml"), ("run", "r.yaml", "--dry-run")):
-        proxy.seen.clear()
-        said(*words)
-        assert sorted(listed(proxy)) == ["listed/own/", "listed/text/", "listed/text/"]
-    s3.put_object(Bucket="everywhere", Key="listed/own/b.txt", Body=b"two")
-    again = json.loads(said("run", "r.yaml", "--dry-run", "--json"))
-    assert [line["why"] for line in again if line["runs"]][:3] == ["own/b.txt has changed"] * 3
 
 
 @pytest.mark.thorough  # it imports what runs models

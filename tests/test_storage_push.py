@@ -1,15 +1,13 @@
-"""Pushing to buckets and pulling: the right bytes or a clear error, whatever happens, and nothing seen by half."""
+"""Pushing to buckets: the right bytes or a clear error, whatever happens, and nothing seen by half."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,82 +17,24 @@ from click.testing import CliRunner
 from surgery.cli.main import main
 from surgery.errors import FileError, OutputError, UsageError
 from surgery.storage import contents
-from surgery.storage import pull as pulling
 from surgery.storage.address import parse
 from surgery.storage.claim import claim
-from surgery.storage.landing import Landing
 from surgery.storage.listing import UNFINISHED, listing
-from surgery.storage.pull import pull
 from surgery.storage.push import Pushed, push
 from surgery.storage.store import open_store
-from surgery.storage.streamed import Streamed
-from tests.buckets import Proxy, every, keys, moto, none
+from tests.buckets import BUCKET, FILES, Bucket, every, held, model, none
 
 pytest.importorskip("moto")
-BUCKET = "bucket"
-FILES = {"model-00001.safetensors": 6 << 20, "model-00002.safetensors": 3000, "config.json": 40,
-         "model.safetensors.index.json": 90, "surgery.json": 7, "a/tokenizer.json": 0}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    with moto() as url:
-        yield url
-
-
-class Bucket:
-    def __init__(self, client: Any, proxy: Proxy) -> None:
-        self.client, self.proxy = client, proxy
-
-    def objects(self, prefix: str) -> dict[str, bytes]:
-        found = self.client.list_objects_v2(Bucket=BUCKET, Prefix=f"{prefix}/").get("Contents", [])
-        keys = [item["Key"] for item in found]
-        return {k[len(prefix) + 1 :]: self.client.get_object(Bucket=BUCKET, Key=k)["Body"].read() for k in keys}
-
-    def put(self, prefix: str, files: dict[str, bytes]) -> str:
-        for name, data in files.items():
-            self.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}", Body=data)
-        return f"s3://{BUCKET}/{prefix}"
-
-    def unfinished(self) -> list[str]:
-        return [u["Key"] for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])]
-
-    def parts(self, key: str) -> list[int]:
-        """The numbers of the parts that an upload of an object has so far."""
-        found = [u for u in self.client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", []) if u["Key"] == key]
-        held = [self.client.list_parts(Bucket=BUCKET, Key=key, UploadId=u["UploadId"]) for u in found]
-        return [part["PartNumber"] for one in held for part in one.get("Parts", [])]
-
-    def puts(self) -> list[str]:
-        """The objects that were sent, in order, each once."""
-        sent = [p.partition("?")[0] for m, p, _ in self.proxy.seen if m in ("PUT", "POST") and "?delete" not in p]
-        return [path.removeprefix(f"/{BUCKET}/").split("/", 1)[1] for path in dict.fromkeys(sent)]
-
-
-@pytest.fixture
-def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    import boto3
-
-    keys(monkeypatch, tmp_path / "cache")
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contents, "PART", 5 << 20)
-    client = boto3.client("s3", endpoint_url=s3)
-    client.create_bucket(Bucket=BUCKET)
-    with Proxy(s3) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        yield Bucket(client, proxy)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for i, (name, size) in enumerate(FILES.items()):
-        path = tmp_path / "model" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((bytes([i]) + os.urandom(1023)) * (size // 1024) + bytes(size % 1024))
-    return tmp_path / "model"
-
-
-def held(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return model(tmp_path / "model")
 
 
 def test_a_folder_is_pushed_in_the_order_in_which_it_may_be_seen(bucket: Bucket, folder: Path) -> None:
@@ -342,147 +282,3 @@ def test_what_cannot_be_pushed_says_so(bucket: Bucket, folder: Path, tmp_path: P
     (folder / "link").symlink_to("/etc/hostname")
     with pytest.raises(FileError, match="is a link"):
         push(folder, f"s3://{BUCKET}/x")
-
-
-@pytest.mark.parametrize("fault", ["half", *(pytest.param(f, marks=ALL) for f in ("lost", "drop", "503"))])
-def test_a_pull_has_the_right_bytes_whatever_happens_on_the_way(
-    bucket: Bucket, folder: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pulling, "RANGE", 1 << 20)
-    url = bucket.put(f"pull-{fault}", held(folder))
-    bucket.proxy.fault = every(3, fault)
-    done = pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == held(folder)
-    assert (done.files, done.bytes, done.checked, done.resumed_bytes) == (
-        len(FILES),
-        sum(FILES.values()),
-        len(FILES),
-        0,
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["got", "model"]
-
-
-def test_a_pull_goes_on_where_it_stopped_and_believes_no_damaged_piece(
-    bucket: Bucket, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pulling, "RANGE", 1 << 20)
-    url = bucket.put("resume", held(folder))
-    fetched: list[str] = []
-
-    def stop(number: int, method: str, path: str) -> str | None:
-        fetched.append(path)
-        return "redirect" if len([p for p in fetched if "model-00001" in p]) > 5 else None
-
-    bucket.proxy.fault = stop
-    with pytest.raises(FileError):
-        pull(url, tmp_path / "got")
-    assert not (tmp_path / "got").exists()
-    data = tmp_path / ".got.surgery-pull" / "data" / "model-00001.safetensors"
-    with open(data, "r+b") as file:  # as a power cut may leave it
-        file.write(bytes(1 << 20))
-    bucket.proxy.fault, before = none, len(bucket.proxy.seen)
-    done = pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == held(folder)
-    assert done.resumed_bytes > 0
-    asked = [r for m, p, r in bucket.proxy.seen[before:] if "model-00001" in p and m == "GET"]
-    assert "bytes=0-1048575" in asked and 1 < len(asked) < 6
-
-
-def test_a_full_disk_ends_a_pull_in_words(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Landing, name: str, start: int, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    url = bucket.put("full", {"config.json": b"{}"})
-    with monkeypatch.context() as patch:
-        patch.setattr(Landing, "write", full)
-        with pytest.raises(OutputError, match=r"got: the disk is full"):
-            pull(url, tmp_path / "got")
-    pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == {"config.json": b"{}"}
-
-
-def test_what_else_is_in_the_folder_stays(bucket: Bucket, tmp_path: Path) -> None:
-    url = bucket.put("beside", {"config.json": b"{}", "sub/x.txt": b"new"})
-    (tmp_path / "got").mkdir()
-    (tmp_path / "got" / "thesis.txt").write_bytes(b"mine")
-    pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == {"config.json": b"{}", "sub/x.txt": b"new", "thesis.txt": b"mine"}
-    bucket.put("beside", {"config.json": b"{ }"})
-    with pytest.raises(OutputError, match=r"has config.json, sub/x.txt already"):
-        pull(url, tmp_path / "got")
-    pull(url, tmp_path / "got", force=True)
-    assert held(tmp_path / "got")["config.json"] == b"{ }"
-    assert held(tmp_path / "got")["thesis.txt"] == b"mine"
-
-
-def test_a_pull_that_is_killed_while_files_go_to_their_place_ends_there(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = {"config.json": b"{}", "model.safetensors": b"12345678"}
-    url = bucket.put("placing", files)
-    (tmp_path / "got").mkdir()
-    (tmp_path / "got" / "thesis.txt").write_bytes(b"mine")
-    whole = Landing._one
-
-    def killed(self: Landing, name: str, force: bool) -> None:
-        if name == "config.json":
-            raise KeyboardInterrupt
-        whole(self, name, force)
-
-    monkeypatch.setattr(Landing, "_one", killed)
-    with pytest.raises(KeyboardInterrupt):
-        pull(url, tmp_path / "got")
-    assert held(tmp_path / "got").keys() == {
-        "thesis.txt",
-        "model.safetensors",
-    }  # no config: nothing takes it for a model
-    monkeypatch.setattr(Landing, "_one", whole)
-    before = len(bucket.proxy.gets("placing/"))
-    pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == files | {"thesis.txt": b"mine"}
-    assert len(bucket.proxy.gets("placing/")) == before
-
-
-def test_a_pull_of_what_is_replaced_meanwhile_is_refused_and_begins_anew(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pulling, "RANGE", 1 << 20)
-    monkeypatch.setattr(pulling, "REQUESTS", 1)
-    url = bucket.put("replaced", {"x.bin": bytes(3 << 20)})
-    came: list[str] = []
-
-    def replace(number: int, method: str, path: str) -> Any:
-        came.append(path) if "x.bin" in path else None
-        return (lambda: bucket.put("replaced", {"x.bin": b"\1" * (3 << 20)})) if len(came) == 2 else None
-
-    bucket.proxy.fault = replace
-    with pytest.raises(FileError, match="was replaced or removed while it was read"):
-        pull(url, tmp_path / "got")
-    assert not (tmp_path / "got").exists()
-    pull(url, tmp_path / "got")
-    assert held(tmp_path / "got") == {"x.bin": b"\1" * (3 << 20)}
-
-
-def test_the_command_that_pulls(bucket: Bucket, tmp_path: Path) -> None:
-    url = bucket.put("command-pull", {"config.json": b"{}"})
-    planned = json.loads(said_by("pull", url, tmp_path / "got", "--dry-run", "--json"))
-    assert planned["files"] == [{"name": "config.json", "bytes": 2, "there": False}] and not (tmp_path / "got").exists()
-    assert "1 files" in said_by("pull", url, tmp_path / "got")
-    assert json.loads(said_by("pull", url, tmp_path / "got", "--force", "--json"))["checked"] == 1
-    with pytest.raises(UsageError, match="an address and a folder"):
-        pull(tmp_path, tmp_path / "x")
-
-
-def test_a_file_that_left_before_is_not_sent_again_where_etags_are_no_digests(
-    bucket: Bucket, folder: Path, tmp_path: Path
-) -> None:
-    address, path = parse(f"s3://{BUCKET}/left"), folder / "model-00001.safetensors"
-    bucket.proxy.fault = every(1, "opaque")
-    first = Streamed(address, tmp_path / "plans", ())
-    first.leave(path.name, path)
-    bucket.proxy.seen.clear()
-    Streamed(address, tmp_path / "plans", first.begun).leave(path.name, path)
-    assert bucket.puts() == [UNFINISHED]
-    path.write_bytes(bytes(FILES[path.name]))
-    Streamed(address, tmp_path / "plans", (tmp_path / "plans").read_text().split()).leave(path.name, path)
-    assert bucket.objects("left")[path.name] == path.read_bytes()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from surgery.containers.text import read_json
 from surgery.data.files.arrow import is_dataset
 from surgery.data.files.documents import Bounds
 from surgery.data.files.mapped import Array
-from surgery.data.files.readers import found_at, open_tokens
+from surgery.data.files.readers import SUFFIXES, found_at, open_tokens, sidecars
 from surgery.data.files.tokens import TokenFile
 from surgery.data.tokenizing.tokenize import NOTE
 from surgery.data.tokenizing.vocabulary import Vocabulary
 from surgery.errors import FileError, show, shown
+from surgery.storage.address import is_address
+from surgery.storage.copies import bring
+from surgery.storage.listing import matching
 
 CHUNK = 1 << 22  # tokens or documents looked at at once
 BEGINNING = 64  # tokens that are shown
@@ -60,14 +64,18 @@ class Inspection:
 
 
 def token_files(place: str | os.PathLike[str]) -> list[Path]:
-    """The token files of a path: itself, or all in a folder, in the order of their names.
+    """The token files of a path: itself, or all in a folder or of a pattern of addresses, in the order of their names.
 
     Raises FileError if there are none.
     """
+    if is_address(place) and has_magic(os.fspath(place)):
+        names = [name for name in matching(os.fspath(place)) if name.endswith(SUFFIXES)]
+        bring(names, sidecars)
+        return [found_at(name) for name in names]
     path = found_at(place)
     if not path.is_dir() or is_dataset(path):
         return [path]
-    found = sorted(p for p in path.iterdir() if p.suffix in (".bin", ".npy", ".ds") and p.is_file())
+    found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if not found:
         raise FileError("holds no token files", file=path, hint="they end in .bin, .npy or .ds")
     return found

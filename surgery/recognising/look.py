@@ -70,8 +70,9 @@ def unread(path: Path, format: str) -> Answer:
 def _answer(kind: Kind, path: Path, held: Contents | None = None, problem: str | None = None,
             more: Mapping[str, str] | None = None) -> Answer:  # fmt: skip
     facts = {**(kind.facts(path) if kind.facts else {}), **(more or {})}
-    parent = "." if str(path.parent) == "" else str(path.parent)
-    words = {**WORDS, **facts, "path": shlex.quote(str(path)), "parent": shlex.quote(parent), "name": path.name}
+    place = shown(path)
+    parent = os.path.dirname(place) or "."
+    words = {**WORDS, **facts, "path": shlex.quote(place), "parent": shlex.quote(parent), "name": path.name}
     steps = tuple(step.format_map(words) for step in kind.next)
     told = {name: text for name, text in facts.items() if name != "proper"}
     return Answer(shown(path), kind.name, kind.what.format_map(words), told, steps, held, problem)
@@ -109,7 +110,7 @@ def _first_fit(kinds: Iterable[Kind], folder: Folder) -> Kind | None:
 def _parent(path: Path, inside: Mapping[str, str]) -> Answer:
     what = f"a folder of {len(inside)} checkpoints" if len(inside) > 1 else "a folder with a checkpoint in it"
     listed = some((f"{name} ({format})" for name, format in inside.items()), 8)
-    step = f"surgery inspect {shlex.quote(str(path / list(inside)[-1]))}"
+    step = f"surgery inspect {shlex.quote(shown(path / list(inside)[-1]))}"
     return Answer(shown(path), "parent", what, {"checkpoints": listed}, (step,))
 
 
@@ -166,8 +167,8 @@ def _weights(path: Path, kind: Kind, known: Known) -> Answer:
     answer = _answer(kind, path, held, problem, {"proper": "model.safetensors" if kind is not files.TORCH else
                                                  "pytorch_model.bin"})  # fmt: skip
     if owner:
-        place = os.path.relpath(owner)
-        step = f"surgery inspect {shlex.quote(str(owner) if place.startswith('..') else place)}"
+        near, whole = os.path.relpath(owner), shown(owner)
+        step = f"surgery inspect {shlex.quote(whole if near.startswith('..') else near)}"
         return Answer(answer.path, answer.kind, f"{answer.what}, part of a checkpoint ({known(owner)})", answer.facts,
                       (step,), held, problem)  # fmt: skip
     if problem:

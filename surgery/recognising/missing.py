@@ -9,21 +9,30 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from glob import has_magic
 from pathlib import Path
 
 from surgery.containers import hub
 from surgery.errors import FileError
 
 MOST = 2000  # names that a wrong one is compared with
+_TYPO = re.compile(r"(s3|r2|gs|az|hf|https?)(?::/*|//+)([^/:].*)", re.I)
 _ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]*)://?(.*)$", re.I)
 
 
 def absent(path: str | os.PathLike[str]) -> FileError:
     """The error for a path that does not exist."""
     text = os.fspath(path)
+    if typo := _TYPO.fullmatch(text):
+        return FileError("is no path and no address", file=text, hint=f"did you mean {typo[1].lower()}://{typo[2]}?")
+    if has_magic(text):
+        return FileError("no file or folder has such a name", file=text,
+                         hint="a pattern without quotes is for the shell; where it stands, nothing fits")  # fmt: skip
     if address := _ADDRESS.match(text):
         scheme, name = address[1].lower(), address[2].lstrip("/")
         full = f"{scheme}://{name}"
+        if not name:
+            return FileError("is the beginning of an address", file=full, hint="surgery inspect s3://BUCKET/PREFIX")
         how = "copy it to this machine first; read where they lie are s3://, r2://, gs://, az://, https:// and hf://"
         return FileError("is an address of a kind that is not read", file=full, hint=how)
     if not text:

@@ -5,7 +5,7 @@ folder = mirror.folder_of("s3://bucket/Llama-2-7b")     # names and small files 
 address.py    URLs, and which public one is which bucket     store.py     one client for all of them, errors in words
 listing.py    what lies at an address                        remote.py    ranges of one version of an object
 mirror.py     a folder that stands for an address            hub_repo.py  repositories of the hub
-copies.py     what is needed on this machine as a whole
+copies.py     what is needed on this machine as a whole      refusals.py  what stores answer when they refuse
 
 contents.py   what a folder holds, in which order        push.py        the folder becomes objects of a bucket
 claim.py      a prefix for one push at a time            upload.py      a file becomes an object, and is compared

@@ -17,7 +17,8 @@ from typing import Any
 from surgery.errors import FileError, SurgeryError, printable, show
 from surgery.storage.address import Address
 from surgery.storage.listing import MOST, Listing
-from surgery.storage.store import EXTRA, KEYS, Entry, Store, http_store, needs_client
+from surgery.storage.refusals import KEYS
+from surgery.storage.store import EXTRA, Entry, Store, http_store, needs_client
 
 
 def api() -> Any:

@@ -15,11 +15,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from glob import has_magic
 
-from surgery.errors import FileError, UsageError, show
+from surgery.errors import FileError, SurgeryError, UsageError, show, some
 from surgery.storage.address import BUCKETS, Address, parse
 from surgery.storage.store import FEWER, PAGE, Entry, Store, open_store
 from surgery.tensors.files import plain_name
@@ -68,13 +70,31 @@ def listing(address: Address, first: bool = False) -> Listing:
         store = open_store(address)
         found = _on_server(store) if address.scheme in ("http", "https") else _in_bucket(store)
     if not found.entries:
-        raise FileError("holds no files, or does not exist", file=str(address), hint="look at the address")
+        raise FileError("holds no files, or does not exist", file=str(address), hint=_near(address))
     if UNFINISHED in found.entries:
         hint = "wait until it has; if it was killed, push the same folder again, which ends it"
         raise FileError("is the output of a push that has not ended", file=str(address), hint=hint)
     for part in (part for name in found.entries for part in name.split("/")):
         plain_name(part, "the store", str(address))
     return found
+
+
+def _near(address: Address) -> str:
+    """What may have been meant by an address at which nothing lies."""
+    if has_magic(address.key):
+        return "patterns are for texts and tokens (surgery data, mixtures) and for inputs of recipes: name one place"
+    folder, names = address.folder, set[str]()
+    with suppress(SurgeryError):
+        if address.scheme == "hf":
+            from surgery.storage.hub_repo import first_seen
+
+            names = set(first_seen(folder).entries)
+        elif address.scheme in BUCKETS:
+            names = set(open_store(folder).some(folder.key))
+    if tops := sorted({name.partition("/")[0] for name in names}):
+        near = get_close_matches(address.name, tops, 1)
+        return f"did you mean {replace(folder, key=folder.below(near[0]))}?" if near else f"{folder} holds {some(tops)}"
+    return "look at the address"
 
 
 def with_sidecars(address: Address, names: Sequence[str], folder: Listing | None = None) -> Listing:

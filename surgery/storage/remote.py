@@ -10,12 +10,13 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 from surgery.errors import FileError
 from surgery.storage.address import Address, parse
 from surgery.storage.listing import Listing, listing
-from surgery.storage.store import Entry
+from surgery.storage.store import Entry, open_store
 from surgery.tensors.elsewhere import BLOCK, Remote
 from surgery.tensors.files import AGAIN
 from surgery.tensors.stamp import Stamp
@@ -54,10 +55,13 @@ def opened(url: str, version: str) -> BinaryIO:
 
 def _listed(address: Address, version: str) -> tuple[Listing, str]:
     """A listing that has an object, and its name there; of a repository one that is known, if it has this version."""
-    found = listing(address, first=True)
-    if address.scheme == "hf" and found.single and version_of(found.entries[address.name]) != version:
+    if address.scheme != "hf":  # its version is known, and nothing else is wanted
+        store = open_store(address)
+        entry = store.head(address.key)
+        found = Listing(store, {} if entry is None else {address.name: replace(entry, name=address.name)}, True)
+    elif (found := listing(address, first=True)).single and version_of(found.entries[address.name]) != version:
         found = listing(address)
-    if not found.single:
+    if not found.single or not found.entries:
         raise FileError("is no file any more", file=str(address), hint=AGAIN)
     return found, address.name
 

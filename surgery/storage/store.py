@@ -10,21 +10,26 @@ roles.  Without any, S3 buckets are read as anyone may.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import islice
 from queue import Empty, Queue
 from typing import Any, TypeVar
 
 from surgery.errors import FileError, SurgeryError, UsageError, printable, show
 from surgery.storage.address import LOCAL, Address
+from surgery.storage.refusals import KEYS, WAITS, Busy, Refused, refusal, refused
 from surgery.tensors.files import AGAIN
 
+LOG = logging.getLogger(__name__)
 R = TypeVar("R")
 T = TypeVar("T")
 TRIES = 3  # of a range, beyond what the client itself tries again
@@ -33,9 +38,6 @@ PAGE = 1000  # objects that a store lists by one request
 FEWER = "name one checkpoint, not a folder of many"
 TIMEOUT = timedelta(seconds=120)  # of one request with its body
 SLOW = timedelta(seconds=60)  # that the client goes on trying
-KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE", "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-        "r2": "R2_ACCESS_KEY_ID, R2_SECRET_ACCESS_KEY and R2_ACCOUNT_ID (or R2_ENDPOINT_URL)", "hf": "HF_TOKEN",
-        "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"}  # fmt: skip
 EXTRA = "pip install 'checkpoint-surgery[cloud]'"
 
 
@@ -66,6 +68,9 @@ class Store:
 
     def head(self, key: str) -> Entry | None:
         """Size and ETag of an object; None if there is none.  Raises FileError."""
+        return self.patiently(lambda: self._head(key))
+
+    def _head(self, key: str) -> Entry | None:
         import obstore
 
         with self.said(key):
@@ -98,11 +103,29 @@ class Store:
         """What the client does not try again by itself: an answer whose body is cut."""
         for attempt in range(1, TRIES + 1):
             try:
-                return ask()
+                return self.patiently(ask)
             except FileError as error:
-                if attempt == TRIES or error.hint in (AGAIN, FEWER):
+                if attempt == TRIES or error.hint in (AGAIN, FEWER) or isinstance(error, (Refused, Busy)):
                     raise
         raise AssertionError
+
+    def patiently(self, ask: Callable[[], R]) -> R:
+        """The same, asked again for some minutes while the store wants to be asked later.  Raises FileError."""
+        for seconds in WAITS:
+            try:
+                return ask()
+            except Busy as error:
+                LOG.info("%s: %s; asked again in %d s", error.file, error.what, seconds)
+                time.sleep(seconds)
+        return ask()
+
+    def some(self, prefix: str) -> Iterator[str]:
+        """The first objects below a prefix, by their path after it, by one request.  Raises FileError."""
+        import obstore
+
+        with self.said(prefix):
+            for chunk in islice(obstore.list(self.raw, prefix=prefix or None, chunk_size=PAGE), 1):
+                yield from (str(meta["path"])[len(prefix) :].lstrip("/") for meta in chunk)
 
     def _get(self, key: str, start: int, stop: int, version: Entry) -> bytearray:
         import obstore
@@ -133,6 +156,10 @@ class Store:
             )
         return out
 
+    def _signed(self) -> bool:
+        config = getattr(self.raw, "config", {})
+        return not config.get("skip_signature")
+
     @contextmanager
     def said(self, key: str) -> Iterator[None]:
         """What the client raises, as a FileError that names the address."""
@@ -140,14 +167,13 @@ class Store:
 
         try:
             yield
-        except (FileNotFoundError, wrong.NotFoundError):
-            raise FileError("does not exist", file=self.url(key)) from None
         except wrong.PreconditionError:
             raise replaced(self.url(key)) from None
-        except (PermissionError, wrong.PermissionDeniedError, wrong.UnauthenticatedError) as error:
-            hint = f"keys are taken from {KEYS[self.address.scheme]}" if self.address.scheme in KEYS else None
-            raise FileError(f"may not be used: {_short(error)}", file=self.url(key), hint=hint) from None
         except (wrong.BaseError, OSError) as error:
+            if found := refusal(str(error)):
+                raise refused(found, self.address.scheme, self.url(key), self._signed()) from None
+            if isinstance(error, (FileNotFoundError, wrong.NotFoundError)):
+                raise FileError("does not exist", file=self.url(key)) from None
             hint = "look at the address, the endpoint and the network, then try again"
             hint += f"; keys are taken from {KEYS[self.address.scheme]}" if self.address.scheme in KEYS else ""
             what = f"the store did not answer as it should: {_short(error)}"

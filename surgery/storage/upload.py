@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from surgery.errors import FileError
 from surgery.storage import multipart
 from surgery.storage.contents import Item, part_size
+from surgery.storage.refusals import Busy, Refused
 from surgery.storage.store import TRIES, Entry, Store
 from surgery.storage.together import Stopped, Told
 from surgery.tensors.files import AGAIN
@@ -33,9 +34,9 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
 
         failed = None
         try:
-            _put(store, key, item, advance, stop)
+            store.patiently(lambda: _put(store, key, item, advance, stop))
         except FileError as error:
-            if error.hint == AGAIN:
+            if error.hint == AGAIN or isinstance(error, (Refused, Busy)):
                 raise
             failed = error  # the answer may be all that was lost
         entry = store.head(key)

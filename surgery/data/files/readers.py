@@ -30,6 +30,7 @@ from surgery.tensors.files import File, read_small
 
 INTEGERS = ("uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 UNSIGNED = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}  # dolma and datatrove know no others
+SUFFIXES = (".bin", ".npy", ".ds")  # of the files that hold the ids
 CHUNK = 1 << 22  # tokens looked at at once
 WINDOWS, WINDOW = 16, 4096  # how many places of a file are looked at for ids beyond the vocabulary, and how far
 

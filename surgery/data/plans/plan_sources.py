@@ -18,7 +18,7 @@ import numpy as np
 from surgery.data.files.arrow import DATASET, is_dataset
 from surgery.data.files.documents import EndBounds
 from surgery.data.files.mapped import Array, Held, Mapped, mapped
-from surgery.data.files.readers import found_at, open_tokens, recognise, sidecars
+from surgery.data.files.readers import SUFFIXES, found_at, open_tokens, recognise, sidecars
 from surgery.data.files.tokens import TokenFile, TokenSource
 from surgery.data.plans.mixture import Mixture, Source
 from surgery.data.plans.packing import Cut, Instances, Packed, pack
@@ -30,7 +30,6 @@ from surgery.storage.address import is_address
 from surgery.storage.copies import bring
 from surgery.storage.listing import matching
 
-SUFFIXES = (".bin", ".npy", ".ds")
 TEXT = "text"
 TABLES = ("firsts", "starts", "lengths")
 

@@ -1,0 +1,138 @@
+"""What stores refuse and what is misspelt: told in words, with what to do, after few requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.errors import FileError, SurgeryError, UsageError
+from surgery.formats.registry import open_checkpoint
+from surgery.storage.address import is_address, parse
+from tests.buckets import BUCKET, Bucket, every, none
+
+pytest.importorskip("moto")
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.parts.keys() == b.parts.keys() and all(torch.equal(a.parts[n].full(), b.parts[n].full()) for n in a.parts)
+
+
+def test_what_is_not_there_says_so(bucket: Bucket) -> None:
+    with pytest.raises(FileError, match=r"s3://bucket/nothing: holds no files, or does not exist"):
+        open_checkpoint("s3://bucket/nothing")
+    with pytest.raises(FileError, match=r"s3://no-bucket/nothing"):
+        open_checkpoint("s3://no-bucket/nothing")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("s3://bucket/other", "s3://bucket holds five-shards"),
+        ("s3://bucket/five-shads", r"did you mean s3://bucket/five-shards\?"),
+        ("s3://bucket/five-shards/confg.json", r"did you mean s3://bucket/five-shards/config.json\?"),
+        ("s3://bucket/five*/config.json", "patterns are for texts and tokens .* name one place"),
+        ("s3://no-bucket/x", r"there is no such bucket[\s\S]*look at its name"),
+        ("s3:bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),
+        ("s3//bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),
+        ("s3://", "the beginning of an address"),
+        ("five*", "no file or folder has such a name"),
+    ],
+)
+def test_what_may_have_been_meant(bucket: Bucket, path: str, said: str) -> None:
+    bucket.client.put_object(Bucket=BUCKET, Key="five-shards/config.json", Body=b"{}")
+    with pytest.raises(FileError, match=said):
+        surgery.describe(path)
+    assert len(bucket.proxy.seen) <= 3
+
+
+def test_the_next_step_names_the_address(bucket: Bucket, tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    bucket.upload(tiny_hf("llama"), "runs/one")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "tokens.npy").write_bytes(b"\1\0\2\0")
+    assert surgery.describe("s3://bucket/runs").next == ("surgery inspect s3://bucket/runs/one",)
+    [step] = surgery.describe(bucket.upload(tmp_path / "in", "tokens") + "/tokens.npy").next
+    assert "s3://bucket/tokens/tokens.npy" in step and "cache" not in step
+
+
+REFUSED = {"401": "may not be used\n.*keys are taken from AWS_ACCESS_KEY_ID", "403": "may not be used",
+           "expired": "the keys have expired\n.*renew them", "keys": "the store does not know the key",
+           "signature": "the secret is not that of the key", "clock": "the clock of this machine"}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_refusal_is_told_in_words_and_asked_for_once(
+    bucket: Bucket, tiny_hf: Callable[[str], Path], tmp_path: Path, fault: str
+) -> None:
+    url = bucket.upload(tiny_hf("llama"), "refused")
+    bucket.proxy.fault = every(1, fault)
+    with pytest.raises(FileError, match=f"s3://bucket/refused: {REFUSED[fault]}"):
+        open_checkpoint(url)
+    assert len(bucket.proxy.seen) == 1
+    for work in (surgery.push, surgery.convert):
+        with pytest.raises(FileError, match=REFUSED[fault]):
+            work(tiny_hf("llama"), f"s3://{BUCKET}/refused-too", **({"to": "meta"} if work is surgery.convert else {}))
+    assert len(bucket.proxy.seen) == 3
+
+
+def test_a_store_that_is_asked_too_often_is_asked_again_later(
+    bucket: Bucket, tiny_hf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, waited = tiny_hf("llama"), list[float]()
+    url = bucket.upload(source, "busy")
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        bucket.proxy.fault = none if len(waited) % 2 == 0 else every(1, "503")
+
+    monkeypatch.setattr("surgery.storage.store.time.sleep", wait)
+    bucket.proxy.fault = every(1, "429")
+    assert equal(open_checkpoint(url), open_checkpoint(source)) and waited == [1, 2]
+    bucket.proxy.fault = every(1, "429")
+    assert surgery.push(source, f"s3://{BUCKET}/busy-too").verified and waited == [1, 2] * 2
+    monkeypatch.setattr("surgery.storage.store.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("surgery.storage.store.WAITS", (1, 2))
+    bucket.proxy.fault = every(1, "429")
+    with pytest.raises(FileError, match=r"the store is asked too often[\s\S]*try again later"):
+        open_checkpoint(f"{url}-again")
+
+
+def test_a_push_that_has_not_ended_is_no_checkpoint(bucket: Bucket, tiny_hf: Callable[[str], Path]) -> None:
+    url = bucket.upload(tiny_hf("llama"), "unfinished")
+    bucket.client.put_object(Bucket=BUCKET, Key="unfinished/.surgery-push.json", Body=b"{}")
+    with pytest.raises(FileError, match="a push that has not ended"):
+        open_checkpoint(url)
+
+
+def test_names_in_a_bucket_lead_nowhere(bucket: Bucket) -> None:
+    bucket.client.put_object(Bucket=BUCKET, Key="evil/a\\b/config.json", Body=b"{}")
+    with pytest.raises(SurgeryError, match=r"not a plain file name|as it should"):
+        open_checkpoint("s3://bucket/evil")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("s3://bucket/a/../b", "an empty part"),
+        ("https://host/x?token=1", "a query"),
+        ("http://example.org/x", "in the clear"),
+        ("hf://name", "names no repository"),
+        ("https://me:pw@host/x", "password"),
+        ("s3://bucket/a b", "blanks"),
+    ],
+)
+def test_addresses_that_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(text)
+
+
+def test_addresses() -> None:
+    assert str(parse("r2://olmo-data/preprocessed/x")) == "https://olmo-data.org/preprocessed/x"
+    assert str(parse("hf://org/name@v1/sub")) == "hf://org/name@v1/sub"
+    assert parse("hf://datasets/org/name").kind == "datasets"
+    assert is_address(Path("s3://bucket/x")) and parse(Path("s3://bucket/x")).place == "bucket"
+    assert not any(map(is_address, ["model", "org/name", "/s3/x", "C:/x", "file:///etc/passwd", "s3", 7]))
