@@ -113,6 +113,18 @@ def test_a_run_from_metas_files_to_megatrons(trained, place):
     assert resolved["train"]["schedule"]["warmup"] == "8%" and resolved["train"]["clip_norm"] == 1.0
 
 
+def test_how_much_is_told(place):
+    """Nothing by --quiet; a log file holds what is decided and tested, and every step."""
+    log, flags = place / "told.log", ["--set", "train.length=2", "--set", "export=[]"]
+    words = ["midtrain", str(place / "run.yaml"), *flags, "--output"]
+    assert invoke(*words, str(place / "hushed"), "--quiet") == ""
+    said = invoke(*words, str(place / "told"), "--log-file", str(log))
+    lines = [line.split(" INFO ", 1)[1] for line in log.read_text().splitlines()]
+    assert [line for line in lines if line not in said.splitlines()] == []
+    for begin in ("learning rate 0.003", "self-test causality", "step step=1 ", "step step=2 ", "eval step=2 "):
+        assert sum(line.startswith(begin) for line in lines) == 1, begin
+
+
 def test_the_same_settings_give_the_same_numbers(trained, place):
     """What was resolved is a run's YAML, too."""
     folder = trained[1]

@@ -211,6 +211,13 @@ def test_a_schedule_in_steps_tokens_or_shares():
         course(schedule={"name": "wsd", "warmup": 8, "decay": 3})
 
 
+def test_a_key_of_several_kinds_is_named_as_it_is_written():
+    with pytest.raises(ConfigError) as error:
+        course(schedule={"start_lr": "abc"})
+    assert str(error.value).startswith("train.schedule.start_lr: 'abc' is no learning rate: write 3e-5, or '10%'")
+    assert "[" not in str(error.value)
+
+
 def test_a_schedule_that_goes_on_behind_the_run():
     """Its tokens beyond the run are counted on, at the batch of the last stage."""
     made = course(schedule={"name": "linear", "length": "1920 tokens"}).schedule

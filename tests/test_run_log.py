@@ -181,14 +181,14 @@ def test_a_full_disk_is_an_error_and_no_traceback(tmp_path):
 
 
 def test_plain_lines_can_be_parsed(tmp_path):
-    out = io.StringIO()
-    log = RunLog(tmp_path, [Lines(out, every=2, steps=5)])
+    out: list[str] = []
+    log = RunLog(tmp_path, [Lines(out.append, every=2, steps=5)])
     steps(log, range(1, 6))
     log.evaluation(
         {"step": 5, "heldout": {"my math": {"loss": 3.5, "bpb": None, "tokens": 9}}, "tasks": {"t/v": {"acc": 0.5}}}
     )
     log.event(5, "alarm", 'an "odd" text')
-    assert out.getvalue().splitlines() == [
+    assert out == [
         "step step=2 loss=0.5 lr=0.001 seconds=0.2 eta=0.6",
         "step step=4 loss=0.25 lr=0.001 seconds=0.4 eta=0.4",
         "step step=5 loss=0.2 lr=0.001 seconds=0.5 eta=0",
@@ -386,6 +386,6 @@ def test_speed_after_a_resumption_counts_from_there(tmp_path):
 def test_what_files_say_reaches_no_terminal_as_a_command():
     record = {"step": 1, "heldout": {"a\x1b[2J{b}": {"loss": 2.0}}}
     assert evaluated(record) == "a\\x1b[2J{b} 2.000"
-    out = io.StringIO()
-    Lines(out).evaluation(record)
-    assert out.getvalue() == "eval step=1 heldout/a\\x1b[2J{b}/loss=2\n"
+    out: list[str] = []
+    Lines(out.append).evaluation(record)
+    assert out == ["eval step=1 heldout/a\\x1b[2J{b}/loss=2"]

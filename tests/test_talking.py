@@ -121,8 +121,13 @@ def test_help_in_sections() -> None:
 
 
 def test_sections_name_flags_that_there_are() -> None:
-    flags = {name.lstrip("-") for _, command in ALL for p in command.params for name in p.opts}
-    assert set(" ".join(SECTIONS.values()).split()) <= flags
+    flags = {name: {o.lstrip("-") for p in command.params for o in p.opts} for name, command in ALL}
+    assert set(" ".join(SECTIONS.values()).split()) <= set().union(*flags.values())
+    for name, command in ALL:
+        if command.sections is not SECTIONS:
+            assert set(" ".join(command.sections.values()).split()) <= flags[name], name
+    router = {name for name, command in ALL if "Neurons and router:" in run(*name.split(), "--help").output}
+    assert router == {"upcycle", "experts"}
 
 
 def test_a_shell_completes_formats() -> None:

@@ -17,23 +17,25 @@ import click
 LOG = logging.getLogger("surgery")
 FEW = 10  # flags that need no sections
 REST = "Running"
-# the sections of help, and the flags in each; REST has all others
-SECTIONS: Mapping[str, str] = {
+Sections = Mapping[str, str]
+# the sections of help, and the flags in each, of commands that have none of their own; REST has all others
+SECTIONS: Sections = {
     "Source": "from O",
     "Mixture": "experts top-k strategy granularity target shared dense-layers source attention attention-experts "
-               "attention-top-k collapse recipe",
+               "attention-top-k collapse keep prune best by merge permute duplicate recipe",
     "Neurons and router": "router scale normalise order sharing text text-tokens reinit reinit-indices noise seed",
     "Choosing models": "greedy search eval eval-tokens log arithmetic",
-    "Output": "to tp pp vpp ep dtype vocab-size tokenizer allow shard-size force",
+    "Output": "to tp pp vpp ep dtype optimizer vocab-size tokenizer allow shard-size force",
     "Proof": "force-lossy verify verify-tokens",
 }  # fmt: skip
 
 
 class Command(click.Command):
-    """Every command but groups."""
+    """Every command but groups; `sections` of its own, where its flags mean other things than elsewhere."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, sections: Sections = SECTIONS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.sections = sections
         taken = {name for parameter in self.params for name in parameter.opts}
         self.params += [flag for flag in _talk() if not taken.intersection(flag.opts)]
 
@@ -47,7 +49,7 @@ class Command(click.Command):
         if len(found) - len(_talk()) <= FEW:
             return super().format_options(ctx, formatter)
         left = dict(found)
-        for title, names in SECTIONS.items():
+        for title, names in self.sections.items():
             if rows := [left.pop(name) for name in names.split() if name in left]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
@@ -63,7 +65,7 @@ def _talk() -> list[click.Option]:
         click.Option(["-v", "--verbose"], is_flag=True, expose_value=False, callback=_level(logging.DEBUG),
                      help="Say on stderr what is done, and where an error comes from."),
         click.Option(["--log-file"], type=click.Path(), metavar="FILE", expose_value=False, callback=_log_file,
-                     help="Append all that is said, with times, to this file."),
+                     help="Append progress, notes and errors, with times, to this file."),
     ]  # fmt: skip
 
 

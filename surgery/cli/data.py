@@ -16,7 +16,7 @@ from surgery.cli.command import Command
 from surgery.cli.flags import FORCE, JSON, SYNC, with_flags
 from surgery.cli.group import Commands
 from surgery.cli.terminal import say
-from surgery.cli.tokenize_flags import TOKENIZE
+from surgery.cli.tokenize_flags import SECTIONS, TOKENIZE
 from surgery.writing.progress import counting_bar, progress_bar
 
 ELSEWHERE = {"plan": "surgery.cli.data_plan", "show": "surgery.cli.data_plan"}  # command -> the module that has it
@@ -35,7 +35,7 @@ def data_command() -> None:
     """
 
 
-@data_command.command("tokenize", cls=Command)
+@data_command.command("tokenize", cls=Command, sections=SECTIONS)
 @click.argument("src", nargs=-1, required=True)
 @click.argument("dst", type=click.Path())
 @with_flags(TOKENIZE, (FORCE, SYNC, JSON))

@@ -15,8 +15,13 @@ from surgery.cli.command import Command
 from surgery.cli.flags import JSON, OPTIONS, options_of, with_flags
 from surgery.writing.progress import item_bars, progress_bars
 
+SECTIONS = {
+    "What it is evaluated on": "text data tasks task-data list limit",
+    "The model": "from O allow-unknown tokenizer vocab-size context dtype",
+}
 
-@click.command("eval", cls=Command)
+
+@click.command("eval", cls=Command, sections=SECTIONS)
 @click.argument("model", required=False, type=click.Path())
 @click.option("--tasks", multiple=True, metavar="NAMES", help="Tasks, separated by commas: arc_easy, "
               "arc_easy/rc_5shot, 'minerva_math_*'. Repeatable.")  # fmt: skip

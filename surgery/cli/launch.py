@@ -20,7 +20,14 @@ from surgery.cli.terminal import say
 SELFTEST = Path("runs/launch-selftest")
 
 
-@click.command("launch", cls=Command)
+SECTIONS = {
+    "Steps": "step from after",
+    "The recipe": "set small folder",
+    "The scheduler": "scheduler site template show-template selftest write-only",
+}
+
+
+@click.command("launch", cls=Command, sections=SECTIONS)
 @click.argument("words", nargs=-1, metavar="RECIPE | status RECIPE", type=click.Path())
 @click.option("--scheduler", type=click.Choice(["slurm", "pbs"]), help="[default: what launch.yaml says]")
 @click.option("--site", type=click.Path(), metavar="FILE", help="Account, partition, modules, container and the like. "

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.command import Command, quiet, talk
+from surgery.cli.command import LOG, Command, quiet, talk
 from surgery.cli.flags import JSON
-from surgery.cli.terminal import say
+from surgery.cli.terminal import ASIDE, say, tell
 from surgery.writing.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 FOREIGN = ("olmo", "neox", "megatron")  # whose configs --from-... reads
 
 
-@click.command("midtrain", cls=Command)
+SECTIONS = {
+    "The run": "set output seeds soup nproc",
+    "Before it": "dry-run nnodes sweep steps explain schema",
+    "Of other trainers": "from-olmo from-neox from-megatron",
+}
+
+
+@click.command("midtrain", cls=Command, sections=SECTIONS)
 @click.argument("run", metavar="RUN.yaml", type=click.Path(), required=False)
 @click.argument("more", metavar="", nargs=-1)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a key of the YAML, or add one: "
@@ -134,7 +142,7 @@ def _translate(theirs: Mapping[str, str], run: str | None) -> None:
     for place in write_foreign(found, Path(run)):
         say(f"wrote {place}")
     if found.left:
-        say(f"not taken over: {', '.join(found.left)}", err=True)
+        tell(f"not taken over: {', '.join(found.left)}")
 
 
 def _explain(wanted: Any, origins: Mapping[str, str], as_json: bool) -> None:
@@ -149,7 +157,7 @@ def _sweep(run: str, grid: Sequence[str], steps: int, sets: Sequence[str], as_js
     from surgery.cli import show_midtraining as show
     from surgery.midtraining.sweep import parse_grid, sweep
 
-    found = sweep(run, parse_grid(grid), steps, sets, lambda trial: say(show.trial(trial), err=True))
+    found = sweep(run, parse_grid(grid), steps, sets, lambda trial: tell(show.trial(trial)))
     click.echo(json.dumps([trial.to_json() for trial in found], indent=2)) if as_json else show.trials(found)
 
 
@@ -225,13 +233,13 @@ def _train(wanted: Any, as_json: bool) -> None:
     with ExitStack() as bars:
         opened = bars.enter_context(progress_bars(quiet=others))("open", None)
 
-        def tell(text: str) -> None:
+        def note(text: str) -> None:
             bars.close()  # lines follow, and then a panel of its own
             if text:
-                say(text, err=True)
+                tell(text)
 
         command = ["surgery", *sys.argv[1:]]
-        done = midtrain(wanted, command=command, views=lambda job: _views(job, as_json), say=tell, progress=opened)
+        done = midtrain(wanted, command=command, views=lambda job: _views(job, as_json), say=note, progress=opened)
     if others:
         return
     if as_json:
@@ -243,7 +251,7 @@ def _train(wanted: Any, as_json: bool) -> None:
 
 
 def _views(job: Job, as_json: bool) -> list[View]:
-    """A panel on a terminal, else lines; on stderr where stdout is for JSON."""
+    """A panel on a terminal, else lines; on stderr where stdout is for JSON.  A log file gets the lines as well."""
     from pathlib import Path
 
     from surgery.midtraining.log import Lines
@@ -252,13 +260,16 @@ def _views(job: Job, as_json: bool) -> list[View]:
         (sys.stderr if as_json else sys.stdout), job.course.layout.steps, Path(job.run.output), job.run.log
     )  # fmt: skip
     views: list[View] = []
-    if out.isatty():
+    if quiet():
+        pass
+    elif out.isatty():
         from surgery.cli.console import console
         from surgery.midtraining.panel import Panel
 
         views.append(Panel(folder.name, steps, console(out, soft_wrap=False)))
-    elif not quiet():
-        views.append(Lines(out, log.every, steps))
+    else:
+        views.append(Lines(partial(print, file=out, flush=True), log.every, steps))
+    views.append(Lines(partial(LOG.info, "%s", extra={ASIDE: True}), log.every, steps))
     if log.tensorboard or log.wandb:
         from surgery.midtraining.trackers import TensorBoard, Wandb
 

@@ -25,7 +25,13 @@ FROM = click.option("--from", "start", multiple=True, metavar="NAME", help="Only
                     "Repeatable.")  # fmt: skip
 
 
-@click.command("run", cls=Command)
+SECTIONS = {
+    "Steps": "step from again accept",
+    "The recipe": "set small folder",
+}
+
+
+@click.command("run", cls=Command, sections=SECTIONS)
 @click.argument("recipe", type=click.Path())
 @with_flags((STEP, FROM))
 @click.option("--dry-run", is_flag=True, help="Show the steps, what would be run and why, bytes and minutes where they "

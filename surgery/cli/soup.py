@@ -14,7 +14,7 @@ import click
 
 from surgery.cli.command import Command
 from surgery.cli.flags import DRY_RUN, JSON, OPTIONS, SHARD_SIZE, flags_of, values_of, with_flags
-from surgery.cli.terminal import say
+from surgery.cli.terminal import tell
 from surgery.merging.request import Choosing, Soup
 from surgery.writing.progress import progress_bar
 
@@ -91,7 +91,7 @@ def _chosen(recipe: Recipe, request: Soup, choosing: Choosing, dst: str) -> tupl
     if (chosen := way(recipe, request.to)).kind != TABLE:
         raise UsageError(f"--{choosing.method} cannot choose among these models: {chosen.why}")
     log = Path(choosing.log or f"{dst}.tried.jsonl")
-    tried = search.Tried(recipe, request, choosing, log, lambda line: say(line, err=True))
+    tried = search.Tried(recipe, request, choosing, log, tell)
     best = search.search(tried, choosing.search) if choosing.search else search.greedy(tried)
     return best, tried.to_json()
 

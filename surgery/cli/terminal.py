@@ -41,6 +41,11 @@ def say(text: str, err: bool = False, **style: Any) -> None:
     click.secho(printable(text), err=err, **style)
 
 
+def tell(text: str) -> None:
+    """Say on stderr what is done on the way, unless only errors are to be printed; a log file is told as well."""
+    LOG.info("%s", text)
+
+
 @contextmanager
 def talking() -> Iterator[None]:
     """Print what the logger `surgery` is told, to stderr, while a command runs."""

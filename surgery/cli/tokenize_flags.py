@@ -13,6 +13,12 @@ import click
 
 from surgery.cli.plain_flags import Flag
 
+SECTIONS = {
+    "Text": "text-key messages-key prompt-key completion-key chat-template id-key txt max-bad",
+    "Tokens": "tokenizer append-eos append-bos eos bos pad",
+    "Files": "format dtype max-size force",
+    "Shuffling": "seed in-order ring-size batch-size",
+}
 TOKENIZE: tuple[Flag, ...] = (
     click.option("--tokenizer", required=True, metavar="PATH", help="A folder or file with a tokenizer.json, a "
                  "SentencePiece model or tiktoken ranks; or a name on the hub, from its cache."),
@@ -44,9 +50,9 @@ TOKENIZE: tuple[Flag, ...] = (
                  "megatron the order of the input]"),
     click.option("--in-order", is_flag=True, help="Do not shuffle (dolma)."),
     click.option("--ring-size", "ring", type=click.IntRange(1), default=8, show_default=True,
-                 help="Shuffling: files that are read side by side."),
+                 help="Files that are read side by side."),
     click.option("--batch-size", "batch", type=click.IntRange(1), default=10_000, show_default=True,
-                 help="Shuffling: documents that are mixed at a time."),
+                 help="Documents that are mixed at a time."),
     click.option("--max-bad", default="0.1%", show_default=True, metavar="LIMIT", help="Stop beyond this share or "
                  "number of bad lines: blank, no JSON, no text, broken UTF-8, all lines of a file that does not "
                  "unpack."),

@@ -13,7 +13,7 @@ import click
 
 from surgery.cli.command import Command
 from surgery.cli.flags import JSON, MAX_MEMORY, OPTIONS, options_of, with_flags
-from surgery.cli.terminal import say
+from surgery.cli.terminal import tell
 from surgery.writing.progress import progress_bar
 
 
@@ -44,8 +44,7 @@ def verify_command(a: str, b: str, logits: bool, as_json: bool, **flags: Any) ->
     if logits:
         from surgery.verification.logits import compare_logits
 
-        tell = None if as_json else lambda line: say(line, err=True)
-        run = compare_logits(a, b, options=given, max_memory=memory, tell=tell)
+        run = compare_logits(a, b, options=given, max_memory=memory, tell=None if as_json else tell)
     answer = Verified(result, run)
     if as_json:
         click.echo(json.dumps(answer.to_json(), indent=2))

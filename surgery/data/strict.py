@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, TypeVar
@@ -25,6 +26,7 @@ from surgery.tensors.files import read_small
 
 Model = TypeVar("Model", bound="Strict")
 Place = tuple[str | int, ...]
+_BRANCH = re.compile(r"[\w-]+\[")  # of a union that was tried: pydantic names it like a key
 
 
 class Strict(BaseModel):
@@ -74,7 +76,7 @@ def _problem(error: Any, model: type[BaseModel], lines: Mapping[Place, int]) -> 
     path: Place = tuple(error["loc"])
     while path and path not in lines:
         path = path[:-1]
-    where = ".".join(map(str, error["loc"])) or "the file"
+    where = ".".join(str(step) for step in error["loc"] if not _BRANCH.match(str(step))) or "the file"
     if error["type"] == "extra_forbidden":
         key = error["loc"][-1]
         near = difflib.get_close_matches(str(key), _keys(model, error["loc"][:-1]), 1)

@@ -1,6 +1,6 @@
 """What a run says of itself: files of lines that are always written, and whoever looks on.
 
-    log = RunLog("runs/anneal", [Lines(sys.stdout, every=10)], meter=Meter(cost, peak))
+    log = RunLog("runs/anneal", [Lines(print, every=10)], meter=Meter(cost, peak))
     log = RunLog("runs/anneal", [...], resumed=500)                 # what came later is cut off
     log.step({"step": 501, "tokens": 2_052_096, "loss": 3.45, "lr": 2.4e-4, "grad_norm": 0.8}, {"seconds": 0.31})
     log.evaluation({"step": 501, "heldout": {"math": {"loss": 3.52}}})
@@ -18,9 +18,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from surgery.errors import FileError, OutputError, printable
 from surgery.midtraining import run_folder
@@ -30,7 +30,8 @@ from surgery.writing.atomic import atomic_file
 
 Record = Mapping[str, Any]
 SHOWN = ("step", "tokens", "loss", "balance", "lr", "grad_norm", "skipped", "router/max_load", "router/dead",
-         "attention_router/max_load", "tokens_per_second", "mfu", "seconds", "eta")  # fmt: skip
+         "attention_router/max_load", "rewards/margin", "rewards/accuracy", "tokens_per_second", "mfu", "seconds",
+         "eta")  # fmt: skip
 EVALUATED = ("loss", "bpb", "acc", "acc_norm", "exact")
 
 
@@ -191,8 +192,8 @@ class Lines:
     A step's line has the keys of `SHOWN` that it has values for; an evaluation's, losses, accuracies and bits per byte.
     """
 
-    def __init__(self, out: TextIO, every: int = 1, steps: int | None = None) -> None:
-        self.out, self.every, self.steps = out, every, steps
+    def __init__(self, say: Callable[[str], object], every: int = 1, steps: int | None = None) -> None:
+        self.say, self.every, self.steps = say, every, steps
 
     def step(self, metrics: Record, times: Record) -> None:
         if metrics["step"] % self.every == 0 or metrics["step"] == self.steps:
@@ -208,11 +209,11 @@ class Lines:
         self._say(record["level"], {"step": record["step"], "text": json.dumps(record["text"], ensure_ascii=False)})
 
     def close(self) -> None:
-        self.out.flush()
+        """Every line was said at once."""
 
     def _say(self, kind: str, values: Record) -> None:
         words = (f"{'_'.join(key.split())}={_short(value)}" for key, value in values.items() if value is not None)
-        print(printable(" ".join((kind, *words))), file=self.out, flush=True)
+        self.say(printable(" ".join((kind, *words))))
 
 
 def flat(record: Record, prefix: str = "") -> dict[str, Any]:

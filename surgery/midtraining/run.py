@@ -1,6 +1,6 @@
 """A run from its settings to its folder: prepared, tested, trained, logged, saved, exported; or gone on with.
 
-    done = midtrain(run, command=["surgery", "midtrain", "run.yaml"], views=[Lines(sys.stdout)])
+    done = midtrain(run, command=["surgery", "midtrain", "run.yaml"], views=[Lines(print)])
     done.exports                                # folders: output/export/step000001600-hf, ...
 
 The folder is what run_folder.py describes.
