@@ -6,10 +6,6 @@ What is read must be the golden's state, bit for bit, and the masters must round
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,14 +14,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import surgery
-from surgery.errors import ConfigError, LayoutError, SurgeryError
+from surgery.errors import LayoutError
 from surgery.formats.megatron.dist_optimizer import _like
 from surgery.formats.optimizer import MOMENTS
 from surgery.formats.topology import Topology
 from surgery.tensors.in_memory import InMemory
 from tests import tiny
 from tests.oracle import same_bits
-from tests.test_optimizer import GOLDEN, RANK, Attack, copied, equal, opened, trees, trees_without_deepspeed, values
+from tests.test_optimizer import GOLDEN, RANK, copied, equal, opened, trees, trees_without_deepspeed, values
 
 # ------------------------------------------------------------------------------ Megatron's flat buffers, on any ranks
 
@@ -203,94 +199,3 @@ def test_states_of_chained_optimizers(tmp_path):
 
     changed_dist(tmp_path / "m", change)
     assert equal(values(opened(tmp_path / "m")), want)
-
-
-# ------------------------------------------------------------------------------------------------------ universal
-
-
-@pytest.fixture(scope="module")
-def universal(tmp_path_factory):
-    """ZeRO's state of two ranks as DeepSpeed's universal checkpoint."""
-    folder = tmp_path_factory.mktemp("universal") / "m"
-    surgery.convert(GOLDEN / "neox-zero1", folder, to="neox", optimizer=True, options={"release": "2024-11"},
-                    topology=Topology(pp=0))  # fmt: skip
-    return folder
-
-
-def test_universal_checkpoints_are_files_of_whole_tensors(universal):
-    """By torch alone: fp32 masters that round to the module's weights, moments, the steps as a number."""
-    tag = (universal / "latest_universal").read_text()
-    module = torch.load(universal / tag / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    zero = universal / tag / "zero"
-    assert {p.name for p in zero.iterdir() if p.is_dir()} == module.keys()
-    for name, weight in module.items():
-        held = {p.stem: torch.load(p, weights_only=True) for p in (zero / name).iterdir()}
-        assert held.keys() == {"fp32", *MOMENTS, "step"} and held["step"] == 2
-        assert same_bits(held["fp32"]["param"].to(weight.dtype), weight)
-        assert all(held[role]["param"].shape == weight.shape for role in MOMENTS)
-    assert torch.load(zero / "sequential.2.attention.dense.weight" / "exp_avg.pt", weights_only=True)["cat_dim"] == 1
-    groups = torch.load(zero / "optimizer_state.pt", weights_only=True)["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
-
-
-def _spoil(folder: Path, lie: str) -> None:
-    home = next(folder.rglob("zero")) / "sequential.2.mlp.linear2.weight"
-    if lie == "missing":
-        (home / "exp_avg.pt").unlink()
-    elif lie == "shape":
-        torch.save({"param": torch.zeros(3, 3)}, home / "exp_avg.pt")
-    elif lie == "surplus":
-        home.with_name("sequential.9.nothing.weight").mkdir()
-    elif lie == "steps":
-        torch.save(float("nan"), home / "step.pt")
-    elif lie == "master":
-        torch.save({"param": torch.load(home / "fp32.pt")["param"] + 1}, home / "fp32.pt")
-    else:
-        torch.save({"param": Attack(folder / "executed")}, home / "exp_avg.pt")
-
-
-@pytest.mark.parametrize(("lie", "words"), [
-    ("missing", "is missing"), ("shape", "has the shape"), ("surplus", "which is no weight"), ("steps", "steps"),
-    ("master", "does not round to its weight"), ("pickle", "holds no tensor"),
-])  # fmt: skip
-def test_universal_checkpoints_that_lie_are_refused(lie, words, universal, tmp_path):
-    shutil.copytree(universal, tmp_path / "m")
-    _spoil(tmp_path / "m", lie)
-    with pytest.raises(SurgeryError, match=words):
-        values(opened(tmp_path / "m"))
-    assert not (tmp_path / "m" / "executed").exists()
-
-
-def test_universal_checkpoints_are_refused_for_several_tensor_ranks(tmp_path):
-    with pytest.raises(ConfigError, match="one tensor-parallel rank"):
-        surgery.convert(GOLDEN / "neox-zero1", tmp_path / "m", to="neox", optimizer=True, topology=Topology(tp=2),
-                        options={"release": "2024-11"})  # fmt: skip
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed beside torch")
-def test_deepspeed_itself_goes_on_from_a_universal_checkpoint(universal, tmp_path):
-    """Its engine holds our masters, moments, steps and settings; its next three updates are those of plain AdamW."""
-    script = Path(__file__).parent / "upstream" / "load_deepspeed.py"
-    subprocess.run([sys.executable, "-W", "ignore", script, universal, tmp_path / "s.pt"], check=True, timeout=280)
-    found = torch.load(tmp_path / "s.pt", weights_only=True)
-    zero = universal / (universal / "latest_universal").read_text() / "zero"
-    ours = {name: {f: torch.load(zero / name / f"{f}.pt", weights_only=True)["param"] for f in ("fp32", *MOMENTS)}
-            for name in found["loaded"]}  # fmt: skip
-    assert found["steps"] == [2, 2] and [g["weight_decay"] for g in found["groups"]] == [0.1, 0.0]
-    for name, held in found["loaded"].items():
-        assert same_bits(held["master"].view_as(ours[name]["fp32"]), ours[name]["fp32"])
-        assert same_bits(held["weight"], ours[name]["fp32"].bfloat16())
-        assert all(same_bits(held[role].view_as(ours[name][role]), ours[name][role]) for role in MOMENTS)
-    plain = {name: torch.nn.Parameter(held["fp32"].clone()) for name, held in ours.items()}
-    kinds = [[p for p in plain.values() if (p.ndim > 1) == decayed] for decayed in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": p, **g} for p, g in zip(kinds, found["groups"], strict=True)])
-    for name, p in plain.items():
-        optimizer.state[p] = {"step": torch.tensor(2.0), **{role: ours[name][role].clone() for role in MOMENTS}}
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        for p in plain.values():
-            p.grad = torch.randn(p.shape, generator=generator).bfloat16().float()
-        optimizer.step()
-    far = {n: float((p - found["later"][n]["master"].view_as(p)).detach().abs().max()) for n, p in plain.items()}
-    assert max(far.values()) < 1e-6

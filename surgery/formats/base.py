@@ -204,7 +204,7 @@ class Draft:
     who: str = ""
     hint: str | None = None
     states: Callable[[Ranks, Written], Iterable[OutputFile]] | None = None  # the files, with an optimizer's state
-    states_table: Table | None = None  # how that lies, if not as the weights
+    states_lie: tuple[Table, Topology] | None = None  # how that lies, if not as the weights
 
 
 @dataclass(frozen=True)
@@ -335,9 +335,8 @@ class Format:
         if draft.states is None:
             raise ConfigError(f"{self.name} checkpoints are written without an optimizer's state",
                               hint=ALONE)  # fmt: skip
-        found = spread_states(
-            checkpoint.optimizer, draft.states_table or draft.table, checkpoint.spec, draft.topology, ranks
-        )
+        table, topology = draft.states_lie or (draft.table, draft.topology)
+        found = spread_states(checkpoint.optimizer, table, checkpoint.spec, topology, ranks)
         return draft.states(ranks, found)
 
     # --------------------------------------------------------------------------------------------- options

@@ -109,7 +109,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     states = partial(_with_states, files, family, options["optimizer"])
     notes += notes_of(checkpoint.optimizer, family, options["optimizer"]) if checkpoint.optimizer else ()
     return Draft(config, None, table(family), ONE_RANK, files, tuple(notes), states=states,
-                 states_table=in_memory(family))  # fmt: skip
+                 states_lie=(in_memory(family), ONE_RANK))  # fmt: skip
 
 
 def _code(of_family: str, config: Config) -> tuple[str, ...]:

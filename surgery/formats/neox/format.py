@@ -44,7 +44,7 @@ from surgery.formats.optimizer import ALONE, States, Written
 from surgery.formats.padding import multiple_of
 from surgery.formats.table import Table
 from surgery.formats.topology import Rank, Topology
-from surgery.formats.weave import Parts, Stored
+from surgery.formats.weave import Parts, Stored, spread
 from surgery.model.spec import Rope, Spec
 from surgery.tensors.files import size_of
 from surgery.tensors.lazy import Fill, Lazy, Map
@@ -104,8 +104,9 @@ def states(place: Place, opened: Opened, reading: Reading, parts: Parts, options
     if not found.optimizer and opened.details["optimizer"] == "in the rank files":
         raise NoStateError("keeps its optimizer in the rank files (ZeRO stage 0), which is not read", file=found.folder,
                            hint=ALONE)  # fmt: skip
-    whole = read_universal(found.folder, opened.shards[Rank()]) if opened.topology.tp == 1 else None
-    return whole or optimizer.read_states(found, opened.shards, opened.topology.tp)
+    return read_universal(found.folder, opened.shards) or optimizer.read_states(
+        found, opened.shards, opened.topology.tp
+    )
 
 
 def stored_table(opened: Opened, reading: Reading, options: Options) -> Table:
@@ -173,6 +174,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
     padding = multiple if rows != spec.vocab else 1
     how = Spelling(seen.mlp, release.gqa if spec.group > 1 else "A", tp, seen.prefix, vocab_multiple=padding)
     planned = partial(_files, checkpoint, config, release, rows, topology)
+    whole = table(spec, replace(how, tp=1, vocab_multiple=padding * tp))
     return Draft(
         config,
         seen,
@@ -182,25 +184,39 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
         (*_remarks(spec, release, name), *([UNIVERSAL] if checkpoint.optimizer else [])),
         write_config.program(release),
         write_config.HINT,
-        partial(_with_states, planned, f"global_step{_step(checkpoint)}", spec, topology),
+        partial(_with_states, planned, whole, checkpoint, topology, how.qkv),
+        (whole, Topology()),
     )
 
 
 def _with_states(
-    weights: Callable[[Ranks], Iterable[OutputFile]], tag: str, spec: Spec, topology: Topology, ranks: Ranks,
-    written: Written,
+    weights: Callable[..., Iterable[OutputFile]], whole: Table, checkpoint: Checkpoint, topology: Topology, qkv: str,
+    ranks: Ranks, written: Written,
 ) -> Iterable[OutputFile]:  # fmt: skip
-    """Raises ConfigError for sizes at which the names or the parts of ranks are not known."""
-    if topology.tp > 1 or (spec.tied and topology.pp):
-        raise ConfigError("an optimizer's state is written for one tensor-parallel rank, and for a tied model without "
-                          "a pipeline", hint="--tp 1 --pp 0, or without --optimizer")  # fmt: skip
-    yield from weights(ranks)
-    yield from universal_files(tag, written, ranks[Rank()], spec.glu)
+    """Raises ConfigError for models whose parameters have other names or values than those of one rank."""
+    spec = checkpoint.spec
+    if spec.tied and topology.pp:
+        raise ConfigError("an optimizer's state of a tied model is written without a pipeline",
+                          hint="--pp 0, or without --optimizer")  # fmt: skip
+    if topology.tp > 1 and any(row.summed for row, _ in whole.live(spec, Topology())):
+        raise ConfigError("an optimizer's state is written for one tensor-parallel rank where ranks store shares of "
+                          "biases (parallel residual)", hint="--tp 1, or without --optimizer")  # fmt: skip
+    yield from weights(ranks, _scheduler(written))
+    names = spread(whole, checkpoint.parts, spec, Topology())[Rank()]
+    yield from universal_files(f"global_step{_step(checkpoint)}", written, names, spec, qkv)
+
+
+def _scheduler(written: Written) -> dict[str, object]:
+    """What GPT-NeoX's loader asks for beside an optimizer: the rate of the last update, for ever."""
+    lr = next((group.lr for group in written.groups.values() if group.lr is not None), 0.0)
+    return {"start_lr": lr, "min_lr": 0.0, "warmup_iter": 0, "num_iters": written.step,
+            "end_iter": max(written.step, 1), "decay_style": "constant"}  # fmt: skip
 
 
 def _files(
-    checkpoint: Checkpoint, config: Config, release: Release, rows: int, topology: Topology, ranks: Ranks
-) -> Iterable[OutputFile]:
+    checkpoint: Checkpoint, config: Config, release: Release, rows: int, topology: Topology, ranks: Ranks,
+    scheduler: Mapping[str, object] | None = None,
+) -> Iterable[OutputFile]:  # fmt: skip
     spec, tp, pp = checkpoint.spec, topology.tp, topology.pp
     if release.buffer and spec.rope is not None:
         prefix = "" if pp else "sequential."
@@ -209,7 +225,8 @@ def _files(
     tag = f"global_step{step}"
     if pp:
         yield from _layer_files(tag, ranks, spec)
-    yield from _rank_files(tag, ranks, _state(config, rows, step, max(pp, 1) * tp, release), tp, pp)
+    state = {**_state(config, rows, step, max(pp, 1) * tp, release), "lr_scheduler": scheduler}
+    yield from _rank_files(tag, ranks, state, tp, pp)
     configs = {"model.yml": {**config, **_named(checkpoint.tokenizer)}, "training.yml": _training(checkpoint, release)}
     for name, values in configs.items():
         yield text_file(f"{tag}/configs/{name}", write_config.to_yaml(values))
@@ -242,7 +259,7 @@ def _state(config: Mapping[str, object], rows: int, step: int, world: int, relea
     keys = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings",
             "make_vocab_size_divisible_by", "model_parallel_size")  # fmt: skip
     return {
-        "optimizer": {}, "lr_scheduler": None, "skipped_steps": 0, "global_steps": step, "iteration": step,
+        "optimizer": {}, "skipped_steps": 0, "global_steps": step, "iteration": step,
         "dp_world_size": 1, "mp_world_size": world,
         "args": {**{k: config[k] for k in keys}, "padded_vocab_size": rows},
         files.MARK: {"release": release.name},
@@ -311,9 +328,9 @@ def _remarks(spec: Spec, release: Release, name: str) -> Iterator[str]:
 
 
 UNIVERSAL = (
-    "the optimizer's state is written as DeepSpeed's universal checkpoint, for one tensor-parallel rank: DeepSpeed "
-    "loads it with checkpoint: {load_universal: true} in its configuration; take finetune and no_load_optim out of "
-    "training.yml, and load no scheduler"
+    "the optimizer's state is written as DeepSpeed's universal checkpoint: it is loaded with checkpoint: "
+    "{load_universal: true} in the configuration; take finetune and no_load_optim out of training.yml. The scheduler "
+    "is at the rate of the last update, held constant: override_lr_scheduler: true takes yours"
 )
 FORMAT = Format(
     name="neox",
