@@ -52,16 +52,27 @@ def _short(value: object) -> object:
 
 
 @dataclass(frozen=True)
+class Source:
+    address: str
+    commit: str
+    variable: str
+
+
+@dataclass(frozen=True)
 class Program:
     """Packages of the index, the script that loads with them, and what it has to load.
 
-    `without`: packages to take away again, which do not fit torch's build for the CPU.
+    `without`: packages to take away again, which do not fit torch's build for the CPU.  `source`: of a program that is
+    no package, the repository, the commit, and the variable that names a checkout instead.  `python`: the version that
+    it needs, if not the one that runs this.
     """
 
     packages: tuple[str, ...]
     script: str
     cases: tuple[Case, ...]
     without: tuple[str, ...] = ()
+    source: Source | None = None
+    python: str = ""
 
 
 MHA = {"g": 12, "n": 1}
@@ -178,6 +189,14 @@ def vllm() -> Iterator[Case]:
         yield replace(case, changes={**WIDE, "h": width})
 
 
+def megatron() -> Iterator[Case]:
+    yield from (Case(f, "megatron", LOCAL, TP2) for f in ("llama", "qwen2", "qwen3", "gpt2"))
+    dist = ("llama", "llama3", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gpt2")
+    yield from (Case(f, "megatron-dist", LOCAL) for f in dist)
+    yield Case("mixtral", "megatron", LOCAL)
+    yield Case("mistral", "megatron", LOCAL, skip="windows need Transformer Engine or flash attention")
+
+
 PROGRAMS: Mapping[str, Program] = {
     "transformers-4.57": Program(("transformers==4.57.3",), "load_transformers.py", tuple(transformers_4_57())),
     "transformers-4.44": Program(("transformers==4.44.2",), "load_transformers.py", tuple(transformers_4_44())),
@@ -223,15 +242,24 @@ PROGRAMS: Mapping[str, Program] = {
             Case("llama_tied", "meta", skip="its code scales every rope by a factor of 8, this model's is 32"),
         ),
     ),
+    "gpt-neox": Program(
+        ("deepspeed==0.19.8", "transformers==4.57.3", "numpy<2", "setuptools==80.9.0", "sentencepiece", "tiktoken",
+         "pandas", "requests"),
+        "load_neox.py",
+        tuple(
+            Case(family, "neox", topology=Topology(tp=tp, pp=pp))
+            for family in ("gpt_neox", "llama", "gpt2")
+            for tp in (1, 2)
+            for pp in (0, 1)
+        ),
+        source=Source("https://github.com/EleutherAI/gpt-neox", "ea7aefd8f8e183256992d9fede4d7c71a46d67a5",
+                      "NEOX_HOME"),
+    ),
     "megatron-core": Program(
         ("megatron-core==0.16.1", "psutil"),  # without which its savers of torch_dist wait for ever
-        "load_megatron.py",
-        (
-            *(Case(f, "megatron", LOCAL, TP2) for f in ("llama", "qwen2", "qwen3", "gpt2")),
-            *(Case(f, "megatron-dist", LOCAL) for f in ("llama", "llama3", "qwen2", "qwen3", "mixtral",
-                                                         "qwen3_moe", "gpt2")),
-            Case("mixtral", "megatron", LOCAL),
-            Case("mistral", "megatron", LOCAL, skip="windows need Transformer Engine or flash attention"),
-        ),
+        "load_megatron.py", tuple(megatron()),
+    ),
+    "megatron-core-0.19": Program(
+        ("megatron-core==0.19.2", "psutil"), "load_megatron.py", tuple(megatron()), python="3.12",
     ),
 }  # fmt: skip

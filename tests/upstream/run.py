@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.upstream.run [PROGRAM ...]
 
-Each program is installed from the package index into an environment of its own below .cache/upstream.  A tiny model of
+Each program is installed from the package index into an environment of its own below .cache/upstream, and one that is
+no package is fetched there by git.  A tiny model of
 each family is converted to the program's format; the program loads it with its own code on the CPU; its logits must be
 those of transformers on the original.  A program that cannot be installed, or a model that it does not run, is skipped
 with the reason, which is printed; nothing that was not computed counts as passed.
@@ -10,11 +11,11 @@ with the reason, which is printed; nothing that was not computed counts as passe
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,21 +37,41 @@ def python_of(name: str) -> Path:
     return HOME / name / "bin" / "python"
 
 
+def fetch(name: str) -> str:
+    """Get the checkout of a program that is no package, unless its variable names one; "" or why that failed."""
+    source, home = PROGRAMS[name].source, HOME / name / "source"
+    if source is None or source.variable in os.environ or (home / ".git" / "index").is_file():
+        return ""
+    home.mkdir(parents=True, exist_ok=True)
+    for step in (("init",), ("fetch", "--depth=1", source.address, source.commit), ("checkout", "FETCH_HEAD")):
+        run = subprocess.run(["git", "-C", home, step[0], "-q", *step[1:]], capture_output=True, text=True)
+        if run.returncode:
+            shutil.rmtree(home)
+            return f"is no package, and cannot be fetched ({source.variable} may name a checkout): {last(run.stderr)}"
+    return ""
+
+
 def install(name: str) -> str:
     """Make the program's environment; "" or why that failed."""
-    packages, without, home = PROGRAMS[name].packages, PROGRAMS[name].without, HOME / name
-    done = home / ".ready"
-    if done.is_file() and done.read_text() == " ".join(packages):
+    if why := fetch(name):
+        return why
+    program, home = PROGRAMS[name], HOME / name
+    done, wanted = home / ".ready", " ".join([*program.packages, *(f"without {p}" for p in program.without)])
+    if done.is_file() and done.read_text() == wanted:
         return ""
-    print(f"installing {' '.join(packages)} into {home.relative_to(ROOT)}", flush=True)
-    venv.create(home, with_pip=True)
+    print(f"installing {' '.join(program.packages)} into {home.relative_to(ROOT)}", flush=True)
     torch_pin = next(x for x in (ROOT / "constraints.txt").read_text().split() if x.startswith("torch=="))
-    steps = [("install", torch_pin), ("install", torch_pin, *packages)]
-    for step in [*steps, ("uninstall", "-y", *without)] if without else steps:
-        run = subprocess.run([home / "bin" / "pip", "-q", *step], capture_output=True, text=True)
+    python, pip = f"python{program.python}" if program.python else sys.executable, (home / "bin" / "pip", "-q")
+    installs = [(*pip, "install", torch_pin), (*pip, "install", torch_pin, *program.packages)]
+    uninstalls = [(*pip, "uninstall", "-y", *program.without)] if program.without else []
+    for step in [(python, "-m", "venv", home), *installs, *uninstalls]:
+        try:
+            run = subprocess.run(step, capture_output=True, text=True)
+        except FileNotFoundError:
+            return f"needs {step[0]}, which is not here"
         if run.returncode:
             return "cannot be installed: " + last(run.stderr)
-    done.write_text(" ".join(packages))
+    done.write_text(wanted)
     return ""
 
 
@@ -60,6 +81,12 @@ def python_for(name: str) -> str | None:
         print(f"skip  {name}: {why}")
         return None
     return str(python_of(name))
+
+
+def environment(name: str) -> dict[str, str]:
+    """Variables of this process, and where the source of a program lies that is no package."""
+    source = PROGRAMS[name].source
+    return ({source.variable: str(HOME / name / "source")} if source else {}) | os.environ
 
 
 def last(text: str) -> str:
@@ -91,7 +118,9 @@ def load(name: str, program: Program, folders: list[Path]) -> str:
     """Let the program load all that was made; the last line that it said."""
     words = [python_of(name), "-W", "ignore", Path(__file__).parent / program.script, *folders]
     try:
-        run = subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=1800)
+        run = subprocess.run(
+            [str(w) for w in words], env=environment(name), capture_output=True, text=True, timeout=1800
+        )
     except subprocess.TimeoutExpired:
         return "took more than half an hour"
     return last(run.stderr)

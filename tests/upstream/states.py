@@ -1,4 +1,4 @@
-"""OLMo and OLMo-core go on from states that surgery wrote as from their own: three updates, bit for bit.
+"""OLMo, OLMo-core and GPT-NeoX go on from states that surgery wrote as from their own: three updates, bit for bit.
 
     .venv/bin/python -m tests.upstream.states [PROGRAM=PYTHON ...]
 
@@ -17,10 +17,11 @@ import torch
 
 import surgery
 from surgery.errors import SurgeryError
+from surgery.formats.topology import Topology
 from tests import oracle
-from tests.upstream.run import last, python_for
+from tests.upstream.run import environment, last, python_for
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "optimizer" / "olmo-core"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "optimizer"
 Run = Callable[..., None]
 
 
@@ -46,14 +47,27 @@ def olmo(run: Run, folder: Path) -> Iterator[tuple[str, Path, Path]]:
 
 
 def olmo_core(run: Run, folder: Path) -> Iterator[tuple[str, Path, Path]]:
-    run("continue_olmo_core.py", GOLDEN, folder / "own.pt", "plain")
+    own = GOLDEN / "olmo-core"
+    run("continue_olmo_core.py", own, folder / "own.pt", "plain")
     for through, options in (("olmo", {}), ("hf", {"optimizer": "fsdp"})):
-        ours = there_and_back(GOLDEN, through, "olmo-core", folder / through, **options)
+        ours = there_and_back(own, through, "olmo-core", folder / through, **options)
         run("continue_olmo_core.py", ours, folder / f"{through}.pt", "trainer")
         yield f"its own by {through}", folder / "own.pt", folder / f"{through}.pt"
 
 
-CASES = {"ai2-olmo": olmo, "ai2-olmo-core": olmo_core}
+def neox(run: Run, folder: Path) -> Iterator[tuple[str, Path, Path]]:
+    """Two tensor-parallel ranks; a universal checkpoint, and an optimizer that counts as DeepSpeed's or as Apex's."""
+    own, ours = GOLDEN / "neox-zero1", folder / "ours"
+    run("continue_neox.py", own, folder / "own.pt", "zero", "deepspeed")
+    options = {"release": "2024-11", "optimizer": "fsdp"}
+    surgery.convert(own, folder / "hf", to="hf", optimizer=True, options=options)
+    surgery.convert(folder / "hf", ours, to="neox", optimizer=True, dtype="bfloat16", topology=Topology(tp=2, pp=0))
+    for counts in ("deepspeed", "apex"):
+        run("continue_neox.py", ours, folder / f"{counts}.pt", "universal", counts)
+        yield f"universal by Hugging Face, counted by {counts}", folder / "own.pt", folder / f"{counts}.pt"
+
+
+CASES = {"ai2-olmo": olmo, "ai2-olmo-core": olmo_core, "gpt-neox": neox}
 
 
 def main(given: dict[str, str]) -> int:
@@ -63,9 +77,9 @@ def main(given: dict[str, str]) -> int:
         if python is None:
             continue
 
-        def run(script: str, *words: object, python: str = python) -> None:
+        def run(script: str, *words: object, python: str = python, name: str = name) -> None:
             command = [python, "-W", "ignore", str(Path(__file__).parent / script), *map(str, words)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(command, env=environment(name), capture_output=True, text=True, timeout=600)
             if done.returncode:
                 raise RuntimeError(last(done.stderr))
 
