@@ -18,7 +18,7 @@ from surgery.midtraining.run_file import make_run
 from surgery.midtraining.schedule import Schedule
 from surgery.midtraining.selftests import TESTS, fingerprints, moved, self_test
 from tests import tiny
-from tests.test_midtrain_loop import Kept, record, settings
+from tests.test_midtrain_loop import LENGTH, Kept, record, settings
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,19 @@ def test_ids_beyond_the_vocabulary(job, tmp_path):
         prepare(make_run(settings(one.source.path, tmp_path / "b.npz", tmp_path)))
     changed = replace(one, batches=RecordedBatches(tmp_path / "b.npz"))
     assert fault(changed) == "vocabulary: the data hold the id 264, and the model has 264 ids"
+
+
+def test_rows_longer_than_what_the_model_was_made_for(tmp_path):
+    """Where positions are learned there is no row for them; a rope goes on, and that is told."""
+    batches, shorter = record(tmp_path / "b.npz", masked=False, packed=False), {"sequence_length": LENGTH // 2}
+    for family, key in (("gpt2", "n_positions"), ("llama", "max_position_embeddings")):
+        tiny.save(family, tmp_path / family, l=2, h=48, f=40, **{key: LENGTH - 1})
+        fits = prepare(make_run(settings(tmp_path / family, batches, tmp_path, **shorter)))
+        assert not any(note.startswith("rows have") for note in fits.notes)
+    with pytest.raises(ConfigError, match="rows have 24 tokens, and the model has 23 learned positions"):
+        prepare(make_run(settings(tmp_path / "gpt2", batches, tmp_path)))
+    told = prepare(make_run(settings(tmp_path / "llama", batches, tmp_path))).notes
+    assert any("rows have 24 tokens, more than the 23 that the model was made for" in note for note in told)
 
 
 def test_a_parameter_that_does_not_move_and_one_that_should_not(job):

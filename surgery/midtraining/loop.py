@@ -128,7 +128,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     start = Start(None, saved.note) if saved else find_start(run.init, source, run.model.options)
     peak, rate_note = saved.peak if saved else peak_rate(train.schedule, source, start.lr)
     course = Course.of(train, batches, world.size, peak)
-    check(course, batches, source)
+    unusual = check(course, batches, source)
     choices = saved.choices(world.device) if saved else {}
     found = choose(choices.get("precision", train.precision), world.device)
     precision = Precision(*parallel.first(world, astuple(found)))
@@ -162,7 +162,7 @@ def prepare(run: Run, progress: Callable[[int], None] | None = None, saved: Save
     if start.moments:
         put_moments(start.moments, optimizer, model, source, world)
     notes = (f"precision {precision.name}: {precision.why}", rate_note, start.note, *said_of(run, batches),
-             *noise_of_source(source, train.dropout), *attention_notes, *moe_notes)  # fmt: skip
+             *noise_of_source(source, train.dropout), *unusual, *attention_notes, *moe_notes)  # fmt: skip
     return Job(run, world, source, digest, batches, course, objective, model, optimizer, start, masters, notes, choices,
                saved.step if saved else 0)  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""What stands against a run before any weight is read: rates of 0, ids beyond the vocabulary, counters at their end.
+"""What stands against a run before any weight is read: rates of 0, ids or rows beyond the model, counters at their end.
 
-check(job.course, batches, source)     # raises ConfigError with all of it
+check(job.course, batches, source)     # raises ConfigError with all of it; returns what is only to be told
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ STEPS = 16  # whose ids are compared with the vocabulary
 FOREIGN = "they were made with another tokenizer"
 
 
-def check(course: Course, batches: RowSource, source: Checkpoint) -> None:
-    """Raises ConfigError if the run would be in vain, naming every reason."""
+def check(course: Course, batches: RowSource, source: Checkpoint) -> list[str]:
+    """Notes on what is unusual.  Raises ConfigError if the run would be in vain, naming every reason."""
+    longest, spec = max(stage.length for stage in course.layout.taken), source.spec
     found = [*_rates(course), *_vocabulary(course, batches, source)]
+    if 0 < spec.learned_positions < longest:
+        found.append(f"rows have {longest:,} tokens, and the model has {spec.learned_positions:,} learned positions: "
+                     "plan shorter rows, or cut them by train.sequence_length")  # fmt: skip
     if found:
         raise ConfigError("\n  ".join(found))
+    if spec.context and spec.context < longest:
+        return [f"rows have {longest:,} tokens, more than the {spec.context:,} that the model was made for; what is "
+                f"exported says {spec.context:,} as before"]  # fmt: skip
+    return []
 
 
 def wasted(course: Course) -> list[int]:
