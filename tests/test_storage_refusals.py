@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import FileError, SurgeryError, UsageError
+from surgery.errors import FileError, OutputError, SurgeryError, UsageError
 from surgery.formats.registry import open_checkpoint
 from surgery.storage.address import is_address, parse
-from tests.buckets import BUCKET, Bucket, every, none
+from tests.buckets import BUCKET, Bucket, every, held, none
 
 pytest.importorskip("moto")
 
@@ -122,7 +122,8 @@ def test_names_in_a_bucket_lead_nowhere(bucket: Bucket) -> None:
         ("http://example.org/x", "in the clear"),
         ("hf://name", "names no repository"),
         ("https://me:pw@host/x", "password"),
-        ("s3://bucket/a b", "blanks"),
+        ("s3://bucket/a\tb", "control characters"),
+        ("https://ho st/x", "a blank in its name"),
     ],
 )
 def test_addresses_that_are_refused(text: str, said: str) -> None:
@@ -136,3 +137,48 @@ def test_addresses() -> None:
     assert parse("hf://datasets/org/name").kind == "datasets"
     assert is_address(Path("s3://bucket/x")) and parse(Path("s3://bucket/x")).place == "bucket"
     assert not any(map(is_address, ["model", "org/name", "/s3/x", "C:/x", "file:///etc/passwd", "s3", 7]))
+
+
+ODD = ("a key", "per%20cent", "pl+us", "\u00fcn\u00ef", "\u65e5\u672c", "a (copy)", "it's", "a,b;c=d&e")
+
+
+def test_keys_as_people_have_them(bucket: Bucket, tmp_path: Path) -> None:
+    for name in ODD:
+        url = bucket.put(f"odd/{name}", {"config.json": b"{}", f"{name}.txt": name.encode()})
+        assert surgery.pull(url, tmp_path / name).address == url
+        assert held(tmp_path / name) == {"config.json": b"{}", f"{name}.txt": name.encode()}
+        assert surgery.describe(f"{url}/{name}.txt").path == f"{url}/{name}.txt"
+    surgery.pull("s3://bucket/odd", tmp_path / "all")
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(ODD)
+
+
+def test_markers_of_folders_are_no_files(bucket: Bucket, tiny_hf: Callable[[str], Path], tmp_path: Path) -> None:
+    url = bucket.upload(tiny_hf("llama"), "marked/model")
+    bucket.put("marked", {"": b"", "model/": b""})
+    assert surgery.describe("s3://bucket/marked").kind == "parent" and surgery.describe(url).kind == "checkpoint"
+    surgery.pull("s3://bucket/marked", tmp_path / "got")
+    assert held(tmp_path / "got" / "model") == held(tiny_hf("llama"))
+
+
+def test_what_cannot_be_files_says_so(bucket: Bucket, tmp_path: Path) -> None:
+    url = bucket.put("both", {"model": b"a file", "model/config.json": b"{}"})
+    for work in (surgery.describe, lambda url: surgery.pull(url, tmp_path / "got")):
+        with pytest.raises(FileError, match=r"s3://bucket/both: model: both an object and a folder of others"):
+            work(url)
+    assert not (tmp_path / "got").exists() and surgery.describe(f"{url}/model").kind != "parent"
+    url = bucket.put("double", {"a//config.json": b"{}"})
+    with pytest.raises(FileError, match=r"double: holds the key 'double/a//config.json', which names no file"):
+        surgery.describe(url)
+
+
+def test_a_place_that_would_hide_an_object_or_be_a_pattern_is_not_written_to(
+    bucket: Bucket, tiny_hf: Callable[[str], Path]
+) -> None:
+    bucket.put("taken", {"x.safetensors": b"mine"})
+    source, url = tiny_hf("llama"), f"s3://{BUCKET}/taken/x.safetensors"
+    for work in (lambda at: surgery.push(source, at), lambda at: surgery.convert(source, at, to="meta")):
+        with pytest.raises(OutputError, match="is an object, which a folder of the same name would hide"):
+            work(url)
+        with pytest.raises(UsageError, match="would be taken for a pattern"):
+            work(f"s3://{BUCKET}/run*")
+    assert bucket.objects("taken") == {"x.safetensors": b"mine"}

@@ -129,6 +129,15 @@ def test_a_repository_of_many_token_files_is_listed_once(hub: Hub, tmp_path: Pat
         found_at("hf://org/tokens/web/none.npy")
 
 
+def test_a_hub_that_is_not_there_is_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(FileError, match=r"hf://org/name: the hub cannot be reached[\s\S]*look at the network"):
+        open_checkpoint("hf://org/name")
+
+
 def test_the_token_stays_with_the_hub(hub: Hub) -> None:
     hub.put("org/name", {"x.bin": DATA})
     assert File(mirror.folder_of("hf://org/name/x.bin")).read(7, 9) == DATA[7:16]

@@ -77,8 +77,9 @@ def parse(path: str | os.PathLike[str]) -> Address:
     if not match:
         raise UsageError(f"{show(text)} is no address", hint=f"schemes: {', '.join(f'{s}://' for s in SCHEMES)}")
     scheme, rest = match[1].lower(), match[2]
-    if any(ord(c) < 33 or c in "\\\x7f" for c in rest):
-        raise UsageError(f"{show(text)} has blanks or control characters in it")
+    if any(ord(c) < 32 or c in "\\\x7f" for c in rest) or " " in rest.partition("/")[0]:
+        raise UsageError(f"{show(text)} has control characters, or a blank in its name",
+                         hint="blanks may be in the key: quote it, 's3://BUCKET/A KEY'")  # fmt: skip
     if scheme == "hf":
         return _repository(text, rest.rstrip("/"))
     parts = urlsplit(f"{scheme}://{rest}")

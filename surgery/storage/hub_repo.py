@@ -45,8 +45,12 @@ def said(address: Address) -> Iterator[None]:
     except RuntimeError as error:  # of an upload in a thread
         raise FileError(f"the hub says: {printable(str(error.__cause__ or error), 300)}", file=str(address)) from None
     except (of_client, OSError) as error:
+        said = printable(str(error), 300)
+        if getattr(error, "response", None) is None:
+            hint = "look at the network, and at HF_ENDPOINT and HF_HUB_OFFLINE if they are set"
+            raise FileError(f"the hub cannot be reached: {said}", file=str(address), hint=hint) from None
         hint = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
-        raise FileError(f"the hub says: {printable(str(error), 300)}", file=str(address), hint=hint) from None
+        raise FileError(f"the hub says: {said}", file=str(address), hint=hint) from None
 
 
 def commit_of(client: Any, address: Address) -> tuple[str, list[Entry]]:

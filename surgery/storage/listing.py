@@ -166,10 +166,24 @@ def _fit(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fit(parts[1:], pattern[1:])
 
 
+def folders_of(names: Iterable[str]) -> set[str]:
+    """The folders that some names lie in."""
+    parts = [name.split("/") for name in names]
+    return {"/".join(part[:n]) for part in parts for n in range(1, len(part))}
+
+
+def check_files(found: Listing) -> None:
+    """Raise FileError if what is there cannot be files of a disk: an object that is a folder of others, too."""
+    if both := folders_of(found.entries) & found.entries.keys():
+        raise FileError(f"{some(sorted(both))}: both an object and a folder of others", file=str(found.store.address),
+                        hint="name the folder in it that is wanted")  # fmt: skip
+
+
 def _in_bucket(store: Store) -> Listing:
     """All objects below the prefix; if there are none, the object of that key."""
-    if entries := [e for e in store.list(store.address.key, MOST) if e.name and not e.name.endswith("/")]:
-        return Listing(store, {e.name: e for e in entries})
+    if entries := {e.name: e for e in store.list(store.address.key, MOST) if e.name}:
+        markers = folders_of(entries)  # empty objects that programs make where people see folders
+        return Listing(store, {n: e for n, e in entries.items() if n not in markers or e.size})
     return Listing(store, _single(store), True)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from surgery.errors import FileError, known_as
 from surgery.storage.address import Address, is_address, parse
-from surgery.storage.listing import PARALLEL, Listing, listing
+from surgery.storage.listing import PARALLEL, Listing, check_files, listing
 from surgery.storage.remote import fingerprint, remote_of
 from surgery.tensors.elsewhere import POINTER, stand_in
 
@@ -53,6 +53,7 @@ def cache() -> Path:
 
 def _made(address: Address) -> Path:
     found = listing(address)
+    check_files(found)
     folder = (
         cache()
         / "remote"

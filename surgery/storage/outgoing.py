@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import OutputError, UsageError, known_as, some
-from surgery.storage.address import BUCKETS, Address, is_address, parse
+from surgery.storage.address import BUCKETS, Address, is_address
 from surgery.storage.claim import standing, taken
-from surgery.storage.listing import UNFINISHED
+from surgery.storage.listing import MOST, UNFINISHED
 from surgery.storage.mirror import cache
-from surgery.storage.push import Push, carried_out, digest, prepare
+from surgery.storage.push import Push, carried_out, check_no_object, destination, digest, prepare
 from surgery.storage.store import open_store
 from surgery.storage.streamed import Streamed
 from surgery.writing.leaving import leaving
@@ -48,7 +48,7 @@ def outgoing(dst: Path_, request: Request, bar: Bar = lambda total: nullcontext(
     if not is_address(dst):
         yield Path(dst)
         return
-    address = parse(dst)
+    address = destination(dst)
     if getattr(request, "shard", None):
         raise UsageError("--shard writes to a folder of this machine", hint="surgery push, when all are written")
     if request.force and address.scheme in BUCKETS:
@@ -98,13 +98,12 @@ def _vacant(address: Address, earlier: tuple[str, ...], force: bool) -> None:
 
         look(address, [], (), force)
         return
-    if address.scheme not in BUCKETS:
-        raise UsageError(f"{address}: only buckets and the hub are written to")
     store = open_store(address)
-    found = [e.name for e in store.list(address.key, 1000) if e.name and not e.name.endswith("/")]
+    found = [e.name for e in store.list(address.key, MOST) if e.name and not e.name.endswith("/")]
     if UNFINISHED not in found and found:
         raise OutputError(f"holds other objects: {some(found)}", file=str(address),
                           hint="choose another place, or remove what is there")  # fmt: skip
     there = standing(store) if found else {}
     if there and there.get("plan") not in earlier:
         raise taken(store, there)
+    check_no_object(store)

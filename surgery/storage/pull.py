@@ -21,7 +21,7 @@ from surgery.settings import Checked, setting, taking
 from surgery.storage.address import Address, is_address, parse
 from surgery.storage.contents import rank
 from surgery.storage.landing import Landing, landing
-from surgery.storage.listing import Listing, listing
+from surgery.storage.listing import Listing, check_files, listing
 from surgery.storage.proof import agrees
 from surgery.storage.together import Told, from_threads, together
 from surgery.units import human
@@ -95,6 +95,7 @@ def prepare(src: Path_, dst: Path_) -> Pulling:
 
 def carried_out(plan: Pulling, request: Pull) -> Pulled:
     """Pull what `prepare` has looked at."""
+    check_files(plan.found)
     began, told = time.monotonic(), request.progress or (lambda n: None)
     sizes = {name: (entry.size, entry.etag) for name, entry in plan.found.entries.items()}
     with os_errors(plan.dst), landing(plan.dst, str(plan.address), sizes) as place:

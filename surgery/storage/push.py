@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from glob import has_magic
 from pathlib import Path
 
 from surgery.errors import FileError, MismatchError, OutputError, UsageError, show, some
@@ -116,10 +117,7 @@ def prepare(src: Path_, dst: Path_, request: Push, sent: Mapping[str, str] | Non
     if is_address(src) or not is_address(dst):
         raise UsageError("surgery push takes a folder of this machine and an address",
                          hint="surgery push FOLDER s3://BUCKET/PREFIX")  # fmt: skip
-    address = parse(dst)
-    if address.scheme not in (*BUCKETS, "hf"):
-        raise UsageError(f"{show(str(address))}: only buckets and the hub are written to",
-                         hint=f"schemes: {', '.join(f'{s}://' for s in (*BUCKETS, 'hf'))}")  # fmt: skip
+    address = destination(dst)
     text = card(Path(src), address.name) if request.card else None
     generated = [(CARD, text)] if text else []
     items = contents(Path(src), generated)
@@ -133,7 +131,29 @@ def prepare(src: Path_, dst: Path_, request: Push, sent: Mapping[str, str] | Non
     etags = together(lambda item, stop: etag_of(item, told), here, FILES)
     known = {item.name: etag for item, etag in zip(here, etags, strict=True)} | dict(sent or {})
     plan = Pushing(address, tuple(items), known, {})
-    return replace(plan, there=_there(open_store(address), plan, request.supersedes))
+    store = open_store(address)
+    plan = replace(plan, there=_there(store, plan, request.supersedes))
+    check_no_object(store)
+    return plan
+
+
+def destination(dst: Path_) -> Address:
+    """An address that can be written to.  Raises UsageError."""
+    address = parse(dst)
+    if address.scheme not in (*BUCKETS, "hf"):
+        raise UsageError(f"{show(str(address))}: only buckets and the hub are written to",
+                         hint=f"schemes: {', '.join(f'{s}://' for s in (*BUCKETS, 'hf'))}")  # fmt: skip
+    if has_magic(address.key):
+        raise UsageError(f"{show(str(address))} would be taken for a pattern by whoever reads it",
+                         hint="choose a place without *, ? and [")  # fmt: skip
+    return address
+
+
+def check_no_object(store: Store) -> None:
+    """Raise OutputError if a bucket has an object in the place of a folder."""
+    if store.address.key and store.head(store.address.key):
+        what = "is an object, which a folder of the same name would hide"
+        raise OutputError(what, file=str(store.address), hint="choose another place")
 
 
 def digest(plan: Pushing) -> str:

@@ -30,6 +30,7 @@ from surgery.storage.refusals import KEYS, WAITS, Busy, Refused, refusal, refuse
 from surgery.tensors.files import AGAIN
 
 LOG = logging.getLogger(__name__)
+_ODD_KEY = re.compile(r'with invalid path: .*?"(.*?)"')
 R = TypeVar("R")
 T = TypeVar("T")
 TRIES = 3  # of a range, beyond what the client itself tries again
@@ -172,6 +173,9 @@ class Store:
         except (wrong.BaseError, OSError) as error:
             if found := refusal(str(error)):
                 raise refused(found, self.address.scheme, self.url(key), self._signed()) from None
+            if odd := _ODD_KEY.search(str(error)):
+                raise Refused(f"holds the key {show(odd[1])}, which names no file", file=self.url(key),
+                              hint="name a folder without it") from None  # fmt: skip
             if isinstance(error, (FileNotFoundError, wrong.NotFoundError)):
                 raise FileError("does not exist", file=self.url(key)) from None
             hint = "look at the address, the endpoint and the network, then try again"
