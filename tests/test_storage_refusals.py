@@ -36,6 +36,7 @@ def test_what_is_not_there_says_so(bucket: Bucket) -> None:
         ("s3://bucket/five-shads", r"did you mean s3://bucket/five-shards\?"),
         ("s3://bucket/five-shards/confg.json", r"did you mean s3://bucket/five-shards/config.json\?"),
         ("s3://bucket/five*/config.json", "patterns are for texts and tokens .* name one place"),
+        (f"s3://no-bucket/{'x' * 600}", "there is no such bucket"),
         ("s3://no-bucket/x", r"there is no such bucket[\s\S]*look at its name"),
         ("s3:bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),
         ("s3//bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),

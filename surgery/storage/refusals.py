@@ -1,13 +1,13 @@
 """What stores answer when they refuse, in words, and whether to ask again.
 
-refusal("... <Code>ExpiredToken</Code> ...")        # Refusal("the keys have expired", "renew them ...")
-refusal("... 429 Too Many Requests ...").wait       # True
+refusal("... <Code>ExpiredToken</Code> ...", "...").what        # "the keys have expired"
+refusal("... status code: 429 Too Many Requests", "...").wait   # True
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.errors import FileError
 
@@ -48,17 +48,25 @@ REFUSALS = {
     "SignatureDoesNotMatch": Refusal("the secret is not that of the key"),
     "RequestTimeTooSkewed": Refusal("the clock of this machine differs from the store's", "set the clock"),
     "PermanentRedirect": _REGION, "AuthorizationHeaderMalformed": _REGION, "incorrectly configured region": _REGION,
+    "performing token request": Refusal("no keys were found"),
     "SlowDown": _BUSY, "TooManyRequests": _BUSY, "ServerBusy": _BUSY,
     "AccessDenied": _DENIED, "Forbidden": _DENIED, "Unauthorized": _DENIED, "429": _BUSY, "503": _BUSY, "401": _DENIED,
     "403": _DENIED,
 }  # fmt: skip
-_WORDS = re.compile(r"<Code>(\w+)</Code>|(incorrectly configured region)|status code: (\d{3})")
+_WORDS = re.compile(r"<Code>(\w+)</Code>|(incorrectly configured region|performing token request)|status code: (\d{3})")
 
 
-def refusal(text: str) -> Refusal | None:
-    """What a client's error means; None if it is none of these."""
-    found = [word for match in _WORDS.finditer(text) for word in match.groups() if word]
-    return next((REFUSALS[word] for word in sorted(found, key=str.isdigit) if word in REFUSALS), None)
+def refusal(text: str, short: str) -> Refusal | None:
+    """What a client's error means; None if it is none of these.
+
+    A status alone does not tell who refuses, or why: what is `short` of the text is told, too.
+    """
+    found = [word for match in _WORDS.finditer(text) for word in match.groups() if word in REFUSALS]
+    if not found:
+        return None
+    word = min(found, key=str.isdigit)
+    known = REFUSALS[word]
+    return replace(known, what=f"{known.what}: {short}") if word.isdigit() and not known.wait else known
 
 
 def refused(found: Refusal, scheme: str, url: str, signed: bool) -> FileError:

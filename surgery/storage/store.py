@@ -171,7 +171,7 @@ class Store:
         except wrong.PreconditionError:
             raise replaced(self.url(key)) from None
         except (wrong.BaseError, OSError) as error:
-            if found := refusal(str(error)):
+            if found := refusal(str(error), _short(error)):
                 raise refused(found, self.address.scheme, self.url(key), self._signed()) from None
             if odd := _ODD_KEY.search(str(error)):
                 raise Refused(f"holds the key {show(odd[1])}, which names no file", file=self.url(key),
