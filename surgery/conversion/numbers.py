@@ -2,8 +2,9 @@
 
     remarks(ledger, parts)        # ["weights too large for float16 became infinite: 2 in all, in layers.0.mlp.up (2)"]
 
-The ledger counted them when the parts were written; a cast shows in the difference to the part's source.  Where parts
-are made of several folders' files, those are read again that may have brought a NaN.
+The ledger counted them when the parts were written, and what goes along of an optimizer's state; a cast shows in the
+difference to the part's source.  Where parts are made of several folders' files, those are read again that may have
+brought a NaN.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from surgery.errors import shown, some
 from surgery.tensors.extent import Extent
-from surgery.tensors.fingerprint import NOTHING, SOURCE, Ledger, not_finite
+from surgery.tensors.fingerprint import NOTHING, SOURCE, STATE, Ledger, not_finite
 from surgery.tensors.lazy import Lazy, boxes, walk
 from surgery.units import count
 
@@ -27,19 +28,25 @@ def remarks(ledger: Ledger, parts: Mapping[str, Lazy]) -> list[str]:
     overflowed: dict[str, int] = {}
     vanished: dict[str, int] = {}
     odd: dict[str, int] = {}
+    states: dict[str, int] = {}
     dtypes = set()
     for name, (dtype, _) in ledger.parts.items():
         if name.startswith(SOURCE):
             continue
         _, _, bad, zeros = ledger.counts.get(name, NOTHING)
+        if name.startswith(STATE):
+            role, _, part = name.removeprefix(STATE).partition("/")
+            states[f"{role} of {part}"] = bad
+            continue
         _, _, bad_before, zeros_before = ledger.counts.get(SOURCE + name, (0, 0, bad, zeros))
         overflowed[name], vanished[name], odd[name] = bad - bad_before, zeros - zeros_before, bad_before
         dtypes.add(dtype)
     into = "/".join(sorted(dtypes))
     return [
-        *_note(overflowed, f"too large for {into} became infinite"),
-        *_note(vanished, f"too small for {into} became 0"),
-        *(note + _origins(odd, parts) for note in _note(odd, "NaN or infinite")),
+        *_note(overflowed, f"weights too large for {into} became infinite"),
+        *_note(vanished, f"weights too small for {into} became 0"),
+        *(note + _origins(odd, parts) for note in _note(odd, "weights NaN or infinite")),
+        *_note(states, "NaN or infinite in the optimizer's state"),
     ]
 
 
@@ -62,4 +69,4 @@ def _note(counted: Mapping[str, int], what: str) -> list[str]:
     found = {name: n for name, n in counted.items() if n > 0}
     total = sum(found.values())
     named = some((f"{name} ({n})" for name, n in found.items()), SHOWN)
-    return [f"weights {what}: {count(total)} in all, in {named}"] if found else []
+    return [f"{what}: {count(total)} in all, in {named}"] if found else []

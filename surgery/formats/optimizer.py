@@ -37,6 +37,7 @@ UNTOLD = (
     "its files do not say the settings of its optimizer for {} (elastic checkpoints keep none): betas of 0.9 and "
     "0.999, eps 1e-8 and no weight decay are written in their place"
 )
+MIXED = "its optimizer treats some layers' {} otherwise than others': the settings of one of them are carried"
 _DTYPES = {"float32", "bfloat16", "float16"}
 _UNTRAINED = frozenset({"layers.{l}.router.bias"})  # parts that no optimizer moves, but the router itself
 
@@ -130,13 +131,21 @@ class Rounded(Lazy):
 
     def read(self, box: Box) -> torch.Tensor:
         master, weight = self.src.read(box), self.weight.read(box)
-        if not same_bits(master.to(weight.dtype), weight):
+        if not _same_but_nan(master.to(weight.dtype), weight):
             raise LayoutError(
                 f"the master of {self.name} does not round to its weight: they are not of the same tensor, or not of "
                 "the same save",
                 hint=ALONE,
             )
         return master
+
+
+def _same_but_nan(rounded: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Equal bits, but of NaNs, which processors round to NaNs of other bits."""
+    if same_bits(rounded, weight):
+        return True
+    nan = rounded.isnan() & weight.isnan()
+    return same_bits(rounded.masked_fill(nan, 0), weight.masked_fill(nan, 0))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -158,10 +167,11 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
         roles[MASTER] = gather(_of_states(table), proven, spec, topology, _UNTRAINED).parts
     else:
         roles[MASTER] = {}
-    groups = _by_part(states.groups, table, spec, topology)
+    groups, mixed = _by_part(states.groups, table, spec, topology)
     untold = sorted({template_of(name) for name in roles[M]} - groups.keys())
     groups |= dict.fromkeys(untold, Group())
-    notes = (*states.notes, *_widened(states), *([UNTOLD.format(some(untold))] if untold else []))
+    notes = (*states.notes, *_widened(states), *([UNTOLD.format(some(untold))] if untold else []),
+             *([MIXED.format(some(mixed))] if mixed else []))  # fmt: skip
     return Optimizer(roles, states.step, groups, MASTER in states.roles, notes, states.files)
 
 
@@ -255,13 +265,19 @@ def _template(name: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r"\{\w+\}", "0", name))
 
 
-def _by_part(groups: Mapping[str, Group], table: Table, spec: Spec, topology: Topology) -> dict[str, Group]:
-    """The groups by template of a part: layers are not told apart."""
-    known = {_template(name): group for name, group in groups.items()}
+def _by_part(
+    groups: Mapping[str, Group], table: Table, spec: Spec, topology: Topology
+) -> tuple[dict[str, Group], list[str]]:
+    """The groups by template of a part, and the parts of which layers or experts differ: these are not told apart."""
+    known: dict[str, list[Group]] = {}
+    for name, group in groups.items():
+        known.setdefault(_template(name), []).append(group)
     held = {template_of(name) for name in spec.part_names()}
     live = {r for r, _ in table.live(spec, topology) if not r.copy}  # a copy's name may be that of another weight
-    rows = [r for r in table.rows if r in live and _template(r.name) in known]
-    return {part: known[_template(r.name)] for r in rows for part in r.parts if part in held}
+    found = {part: known[_template(r.name)] for r in table.rows if r in live and _template(r.name) in known
+             for part in r.parts if part in held}  # fmt: skip
+    mixed = sorted(part for part, each in found.items() if len(set(each)) > 1)
+    return {part: each[-1] for part, each in found.items()}, mixed
 
 
 # ------------------------------------------------------------------------------------------------------- writing

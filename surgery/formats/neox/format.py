@@ -39,7 +39,7 @@ from surgery.formats.neox.config import read_config
 from surgery.formats.neox.inert import INERT
 from surgery.formats.neox.releases import NEWEST, RELEASES, Evidence, Release
 from surgery.formats.neox.table import Spelling, table
-from surgery.formats.neox.universal import read_universal, universal_files
+from surgery.formats.neox.universal import notes_of, read_universal, universal_files
 from surgery.formats.optimizer import ALONE, States, Written
 from surgery.formats.padding import multiple_of
 from surgery.formats.table import Table
@@ -181,7 +181,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
         table(spec, how),
         Topology(tp=tp),
         planned,
-        (*_remarks(spec, release, name), *([UNIVERSAL] if checkpoint.optimizer else [])),
+        (*_remarks(spec, release, name), *(notes_of(checkpoint.optimizer, whole) if checkpoint.optimizer else [])),
         write_config.program(release),
         write_config.HINT,
         partial(_with_states, planned, whole, checkpoint, topology, how.qkv),
@@ -327,11 +327,6 @@ def _remarks(spec: Spec, release: Release, name: str) -> Iterator[str]:
                "by about 1e-4")  # fmt: skip
 
 
-UNIVERSAL = (
-    "the optimizer's state is written as DeepSpeed's universal checkpoint: it is loaded with checkpoint: "
-    "{load_universal: true} in the configuration; take finetune and no_load_optim out of training.yml. The scheduler "
-    "is at the rate of the last update, held constant: override_lr_scheduler: true takes yours"
-)
 FORMAT = Format(
     name="neox",
     who="GPT-NeoX",

@@ -26,8 +26,21 @@ from surgery.containers import open_file
 from surgery.containers.output import OutputFile, text_file
 from surgery.containers.pickles.records import Obj, TensorRecord
 from surgery.containers.torch_writer import Record, torch_file
-from surgery.errors import FileError, LayoutError, show
-from surgery.formats.optimizer import ALONE, MASTER, MOMENTS, ROLES, Group, States, Written, group_of, one_step
+from surgery.errors import FileError, LayoutError, show, some
+from surgery.formats.optimizer import (
+    ALONE,
+    MASTER,
+    MOMENTS,
+    ROLES,
+    Group,
+    Optimizer,
+    States,
+    Written,
+    decay_changes,
+    group_of,
+    one_step,
+)
+from surgery.formats.table import Table
 from surgery.formats.topology import Rank
 from surgery.formats.torch_states import STEP, number_of
 from surgery.formats.weave import Shards, Stored
@@ -40,6 +53,11 @@ DEEPSPEED = "0.16.0"  # which wrote this form; releases refuse states of ZeRO be
 _FILES = {MASTER: "fp32", **{role: role for role in MOMENTS}}
 _COLUMNS = re.compile(r"\.(attention\.dense|mlp\.(linear2|dense_4h_to_h|w2))\.weight$")
 _TABLES = re.compile(r"\b(word_embeddings|final_linear)\.weight$")
+UNIVERSAL = (
+    "the optimizer's state is written as DeepSpeed's universal checkpoint: it is loaded with checkpoint: "
+    "{load_universal: true} in the configuration; take finetune and no_load_optim out of training.yml. The scheduler "
+    "is at the rate of the last update, held constant: override_lr_scheduler: true takes yours"
+)
 _SPARED = re.compile(r"\.bias$|layernorm\.|\bnorm\.")
 
 
@@ -186,3 +204,10 @@ def _group(group: Group, kind: bool, step: int) -> dict[str, Any]:
     return {"name": "weight_decay_params" if kind else "no_weight_decay_params", "lr": group.lr or 0.0,
             "betas": list(group.betas), "eps": group.eps, "weight_decay": group.weight_decay,
             "bias_correction": True, "step": step}  # fmt: skip
+
+
+def notes_of(found: Optimizer, table: Table) -> list[str]:
+    """What somebody who loads a universal checkpoint has to know."""
+    changed = sorted({part for _, part in decay_changes(found, table.rows, lambda name: not decays(name))})
+    told = f"GPT-NeoX decays all but norms and biases: {some(changed, 20)} did otherwise before"
+    return [UNIVERSAL, *([told] if changed else [])]
