@@ -6,6 +6,7 @@ weights in that rank's own file; with DeepSpeed at hand, its own code is asked a
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from surgery.formats.topology import Topology
 from surgery.tensors.in_memory import InMemory
 from tests import tiny
 from tests.oracle import same_bits
-from tests.test_optimizer import GOLDEN, Attack, equal, opened, values
+from tests.test_optimizer import GOLDEN, RANK, Attack, copied, equal, opened, trees_without_deepspeed, values
 
 CLASS = "deepspeed.checkpoint.universal_checkpoint.SubparamShape"
 
@@ -122,6 +123,29 @@ def test_whatever_the_ranks_the_state_is_the_same(tp, more, tmp_path):
         assert equal(values(opened(GOLDEN / "neox-zero1", "neox-zero1")), values(opened(one)))
         files = [sorted(p for p in zero_of(folder).rglob("*") if p.is_file()) for folder in (want, one)]
         assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+
+
+def test_what_ds_to_universal_makes_of_two_ranks_is_read(tmp_path):
+    """It joins the parts of ranks along rows, copies and columns too, where a run says no more (GPT-NeoX's do not)."""
+    folder = copied("neox-zero1", tmp_path / "run")
+    home, parts = folder / "global_step250", dict[tuple[str, str], list[torch.Tensor]]()
+    want = values(opened(folder, "neox-zero1"))
+    for mp in range(2):
+        state = trees_without_deepspeed(folder / RANK.format(mp))["optimizer_state_dict"]
+        (folder / RANK.format(mp)).unlink()
+        base = state["base_optimizer_state"]
+        for g, shapes in enumerate(trees_without_deepspeed(home / f"mp_rank_{mp:02d}_model_states.pt")["param_shapes"]):
+            flats = {"fp32": state["single_partition_of_fp32_groups"][g], **{m: base["state"][g][m] for m in MOMENTS}}
+            for stem, flat in flats.items():
+                pieces = flat[: sum(map(math.prod, shapes.values()))].split([math.prod(x) for x in shapes.values()])
+                for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+                    parts.setdefault((name, stem), []).append(piece.reshape(tuple(shape)))
+    for (name, stem), pieces in parts.items():
+        (home / "zero" / name).mkdir(parents=True, exist_ok=True)
+        torch.save({"param": torch.cat(pieces), "cat_dim": 0}, home / "zero" / name / f"{stem}.pt")
+        torch.save(2, home / "zero" / name / "step.pt")
+    torch.save({"param_groups": base["param_groups"], "ds_version": "0.19.8"}, home / "zero" / "optimizer_state.pt")
+    assert equal(values(opened(folder, "neox-zero1")), want)
 
 
 BLOCKS = SubparamShape([], ((4, 2, 2), 3), 0)
