@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -103,6 +104,7 @@ class MismatchError(SurgeryError):
     """A verification found a difference."""
 
 
+_ONE_SLASH = re.compile(r"^(s3|r2|gs|az|hf|https?):/(?=[^/])", re.I)  # what a Path makes of an address
 _names: dict[str, str] = {}
 
 
@@ -124,7 +126,7 @@ def shown(path: str | os.PathLike[str]) -> str:
     for folder, name in _names.items():
         if text == folder or text.startswith(f"{folder}/"):
             return name + text[len(folder) :]
-    return text
+    return _ONE_SLASH.sub(r"\1://", text)
 
 
 def show(value: object, limit: int = 80) -> str:

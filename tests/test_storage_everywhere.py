@@ -177,10 +177,11 @@ def test_a_plan_that_is_pushed_names_no_folder_of_this_machine_and_opens_elsewhe
     pull("s3://everywhere/private-plan", tmp_path / "there/plan")
     text = (tmp_path / "there/plan/plan.json").read_text()
     assert str(tmp_path) not in text and '"web/part-0-00000.npy"' in text and "far/" not in text
-    with pytest.raises(
-        ConfigError, match=r"does not say where its files lie[\s\S]*put them into \S*/there, or say --root"
-    ):
+    with pytest.raises(ConfigError, match=r"does not say where its files lie, and in \S*/there there is no web/"):
         open_plan(tmp_path / "there/plan")
+    for root in (None, tmp_path / "here"):
+        with pytest.raises(ConfigError, match=r"does not say where its files lie[\s\S]*beside the plan's folder"):
+            open_plan("s3://everywhere/private-plan", root=root)
     for name in ("web", "math"):
         shutil.copytree(tmp_path / "far" / name, tmp_path / "there" / name)
     shutil.rmtree(tmp_path / "here")

@@ -73,7 +73,7 @@ def _copied(address: Address, names: Sequence[str], only: Sequence[str], folder:
 
 def _bring(plan: Pulling) -> None:
     """Pull what is not there yet, or wait until another process or thread has."""
-    if not plan.dst.exists():
+    if plan.bytes and not plan.dst.exists():
         LOG.info("bringing %s here: %s", plan.address, human(plan.bytes))
     while not plan.dst.exists():
         try:

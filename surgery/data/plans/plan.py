@@ -142,7 +142,7 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     """
     folder = here(folder, only=FILES)
     file = read_plan_file(folder)
-    base = _base(file, folder) if root is None else Path(os.path.abspath(root))
+    base = _base(file, folder, root)
     sources = tuple(open_entries(s.name, s.entries, base, file.vocab_size, folder) for s in file.sources)
     now = {"tokenizer": _tokenizer_now(file, base), **{s.name: facts_of(s) for s in sources}}
     check_same(_facts_before(file, folder), now, str(folder))
@@ -152,13 +152,14 @@ def open_plan(folder: str | os.PathLike[str], *, root: str | os.PathLike[str] | 
     return plan
 
 
-def _base(file: PlanFile, folder: Path) -> Path:
-    """Where the files of a plan lie, as it says; of one that was published, beside its folder.  Raises ConfigError."""
-    base = Path(file.root) if file.root else Path(os.path.abspath(folder)).parent
-    paths = [e.path for s in file.sources for e in s.entries if not is_address(e.path)]
+def _base(file: PlanFile, folder: Path, root: str | os.PathLike[str] | None) -> Path:
+    """Where the files of a plan lie: `root` or the plan says it, else beside it.  Raises ConfigError."""
+    base = Path(os.path.abspath(root if root is not None else file.root or folder.parent))
+    paths = [entry.path for source in file.sources for entry in source.entries if not is_address(entry.path)]
     if not file.root and (missing := [path for path in paths if not (base / path).exists()]):
-        what = f"does not say where its files lie, and beside it there is no {some(missing)}"
-        raise ConfigError(what, file=folder / NAME, hint=f"put them into {shown(base)}, or say --root FOLDER")
+        where = "" if root is None and is_address(shown(folder)) else f", and in {base} there is no {some(missing)}"
+        raise ConfigError(f"does not say where its files lie{where}", file=folder / NAME,
+                          hint="put them beside the plan's folder, here, or say --root FOLDER")  # fmt: skip
     return base
 
 
