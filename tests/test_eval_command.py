@@ -238,3 +238,15 @@ def test_the_commands_of_the_page_do_what_it_says(scene, monkeypatch, line):
 def test_the_page_has_commands_of_every_kind():
     assert len(LINES) >= 10
     assert {"eval", "report"} == {line.split()[1] for line in LINES}
+
+
+def test_what_is_not_there_is_said_before_a_model_is_opened(tmp_path, monkeypatch):
+    def opened(*args, **kw):
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("surgery.midtraining.evaluation.opened.open_for_evaluation", opened)
+    nothing = tmp_path / "nothing"
+    assert "does not exist" in refused(MODEL, "--data", nothing)
+    assert "nothing" in refused(MODEL, "--text", nothing)
+    assert "nothing" in refused(MODEL, "--tasks", "chosen/*", "--task-data", nothing)
+    assert "no-such-task" in refused(MODEL, "--tasks", "no-such-task", "--task-data", GOLDEN / "tasks")

@@ -92,11 +92,14 @@ def _evaluated(
     from surgery.errors import UsageError
     from surgery.midtraining.evaluation.harness import run_harness
     from surgery.midtraining.evaluation.opened import open_for_evaluation
-    from surgery.midtraining.evaluation.run import Wanted, evaluate
+    from surgery.midtraining.evaluation.run import Wanted, check, evaluate
 
     harness = flags["engine"] == "lm-eval"
     if harness and (flags["data"] or flags["texts"] or flags["samples"] or not names):
         raise UsageError("--engine lm-eval goes with --tasks, and not with --data, --text or --samples")
+    wanted = Wanted(names, flags["task_data"], flags["data"], flags["texts"], flags["limit"], flags["batch"])
+    if not harness:
+        check(wanted)
     with progress_bars(quiet) as begin_bytes:
         opened = open_for_evaluation(
             path, format=flags["from_"], options=options_of(flags), progress=begin_bytes("open", None),
@@ -105,7 +108,6 @@ def _evaluated(
     if harness:
         scores = run_harness(opened, names, include=flags["task_data"], limit=flags["limit"])
         return {"model": opened.described(), "engine": "lm-eval", **scores}, []
-    wanted = Wanted(names, flags["task_data"], flags["data"], flags["texts"], flags["limit"], flags["batch"])
     with item_bars(quiet) as begin:
         return evaluate(opened, wanted, begin)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import FileError, UsageError
+from surgery.formats.registry import located
 from surgery.midtraining.evaluation.domains import heldout_loss
 from surgery.midtraining.evaluation.likelihood import BATCH, score
 from surgery.midtraining.evaluation.opened import Opened
@@ -40,6 +41,16 @@ class Wanted:
     texts: Sequence[str] = ()
     limit: int | None = None
     batch: int = BATCH
+
+
+def check(wanted: Wanted) -> None:
+    """Raise SurgeryError if what to evaluate on is not there: asked before a model is opened, which may take long."""
+    for path in wanted.texts:
+        _text(path)
+    for path in wanted.data:
+        located(path)
+    if wanted.tasks:
+        find_data(wanted.task_data).load(wanted.tasks, 1)
 
 
 def evaluate(opened: Opened, wanted: Wanted, begin: Begin = nobody) -> tuple[dict[str, Any], list[Told]]:
