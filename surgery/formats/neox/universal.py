@@ -90,8 +90,9 @@ def read_universal(folder: Path, shards: Shards) -> States | None:
             for rank, shard in shards.items():
                 roles[role][rank][name] = share(about, shard[name].shape, rank.tp, len(shards), path)
             files.append(path)
-        steps.append(_step(home / name / f"{STEP}.pt"))
-        files.append(home / name / f"{STEP}.pt")
+        counted = home / name / f"{STEP}.pt"
+        steps += [_step(counted)] if counted.is_file() else _steps(groups, counted)
+        files += [counted] if counted.is_file() else []
         alike = [group for group in known if bool(group.weight_decay) == decays(name)]
         settings[name] = next(iter(alike or known), Group())
     if all(weights[name].dtype == "float32" for name in settings):
@@ -151,9 +152,17 @@ def _are_counts(sizes: object) -> bool:
 
 
 def _step(path: Path) -> float:
-    if not path.is_file():
+    return _count(getattr(open_file(path), "root", None), path)
+
+
+def _steps(groups: Sequence[Mapping[str, Any]], path: Path) -> list[float]:
+    """What groups count, as of Apex's optimizer, whose states have no steps."""
+    if any(STEP not in group for group in groups):
         raise FileError("is missing, which says how often the parameter was updated", file=path)
-    found = getattr(open_file(path), "root", None)
+    return [_count(group[STEP], path) for group in groups]
+
+
+def _count(found: object, path: Path) -> float:
     if isinstance(found, Lazy):
         return number_of(found, path)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
