@@ -16,7 +16,7 @@
     surgery.describe("something").what                                     # whatever it is
     surgery.open_tensors("model.safetensors")["lm_head.weight"].shape      # stored names, no model knowledge
 
-Everything bad that a file or a flag can be raises `surgery.errors.SurgeryError`.
+Everything bad that a file or a flag can be raises `surgery.SurgeryError`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from surgery.containers import open_tensors
     from surgery.conversion.convert import convert
     from surgery.conversion.saving import save_checkpoint
+    from surgery.errors import SurgeryError
     from surgery.formats.registry import describe, open_checkpoint
     from surgery.formats.topology import Topology
     from surgery.merging.run import soup
@@ -38,11 +39,12 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 __all__ = [
-    "Topology", "collapse", "convert", "describe", "experts", "open_checkpoint", "open_tensors", "pull",
+    "SurgeryError", "Topology", "collapse", "convert", "describe", "experts", "open_checkpoint", "open_tensors", "pull",
     "push", "save_checkpoint", "soup", "upcycle", "verify",
 ]  # fmt: skip
 
 _WHERE = {
+    "SurgeryError": ("surgery.errors", "SurgeryError"),
     "Topology": ("surgery.formats.table", "Topology"),
     "collapse": ("surgery.upcycling.api", "collapse"),
     "convert": ("surgery.conversion.convert", "convert"),

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 def test_names() -> None:
     assert set(surgery.__all__) <= set(dir(surgery)) and not {"Any", "TYPE_CHECKING"} & set(dir(surgery))
     assert all(callable(getattr(surgery, name)) for name in surgery.__all__)
+    assert surgery.SurgeryError is SurgeryError
     assert surgery.__version__[0].isdigit() or surgery.__version__ == "unknown"
 
 

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from surgery.cli.main import main
 from surgery.errors import ConfigError, FileError, SurgeryError, UsageError
 from surgery.jobs.graph import graph_of
 from surgery.jobs.names import Several, Thing, text, value, words
@@ -14,6 +16,7 @@ from surgery.jobs.recipe import laid_over, read_recipe
 from surgery.jobs.spec import read_resources, seconds
 from surgery.jobs.step import near
 
+DOCS = Path(__file__).parent.parent / "docs"
 A, B = Thing("one-1", Path("/x/a b")), Thing("one-2", Path("/x/b"))
 NAMES = {"n": 3, "flag": True, "list": [1, "a b"], "one": Several((({"seed": 1}, A), ({"seed": 2}, B))), "one-1": A}
 
@@ -200,3 +203,62 @@ def test_times(text, expected):
 def test_resources():
     found = read_resources({"time": "1h", "memory": "64GB", "gpus": 8, "nodes": 2})
     assert (found.time, found.memory, found.gpus, found.nodes, found.chain) == (3600, 64_000_000_000, 8, 2, 1)
+
+
+UNFIT = """
+inputs: {model: model}
+steps:
+  flag: {surgery: convert $model $out --to meta --tpp 2}
+  format: {surgery: convert $model $out --to mta}
+  number: {surgery: convert $model $out --to meta --tp two}
+  missing: {surgery: convert $model $out}
+  more: {surgery: verify $model $model $model}
+  name: {surgery: data shw $model --step 1}
+  key:
+    surgery: midtrain $config --set data.plan=x
+    config: {model: {path: $model}, output: $out, train: {sed: 1}}
+"""
+REFUSED = """r.yaml: step flag: No such option '--tpp'. (Did you mean one of: '--pp', '--tp', '--vpp'?)
+  step format: there is no format 'mta'
+  step number: Invalid value for '--tp': 'two' is not a valid integer range.
+  step missing: Missing option '--to'.
+  step more: surgery verify: what is {model}?
+  step name: No such command 'shw'. Did you mean 'show'?
+  step key: key 'sed' is not known; did you mean 'seed'?
+"""
+SOUND = """
+inputs: {model: model}
+steps:
+  several: {surgery: report $model $model -o $out -q}
+  none: {surgery: formats --json}
+  key: {surgery: "midtrain $config --output $out", config: {model: {path: $model}, data: {plan: x}}}
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [("run", "--dry-run"), ("launch", "--scheduler", "slurm", "--write-only", "scripts")]
+)
+def test_commands_that_surgery_refuses_are_named_before_the_first_step(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("r.yaml").write_text(UNFIT)
+    done = CliRunner().invoke(main, [*command, "r.yaml"])
+    assert done.exit_code == 1 and REFUSED.format(model=tmp_path / "model") in done.stderr
+    Path("r.yaml").write_text(SOUND)
+    assert CliRunner().invoke(main, [*command, "r.yaml"], catch_exceptions=False).exit_code == 0
+    assert not Path("runs").exists() or command[0] == "launch"
+
+
+@pytest.mark.parametrize("page", ["recipes", "tutorial"])
+def test_recipes_of_the_pages_are_sound(tmp_path, monkeypatch, page):
+    """Every one that has steps; what it names from elsewhere is there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "mix", "SmolLM2-135M", "tiny", "Llama-3.2-1B", "text"):
+        Path(name).mkdir()
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.S)
+    recipes = [block for block in blocks if re.search("^steps:", block, re.M)]
+    assert recipes
+    for block in recipes:
+        Path("r.yaml").write_text(block if "\ninputs:" in block else f"inputs: {{model: model, mix: mix}}\n{block}")
+        done = CliRunner().invoke(main, ["run", "--dry-run", "r.yaml"])
+        assert done.exit_code == 0, done.output

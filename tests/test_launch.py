@@ -24,7 +24,7 @@ steps:
   train:
     matrix: {seed: $seeds}
     surgery: midtrain $config
-    config: {data: {seed: $seed, plan: $prep}, output: $out}
+    config: {model: {path: model}, data: {seed: $seed, mixture: $prep}, output: $out}
     resources: {time: 1-12:00:00, nodes: 2, gpus: 8, cpus: 32, memory: 512GB, processes: 8}
   soup: {shell: "cat $train > $out", resources: {gpus: 1, processes: 2, chain: 2}}
 """

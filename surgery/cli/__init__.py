@@ -6,6 +6,7 @@ terminal.py   streams, signals, logging      console.py    what is printed for p
 
 inspect.py convert.py verify.py formats.py ask.py soup.py upcycle.py push.py pull.py      a command each
 data.py (tokenize_flags.py, data_plan.py) attention.py midtrain.py eval.py report.py run.py launch.py
+(recipe_commands.py)
 
 show.py and show_answer.py, show_upcycling.py, show_verification.py, show_data.py, show_tokens.py, show_attention.py,
 show_midtraining.py, show_evaluation.py, show_run.py, show_push.py print what these answer, from

@@ -84,6 +84,7 @@ def launch_command(words: tuple[str, ...], as_json: bool, **flags: Any) -> None:
 
 
 def _launch(path: str, scheduler: Any, site: Any, flags: Any, as_json: bool) -> None:
+    from surgery.cli.recipe_commands import check_commands
     from surgery.jobs.graph import graph_of
     from surgery.jobs.launch import launch
     from surgery.jobs.run import chosen
@@ -91,6 +92,7 @@ def _launch(path: str, scheduler: Any, site: Any, flags: Any, as_json: bool) -> 
     recipe = _recipe(path, flags)
     steps = graph_of(recipe, path)
     wanted = chosen(steps, flags["only"], flags["start"])
+    check_commands(wanted, click.get_current_context().find_root().command, path)
     target = Path(flags["write_only"]) if flags["write_only"] else None
     done = launch(recipe, steps, wanted, scheduler, site, after=flags["after"], write_only=target)
     if as_json:

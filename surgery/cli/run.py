@@ -63,6 +63,7 @@ def run_command(recipe: str, dry_run: bool, verbose: bool, as_json: bool, **flag
     same, and its outputs are still what they were: by content, whatever their times. Stop it or kill it at any point
     and run it again: what is done is not repeated. `surgery launch` submits the same recipe to a cluster.
     """
+    from surgery.cli.recipe_commands import check_commands
     from surgery.errors import UsageError
     from surgery.jobs.graph import graph_of
     from surgery.jobs.recipe import read_recipe
@@ -73,6 +74,7 @@ def run_command(recipe: str, dry_run: bool, verbose: bool, as_json: bool, **flag
     asked = read_recipe(recipe, sets=flags["sets"], small=flags["small"], folder=flags["folder"])
     steps = graph_of(asked, recipe)
     wanted = chosen(steps, flags["only"], flags["start"])
+    check_commands(wanted, click.get_current_context().find_root().command, recipe)
     if dry_run:
         return _foresee(steps, wanted, flags["again"], as_json)
     if flags["accept"]:
