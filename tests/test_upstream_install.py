@@ -64,3 +64,21 @@ def test_a_program_without_its_python_or_its_source_is_skipped(home, tmp_path, m
     source = Source(str(tmp_path / "nowhere"), "abc", "ONE_HOME")
     assert "ONE_HOME may name a checkout" in install(monkeypatch, replace(PROGRAM, source=source))
     assert not list(home.iterdir())
+
+
+def test_a_program_that_is_no_package_is_fetched_once(home, tmp_path, monkeypatch):
+    origin = tmp_path / "origin"
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (origin / "megatron").mkdir(parents=True)
+    (origin / "megatron" / "x.py").write_text("x = 1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    monkeypatch.delenv("ONE_HOME", raising=False)
+    monkeypatch.setattr(run, "PROGRAMS", {"one": replace(PROGRAM, source=Source(str(origin), commit, "ONE_HOME"))})
+    assert run.fetch("one") == ""
+    assert (home / "source" / "megatron" / "x.py").read_text() == "x = 1\n"
+    (origin / ".git").rename(tmp_path / "gone")
+    assert run.fetch("one") == "" and run.environment("one")["ONE_HOME"] == str(home / "source")
+    monkeypatch.setenv("ONE_HOME", "elsewhere")
+    assert run.environment("one")["ONE_HOME"] == "elsewhere"
