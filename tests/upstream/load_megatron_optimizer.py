@@ -2,6 +2,7 @@
 
     python load_megatron_optimizer.py begin START KIND RUN STATE.pt     # two updates from weights, saved as RUN
     python load_megatron_optimizer.py go-on RUN KIND STATE.pt           # loads RUN
+    python load_megatron_optimizer.py again RUN flat SAVED.pt RANKS     # loads RUN's distrib_optim.pt and saves it
 
 KIND: `plain` (legacy files, no distributed optimizer, torch's AdamW), `fused` (the same with a FusedAdam, as all that
 follow), `flat` (legacy files and distrib_optim.pt), `dist` (torch_dist, fully_reshardable).  STATE gets weights,
@@ -153,8 +154,8 @@ def args_of(folder: Path) -> Namespace:
     return torch.load(file, weights_only=False)["args"]
 
 
-def work(rank: int, store: str, what: str, source: Path, kind: str, *outs: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS[kind])
+def work(rank: int, ranks: int, store: str, what: str, source: Path, kind: str, *outs: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     parallel_state.initialize_model_parallel(1)
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
     with OnCpu():
@@ -168,17 +169,21 @@ def work(rank: int, store: str, what: str, source: Path, kind: str, *outs: str) 
             run.save(Path(outs[0]), 2)
         else:
             run.load(folder)
-        start = run.held()
-        for step in range(2, 5):
-            run.update(step)
-        torch.save({"start": start, "later": run.held()}, f"{outs[-1]}.{rank}")
+        if what == "again":
+            run.optimizer.save_parameter_state(outs[0])
+        else:
+            start = run.held()
+            for step in range(2, 5):
+                run.update(step)
+            torch.save({"start": start, "later": run.held()}, f"{outs[-1]}.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def main(what: str, source: str, kind: str, *outs: str) -> None:
+    ranks = int(outs[1]) if what == "again" else RANKS[kind]
     with tempfile.TemporaryDirectory() as tmp:
-        mp.spawn(work, (f"{tmp}/store", what, Path(source), kind, *outs), nprocs=RANKS[kind])
+        mp.spawn(work, (ranks, f"{tmp}/store", what, Path(source), kind, *outs), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 PYTHON: one that has megatron-core; by default the environment that `tests.upstream.run` makes.  Megatron trains tiny
 models for two updates, saves them in each of its forms, and goes on for three.  What surgery makes of each save, by way
 of OLMo-core where that holds the model, is loaded by Megatron's own loaders, and three updates later every weight,
-master and moment must be that of the source's own run, bit for bit.
+master and moment must be that of the source's own run, bit for bit.  A distrib_optim.pt is also loaded on other numbers
+of data-parallel ranks, and what these save again must be the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -25,9 +26,15 @@ from tests import matrix, oracle, tiny
 from tests.upstream.run import last, python_for
 
 NAME = "megatron-core"
-FAMILIES = ("llama", "mixtral")
-TO = {"plain": "megatron", "fused": "megatron", "dist": "megatron-dist"}
-PAIRS = (("plain", "plain"), ("fused", "fused"), ("dist", "dist"), ("flat", "dist"))
+FAMILIES = ("llama", "qwen2", "mixtral")
+WRITTEN: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "plain": ("megatron", {"adam": "torch"}),
+    "fused": ("megatron", {"adam": "fused"}),
+    "dist": ("megatron-dist", {}),
+    "flat": ("megatron", {"optimizer": "distributed"}),
+}
+PAIRS = (("plain", "plain"), ("fused", "fused"), ("dist", "dist"), ("flat", "dist"), ("dist", "flat"), ("flat", "flat"))
+RANKS = (1, 3)  # data-parallel ranks that a state for any number of them is loaded on besides
 
 
 def script(python: str, *words: object) -> str:
@@ -71,15 +78,31 @@ def results(python: str, family: str, folder: Path) -> Iterator[tuple[str, str]]
 def went_on(python: str, folder: Path, kind: str, to: str, by: str) -> str:
     """Convert the save of one form into another, and let Megatron go on from it; "" or what is wrong."""
     source, out, state = folder / kind, folder / f"{kind}-{to}-{by}", folder / f"{kind}-{to}-{by}.pt"
-    options = {"spec": "local"} | ({"adam": "fused" if to == "fused" else "torch"} if to != "dist" else {})
+    form, options = WRITTEN[to]
     try:
         if by:
             surgery.convert(source, folder / f"{kind}-{by}", to=by, optimizer=True, sync=False, force=True)
             source = folder / f"{kind}-{by}"
-        surgery.convert(source, out, to=TO[to], options=options, optimizer=True, dtype="bf16", sync=False)
+        surgery.convert(source, out, to=form, options={"spec": "local", **options}, optimizer=True, dtype="bf16",
+                        sync=False)  # fmt: skip
     except SurgeryError as error:
         return str(error)
-    return script(python, "go-on", out, to, state) or differences(folder / f"{kind}.pt", state)
+    why = script(python, "go-on", out, to, state) or differences(folder / f"{kind}.pt", state)
+    return why or (saved_again(python, out, folder / "again.pt") if to == "flat" else "")
+
+
+def saved_again(python: str, run: Path, again: Path) -> str:
+    """Load distrib_optim.pt on other numbers of ranks and save it again: it must be the same; "" or what differs."""
+    ours = torch.load(next(run.rglob("distrib_optim.pt")), weights_only=True)
+    for ranks in RANKS:
+        if why := script(python, "again", run, "flat", again, ranks):
+            return f"on {ranks} ranks: {why}"
+        theirs = torch.load(again, weights_only=True)
+        for key, fields in ours[0].items():
+            if bad := [name for name, value in fields.items() if not torch.equal(
+                torch.as_tensor(value), torch.as_tensor(theirs[0][key][name]))]:  # fmt: skip
+                return f"on {ranks} ranks: {bad[0]} is another"
+    return ""
 
 
 def main(python: str | None = None) -> int:
