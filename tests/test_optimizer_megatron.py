@@ -61,6 +61,7 @@ FLAT_CASES = {
     "megatron-flat": (Topology(), "128"),
     "megatron-flat-tied": (Topology(tp=2, pp=2), "31"),
     "megatron-flat-experts": (Topology(ep=2), "64"),
+    "megatron-flat-mixed": (Topology(pp=2, ep=2), "64"),
 }
 IDENTIFIERS = (
     "wd_mult",
@@ -106,6 +107,36 @@ def test_the_distributed_optimizer_is_written_as_megatron_writes_it(case, tmp_pa
             assert other.keys() == {"optimizer"} and not any("params" in g for g in other["optimizer"]["param_groups"])
             assert all({key: group[key] for key in IDENTIFIERS} in said for group in one["optimizer"]["param_groups"])
     assert equal(values(opened(tmp_path / "m")), values(opened(GOLDEN / case)))
+
+
+def test_a_stage_without_experts_has_an_optimizer_of_none(tmp_path):
+    """Megatron's own entries, of the plain optimizer: numbers, states and masters of every rank."""
+    case = "megatron-plain-mixed"
+    surgery.convert(GOLDEN / case, tmp_path / "core", to="olmo-core", optimizer=True)
+    options = {"spec": "local", "adam": "fused", "vocab_multiple": "64", "iteration": "2"}
+    surgery.convert(tmp_path / "core", tmp_path / "m", to="megatron", optimizer=True, topology=Topology(pp=2, ep=2),
+                    options=options, dtype="bf16")  # fmt: skip
+    theirs = sorted((GOLDEN / case).rglob("model_optim_rng.pt"))
+    assert len(theirs) == 4
+    for path in theirs:
+        want, got = (
+            torch.load(p, weights_only=False)["optimizer"]
+            for p in (path, tmp_path / "m" / path.relative_to(GOLDEN / case))
+        )
+        for one, other in zip(want, got, strict=True):
+            assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
+            assert same(_plain(one["optimizer"]["state"]), _plain(other["optimizer"]["state"]))
+            assert same(_plain(one["fp32_from_fp16_params"]), _plain(other["fp32_from_fp16_params"]))
+            for group, ours in zip(one["optimizer"]["param_groups"], other["optimizer"]["param_groups"], strict=True):
+                assert all(group[key] == ours[key] for key in (*IDENTIFIERS, "params"))
+    assert equal(values(opened(tmp_path / "m")), values(opened(GOLDEN / case)))
+
+
+def _plain(tree: Any) -> Any:
+    """Without what parameters are besides tensors, the keys in order."""
+    if isinstance(tree, dict):
+        return {key: _plain(tree[key]) for key in sorted(tree)}
+    return [_plain(t) for t in tree] if isinstance(tree, list) else tree.detach()
 
 
 def test_virtual_stages_and_experts_that_share_no_tensors(tmp_path):

@@ -1,15 +1,17 @@
-"""Makes tests/golden/optimizer/megatron-{buckets,gathered,reshardable,flat}*: states by megatron-core itself.
+"""Makes tests/golden/optimizer/megatron-{buckets,gathered,reshardable,flat,plain}-*: states by megatron-core itself.
 
     .cache/upstream/megatron-core/bin/python tests/upstream/make_megatron_optimizer_goldens.py OUT [CASE ...]
 
 Two updates of a distributed optimizer by gradients that depend on name and place alone, saved on gloo ranks in three
 ways by `dist_checkpointing`, or in legacy files: tp 2 and pp 2 (in small buckets, but for `fully_reshardable`: core
 0.16.1 writes that wrongly where buckets are padded; tied, with an embedding of no round size), stages of one and of two
-layers, and experts on two ranks.  Calls for a GPU mean the CPU here.
+layers, and experts on two ranks.  The cases -mixed, to be named, have a stage without experts: their Adam is one of our
+own, for with torch's core 0.16.1 saves no optimizer without parameters.  Calls for a GPU mean the CPU here.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import zlib
@@ -21,6 +23,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from fused_adam import stand_in
+
+if any(name.endswith("-mixed") for name in sys.argv[2:]):
+    stand_in()  # Megatron asks for Apex when it is imported
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -42,6 +48,7 @@ ARGS: dict = dict(  # noqa: C408
     use_distributed_optimizer=True, ckpt_format="torch_dist",
 )  # fmt: skip
 SPARSE = {**ARGS, "num_experts": 2, "num_layers": 1}
+STAGED = {**SPARSE, "num_layers": 2, "moe_layer_freq": [0, 1], "ckpt_format": "torch"}
 UNEVEN = {**ARGS, "num_layers": 3, "decoder_first_pipeline_num_layers": 1}
 TIED = {**ARGS, "untie_embeddings_and_output_weights": False, "vocab_size": 61, "padded_vocab_size": 62,
         "make_vocab_size_divisible_by": 31, "ckpt_format": "torch"}  # fmt: skip
@@ -58,6 +65,8 @@ CASES = {
     "megatron-reshardable-experts": ("fully_reshardable", SPARSE, EXPERTS, None),
     "megatron-flat-tied": ("legacy", TIED, DENSE, None),
     "megatron-flat-experts": ("legacy", {**SPARSE, "ckpt_format": "torch"}, EXPERTS, None),
+    "megatron-flat-mixed": ("legacy", STAGED, (1, 2, 2), None),
+    "megatron-plain-mixed": ("legacy", {**STAGED, "use_distributed_optimizer": False}, (1, 2, 2), None),
 }
 
 
@@ -79,7 +88,8 @@ def without_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
     tp, pp, ep = sizes
     experts = {"num_moe_experts": a["num_experts"], "moe_ffn_hidden_size": a["moe_ffn_hidden_size"],
-               "moe_router_topk": 2, "moe_token_dispatcher_type": "alltoall"}  # fmt: skip
+               "moe_layer_freq": a["moe_layer_freq"], "moe_router_topk": 2,
+               "moe_token_dispatcher_type": "alltoall"}  # fmt: skip
     sparse = experts if a["num_experts"] else {}
     config = TransformerConfig(
         num_layers=a["num_layers"], hidden_size=a["hidden_size"], ffn_hidden_size=a["ffn_hidden_size"],
@@ -121,11 +131,14 @@ def rank_main(rank: int, world: int, store: str, out: Path, name: str) -> None:
     with torch.no_grad():
         for n, p in model.named_parameters():
             p.copy_(drawn(n, p, 0) * 0.1 + ("norm" in n))
+    distributed = a["use_distributed_optimizer"]
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=bucket is not None,
-                                        use_distributed_optimizer=True, bucket_size=bucket)  # fmt: skip
+                                        use_distributed_optimizer=distributed, bucket_size=bucket)  # fmt: skip
     wrapped = DistributedDataParallel(model.config, ddp, model)
-    settings = OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1, adam_beta2=0.95, bf16=True, clip_grad=0.0,
-                               params_dtype=torch.bfloat16, use_distributed_optimizer=True)  # fmt: skip
+    settings = OptimizerConfig(
+        optimizer="adam", lr=1e-3, weight_decay=0.1, adam_beta2=0.95, bf16=True, clip_grad=0.0,
+        params_dtype=torch.bfloat16, use_distributed_optimizer=distributed,
+    )  # fmt: skip
     optimizer = get_megatron_optimizer(settings, [wrapped])
     for group in optimizer.param_groups:
         group["weight_decay"] *= group["wd_mult"]  # as Megatron's scheduler does before each update
@@ -167,11 +180,12 @@ def save_legacy(
     folder.mkdir(exist_ok=True)
     weights = model.state_dict_for_save_checkpoint()
     torch.save({"model": weights, "optimizer": optimizer.state_dict(), **common}, folder / "model_optim_rng.pt")
-    optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
+    if common["args"].use_distributed_optimizer:
+        optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
 
 
 if __name__ == "__main__":
-    for case, (_, _, (tp, pp, ep), _) in ((name, CASES[name]) for name in sys.argv[2:] or CASES):
+    for case in sys.argv[2:] or [name for name in CASES if not name.endswith("-mixed")]:
         with tempfile.TemporaryDirectory() as folder:
-            world = tp * pp * ep
+            world = math.prod(CASES[case][2])
             mp.spawn(rank_main, (world, f"{folder}/store", Path(sys.argv[1]), case), nprocs=world)

@@ -101,10 +101,11 @@ def megatron_groups(written: Written, names: Collection[str], rates: Rates) -> l
     `rates` (`max_lr`, `min_lr`) would take the place of a run's own arguments: a group without them follows these.
     Raises LayoutError if the source's settings differ in more: Megatron would not apply them.
     """
-    return [{**_group(written, [n for n in names if decays(n) == kind], kind), **rates} for kind in (True, False)]
+    return [{**_group(written, [n for n in names if decays(n) == kind] or names, kind), **rates}
+            for kind in (True, False)]  # fmt: skip
 
 
-def _group(written: Written, names: list[str], kind: bool) -> dict[str, Any]:
+def _group(written: Written, names: Collection[str], kind: bool) -> dict[str, Any]:
     found = written.shared(names, "Megatron's optimizer")
     lr, decay = found.lr if found.lr is not None else 0.0, found.weight_decay if kind else 0.0
     return {

@@ -40,7 +40,8 @@ def read_states(ranks: Mapping[Rank, RankFile], args: Fields, topology: Topology
         if not optimizers:
             raise FileError("holds no optimizer's state, but other ranks do", file=file.path)
         for which, optimizer in enumerate(optimizers):
-            mine = _parameters(file, which if len(optimizers) > 1 else None)
+            if not (mine := _parameters(file, which if len(optimizers) > 1 else None)):
+                continue  # a stage without experts has an optimizer of none
             inner = optimizer.get("optimizer", optimizer)
             groups = groups_of(inner, file.path)
             if inner.get("state"):

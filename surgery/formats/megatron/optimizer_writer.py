@@ -20,7 +20,7 @@ from typing import Any
 from surgery.formats.megatron.buffers import borders_of, coalesced, holder
 from surgery.formats.megatron.dist_optimizer import Rates, megatron_groups
 from surgery.formats.megatron.optimizer import MASTERS
-from surgery.formats.megatron.parameters import Chunks, Parameter, parameters_of, state_of, trained_by
+from surgery.formats.megatron.parameters import Chunks, parameters_of, state_of, trained_by
 from surgery.formats.optimizer import MASTER, MOMENTS, Written
 from surgery.formats.topology import Topology
 from surgery.formats.torch_states import STEP
@@ -48,18 +48,23 @@ class Entry:
 
 
 def entry(written: Written, chunks: Chunks, topology: Topology, args: Mapping[str, Any], wanted: Wanted) -> Entry:
-    """The state of a rank, in one optimizer or, where experts have theirs, in two."""
+    """The state of a rank, in one optimizer or, where experts have theirs, in two: on stages without experts, too."""
     apart = topology.ep > 1 or topology.expert_tp != topology.tp
-    both = apart and any(".experts." in name for chunk in chunks.values() for name in chunk)
+    both = apart and bool(args.get("num_experts"))
     each: tuple[int | None, ...] = (0, 1) if both else (None,)
     if wanted.distributed:
         return _flat(written, chunks, topology, args, wanted, each)
-    found = [
-        _numbered(written, trained_by(which, parameters_of(chunks)), chunks, bool(which), wanted) for which in each
-    ]
+    found = [_numbered(written, chunks, which, wanted) for which in each]
     starts = [f"optimizer.{i}." if both else "optimizer." for i in range(len(each))]
     replicas = {start + path for start, (_, paths) in zip(starts, found, strict=True) for path in paths}
     return Entry(_one_or_both([tree for tree, _ in found]), frozenset(replicas))
+
+
+def _groups(written: Written, chunks: Chunks, which: int | None, wanted: Wanted) -> list[dict[str, Any]]:
+    """What decays and what does not, of one optimizer; where it has no parameters, with the settings of the others."""
+    every = parameters_of(chunks)
+    names = [p.name for p in trained_by(which, every) or every]
+    return [{**group, "is_expert_parallel": bool(which)} for group in megatron_groups(written, names, wanted.rates)]
 
 
 def _one_or_both(found: Sequence[Any]) -> Any:
@@ -74,25 +79,21 @@ def _flat(
     rank = next(iter(chunks))._replace(chunk=0)
     trees, held = [], []
     for which in each:
-        names = [p.name for p in trained_by(which, parameters_of(chunks))]
-        groups = [{**g, "is_expert_parallel": bool(which)} for g in megatron_groups(written, names, wanted.rates)]
-        trees.append({"optimizer": {"param_groups": groups}})
+        trees.append({"optimizer": {"param_groups": _groups(written, chunks, which, wanted)}})
         first = holder(rank, topology, experts=bool(which)) == rank
         held.append(coalesced(written, chunks, which, borders_of(args, rank)) if first else None)
     return Entry(_one_or_both(trees), beside=_one_or_both(held) if any(held) else None)
 
 
-def _numbered(
-    written: Written, mine: Sequence[Parameter], chunks: Chunks, experts: bool, wanted: Wanted
-) -> tuple[dict[str, Any], set[str]]:
-    """States by number, masters by group."""
+def _numbered(written: Written, chunks: Chunks, which: int | None, wanted: Wanted) -> tuple[dict[str, Any], set[str]]:
+    """States by number, masters by group.  An optimizer without parameters has the first group."""
+    mine = trained_by(which, parameters_of(chunks))
     kinds = [[p for p in mine if p.decays == kind] for kind in (True, False)]
-    held = [[state_of(written, chunks, p) for p in kind] for kind in kinds if kind]
-    groups = [g for g, kind in zip(megatron_groups(written, [p.name for p in mine], wanted.rates), kinds, strict=True)
-              if kind]  # fmt: skip
+    there = [(group, kind) for group, kind in zip(_groups(written, chunks, which, wanted), kinds, strict=True) if kind]
+    there = there or [(_groups(written, chunks, which, wanted)[0], [])]
+    held = [[state_of(written, chunks, p) for p in kind] for _, kind in there]
     numbers = iter(range(len(mine)))
-    for group, own in zip(groups, held, strict=True):
-        group |= {"params": list(itertools.islice(numbers, len(own))), "is_expert_parallel": experts}
+    groups = [{**group, "params": list(itertools.islice(numbers, len(kind)))} for group, kind in there]
     each = [one for own in held for one in own]
     state = {
         i: {
@@ -104,7 +105,7 @@ def _numbered(
     }
     inner = {"state": state, "param_groups": groups}
     masters = [[one[MASTER] for one in own if MASTER in one] for own in held]
-    nested = any(masters)
+    nested = any(written.roles[MASTER][rank] for rank in chunks)
     start = "optimizer." if nested else ""
     replicas = {f"{start}state.{i}.{role}" for i, one in enumerate(each) for role in MOMENTS if one[role].copy}
     if not nested:
