@@ -798,3 +798,12 @@ def test_no_reading_is_named_where_none_makes_sense(taught, tmp_path):
         try_readings(golden(GQA), tmp_path / "empty")
     with pytest.raises(FileError, match="is no file"):
         try_readings(golden(GQA), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("family", "hint"), [("granite", None), ("llama", "another release holds it: -O release=2024-11")]
+)
+def test_a_refusal_names_the_releases_that_hold_the_model(family, hint, tiny_hf, tmp_path):
+    with pytest.raises(ConfigError, match="cannot hold") as caught:
+        surgery.convert(tiny_hf(family), tmp_path / "out", to="neox", options={"release": "2023-05"})
+    assert caught.value.hint == hint

@@ -183,7 +183,7 @@ def draft(checkpoint: Checkpoint, topology: Topology, options: Options) -> Draft
         planned,
         (*_remarks(spec, release, name), *(notes_of(checkpoint.optimizer, whole) if checkpoint.optimizer else [])),
         write_config.program(release),
-        write_config.HINT,
+        write_config.hint(spec, release),
         partial(_with_states, planned, whole, checkpoint, topology, how.qkv),
         (whole, Topology()),
     )

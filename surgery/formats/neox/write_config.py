@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 from surgery.errors import ConfigError
 from surgery.formats.keys import write
-from surgery.formats.neox.config import TABLE
-from surgery.formats.neox.releases import Evidence, Release, ffn_width
+from surgery.formats.neox.config import TABLE, read_config
+from surgery.formats.neox.releases import RELEASES, Evidence, Release, ffn_width
 from surgery.model.spec import Spec
 
 Json = dict[str, object]
@@ -51,6 +51,12 @@ def shown(spec: Spec, release: Release) -> Evidence:
 
 def refuse(spec: Spec, release: Release) -> None:
     """Raise ConfigError naming what the code of a release would not make of its configuration."""
+    if found := _problems(spec, release):
+        raise ConfigError(f"{program(release)} cannot hold this {spec.family}: it has {', '.join(found)}",
+                          hint=hint(spec, release))  # fmt: skip
+
+
+def _problems(spec: Spec, release: Release) -> list[str]:
     said, mlp = {"intermediate_size": _said(spec, release)}, spelling_of_mlp(spec, release)
     width = ffn_width(said, release.ffn, mlp, spec.glu, spec.width)
     problems = {
@@ -65,13 +71,22 @@ def refuse(spec: Spec, release: Release) -> None:
         f"an ffn width of {spec.ffn} (this release makes {width} of a model width of {spec.width})": width != spec.ffn
         and not spec.experts,
     }  # fmt: skip
-    found = [name for name, is_so in problems.items() if is_so]
-    if found:
-        raise ConfigError(f"{program(release)} cannot hold this {spec.family}: it has {', '.join(found)}",
-                          hint=HINT)  # fmt: skip
+    return [name for name, is_so in problems.items() if is_so]
 
 
-HINT = "-O release=... writes for another release"
+def hint(spec: Spec, release: Release) -> str | None:
+    """Which other releases hold the model; None if none does."""
+    fit = [name for name, other in RELEASES.items() if other is not release and _holds(spec, other)]
+    return f"another release holds it: -O release={' or '.join(fit)}" if fit else None
+
+
+def _holds(spec: Spec, release: Release) -> bool:
+    try:
+        config = write_config(spec, release, tp=1, pp=1, multiple=1, dtype="float32")
+        back = read_config(config, "its config", shown(spec, release)).spec
+    except ConfigError:
+        return False
+    return not _problems(spec, release) and not spec.changes(back)
 
 
 def program(release: Release) -> str:
