@@ -16,9 +16,10 @@ def held() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def most_held(work: Callable[[], object]) -> int:
-    """The most that is seen while it goes on, in bytes, looking every few milliseconds."""
-    start, peak, done = held(), 0, threading.Event()
+def most_held(work: Callable[[], object], start: int | None = None) -> int:
+    """The most that is seen while it goes on, in bytes, looking every few milliseconds: beyond `start`, or what is held
+    before."""
+    start, peak, done = held() if start is None else start, 0, threading.Event()
 
     def watch() -> None:
         nonlocal peak

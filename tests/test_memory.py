@@ -53,7 +53,7 @@ def test_sizes_that_differ_a_little_share_buffers():
 
 
 def test_small_ones_and_what_is_too_much_are_not_kept(monkeypatch):
-    monkeypatch.setattr(memory, "KEPT", 3 * POOLED)
+    monkeypatch.setattr(memory, "_kept", 3 * POOLED)
     del (small := [buffer(POOLED - 1)])[:]
     assert memory._pooled == 0 and not small
     held = [buffer(POOLED) for _ in range(5)]

@@ -1,6 +1,6 @@
 """Peak memory (VmHWM), free memory, and a pool that reuses large buffers.
 
-keep_blocks()
+keep_blocks(1 << 30)
 data = buffer(2 << 20)
 peak = Peak()
 ...
@@ -10,7 +10,6 @@ peak.bytes()        # how far the process grew above what it occupied when `peak
 from __future__ import annotations
 
 import ctypes
-import functools
 import gc
 import re
 import resource
@@ -24,22 +23,25 @@ from pathlib import Path
 from typing import Any
 
 STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # glibc, malloc.h
 BLOCK, FREE = 8 << 20, 256 << 20  # bytes
 
 
-@functools.cache
-def keep_blocks() -> None:
-    """Have glibc keep freed memory for the next block, instead of giving it back and asking for it again.
+def keep_blocks(memory: int) -> None:
+    """Have glibc keep freed memory for the next block, as far as a budget has room for that, instead of giving it back.
 
-    Blocks up to 8 MiB then come from memory that is there, and up to 256 MiB of it stay.  By default every block is
-    mapped anew, or trimmed away when it is freed, and the page faults of its first use take several times as long as
-    what is done with it.  Process-wide; cannot be undone.  Where there is no glibc, nothing changes.
+    With a large one, blocks up to 8 MiB come from memory that is there, and up to 256 MiB of it stay.  By default every
+    block is mapped anew, or trimmed away when it is freed, and the page faults of its first use take several times as
+    long as what is done with it.  All threads share what is freed: by default each has memory of its own, which keeps
+    what the thread needed at the most.  Process-wide.  Where there is no glibc, nothing changes.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, BLOCK)
-        libc.mallopt(M_TRIM_THRESHOLD, FREE)
+        libc.mallopt(M_MMAP_THRESHOLD, min(BLOCK, memory // 64))
+        libc.mallopt(M_TRIM_THRESHOLD, min(FREE, memory // 8))
+        libc.mallopt(M_ARENA_MAX, 1)
+    global _kept
+    _kept = min(KEPT, memory // 8)
 
 
 def free_memory() -> int | None:
@@ -69,7 +71,7 @@ def settled() -> Iterator[None]:
 
 POOLED, ROUNDED, KEPT = 256 << 10, 256 << 10, 128 << 20  # bytes: of the least buffer that is pooled, of a step, of all
 _pool: defaultdict[int, list[Any]] = defaultdict(list)
-_pooled = 0
+_pooled, _kept = 0, KEPT
 _lock = threading.RLock()  # a buffer may be given back while this thread asks for one, by garbage collection
 
 
@@ -97,7 +99,7 @@ def buffer(size: int) -> Any:
 def _give_back(memory: Any) -> None:
     global _pooled
     with _lock:
-        if _pooled + len(memory) <= KEPT:
+        if _pooled + len(memory) <= _kept:
             _pool[len(memory)].append(memory)
             _pooled += len(memory)
 

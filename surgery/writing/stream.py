@@ -100,7 +100,7 @@ def write(
     changed.  All keep what was written for the next run, except Spoilt; nothing is begun where `dst` must not be.
     """
     dst = usable_path(dst)
-    keep_blocks()
+    keep_blocks(max_memory)
     _check_names(files)
     sources = _sources(files)
     if force:
@@ -147,7 +147,7 @@ def write_shard(
     The arguments are those of `write`, and so are the errors.  A share that is complete is left alone.
     """
     dst = usable_path(dst)
-    keep_blocks()
+    keep_blocks(max_memory)
     _check_names(files)
     mine = shard.share(files)
     sources, place = _sources(mine), shard.place(dst)

@@ -8,7 +8,7 @@ added in fp64, in the order of the chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.merging.engine.inputs import Block, Inputs
@@ -72,7 +72,7 @@ def totals(inputs: Inputs, values: Callable[[Block], Iterable[torch.Tensor]], sp
     """The sums of a tensor of any size: of every chunk, then of the chunks in their order, in fp64."""
     import torch
 
-    parts = inputs.scan(lambda block: [_total(v) for v in values(block)], span)
+    parts = inputs.scan(lambda block: [_total(v) for v in values(block)], span, inputs.piece)
     return [torch.tensor(column, dtype=torch.float64).sum() for column in zip(*parts, strict=True)]
 
 
@@ -90,9 +90,12 @@ def _total(values: torch.Tensor) -> float:
     return float(values.sum(dtype=torch.float64))
 
 
-def whole(inputs: Inputs, values: Values, span: int = 0) -> list[torch.Tensor]:
+def whole(inputs: Inputs, values: Values, span: int = 0) -> Iterator[torch.Tensor]:
     """What `values` makes of all blocks, joined: for small tensors, whose reductions are torch's own."""
     import torch
 
-    parts = inputs.scan(lambda block: [v.reshape(-1) for v in values(block)], span)
-    return [torch.cat(list(column)) for column in zip(*parts, strict=True)]
+    parts = inputs.scan(lambda block: [v.reshape(-1) for v in values(block)], span, inputs.piece)
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    del parts
+    while columns:
+        yield torch.cat(columns.pop(0))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 CHUNK = 1 << 20  # elements up to which reductions over a tensor are torch's own
 PIECE = 1 << 18  # elements that a scan looks at together: what stays in the cache of a core
-LARGE_PIECE = 1 << 20  # the same for compiled loops, which take it in strips
+LARGE_PIECE = 1 << 19  # the same for compiled loops, which take it in strips
 CROWD = 4  # sources up to which this holds: of more, the pieces are smaller, not the memory larger
 
 
@@ -126,10 +126,17 @@ class Inputs:
 
     @property
     def chunk(self) -> int:
-        """Elements that are scanned at once: whole rows, if possible."""
-        piece = (LARGE_PIECE if self.stored else PIECE) // self.crowd
-        row = max(1, self.shape[-1]) if self.shape else 1
-        return min(CHUNK, piece if row > piece else piece // row * row)
+        """Elements that are scanned at once where compiled loops may take them: whole rows, if possible."""
+        return self._rows(LARGE_PIECE if self.stored else PIECE)
+
+    @property
+    def piece(self) -> int:
+        """The same for torch, whose every step makes another tensor of the size."""
+        return self._rows(PIECE)
+
+    def _rows(self, most: int) -> int:
+        most, row = most // self.crowd, max(1, self.shape[-1]) if self.shape else 1
+        return min(CHUNK, most if row > most else most // row * row)
 
     @property
     def single(self) -> bool:
@@ -139,15 +146,15 @@ class Inputs:
     def scan(self, fn: Callable[[Block], T], span: int = 0, size: int = 0) -> list[T]:
         """`fn` of every chunk of the tensor, in order.
 
-        span 0: chunks are flat, [n], of `size` elements, and cut rows anywhere; else they keep the last `span`
+        They have `size` elements.  span 0: they are flat, [n], and cut rows anywhere; else they keep the last `span`
         dimensions whole.
         """
+        step = size or self.chunk
         if span == 0 or not self.shape:
-            step = size or self.chunk
             starts = range(0, self.numel, step)
             need = self._need(min(step, self.numel))
             return self.engine.map(lambda at: fn(self.flat(at, min(at + step, self.numel))), list(starts), need)
-        boxes = list(spanned(whole(self.shape), span, self.chunk))
+        boxes = list(spanned(whole(self.shape), span, step))
         need = self._need(max((math.prod(lengths(box)) for box in boxes), default=0))
         return self.engine.map(lambda box: fn(self.block(box, Again.YES)), boxes, need)
 

@@ -36,12 +36,12 @@ class Engine:
     """Threads to compute in, and what is known of the tensors that are being merged.
 
     loops  the compiled loops, see `compiled_loops`; None: everything is computed by torch
-    cache  what was read of tensors that are about to be merged, up to a third of `memory`
+    cache  what was read of tensors that are about to be merged, up to a quarter of `memory`
     """
 
     def __init__(self, threads: int = 1, memory: int = 1 << 30, loops: Any = None) -> None:
         self.threads, self.memory, self.loops = max(1, threads), memory, loops
-        self.cache = SourceCache(memory // 3)
+        self.cache = SourceCache(memory // 4)
         self._local = threading.local()
         self._pool: ThreadPoolExecutor | None = None
         self._known: OrderedDict[int, tuple[Any, object]] = OrderedDict()
@@ -54,9 +54,9 @@ class Engine:
     def map(self, fn: Callable[[Any], T], items: Sequence[Any], need: int = 0) -> list[T]:
         """`fn` of every item, in their order; in this thread if it is one of the pool's.
 
-        `need` is how many bytes one call takes: only so many run at once as fit into half of the memory.
+        `need` is how many bytes one call takes: only so many run at once as fit into a third of the memory.
         """
-        at_once = min(self.threads, max(1, self.memory // 2 // need)) if need else self.threads
+        at_once = min(self.threads, max(1, self.memory // 3 // need)) if need else self.threads
         if at_once == 1 or len(items) < 2 or threading.current_thread().name.startswith(NAME):
             return [fn(item) for item in items]
         if self._pool is None:
@@ -81,7 +81,7 @@ class Engine:
             large = [k for k, (known, _) in self._known.items() if known.nbytes > SMALL]
             total = sum(self._known[k][0].nbytes for k in large)
             for k in large[:-1]:
-                if total > min(KEPT, self.memory // 4):
+                if total > min(KEPT, self.memory // 8):
                     total -= self._known.pop(k)[0].nbytes
             return made
 

@@ -51,8 +51,10 @@ def _ordered(inputs: Inputs, ranks: list[int]) -> list[torch.Tensor]:
     import torch
 
     if inputs.single:
-        values = _importance(*inputs.all().tensors).reshape(-1)
-        return list(torch.sort(values)[0][ranks])
+        values = torch.cat(inputs.scan(lambda block: _importance(*block.tensors).reshape(-1), 1, inputs.piece))
+        found = (values.float() if values.itemsize == 2 else values).numpy()
+        found.partition(ranks)
+        return list(torch.from_numpy(found[ranks]).to(values.dtype))
     low, left, width = [0] * len(ranks), list(ranks), 1 << 16
     for _ in range(2):
         tables = _counted(inputs, low, width)
@@ -83,7 +85,7 @@ def _counted(inputs: Inputs, low: list[int], width: int) -> dict[int, torch.Tens
                 with lock:
                     table += found
 
-    inputs.scan(count, span=1)
+    inputs.scan(count, 1, inputs.piece)
     return tables
 
 

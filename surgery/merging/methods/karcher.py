@@ -75,7 +75,9 @@ def _karcher_span(inputs: Inputs, options: Options) -> Ready:
     import torch
 
     def products(block: Block) -> list[list[float]]:
-        stacked = torch.stack([t.double().reshape(-1) for t in block.tensors])
+        stacked = torch.empty(len(block.tensors), block.numel, dtype=torch.float64)
+        for row, t in zip(stacked, block.tensors, strict=True):
+            row.copy_(t.reshape(-1))
         return (stacked @ stacked.T).tolist()
 
     gram = torch.tensor(inputs.scan(products, size=PIECE // inputs.crowd), dtype=torch.float64).sum(0)

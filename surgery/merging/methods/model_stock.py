@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.merging.engine.arithmetic import norms, squares, sums, totals
+from surgery.merging.engine.arithmetic import squares, totals, whole
 from surgery.merging.engine.inputs import Block, Inputs
 from surgery.merging.engine.ready import Options, Ready
 from surgery.tensors.lazy import torch_dtype
@@ -48,11 +48,8 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
 
     def products(block: Block) -> Iterator[torch.Tensor]:
         offsets = block.deltas()
+        yield from map(squares, offsets)
         yield from (offsets[i] * offsets[j] for i, j in pairs)
-
-    def all_products(block: Block) -> Iterator[torch.Tensor]:
-        yield from map(squares, block.deltas())
-        yield from products(block)
 
     def compiled(block: Block) -> torch.Tensor:
         first, second = np.array([(i, i) for i in range(inputs.count)] + list(pairs)).T.copy()
@@ -61,8 +58,10 @@ def _products(inputs: Inputs, pairs: Sequence[tuple[int, int]]) -> tuple[list[to
         return out
 
     if inputs.single:
-        return norms(inputs, Block.deltas), sums(inputs, lambda block: list(products(block)))
-    found = list(sum(inputs.scan(compiled), torch.zeros(()))) if inputs.loops else totals(inputs, all_products)
+        offsets = list(whole(inputs, Block.deltas))
+        lengths = [torch.linalg.vector_norm(offset, dim=-1) for offset in offsets]
+        return lengths, [(offsets[i] * offsets[j]).sum() for i, j in pairs]
+    found = list(sum(inputs.scan(compiled), torch.zeros(()))) if inputs.loops else totals(inputs, products)
     dtype = torch_dtype(inputs.work)
     lengths = [s.sqrt().to(dtype) for s in found[: inputs.count]]
     return lengths, [d.to(dtype) for d in found[inputs.count :]]

@@ -34,7 +34,7 @@ def ramplus_tl(inputs: Inputs, options: Options) -> Ready:
         contributors = changed.sum(0)
         return torch.stack([(changed & (contributors > 1)).sum(1), (changed & (contributors == 1)).sum(1)])
 
-    shared, unique = torch.stack(inputs.scan(count)).sum(0)
+    shared, unique = torch.stack(inputs.scan(count, size=inputs.piece)).sum(0)
     rho = shared / unique.clamp(min=options["epsilon"])
     scales = 1 + options["r"] * rho.clamp(min=0, max=options["alpha"])
     return Ready(lambda block: _ram(block, options["epsilon"], scales))

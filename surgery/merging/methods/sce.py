@@ -47,7 +47,7 @@ def sce(inputs: Inputs, options: Options) -> Ready:
         return out
 
     if inputs.single and inputs.numel:
-        means = torch.stack(whole(inputs, vectors)).square().mean(dim=1)
+        means = torch.cat([v.reshape(1, -1).square().mean(dim=1) for v in whole(inputs, vectors)])
     elif inputs.loops:
         means = (sum(inputs.scan(compiled), torch.zeros(())).to(dtype) / inputs.numel).to(dtype)
     else:

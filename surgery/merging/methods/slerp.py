@@ -98,7 +98,7 @@ def _columns(inputs: Inputs, t: float, vectors: Any) -> Ready:
     dtype = torch_dtype(inputs.work)
 
     def add(fn: Any) -> list[torch.Tensor]:
-        parts = inputs.scan(lambda block: [v.double().sum(0) for v in fn(block)], span=len(inputs.shape) - 1)
+        parts = inputs.scan(lambda block: [v.double().sum(0) for v in fn(block)], len(inputs.shape) - 1, inputs.piece)
         return [torch.stack(list(column)).sum(0) for column in zip(*parts, strict=True)]
 
     a_norm, b_norm = (
