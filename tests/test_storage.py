@@ -157,6 +157,23 @@ def test_copies_serve_again_and_pointers_are_no_weights(
         open_checkpoint(folder)
 
 
+def test_of_a_run_with_many_checkpoints_only_what_is_looked_at_is_read(
+    bucket: Bucket, tiny_hf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_hf("llama")
+    url = bucket.upload(source, "many")
+    for i in range(30):
+        bucket.put(f"many/checkpoint-{i}", {"config.json": (source / "config.json").read_bytes(), "x.json": b"{}"})
+    bucket.upload(source, "many/checkpoint-7")
+    assert equal(open_checkpoint(url), open_checkpoint(source)) and not bucket.proxy.gets("checkpoint-")
+    assert equal(open_checkpoint(f"{url}/checkpoint-7"), open_checkpoint(source))
+    bucket.proxy.seen.clear()
+    assert surgery.describe("s3://bucket/many/").kind == "checkpoint"
+    mirror._known.clear()
+    assert equal(open_checkpoint(mirror.folder_of(url) / "checkpoint-7"), open_checkpoint(source))
+    assert not bucket.proxy.gets("checkpoint-8")
+
+
 def test_what_is_kept_stays_within_the_budget(bucket: Bucket, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "x.bin").write_bytes(bytes(24 << 20))

@@ -40,6 +40,7 @@ def test_what_is_not_there_says_so(bucket: Bucket) -> None:
         ("s3://no-bucket/x", r"there is no such bucket[\s\S]*look at its name"),
         ("s3:bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),
         ("s3//bucket/five-shards", r"did you mean s3://bucket/five-shards\?"),
+        ("file:///no/model", r"file of this machine[\s\S]*did you mean /no/model\?"),
         ("s3://", "the beginning of an address"),
         ("five*", "no file or folder has such a name"),
     ],
@@ -122,6 +123,8 @@ def test_names_in_a_bucket_lead_nowhere(bucket: Bucket) -> None:
         ("https://host/x?token=1", "a query"),
         ("http://example.org/x", "in the clear"),
         ("hf://name", "names no repository"),
+        ("https://huggingface.co/org/name", r"did you mean hf://org/name\?"),
+        ("https://huggingface.co/datasets/org/name/tree/main/a/b", r"did you mean hf://datasets/org/name@main/a/b\?"),
         ("https://me:pw@host/x", "password"),
         ("s3://bucket/a\tb", "control characters"),
         ("https://ho st/x", "a blank in its name"),
@@ -133,6 +136,7 @@ def test_addresses_that_are_refused(text: str, said: str) -> None:
 
 
 def test_addresses() -> None:
+    assert parse("https://huggingface.co/org/name/resolve/main/x.bin").key == "org/name/resolve/main/x.bin"
     assert str(parse("r2://olmo-data/preprocessed/x")) == "https://olmo-data.org/preprocessed/x"
     assert str(parse("hf://org/name@v1/sub")) == "hf://org/name@v1/sub"
     assert parse("hf://datasets/org/name").kind == "datasets"

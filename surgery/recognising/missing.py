@@ -33,6 +33,8 @@ def absent(path: str | os.PathLike[str]) -> FileError:
         full = f"{scheme}://{name}"
         if not name:
             return FileError("is the beginning of an address", file=full, hint="surgery inspect s3://BUCKET/PREFIX")
+        if scheme == "file":
+            return FileError("is a URL of a file of this machine", file=text, hint=f"did you mean /{name}?")
         how = "copy it to this machine first; read where they lie are s3://, r2://, gs://, az://, https:// and hf://"
         return FileError("is an address of a kind that is not read", file=full, hint=how)
     if not text:

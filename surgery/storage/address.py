@@ -23,6 +23,7 @@ _SHAPE = re.compile(rf"({'|'.join(SCHEMES)}):/{{1,2}}([^/].*)", re.I | re.S)
 _REPO = re.compile(
     r"(?:(?P<kind>models|datasets)/)?(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?"
 )
+_PAGE = re.compile(r"(?:www\.)?huggingface\.co/(?:(datasets)/)?([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/([^/]+)(?:/(.*))?)?")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,10 @@ def parse(path: str | os.PathLike[str]) -> Address:
     if scheme == "http" and not (LOCAL.fullmatch(parts.hostname or "") or os.environ.get("SURGERY_ALLOW_HTTP")):
         raise UsageError(f"{show(text)} is read in the clear, where anyone on the way may change it",
                          hint="write https://, or set SURGERY_ALLOW_HTTP=1 in a network that you trust")  # fmt: skip
+    if page := _PAGE.fullmatch(f"{parts.netloc}/{key}"):
+        kind, name, revision, path = page.groups(default="")
+        found = Address("hf", name, path, revision or None, kind or "models")
+        raise UsageError(f"{show(text)} is a page of the hub", hint=f"did you mean {found}?")
     return Address(scheme, f"{scheme}://{parts.netloc}", key)
 
 

@@ -25,6 +25,7 @@ from surgery.tensors.elsewhere import POINTER, stand_in
 COPIED = (".json", ".txt", ".model", ".yaml", ".yml", ".jinja", ".py", ".tiktoken", ".jsonl", ".chk", ".md")
 LARGEST = 64 << 20  # bytes of a file that is copied
 TOGETHER = 1 << 30
+BELOW = 50  # files; of more, those that are wanted are read where they lie
 FRESH = 5.0  # seconds that a listing counts: one command looks at the same place several times
 
 _known: dict[Address, tuple[float, Path]] = {}
@@ -60,10 +61,7 @@ def _made(address: Address) -> Path:
         / key_of(address, found)
         / (address.place.rpartition("/")[2] if found.single else address.name)
     )
-    small = [e for e in found.entries.values() if e.name.endswith(COPIED) and e.size <= LARGEST]
-    if sum(e.size for e in small) > TOGETHER:
-        small = []
-    copied = {e.name for e in small}
+    copied = _small(found)
     folder.mkdir(parents=True, exist_ok=True)
     for name in found.entries:
         path = folder / name
@@ -77,6 +75,14 @@ def _made(address: Address) -> Path:
         list(pool.map(lambda name: _copy(found, name, folder / name), sorted(copied)))
     known_as(str(folder), str(address).rpartition("/")[0] if found.single else str(address))
     return folder / address.name if found.single else folder
+
+
+def _small(found: Listing) -> set[str]:
+    """The files that are copied: the small ones, but none below folders if these are many, as in a run."""
+    small = [e for e in found.entries.values() if e.name.endswith(COPIED) and e.size <= LARGEST]
+    if len([e for e in small if "/" in e.name]) > BELOW:
+        small = [e for e in small if "/" not in e.name]
+    return {e.name for e in small} if sum(e.size for e in small) <= TOGETHER else set()
 
 
 def key_of(address: Address, found: Listing) -> str:

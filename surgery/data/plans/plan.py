@@ -159,7 +159,7 @@ def _base(file: PlanFile, folder: Path, root: str | os.PathLike[str] | None) -> 
     if not file.root and (missing := [path for path in paths if not (base / path).exists()]):
         where = "" if root is None and is_address(shown(folder)) else f", and in {base} there is no {some(missing)}"
         raise ConfigError(f"does not say where its files lie{where}", file=folder / NAME,
-                          hint="put them beside the plan's folder, here, or say --root FOLDER")  # fmt: skip
+                          hint="put them beside the plan's folder, here; --root names another")  # fmt: skip
     return base
 
 
