@@ -459,3 +459,24 @@ def test_record(mixed, tmp_path):
     assert json.loads((tmp_path / "out" / "surgery.json").read_text())["source_digest"] is None
     with run.prepared(run.read(path), Soup()) as plan:
         assert plan.bytes > 0
+
+
+@pytest.mark.parametrize("method", ["linear", "passthrough"])
+def test_values_that_the_last_cast_loses_are_counted(method, deep, tmp_path):
+    """As in conversions: too large ones become infinite, too small ones 0."""
+    from safetensors.torch import load_file, save_file
+
+    odd = tmp_path / "odd"
+    shutil.copytree(deep[1], odd)
+    tensors = load_file(odd / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = 1e6
+    tensors["model.layers.1.mlp.down_proj.weight"][0, :2] = 1e-9
+    save_file(tensors, odd / "model.safetensors", {"format": "pt"})
+    recipe = {"merge_method": method, "models": [{"model": str(odd), "parameters": {"weight": 1}}], "dtype": "float16"}
+    report = surgery.soup(recipe, tmp_path / "out")
+    assert [note for note in report.notes if "in all" in note] == [
+        "weights too large for float16 became infinite: 3 in all, in layers.1.mlp.up (3)",
+        "weights too small for float16 became 0: 2 in all, in layers.1.mlp.down (2)",
+    ]
+    wanted = tensors["model.layers.1.mlp.up_proj.weight"].half()
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"], wanted)

@@ -146,6 +146,20 @@ def test_what_is_no_number_is_counted_and_its_model_named(tmp_path: Path) -> Non
     assert note in json.loads((tmp_path / "out" / "surgery.json").read_text())["notes"]
 
 
+def test_values_that_the_last_cast_loses_are_counted(tmp_path: Path) -> None:
+    folder = saved(MODELS["reward model"], tmp_path, 1)[0]
+    held = weights(folder)
+    held["score.weight"][0, :3] = torch.tensor([1e6, 1e-9, 1e-10])
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    recipe = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1}}]}
+    report = surgery.soup({**recipe, "dtype": "float16"}, tmp_path / "out")
+    assert [note for note in report.notes if "in all" in note] == [
+        "weights too large for float16 became infinite: 1 in all, in score.weight (1)",
+        "weights too small for float16 became 0: 2 in all, in score.weight (2)",
+    ]
+    assert weights(tmp_path / "out")["score.weight"].dtype == torch.float16
+
+
 def test_numbers_without_end_in_names_are_names(tmp_path: Path) -> None:
     folders = saved(MODELS["reward model"], tmp_path)
     odd = {f"model.layers.{'9' * 5000}.x": torch.ones(2), "model.layers.0.²": torch.ones(3)}

@@ -15,6 +15,7 @@ from surgery.formats.topology import ONE_RANK, Rank
 from surgery.formats.weave import gather
 from surgery.merging.engine.inputs import Inputs
 from surgery.merging.engine.merged import Merged
+from surgery.merging.engine.pending import narrower, pending
 from surgery.merging.engine.pool import Engine
 from surgery.merging.layers import Layer, depths_of, merged_spec, out_layers, span
 from surgery.merging.methods.registry import METHODS
@@ -120,9 +121,9 @@ def merged_tensor(
     options = _options(recipe, tensor, {g.source.model: g for g in given}, order, base)
     lazies = [sources[m] for m in order]
     if recipe.method == "passthrough" and options["scale"] == [None]:
-        return cast(lazies[0], stored)
+        return pending(lazies[0], stored)
     inputs = Inputs(tensor.name, lazies, None if base is None else 0, work, recipe.seed, engine)
-    return Merged(method.run, inputs, options, stored)
+    return pending(Merged(method.run, inputs, options, work if narrower(work, stored) else stored), stored)
 
 
 def _options(

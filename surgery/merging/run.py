@@ -25,6 +25,7 @@ from surgery.formats.base import Checkpoint
 from surgery.formats.registry import by_side, named, recognise
 from surgery.merging import by_name
 from surgery.merging.derive import derive
+from surgery.merging.engine.pending import settled
 from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.mergekit import by_mergekit
 from surgery.merging.recipe import Recipe, parse_recipe, read_recipe
@@ -35,6 +36,7 @@ from surgery.running.expected import check_loads
 from surgery.settings import taking
 from surgery.storage.outgoing import outgoing
 from surgery.tensors.files import size_of
+from surgery.tensors.fingerprint import Ledger
 from surgery.writing import stream
 from surgery.writing.ahead import cores
 from surgery.writing.scratch import scratch
@@ -94,7 +96,9 @@ def prepared(recipe: Recipe, request: Soup) -> Iterator[Plan]:
         try:
             merged = derive(recipe, opened, request.arithmetic, engine, temporary)
             job = {"soup": repr(recipe), "arithmetic": request.arithmetic, "compiled": bool(engine.loops)}
-            plan = plan_for(merged, request, options=writing, job=job)
+            ledger = Ledger(numbers=True)
+            merged = replace(merged, parts=settled(merged.parts, ledger))
+            plan = plan_for(merged, request, options=writing, job=job, ledger=ledger)
             if engine.loops:
                 plan.ledger.row_sums = engine.loops.row_sums
             record = text_file(RECORD, _record(recipe, opened, request))
