@@ -807,3 +807,14 @@ def test_a_refusal_names_the_releases_that_hold_the_model(family, hint, tiny_hf,
     with pytest.raises(ConfigError, match="cannot hold") as caught:
         surgery.convert(tiny_hf(family), tmp_path / "out", to="neox", options={"release": "2023-05"})
     assert caught.value.hint == hint
+
+
+def test_where_gpt_neox_looks_for_the_tokenizer_is_told(tiny_hf, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_hf("llama"), source)
+    model = {"type": "WordLevel", "vocab": {f"t{i}": i for i in range(264)}, "unk_token": "t0"}
+    (source / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    notes = surgery.convert(source, tmp_path / "out", to="neox").notes
+    (note,) = [note for note in notes if "vocab_file" in note]
+    assert "tokenizer.json where it is started" in note
+    assert '"vocab_file": "tokenizer.json"' in next((tmp_path / "out").rglob("model.yml")).read_text()

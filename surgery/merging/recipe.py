@@ -166,7 +166,8 @@ def _other_kinds(r: Reader, data: Any) -> None:
     """Raise ConfigError for what is right elsewhere."""
     given = data if isinstance(data, dict) else {}
     if "experts" in given or "gate_mode" in given:
-        raise r.fail("", "this makes a mixture of experts, as mergekit-moe does", "surgery upcycle --strategy mix")
+        hint = "surgery upcycle BASE DST --strategy mix --source MODEL"
+        raise r.fail("", "this makes a mixture of experts, as mergekit-moe does", hint)
     if lost := [key for key in given if key in PARAMETERS]:
         raise r.fail("", f"{some(lost)}: it stands at the top", "move it under parameters")
 
