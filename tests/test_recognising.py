@@ -88,6 +88,8 @@ FOLDER_CASES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "hub-entry": ({"snapshots/a/x": "", "refs/main": "a"}, ("cache of the Hugging Face hub",)),
     "hub-cache": ({"models--a--b/refs/main": "a"}, ("cache of the Hugging Face hub",)),
     "run": ({"run.json": "{}", "metrics.jsonl": ""}, ("surgery report",)),
+    "run-checkpoint": ({"trainer.json": "{}", "MANIFEST.json": '{"step": 39}', "shard-00001-x.safetensors": ONE},
+                       ("every: 39}", "its command, repeated")),
     "plan": ({"plan.json": "{}"}, ("surgery data show",)),
     "tokens": ({"a.bin": b"12", "a.idx": b"MMIDIDX\0\0"}, ("surgery data inspect",)),
     "dataset": ({"dataset_info.json": "{}"}, ("surgery data tokenize",)),

@@ -52,6 +52,11 @@ def family(folder: Path) -> dict[str, str]:
     return {}
 
 
+def run_checkpoint(folder: Path) -> dict[str, str]:
+    """The step, as MANIFEST.json says it."""
+    return {"step": show(read(folder / "MANIFEST.json").get("step", "N"))}
+
+
 def size(path: Path) -> dict[str, str]:
     return {"size": human(size_of(path))}
 

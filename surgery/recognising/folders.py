@@ -33,7 +33,10 @@ FOLDERS = (
     Kind("unfinished", "an output of surgery that is not finished", when=_unfinished,
          next=("run the command again that was stopped: it goes on from here; or remove the folder",)),
     Kind("run", "a run of surgery midtrain", has=("run.json", "metrics.jsonl|config.resolved.yaml"),
-         next=("surgery report {path}",)),
+         next=("surgery report {path}", "surgery inspect {path}/export lists the models that it has written")),
+    Kind("run-checkpoint", "a checkpoint of a run of surgery midtrain, which goes on from it",
+         has=("trainer.json", "MANIFEST.json", "shard-*.safetensors"), facts=facts.run_checkpoint, next=(
+             "its command, repeated with --set 'export={{to: hf, every: {step}}}', writes it as a model and goes on",)),
     LORA,
     Kind("lora-config", "the config of a LoRA adapter without its weights", has=("adapter_config.json",),
          facts=facts.adapter, next=("adapter_model.safetensors is missing: copy or download it",)),
