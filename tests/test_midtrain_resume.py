@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from safetensors import safe_open
 
 from surgery.cli.main import main
 from surgery.errors import ConfigError, FileError, OutputError
@@ -302,6 +303,18 @@ def test_an_export_that_fails_at_the_end_loses_no_step(place, monkeypatch):
     monkeypatch.undo()
     assert any("checkpoints/step000000020" in line for line in go_on(place, export=[{"to": "hf"}]))
     assert (place / "out" / "export" / "step000000020-hf" / "model.safetensors").is_file()
+
+
+def test_what_is_wanted_in_another_way_is_written_again(place):
+    """Only that: an export that is there as it is wanted stays."""
+    weights = place / "out" / "export" / "step000000020-hf" / "model.safetensors"
+    seen = []
+    for dtype in ("fp32", "bf16", "bf16"):
+        go_on(place, export=[{"to": "hf", "dtype": dtype}])
+        with safe_open(weights, "pt") as opened:
+            seen.append((opened.get_tensor("model.norm.weight").dtype, weights.stat().st_ino))
+    assert [dtype for dtype, _ in seen] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert seen[1] == seen[2]
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,12 @@ def average(job: Job, state: State) -> None:
 class Exports:
     """The model in other formats, after so many steps; at the end, by `last`, its running means as well."""
 
-    def __init__(self, told: Told, folder: Path, command: Sequence[str], came: list[int]) -> None:
-        """`came`: signals; one that stops an export is put there."""
-        self.told, self.folder, self.command, self.came = told, folder, command, came
+    def __init__(
+        self, told: Told, folder: Path, command: Sequence[str], came: list[int], before: Sequence[Any] = ()
+    ) -> None:
+        """`came`: signals; one that stops an export is put there.  `before`: the exports of the settings that the run
+        had until now, as JSON."""
+        self.told, self.folder, self.command, self.came, self.before = told, folder, command, came, before
 
     def __call__(self, job: Job, state: State) -> None:
         if state["progress"].step < job.course.layout.steps:
@@ -118,9 +121,9 @@ class Exports:
                 self._export(job, state, dst, wanted, mean)
 
     def missing(self, job: Job, state: State) -> None:
-        """Make up for what a signal cut short."""
+        """Make up for what a signal cut short, and for what is wanted in another way than it was written."""
         for dst, wanted, mean in self._due(job, state):
-            if not parallel.first(job.world, dst.is_dir()):
+            if not parallel.first(job.world, dst.is_dir() and wanted.model_dump(mode="json") in self.before):
                 self._export(job, state, dst, wanted, mean)
             else:
                 self.told.exports.append(dst)

@@ -29,7 +29,7 @@ from surgery.midtraining.evaluating import Evaluations
 from surgery.midtraining.log import RunLog, View
 from surgery.midtraining.loop import Act, Job, State, fresh_state, prepare, train
 from surgery.midtraining.reference import with_reference
-from surgery.midtraining.resuming import previous, restore, said, versions
+from surgery.midtraining.resuming import previous, restore, said, settings_before, versions
 from surgery.midtraining.run_folder import EXPORT, claimed
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import Result, self_test
@@ -78,6 +78,7 @@ def midtrain(
     with claimed(folder) if world.main else nullcontext(), stops(world) as came:
         saved = previous(run, world, say)
         job = with_reference(prepare(run, progress, saved))
+        before = settings_before(folder).get("export") or ()
         told = Told(None, Meter(flops_per_token(job.source.spec, job.course.layout.length), _peak(job), world.size))
         state = fresh_state(job) | kept_besides(job, told)
         if saved:
@@ -89,17 +90,18 @@ def midtrain(
         if world.main:
             told.log = begin(job, folder, results, command, views(job))
             told.tokens, told.loss = state["progress"].tokens, told.log.last.get("loss", 0.0)
-        return trained(job, state, told, results, folder, command, came)
+        exports = Exports(told, folder / EXPORT, command, came, before)
+        return trained(job, state, told, results, folder, exports, came)
 
 
 def trained(
-    job: Job, state: State, told: Told, results: list[Result], folder: Path, command: Sequence[str], came: list[int]
+    job: Job, state: State, told: Told, results: list[Result], folder: Path, exports: Exports, came: list[int]
 ) -> Done:
     """Take the steps that are left, and do what is due after each."""
     progress = state["progress"]
     saver = Saver(folder / FOLDER, job.world, job.run.checkpoint, parallel.group(job.world))
     try:
-        evaluations, exports = Evaluations(job, told), Exports(told, folder / EXPORT, command, came)
+        evaluations = Evaluations(job, told)
         if job.begun:
             told.event(job.begun, "note", f"resumed from step {job.begun}")
             exports.missing(job, state)
