@@ -161,7 +161,7 @@ class _Hub(Quiet):
         commits = self.owner.commits.get(name)
         found = [c for c in commits or () if revision in (None, "main", c[0])]
         if not found:
-            return self.answer(404, b"", {"x-error-code": "RepoNotFound"})
+            return self.answer(404, b"", {"x-error-code": "RevisionNotFound" if commits else "RepoNotFound"})
         sha, files = found[-1]
         self.say({"id": name, "sha": sha, "siblings": [self.sibling(n, d) for n, d in files.items()]})
 

@@ -8,7 +8,7 @@ HF_ENDPOINT and HF_TOKEN are those of huggingface_hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +19,18 @@ from surgery.storage.address import Address
 from surgery.storage.listing import MOST, Listing
 from surgery.storage.refusals import KEYS
 from surgery.storage.store import EXTRA, Entry, Store, http_store, needs_client
+
+_TOKEN = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
+_NOT_FOUND = "there is no such repository, or it is not to be seen with this token"
+# what the hub means by its codes and by statuses -> what is told, and what to do
+REFUSALS: Mapping[str | int, tuple[str, str]] = {
+    "RepoNotFound": (_NOT_FOUND, _TOKEN),
+    "RevisionNotFound": ("the repository has no such branch, tag or whole commit", "look at what stands behind the @"),
+    "GatedRepo": ("the repository is for those who accepted its terms", f"accept them on its page; {_TOKEN}"),
+    401: ("the hub does not take the token", _TOKEN), 403: ("the token does not allow this", _TOKEN),
+    404: (_NOT_FOUND, _TOKEN),
+    429: ("the hub is asked too often", f"try again later; more is allowed with a token, from {KEYS['hf']}"),
+}  # fmt: skip
 
 
 def api() -> Any:
@@ -45,12 +57,13 @@ def said(address: Address) -> Iterator[None]:
     except RuntimeError as error:  # of an upload in a thread
         raise FileError(f"the hub says: {printable(str(error.__cause__ or error), 300)}", file=str(address)) from None
     except (of_client, OSError) as error:
-        said = printable(str(error), 300)
-        if getattr(error, "response", None) is None:
+        said, answer = printable(" ".join(str(error).split()), 300), getattr(error, "response", None)
+        if answer is None:
             hint = "look at the network, and at HF_ENDPOINT and HF_HUB_OFFLINE if they are set"
             raise FileError(f"the hub cannot be reached: {said}", file=str(address), hint=hint) from None
-        hint = f"look at the name and the revision; the token is taken from {KEYS['hf']}"
-        raise FileError(f"the hub says: {said}", file=str(address), hint=hint) from None
+        codes = (answer.headers.get("x-error-code"), answer.status_code)
+        known = next((REFUSALS[code] for code in codes if code in REFUSALS), (f"the hub says: {said}", _TOKEN))
+        raise FileError(known[0], file=str(address), hint=known[1]) from None
 
 
 def commit_of(client: Any, address: Address) -> tuple[str, list[Entry]]:
