@@ -6,14 +6,17 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from surgery.cli.main import main
+from surgery.cli.midtrain import _views
 from surgery.conversion.convert import convert
 from surgery.formats.registry import open_checkpoint
+from surgery.midtraining import trackers
 from surgery.midtraining.evaluation.opened import open_for_evaluation
 from surgery.midtraining.evaluation.run import Wanted, evaluate
 from surgery.midtraining.report.tables import tables
@@ -123,6 +126,19 @@ def test_how_much_is_told(place):
     assert [line for line in lines if line not in said.splitlines()] == []
     for begin in ("learning rate 0.003", "self-test causality", "step step=1 ", "step step=2 ", "eval step=2 "):
         assert sum(line.startswith(begin) for line in lines) == 1, begin
+
+
+@pytest.mark.parametrize(("begun", "told"), [(0, None), (12, 12)])
+def test_trackers_hear_where_a_run_goes_on(monkeypatch, tmp_path, begun, told):
+    """So that the same run of Weights & Biases goes on, and TensorBoard hides what is written again."""
+    heard = []
+    for name in ("TensorBoard", "Wandb"):
+        monkeypatch.setattr(trackers, name, lambda *given: heard.append(given[-1]))
+    run = make_run({"model": {"path": "m"}, "data": {"plan": "p"}, "output": str(tmp_path),
+                    "log": {"tensorboard": True, "wandb": "anneal"}})  # fmt: skip
+    job = SimpleNamespace(run=run, begun=begun, course=SimpleNamespace(layout=SimpleNamespace(steps=20)))
+    _views(job, as_json=False)
+    assert heard == [told, told]
 
 
 def test_the_same_settings_give_the_same_numbers(trained, place):

@@ -273,6 +273,7 @@ def _views(job: Job, as_json: bool) -> list[View]:
     if log.tensorboard or log.wandb:
         from surgery.midtraining.trackers import TensorBoard, Wandb
 
-        views += [TensorBoard(folder / "tensorboard")] if log.tensorboard else []
-        views += [Wandb(folder, log.wandb, job.run.model_dump(mode="json"))] if log.wandb else []
+        begun = job.begun or None
+        views += [TensorBoard(folder / "tensorboard", begun)] if log.tensorboard else []
+        views += [Wandb(folder, log.wandb, job.run.model_dump(mode="json"), begun)] if log.wandb else []
     return views

@@ -12,9 +12,10 @@ import click
 
 from surgery.cli.command import Command
 from surgery.cli.flags import JSON, flags_of, with_flags
-from surgery.cli.push import DRY_RUN
 from surgery.storage.pull import Pull
 from surgery.writing.progress import progress_bar
+
+DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be fetched; fetch nothing.")
 
 
 @click.command("pull", cls=Command)
