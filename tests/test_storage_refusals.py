@@ -187,3 +187,14 @@ def test_a_place_that_would_hide_an_object_or_be_a_pattern_is_not_written_to(
         with pytest.raises(UsageError, match="would be taken for a pattern"):
             work(f"s3://{BUCKET}/run*")
     assert bucket.objects("taken") == {"x.safetensors": b"mine"}
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    bucket: Bucket, tiny_hf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = bucket.upload(tiny_hf("llama"), "cached")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "file"))
+    for work in (open_checkpoint, lambda url: surgery.convert(tiny_hf("llama"), f"{url}-out", to="meta")):
+        with pytest.raises(FileError, match=r"file/\w+/\S+: cannot be written[\s\S]*SURGERY_CACHE says where"):
+            work(url)

@@ -13,7 +13,9 @@ import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.errors import FileError, known_as
@@ -62,10 +64,11 @@ def _made(address: Address) -> Path:
         / (address.place.rpartition("/")[2] if found.single else address.name)
     )
     copied = _small(found)
-    folder.mkdir(parents=True, exist_ok=True)
+    with caching(folder):
+        for parent in {(folder / name).parent for name in found.entries}:
+            parent.mkdir(parents=True, exist_ok=True)
     for name in found.entries:
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name not in copied:
             remote = remote_of(found, name)
             if not path.exists():
@@ -100,10 +103,17 @@ def _copy(found: Listing, name: str, path: Path) -> None:
 
 def _write(path: Path, data: bytes) -> None:
     """A file that is there whole or not at all, also if several processes write it."""
-    try:
+    with caching(path):
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
             file.write(data)
         os.replace(file.name, path)
+
+
+@contextmanager
+def caching(path: Path) -> Iterator[None]:
+    """Within, whoever cannot write to the cache is told which folder it is.  Raises FileError."""
+    try:
+        yield
     except OSError as error:
         raise FileError(f"cannot be written: {error.strerror}", file=path, hint="SURGERY_CACHE says where copies are "
                         "kept") from None  # fmt: skip

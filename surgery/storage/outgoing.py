@@ -23,7 +23,7 @@ from surgery.errors import OutputError, UsageError, known_as, some
 from surgery.storage.address import BUCKETS, Address, is_address
 from surgery.storage.claim import standing, taken
 from surgery.storage.listing import MOST, UNFINISHED
-from surgery.storage.mirror import cache
+from surgery.storage.mirror import cache, caching
 from surgery.storage.push import Push, carried_out, check_no_object, destination, digest, prepare
 from surgery.storage.store import open_store
 from surgery.storage.streamed import Streamed
@@ -54,7 +54,8 @@ def outgoing(dst: Path_, request: Request, bar: Bar = lambda total: nullcontext(
     if request.force and address.scheme in BUCKETS:
         raise UsageError("--force replaces nothing in a bucket", hint="choose another place, or remove what is there")
     base = cache() / "outgoing" / hashlib.sha256(str(address).encode()).hexdigest()[:20]
-    base.parent.mkdir(parents=True, exist_ok=True)
+    with caching(base):
+        base.parent.mkdir(parents=True, exist_ok=True)
     fd, lock = locked(base)
     try:
         place, plans = base / address.name, base / PLANS
