@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import LayoutError
-from surgery.tensors.fingerprint import Ledger, box_sum
+from surgery.formats.flat import joined
+from surgery.tensors.fingerprint import Ledger, Uncounted, box_sum
 from surgery.tensors.in_memory import InMemory
 from surgery.tensors.lazy import ITEMSIZE, bytes_of, torch_dtype, whole
 
@@ -202,3 +203,22 @@ def test_reads_outside_of_collect_do_not_count():
     tap.full()
     assert seen == {}
     assert ledger.counts == {}
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 40))
+@settings(max_examples=20, deadline=None)
+def test_a_replica_inside_a_flat_buffer_counts_nothing(seed, block):
+    """Read in any blocks, a buffer has every byte, and the ledger each original once."""
+    one, two = random_tensor((3, 5), "float32", seed), random_tensor((7,), "float32", seed + 1)
+    ledger = Ledger()
+    first, second = ledger.tap("one", InMemory(one)), ledger.tap("two", InMemory(two))
+    buffer = joined([(0, first), (16, second), (24, Uncounted(first))])
+    want = torch.cat([one.flatten(), torch.zeros(1), two, torch.zeros(1), one.flatten()])
+    pieces = []
+    for at in range(0, len(want), block):
+        with ledger.collect() as seen:
+            pieces.append(buffer.read(((at, min(at + block, len(want))),)))
+        ledger.add(seen)
+    assert bytes_of(torch.cat(pieces)) == bytes_of(want)
+    assert not ledger.gaps()
+    assert [ledger.counts[name][0] for name in ("one", "two")] == [fingerprint(one), fingerprint(two)]

@@ -38,7 +38,7 @@ BUCKET = START + "gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_{}
 
 @pytest.mark.parametrize(("buffers", "whole"), [
     ("megatron-buckets", "megatron-reshardable"), ("megatron-gathered", "megatron-reshardable"),
-    ("megatron-buckets-experts", "megatron-reshardable-experts"),
+    ("megatron-buckets-experts", "megatron-reshardable-experts"), ("megatron-buckets-virtual", "megatron-flat-virtual"),
 ])  # fmt: skip
 def test_buffers_of_ranks_hold_the_state_that_lies_under_the_weights(buffers, whole):
     found, want = opened(GOLDEN / buffers), opened(GOLDEN / whole)
@@ -62,6 +62,7 @@ FLAT_CASES = {
     "megatron-flat-tied": (Topology(tp=2, pp=2), "31"),
     "megatron-flat-experts": (Topology(ep=2), "64"),
     "megatron-flat-mixed": (Topology(pp=2, ep=2), "64"),
+    "megatron-flat-virtual": (Topology(pp=2, vpp=2), "64"),
 }
 IDENTIFIERS = (
     "wd_mult",

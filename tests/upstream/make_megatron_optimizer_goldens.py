@@ -5,8 +5,8 @@
 Two updates of a distributed optimizer by gradients that depend on name and place alone, saved on gloo ranks in three
 ways by `dist_checkpointing`, or in legacy files: tp 2 and pp 2 (in small buckets, but for `fully_reshardable`: core
 0.16.1 writes that wrongly where buckets are padded; tied, with an embedding of no round size), stages of one and of two
-layers, and experts on two ranks.  The cases -mixed, to be named, have a stage without experts: their Adam is one of our
-own, for with torch's core 0.16.1 saves no optimizer without parameters.  Calls for a GPU mean the CPU here.
+layers, virtual ones, and experts on two ranks.  The cases -mixed, to be named, have a stage without experts: their Adam
+is one of our own, for with torch's core 0.16.1 saves no optimizer without parameters.  Calls for a GPU mean the CPU.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ ARGS: dict = dict(  # noqa: C408
 SPARSE = {**ARGS, "num_experts": 2, "num_layers": 1}
 STAGED = {**SPARSE, "num_layers": 2, "moe_layer_freq": [0, 1], "ckpt_format": "torch"}
 UNEVEN = {**ARGS, "num_layers": 3, "decoder_first_pipeline_num_layers": 1}
+VIRTUAL = {**ARGS, "num_layers": 4, "virtual_pipeline_model_parallel_size": 2}
 TIED = {**ARGS, "untie_embeddings_and_output_weights": False, "vocab_size": 61, "padded_vocab_size": 62,
         "make_vocab_size_divisible_by": 31, "ckpt_format": "torch"}  # fmt: skip
 DENSE = (2, 2, 1)  # tp, pp, ep
@@ -63,6 +64,8 @@ CASES = {
     "megatron-reshardable": ("fully_reshardable", ARGS, DENSE, None),
     "megatron-buckets-experts": ("dp_reshardable", SPARSE, EXPERTS, None),
     "megatron-reshardable-experts": ("fully_reshardable", SPARSE, EXPERTS, None),
+    "megatron-buckets-virtual": ("dp_reshardable", VIRTUAL, STAGES, 700),
+    "megatron-flat-virtual": ("legacy", {**VIRTUAL, "ckpt_format": "torch"}, STAGES, None),
     "megatron-flat-tied": ("legacy", TIED, DENSE, None),
     "megatron-flat-experts": ("legacy", {**SPARSE, "ckpt_format": "torch"}, EXPERTS, None),
     "megatron-flat-mixed": ("legacy", STAGED, (1, 2, 2), None),
@@ -85,7 +88,8 @@ def without_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return lambda *a, **k: make(*a, **{key: "cpu" if key == "device" else v for key, v in k.items()})
 
 
-def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
+def build(a: dict, sizes: tuple[int, int, int], chunk: int | None) -> GPTModel:
+    """A stage of the model, or one chunk of a virtual pipeline's."""
     tp, pp, ep = sizes
     experts = {"num_moe_experts": a["num_experts"], "moe_ffn_hidden_size": a["moe_ffn_hidden_size"],
                "moe_layer_freq": a["moe_layer_freq"], "moe_router_topk": 2,
@@ -99,14 +103,17 @@ def build(a: dict, sizes: tuple[int, int, int]) -> GPTModel:
         num_layers_in_first_pipeline_stage=a.get("decoder_first_pipeline_num_layers"), bf16=True,
         use_cpu_initialization=True, bias_activation_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, persist_layer_norm=False, bias_dropout_fusion=False,
-        params_dtype=torch.bfloat16, **sparse,
+        virtual_pipeline_model_parallel_size=a["virtual_pipeline_model_parallel_size"], params_dtype=torch.bfloat16,
+        **sparse,
     )  # fmt: skip
     spec = (get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm") if sparse
             else get_gpt_layer_local_spec(normalization="RMSNorm"))  # fmt: skip
+    ends = {"ignore_virtual": chunk is None, "vp_stage": chunk}
     return GPTModel(
         config, spec, vocab_size=a["padded_vocab_size"], max_sequence_length=64, position_embedding_type="rope",
         share_embeddings_and_output_weights=not a["untie_embeddings_and_output_weights"],
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**ends), vp_stage=chunk,
+        post_process=parallel_state.is_pipeline_last_stage(**ends),
     ).bfloat16()  # fmt: skip
 
 
@@ -125,25 +132,27 @@ def rank_main(rank: int, world: int, store: str, out: Path, name: str) -> None:
     kind, a, (tp, pp, ep), bucket = CASES[name]
     on_the_cpu()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    parallel_state.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
+    virtual = a["virtual_pipeline_model_parallel_size"]
+    parallel_state.initialize_model_parallel(tp, pp, virtual, expert_model_parallel_size=ep)
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True)
-    model = build(a, (tp, pp, ep))
+    models = [build(a, (tp, pp, ep), v if virtual else None) for v in range(virtual or 1)]
+    named = [(f"{v or ''}{n}", p) for v, model in enumerate(models) for n, p in model.named_parameters()]
     with torch.no_grad():
-        for n, p in model.named_parameters():
+        for n, p in named:
             p.copy_(drawn(n, p, 0) * 0.1 + ("norm" in n))
     distributed = a["use_distributed_optimizer"]
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=bucket is not None,
                                         use_distributed_optimizer=distributed, bucket_size=bucket)  # fmt: skip
-    wrapped = DistributedDataParallel(model.config, ddp, model)
+    wrapped = [DistributedDataParallel(m.config, ddp, m, disable_bucketing=m is not models[0]) for m in models]
     settings = OptimizerConfig(
         optimizer="adam", lr=1e-3, weight_decay=0.1, adam_beta2=0.95, bf16=True, clip_grad=0.0,
         params_dtype=torch.bfloat16, use_distributed_optimizer=distributed,
     )  # fmt: skip
-    optimizer = get_megatron_optimizer(settings, [wrapped])
+    optimizer = get_megatron_optimizer(settings, wrapped)
     for group in optimizer.param_groups:
         group["weight_decay"] *= group["wd_mult"]  # as Megatron's scheduler does before each update
     for turn in (1, 2):
-        for n, p in model.named_parameters():
+        for n, p in named:
             p.main_grad.copy_(drawn(n, p, turn) * 0.01)
         optimizer.step()
     args = Namespace(**a, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, expert_model_parallel_size=ep,
@@ -154,32 +163,38 @@ def rank_main(rank: int, world: int, store: str, out: Path, name: str) -> None:
     where.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     if kind == "legacy":
-        save_legacy(where, model, optimizer, common, (pp, ep))
+        save_legacy(where, models, optimizer, common, (pp, ep))
     else:
-        save_sharded(where, model, optimizer, common, kind)
+        save_sharded(where, models, optimizer, common, kind)
     (out / name / "latest_checkpointed_iteration.txt").write_text("2")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def save_sharded(where: Path, model: GPTModel, optimizer: MegatronOptimizer, common: dict, kind: str) -> None:
+def by_chunk(state: Callable[[GPTModel], dict], models: list[GPTModel]) -> dict:
+    if len(models) == 1:
+        return {"model": state(models[0])}
+    return {f"model{i}": state(model) for i, model in enumerate(models)}
+
+
+def save_sharded(where: Path, models: list[GPTModel], optimizer: MegatronOptimizer, common: dict, kind: str) -> None:
     about = {"distrib_optim_sharding_type": kind, "singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-    weights = model.sharded_state_dict(metadata=about)
-    state = {"model": weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=about), **common,
+    weights = by_chunk(lambda model: model.sharded_state_dict(metadata=about), models)
+    state = {**weights, "optimizer": optimizer.sharded_state_dict(weights, metadata=about), **common,
              "content_metadata": about}  # fmt: skip
     dist_checkpointing.save(state, str(where))
 
 
 def save_legacy(
-    where: Path, model: GPTModel, optimizer: MegatronOptimizer, common: dict, sizes: tuple[int, int]
+    where: Path, models: list[GPTModel], optimizer: MegatronOptimizer, common: dict, sizes: tuple[int, int]
 ) -> None:
     """As pretrain_gpt.py saves, whose own code is not in the package: every rank here is the first of its copies."""
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
     ranks = (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank())
     folder = where / "_".join([name, *(f"{rank:03d}" for rank, n in zip(ranks, sizes, strict=True) if n > 1)])
     folder.mkdir(exist_ok=True)
-    weights = model.state_dict_for_save_checkpoint()
-    torch.save({"model": weights, "optimizer": optimizer.state_dict(), **common}, folder / "model_optim_rng.pt")
+    weights = by_chunk(lambda model: model.state_dict_for_save_checkpoint(), models)
+    torch.save({**weights, "optimizer": optimizer.state_dict(), **common}, folder / "model_optim_rng.pt")
     if common["args"].use_distributed_optimizer:
         optimizer.save_parameter_state(str(folder / "distrib_optim.pt"))
 
