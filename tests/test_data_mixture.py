@@ -176,6 +176,10 @@ def test_every_wrong_key_is_named_with_its_line(tmp_path):
         ("sequence_length: 8\nbudget: {tokens: 1, epochs: 2}\nsources: [{name: a, paths: a, weight: 1}]", "either"),
         ("sequence_length: 8.5\nsources: [{name: a, paths: a, weight: 1}]", "sequence_length is 8.5"),
         ("sequence_length: 8\nsources: [{name: a, paths: a, weight: -1}]", "weight is -1"),
+        (
+            "sequence_length: 8\nbudget: 40 kB\nsources: [{name: a, paths: a, weight: 1}]",
+            "write for example 4096, 500M",
+        ),
     ],
 )
 def test_mixtures_that_are_none(tmp_path, text, says):

@@ -13,7 +13,6 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -38,8 +37,10 @@ class Strict(BaseModel):
 def parse_count(value: Any) -> Any:
     """5_000, 50e9, "50B": a whole number."""
     if isinstance(value, str):
-        with suppress(UsageError):
+        try:
             return units.parse_count(value)
+        except UsageError as error:
+            raise ValueError(f"{error.what}: {error.hint}") from None
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
