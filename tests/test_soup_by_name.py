@@ -219,6 +219,31 @@ def test_families_with_a_table_keep_a_list_by_layer_as_long_as_they_are_deep(tmp
         assert len(model.config.layer_types) == model.config.num_hidden_layers == len(model.model.layers)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "smollm3"])
+def test_layers_keep_their_kind_where_a_file_leaves_it_to_the_program(family: str, tmp_path: Path) -> None:
+    """Older files have no `layer_types`: transformers makes them of the layers' numbers, which a merge changes."""
+    if family == "gemma2":
+        config: Any = T.Gemma2Config(**{**SMALL, "num_hidden_layers": 4}, head_dim=8, sliding_window=4)
+    else:
+        config = T.SmolLM3Config(**{**SMALL, "num_hidden_layers": 4}, no_rope_layer_interval=2)
+    (folder,) = saved(lambda: T.AutoModelForCausalLM.from_config(config), tmp_path, 1)
+    file = folder / "config.json"
+    said = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("layer_types", "no_rope_layers")}
+    file.write_text(json.dumps({**said, **({"no_rope_layer_interval": 2} if family == "smollm3" else {})}))
+    order = [1, 2, 2, 3]
+    slices = [{"sources": [{"model": str(folder), "layer_range": [i, i + 1]}]} for i in order]
+    surgery.soup({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    ids = torch.arange(24).reshape(1, -1)
+    with quiet(), torch.inference_mode():
+        kept, out = (T.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (folder, tmp_path / "out"))
+        for key in ("layer_types", "no_rope_layers"):
+            if old := getattr(kept.config, key, None):
+                assert getattr(out.config, key) == [old[i] for i in order]
+                setattr(kept.config, key, [old[i] for i in order])
+        kept.model.layers = torch.nn.ModuleList(kept.model.layers[i] for i in order)
+        assert torch.equal(*(model(ids, use_cache=False).logits for model in (kept, out)))
+
+
 def test_lists_by_layer() -> None:
     a = {"num_hidden_layers": 3, "layer_types": ["x", "y", "z"], "mlp_only_layers": [0], "eos_token_id": [1, 2, 3]}
     b = {"num_hidden_layers": 2, "layer_types": ["p", "q"], "mlp_only_layers": [1]}

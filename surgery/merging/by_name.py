@@ -32,7 +32,7 @@ from surgery.formats.base import PROVENANCE, main_dtype
 from surgery.formats.hf.files import weight_files
 from surgery.formats.weave import Stored
 from surgery.merging.assemble import Given, Tensor, idle_filters, merged_tensor
-from surgery.merging.depth import fitted, layers_of
+from surgery.merging.depth import fitted, layers_of, stated
 from surgery.merging.engine.pending import settled
 from surgery.merging.engine.pool import Engine, compiled_loops
 from surgery.merging.layers import out_layers, span
@@ -41,7 +41,7 @@ from surgery.merging.recipe import OutputSlice, Recipe
 from surgery.merging.references import model_folder
 from surgery.merging.request import Soup
 from surgery.merging.tokens import with_template
-from surgery.running.expected import check_loads, readable
+from surgery.running.expected import check_loads, readable, understood
 from surgery.tensors.files import check_unchanged, size_of, watched
 from surgery.tensors.fingerprint import SOURCE, Ledger
 from surgery.tensors.lazy import Lazy, Same
@@ -186,10 +186,11 @@ def _tensors(recipe: Recipe, folders: Folders, arithmetic: str, engine: Engine) 
 def _config(recipe: Recipe, folders: Folders, tensors: Mapping[str, Lazy]) -> dict[str, Any]:
     """The donor's config, with the layers and the dtype of the merge."""
     donor, depths = folders[recipe.donor], {model: folder.layers for model, folder in folders.items()}
-    config = dict(donor.config)
+    config = donor.config
     if not recipe.whole:
         sources = [(layer.slice.sources[0], layer.offset) for layer in out_layers(recipe, depths)]
-        config = fitted(config, [(folders[s.model].config, span(s, depths)[0] + offset) for s, offset in sources])
+        own = {model: stated(folder.config, understood(folder.config)) for model, folder in folders.items()}
+        config = fitted(own[recipe.donor], [(own[s.model], span(s, depths)[0] + offset) for s, offset in sources])
     dtype = main_dtype(tensors.values())
     return readable({**config, **{key: dtype for key in ("torch_dtype", "dtype") if key in config}})
 

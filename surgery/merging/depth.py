@@ -2,7 +2,8 @@
 
 fitted(config, [(config, 0), (config, 1), (config, 0)])["layer_types"]      # of three layers
 
-Lists with an entry per layer (`layer_types`, `no_rope_layers`) and lists of layers (`mlp_only_layers`) follow them.
+Lists with an entry per layer (`layer_types`, `no_rope_layers`) and lists of layers (`mlp_only_layers`) follow; where
+a file leaves such a list to whatever reads it, as older ones do, `stated` writes it out first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,17 @@ def layers_of(config: Config) -> int:
             if isinstance(section, Mapping) and type(section.get(key)) is int:
                 return int(section[key])
     return 0
+
+
+def stated(config: Config, understood: Config) -> dict[str, Any]:
+    """The config with the lists by layer that a program derives where there are none: by the layers' old numbers."""
+    out, layers = dict(config), layers_of(config)
+    for key, value in understood.items():
+        if key == TEXT and isinstance(value, Mapping) and isinstance(config.get(TEXT), Mapping):
+            out[key] = stated(config[TEXT], value)
+        elif config.get(key) is None and _per_layer(key, value, layers):
+            out[key] = value
+    return out
 
 
 def fitted(config: Config, origins: Origins) -> dict[str, Any]:

@@ -41,15 +41,21 @@ def check_loads(folder: Path, donor: Path | None = None) -> str:
 def readable(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the rope's classic keys as well, for programs that know no others; as it is where transformers
     would make another config of it."""
+    both = both_spellings(config)
+    one, other = understood(config), understood(both)
+    return both if one and other and _without(one, ROPE) == _without(other, ROPE) else config
+
+
+def understood(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers makes of a config, with all that it derives; nothing of a family that it does not know."""
     from transformers import AutoConfig
 
-    both = both_spellings(config)
     with quiet():
         try:
-            read = [AutoConfig.for_model(**copy.deepcopy(one)).to_dict() for one in (config, both)]
-        except Exception:  # whatever it raises on a family that it does not know
-            return config
-    return both if _without(read[0], ROPE) == _without(read[1], ROPE) else config
+            found: dict[str, Any] = AutoConfig.for_model(**copy.deepcopy(dict(config))).to_dict()
+        except Exception:  # whatever it raises on such a family
+            return {}
+    return found
 
 
 def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
