@@ -125,6 +125,7 @@ def handmade(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **con
         ({"lora_bias": True}, "lora_bias"),
         ({"use_bdlora": True}, "use_bdlora"),
         ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        ({"kasa_config": {}}, "kasa_config"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"some_new_method": 1}, "some_new_method"),
         ({"peft_type": "LOHA"}, "is no LoRA adapter"),

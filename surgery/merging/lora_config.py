@@ -129,7 +129,10 @@ def read_lora(folder: Path) -> LoraConfig:
         _whole_numbers(keys, "layers_to_transform"), _listed(keys, "layers_pattern"), _listed(keys, "modules_to_save"),
         keys.choice("bias", ("none", "all", "lora_only")), keys.flag("ensure_weight_tying"), start is False,
     )  # fmt: skip
-    odd = [*keys.unknown({*INERT, "peft_type"})] + ([] if known else [f"init_lora_weights: {show(start)}"])
+    empty = [key for key, value in config.items() if value == {} and key not in (*INERT, *DEFAULTS)]  # a method is on
+    odd = [*dict.fromkeys((*keys.unknown({*INERT, "peft_type"}), *empty))] + (
+        [] if known else [f"init_lora_weights: {show(start)}"]
+    )
     if odd:
         raise ConfigError(f"not understood, and the weights may depend on it: {some(odd)}", file=file, hint=MERGE)
     return found
