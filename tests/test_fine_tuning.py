@@ -82,6 +82,20 @@ def test_rows_hold_what_trl_makes_of_conversations(reader):
         shutil.rmtree("out")
 
 
+def test_data_of_fine_tuning_that_changed_are_made_anew_until_a_checkpoint_was_trained_on_them(reader):
+    for kind, name in (("sft", "chat"), ("dpo", "pairs")):
+
+        def rows(batch: int, kind: str = kind, name: str = name) -> int:
+            return len(batches(kind, batch=batch, sources=[{"name": name, "paths": f"{name}.jsonl"}]).rows(0))
+
+        assert [2 * rows(1), rows(2)] == [rows(2)] * 2
+        Path("out/checkpoints/step000000004").mkdir(parents=True)
+        rows(2)
+        with pytest.raises(ConfigError, match="rows_per_step: 2 -> 1" if kind == "sft" else "batch: 2 -> 1"):
+            rows(1)
+        shutil.rmtree("out")
+
+
 def test_no_turn_is_cut(reader):
     """Where rows are short, conversations end after an answer that is whole."""
     length = 30

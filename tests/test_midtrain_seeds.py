@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from surgery.data.plans.batches import Batches
 from surgery.data.plans.plan import open_plan
-from surgery.errors import UsageError
+from surgery.errors import ConfigError, UsageError
 from surgery.midtraining.run_file import read_run
 from surgery.midtraining.run_folder import find_runs, read_folder, read_soup
 from surgery.midtraining.seeds import make_soup, mean, parse_seeds, sets_of
+from surgery.midtraining.sources import open_batches
 from tests import tiny
 from tests.test_midtrain_command import MIX, TEXT, invoke
 
@@ -57,6 +58,29 @@ def said(place) -> str:
 
 def exported(place: Path, seed: int) -> Path:
     return next((place / "runs" / f"seed-{seed}" / "export").glob("*-hf")) / "model.safetensors"
+
+
+def test_a_mixture_that_changed_is_planned_anew_until_a_checkpoint_was_trained_on_it(place):
+    """And a dry run leaves no plan behind."""
+    mix, run = place / "changing.yaml", place / "changing-run.yaml"
+    mix.write_text((place / "mix.yaml").read_text())
+    run.write_text(RUN.replace("mix.yaml", "changing.yaml").replace("runs", "changing"))
+    first = json.loads(invoke("midtrain", str(run), "--dry-run", "--json"))["steps"]
+    assert not (place / "changing").exists()
+
+    def steps() -> int:
+        return open_batches(read_run(run)[0]).plan.order.size
+
+    before = steps()
+    mix.write_text(mix.read_text().replace("tokens: 6400", "tokens: 3200"))
+    assert 2 * json.loads(invoke("midtrain", str(run), "--dry-run", "--json"))["steps"] == pytest.approx(first, abs=1)
+    after = steps()
+    assert (before, after) == (200, 100)
+    (place / "changing/checkpoints/step000000004").mkdir(parents=True)
+    assert steps() == after
+    mix.write_text(mix.read_text().replace("tokens: 3200", "tokens: 1600"))
+    with pytest.raises(ConfigError, match=r"the mixture changed since the plan was made:\n.*budget.*3200.*1600"):
+        steps()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -181,9 +182,9 @@ def _foretell(call: Call, wanted: Any, nproc: int, nnodes: int) -> None:
     from surgery.midtraining.launching import torchrun
     from surgery.midtraining.loop import prepare
 
-    with progress_bars(quiet=False) as begin:
-        job = prepare(wanted, begin("open", None))
-    forecast = foretell(job, nproc * nnodes)
+    with TemporaryDirectory() as folder, progress_bars(quiet=False) as begin:  # plans of mixtures go there
+        job = prepare(wanted.model_copy(update={"output": folder}), begin("open", None))
+        forecast = foretell(job, nproc * nnodes)
     lines = torchrun(call.words(), nproc, nnodes) if nproc * nnodes > 1 else []
     if call.as_json:
         click.echo(json.dumps({**forecast.to_json(), "torchrun": lines}, indent=2))

@@ -13,11 +13,12 @@ A plan is one of `surgery data plan`, so it is inspected, resumed and divided am
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.data.plans.draft import Draft, draft_of
+from surgery.containers.text import read_json
+from surgery.data.plans.fingerprint import check_same, differences
 from surgery.data.plans.mixture import Mixture
 from surgery.data.strict import validated
 from surgery.data.tokenizing.pairs import PairFile, write_pairs
@@ -25,6 +26,7 @@ from surgery.data.tokenizing.sources import Source, find_sources
 from surgery.data.tokenizing.text import blocks
 from surgery.data.tokenizing.vocabulary import Vocabulary, load_vocabulary
 from surgery.errors import ConfigError, show, some
+from surgery.midtraining.checkpoint import FOLDER, steps
 from surgery.midtraining.settings import Run
 from surgery.midtraining.settings_data import Dialogue
 from surgery.writing.atomic import atomic_file, write_json
@@ -35,8 +37,8 @@ COLUMNS = ("prompt", "chosen", "rejected")
 PAIRS, NOTES = "pairs.npz", "pairs.json"  # in the run's folder
 
 
-def draft_conversations(run: Run) -> Draft:
-    """The plan of `data.kind: sft`, not written yet.  Raises ConfigError for columns that are not there."""
+def mixture_of(run: Run) -> Mixture:
+    """The mixture of `data.kind: sft`.  Raises ConfigError for columns that are not there."""
     data = run.data
     vocabulary = vocabulary_of(run)
     special = vocabulary.special
@@ -51,7 +53,7 @@ def draft_conversations(run: Run) -> Draft:
         "rows_per_step": data.batch,
         "seed": data.seed or 0,
     }
-    return draft_of(validated(mixture, Mixture), Path(run.output).parent)
+    return validated(mixture, Mixture)
 
 
 def _source(source: Dialogue, paths: list[str]) -> dict[str, Any]:
@@ -130,9 +132,13 @@ def vocabulary_of(run: Run) -> Vocabulary:
 
 
 def pairs_of(run: Run) -> Path:
-    """The file of batches of `data.kind: dpo`, made the first time; what was left out then lies beside it."""
+    """The file of batches of `data.kind: dpo`, made the first time; what it was made of, and without, lies beside it.
+
+    Raises ConfigError if a run that has checkpoints is told other data.
+    """
     data, path = run.data, Path(run.output) / PAIRS
-    if path.is_file():
+    told = data.model_dump(mode="json")
+    if path.is_file() and still_holds(run, read_json(path.with_name(NOTES))["data"], told, "data"):
         return path
     if data.batch is None:
         raise ConfigError("data.batch is missing: how many pairs has a step?")
@@ -148,5 +154,15 @@ def pairs_of(run: Run) -> Path:
     pad = vocabulary.special.get("pad", vocabulary.special.get("eos", 0))
     notes = write_pairs(path, files, vocabulary, data.chat_template, length=data.sequence_length, batch=data.batch,
                         epochs=int(next(iter(epochs))), seed=data.seed or 0, pad=pad)  # fmt: skip
-    write_json(path.with_name(NOTES), notes)
+    write_json(path.with_name(NOTES), {"data": told, "notes": notes})
     return path
+
+
+def still_holds(run: Run, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> bool:
+    """Whether what a run's folder holds was made of the settings `now`; what was not yet trained on may be made anew.
+
+    Raises ConfigError, naming what changed, if there are checkpoints.
+    """
+    if steps(Path(run.output) / FOLDER):
+        check_same(before, now, what)
+    return not differences(before, now)

@@ -6,16 +6,18 @@ batches = open_batches(run)          # offers what data/rows.py calls a RowSourc
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from surgery.data.plans.batches import Batches
-from surgery.data.plans.draft import draft_plan
+from surgery.data.plans.draft import draft_of
+from surgery.data.plans.mixture import Mixture, read_mixture
 from surgery.data.plans.plan import Plan, open_plan, write_plan
 from surgery.data.rows import RowSource
 from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError
 from surgery.midtraining.course import rows_per_unit
-from surgery.midtraining.dialogue import NOTES, draft_conversations, pairs_of
+from surgery.midtraining.dialogue import NOTES, mixture_of, pairs_of, still_holds
 from surgery.midtraining.settings import Run
 from surgery.storage.copies import here
 
@@ -35,7 +37,7 @@ def open_batches(run: Run) -> RowSource:
 def said_of(run: Run, batches: RowSource) -> list[str]:
     """What was left out of the data of fine-tuning."""
     if run.data.kind == "dpo":
-        found: list[str] = json.loads((Path(run.output) / NOTES).read_text())
+        found: list[str] = json.loads((Path(run.output) / NOTES).read_text())["notes"]
         return found
     return list(batches.plan.file.notes) if run.data.kind == "sft" and isinstance(batches, Batches) else []
 
@@ -46,14 +48,26 @@ def _of_plan(run: Run) -> RowSource:
 
 
 def _planned(run: Run) -> Plan:
-    """The plan of the mixture, made the first time and found again by a run that goes on."""
-    place = Path(run.output) / PLAN
+    """The plan of the mixture, made the first time and found again by a run that goes on.
+
+    Raises ConfigError if the mixture is another one now, and the run has checkpoints.
+    """
+    place, mixture, root = Path(run.output) / PLAN, *_mixture(run)
     if place.is_dir():
-        return open_plan(place)
+        plan = open_plan(place)
+        if still_holds(run, plan.mixture.model_dump(mode="json"), mixture.model_dump(mode="json"), "the mixture"):
+            return plan
+    return write_plan(draft_of(mixture, root), place, force=True)
+
+
+def _mixture(run: Run) -> tuple[Mixture, Path]:
+    """What is to be planned, and the folder that its paths start from."""
     if run.data.kind == "sft":
-        return write_plan(draft_conversations(run), place)
+        return mixture_of(run), Path(run.output).parent
     assert run.data.mixture
-    return write_plan(draft_plan(run.data.mixture, seed=run.data.seed), place)
+    mixture = read_mixture(run.data.mixture)
+    seed = mixture.seed if run.data.seed is None else run.data.seed
+    return mixture.model_copy(update={"seed": seed}), Path(os.path.abspath(run.data.mixture)).parent
 
 
 def _recorded(run: Run, path: str | Path) -> RowSource:
