@@ -106,7 +106,7 @@ def test_the_distributed_optimizer_is_written_as_megatron_writes_it(case, tmp_pa
         for one, other in zip(want, got, strict=True):
             said = [{key: group[key] for key in IDENTIFIERS} for group in other["optimizer"]["param_groups"]]
             assert other.keys() == {"optimizer"} and not any("params" in g for g in other["optimizer"]["param_groups"])
-            assert all({key: group[key] for key in IDENTIFIERS} in said for group in one["optimizer"]["param_groups"])
+            assert said == [{key: group[key] for key in IDENTIFIERS} for group in one["optimizer"]["param_groups"]]
     assert equal(values(opened(tmp_path / "m")), values(opened(GOLDEN / case)))
 
 
@@ -141,14 +141,19 @@ def _plain(tree: Any) -> Any:
 
 
 def test_virtual_stages_and_experts_that_share_no_tensors(tmp_path):
-    """Buffers of each chunk, and two ranks of a grid of four: read back as they were."""
-    for case, topology, etp in (("hf-llama", Topology(pp=1, vpp=2), "auto"), ("hf-qwen3_moe", Topology(2, 1, 2), "1")):
+    """Buffers of each chunk, and two ranks of a grid of four: read back as they were.  Experts have an optimizer of
+    their own only where they are divided among ranks, whatever etp says: so they do in Megatron's layers."""
+    cases = {"chunks": ("hf-llama", Topology(vpp=2), "auto"), "divided": ("hf-qwen3_moe", Topology(2, 1, 2), "1"),
+             "repeated": ("hf-qwen3_moe", Topology(2), "1")}  # fmt: skip
+    held = {}
+    for name, (case, topology, etp) in cases.items():
         options = {"optimizer": "distributed", "etp": etp, "vocab_multiple": "1"}
-        surgery.convert(GOLDEN / case, tmp_path / case, to="megatron", optimizer=True, topology=topology,
+        surgery.convert(GOLDEN / case, tmp_path / name, to="megatron", optimizer=True, topology=topology,
                         options=options, max_memory="16MB")  # fmt: skip
-        assert equal(values(opened(tmp_path / case)), values(opened(GOLDEN / case)))
-    held = torch.load(next((tmp_path / "hf-llama").rglob("distrib_optim.pt")), weights_only=True)
-    assert [key for key in held if type(key) is int] == [0, 1]
+        assert equal(values(opened(tmp_path / name)), values(opened(GOLDEN / case)))
+        held[name] = torch.load(next((tmp_path / name).rglob("distrib_optim.pt")), weights_only=True)
+    assert [key for key in held["chunks"] if type(key) is int] == [0, 1]
+    assert isinstance(held["divided"], list) and isinstance(held["repeated"], dict)
 
 
 def test_options_of_legacy_files_alone(tmp_path):
@@ -167,6 +172,22 @@ def spoilt(case: str, folder: Path, change: Callable[[Any], Any]) -> Path:
     path = sorted(copied(case, folder).rglob("distrib_optim.pt"))[0]
     torch.save(change(torch.load(path, weights_only=True)), path)
     return folder
+
+
+def test_groups_of_which_the_saving_rank_had_no_share_count_no_updates(tmp_path):
+    """FusedAdam passes over a group without parameters, as that of the norms is for the first of many ranks."""
+    folder = copied("megatron-flat-tied", tmp_path / "m")
+    for uncounted in (1, 0):
+        for path in folder.rglob("model_optim_rng.pt"):
+            tree = torch.load(path, weights_only=False)
+            del tree["optimizer"]["optimizer"]["param_groups"][uncounted]["step"]
+            torch.save(tree, path)
+        if uncounted:
+            found = opened(folder)
+            assert found.optimizer.step == 2
+            assert found.optimizer.groups == opened(GOLDEN / "megatron-flat-tied").optimizer.groups
+    with pytest.raises(FileError, match="does not say how often"):
+        opened(folder)
 
 
 def test_a_damaged_state_is_told_from_one_that_is_not_read(tmp_path):

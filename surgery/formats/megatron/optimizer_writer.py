@@ -48,9 +48,8 @@ class Entry:
 
 
 def entry(written: Written, chunks: Chunks, topology: Topology, args: Mapping[str, Any], wanted: Wanted) -> Entry:
-    """The state of a rank, in one optimizer or, where experts have theirs, in two: on stages without experts, too."""
-    apart = topology.ep > 1 or topology.expert_tp != topology.tp
-    both = apart and bool(args.get("num_experts"))
+    """The state of a rank, in one optimizer or, where ranks divide the experts, in two: on stages without any, too."""
+    both = topology.ep > 1 and bool(args.get("num_experts"))
     each: tuple[int | None, ...] = (0, 1) if both else (None,)
     if wanted.distributed:
         return _flat(written, chunks, topology, args, wanted, each)
@@ -61,10 +60,14 @@ def entry(written: Written, chunks: Chunks, topology: Topology, args: Mapping[st
 
 
 def _groups(written: Written, chunks: Chunks, which: int | None, wanted: Wanted) -> list[dict[str, Any]]:
-    """What decays and what does not, of one optimizer; where it has no parameters, with the settings of the others."""
+    """What decays and what does not, of one optimizer; where it has no parameters, with the settings of the others.
+
+    Experts have nothing that does not, and releases up to 0.13 at least stop at a group more than theirs.
+    """
     every = parameters_of(chunks)
     names = [p.name for p in trained_by(which, every) or every]
-    return [{**group, "is_expert_parallel": bool(which)} for group in megatron_groups(written, names, wanted.rates)]
+    groups = [{**group, "is_expert_parallel": bool(which)} for group in megatron_groups(written, names, wanted.rates)]
+    return groups[:1] if which else groups
 
 
 def _one_or_both(found: Sequence[Any]) -> Any:
@@ -86,14 +89,12 @@ def _flat(
 
 
 def _numbered(written: Written, chunks: Chunks, which: int | None, wanted: Wanted) -> tuple[dict[str, Any], set[str]]:
-    """States by number, masters by group.  An optimizer without parameters has the first group."""
-    mine = trained_by(which, parameters_of(chunks))
-    kinds = [[p for p in mine if p.decays == kind] for kind in (True, False)]
-    there = [(group, kind) for group, kind in zip(_groups(written, chunks, which, wanted), kinds, strict=True) if kind]
-    there = there or [(_groups(written, chunks, which, wanted)[0], [])]
-    held = [[state_of(written, chunks, p) for p in kind] for _, kind in there]
+    """States by number, masters by group."""
+    mine, groups = trained_by(which, parameters_of(chunks)), _groups(written, chunks, which, wanted)
+    held = [[state_of(written, chunks, p) for p in mine if p.decays == bool(group["wd_mult"])] for group in groups]
     numbers = iter(range(len(mine)))
-    groups = [{**group, "params": list(itertools.islice(numbers, len(kind)))} for group, kind in there]
+    groups = [{**group, "params": list(itertools.islice(numbers, len(own)))}
+              for group, own in zip(groups, held, strict=True)]  # fmt: skip
     each = [one for own in held for one in own]
     state = {
         i: {

@@ -19,7 +19,7 @@ from surgery.errors import NoStateError
 from surgery.formats.megatron.order import place
 from surgery.formats.optimizer import ROLES, Group, Written, group_of
 from surgery.formats.topology import Rank
-from surgery.formats.torch_states import Fields, step_of
+from surgery.formats.torch_states import STEP, Fields, step_of
 from surgery.formats.weave import Stored
 from surgery.tensors.lazy import Lazy, Shape
 
@@ -92,9 +92,12 @@ def groups_of(inner: object, path: Path) -> list[Fields]:
 
 
 def put_settings(found: Found, mine: Sequence[Parameter], groups: Sequence[Fields], path: Path) -> None:
-    """What the groups of a distributed optimizer say of a rank's parameters: they list none, and count the steps."""
+    """What the groups of a distributed optimizer say of a rank's parameters: they list none, and count the steps.
+
+    FusedAdam counts none in a group of which the rank that saved it had no share (core up to 0.13 at least).
+    """
+    found.steps += [step_of({}, group, path) for group in groups if STEP in group] or [step_of({}, {}, path)]
     for group in groups:
-        found.steps.append(step_of({}, group, path))
         settings = group_of(group, path)
         found.groups |= dict.fromkeys((p.name for p in mine if belongs(p, group, groups, False)), settings)
 
