@@ -201,12 +201,15 @@ def test_a_damaged_state_is_told_from_one_that_is_not_read(tmp_path):
         fields = next(iter(tree[0].values()))
         return tree | {0: {key: {"param": fields["param"], "momentum": fields["exp_avg"]} for key in tree[0]}}
 
+    def more(tree: Any) -> Any:
+        return tree | {0: {key: {**fields, "slow": fields["exp_avg"]} for key, fields in tree[0].items()}}
+
     kinds = {}
-    for what, change in (("shorter", shorter), ("other", other)):
+    for what, change in (("shorter", shorter), ("other", other), ("more", more)):
         with pytest.raises(LayoutError) as caught:
             opened(spoilt("megatron-flat", tmp_path / what, change))
         kinds[what] = type(caught.value)
-    assert kinds == {"shorter": LayoutError, "other": NoStateError}
+    assert kinds == {"shorter": LayoutError, "other": NoStateError, "more": NoStateError}
     for which, words in (([None, None], "holds nothing of optimizer 0"), ([], "holds nothing of optimizer 0")):
         with pytest.raises(FileError, match=words):
             opened(spoilt("megatron-flat-experts", tmp_path / f"{len(which)}", lambda tree, which=which: which))

@@ -229,6 +229,14 @@ def test_universal_checkpoints_that_lie_are_refused(lie, words, universal, tmp_p
     assert not (tmp_path / "m" / "executed").exists()
 
 
+def test_masters_of_an_fp32_model_are_held_to_its_weights(tmp_path):
+    folder = written(tmp_path, case="hf-llama")
+    assert equal(values(opened(folder)), values(opened(GOLDEN / "hf-llama")))
+    _spoil(folder, "master")
+    with pytest.raises(LayoutError, match="does not round to its weight"):
+        values(opened(folder))
+
+
 @pytest.mark.thorough
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed beside torch")
 def test_deepspeed_itself_goes_on_from_a_universal_checkpoint(universal, tmp_path):

@@ -113,7 +113,7 @@ def buffer_of(dtype: str, pieces: Sequence[Mapping[str, Lazy]], path: Path, *, c
     """Raises NoStateError for the state of other optimizers, LayoutError for buffers that are none of one length."""
     for piece in pieces:
         if piece.keys() != BUFFERS.keys():
-            raise NoStateError(f"has a bucket of {some(sorted(piece))}: {some(sorted(BUFFERS))} are read", file=path,
+            raise NoStateError(f"has a bucket of {some(sorted(map(str, piece)))}: {some(sorted(BUFFERS))} are read", file=path,
                                hint=ALONE)  # fmt: skip
         shapes = {tensor.shape for tensor in piece.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
@@ -127,7 +127,8 @@ def buffers_of(root: object, path: Path) -> list[Buffer]:
     if not isinstance(root, dict) or not root.get(COALESCED):
         raise NoStateError("is of a release before 2024-05, which laid its buffers out in other ways: it is not read",
                            file=path, hint=ALONE)  # fmt: skip
-    return [buffer_of(dtype, [{key: tensor_of(fields, key, path) for key in BUFFERS}], path, coalesced=True)
+    return [buffer_of(dtype, [{key: tensor_of(fields, key, path) for key in fields if key != COUNT}], path,
+                      coalesced=True)
             for i in sorted(k for k in root if type(k) is int) for dtype, fields in _pairs(root[i])]  # fmt: skip
 
 

@@ -95,8 +95,6 @@ def read_universal(folder: Path, shards: Shards) -> States | None:
         files += [counted] if counted.is_file() else []
         alike = [group for group in known if bool(group.weight_decay) == decays(name)]
         settings[name] = next(iter(alike or known), Group())
-    if all(weights[name].dtype == "float32" for name in settings):
-        del roles[MASTER]
     return States(roles, one_step(steps, home), settings, (), tuple(files))
 
 
