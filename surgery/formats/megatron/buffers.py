@@ -113,8 +113,8 @@ def buffer_of(dtype: str, pieces: Sequence[Mapping[str, Lazy]], path: Path, *, c
     """Raises NoStateError for the state of other optimizers, LayoutError for buffers that are none of one length."""
     for piece in pieces:
         if piece.keys() != BUFFERS.keys():
-            raise NoStateError(f"has a bucket of {some(sorted(map(str, piece)))}: {some(sorted(BUFFERS))} are read", file=path,
-                               hint=ALONE)  # fmt: skip
+            held = some(sorted(map(str, piece)))
+            raise NoStateError(f"has a bucket of {held}: {some(sorted(BUFFERS))} are read", file=path, hint=ALONE)
         shapes = {tensor.shape for tensor in piece.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise LayoutError(f"has buffers in the shapes {some(sorted(shapes))}: flat ones of one length are read",
