@@ -309,12 +309,26 @@ def test_what_is_wanted_in_another_way_is_written_again(place):
     """Only that: an export that is there as it is wanted stays."""
     weights = place / "out" / "export" / "step000000020-hf" / "model.safetensors"
     seen = []
-    for dtype in ("fp32", "bf16", "bf16"):
-        go_on(place, export=[{"to": "hf", "dtype": dtype}])
+    for dtype, every in (("fp32", None), ("bf16", None), ("bf16", 7)):
+        go_on(place, export=[{"to": "hf", "dtype": dtype, "every": every}])
         with safe_open(weights, "pt") as opened:
             seen.append((opened.get_tensor("model.norm.weight").dtype, weights.stat().st_ino))
     assert [dtype for dtype, _ in seen] == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert seen[1] == seen[2]
+
+
+def test_what_is_wanted_in_another_way_is_written_again_though_that_failed_before(place, monkeypatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OutputError("cannot be written: no space left on device")
+
+    go_on(place, export=[{"to": "hf", "dtype": "fp32"}])
+    monkeypatch.setattr(after_step, "export", full)
+    with pytest.raises(OutputError):
+        go_on(place, export=[{"to": "hf", "dtype": "bf16"}])
+    monkeypatch.undo()
+    go_on(place, export=[{"to": "hf", "dtype": "bf16"}])
+    with safe_open(place / "out" / "export" / "step000000020-hf" / "model.safetensors", "pt") as opened:
+        assert opened.get_tensor("model.norm.weight").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import torch
 
 from surgery.midtraining import parallel, run_folder
 from surgery.midtraining.evaluation.resting import resting
-from surgery.midtraining.export import export, gathered
+from surgery.midtraining.export import export, gathered, is_written
 from surgery.midtraining.resuming import random_state, tensors_of, trainer_of
 from surgery.midtraining.router_telemetry import drift, snapshot
 from surgery.midtraining.routers import MLP, Routed, by_kind
@@ -103,12 +103,9 @@ def average(job: Job, state: State) -> None:
 class Exports:
     """The model in other formats, after so many steps; at the end, by `last`, its running means as well."""
 
-    def __init__(
-        self, told: Told, folder: Path, command: Sequence[str], came: list[int], before: Sequence[Any] = ()
-    ) -> None:
-        """`came`: signals; one that stops an export is put there.  `before`: the exports of the settings that the run
-        had until now, as JSON."""
-        self.told, self.folder, self.command, self.came, self.before = told, folder, command, came, before
+    def __init__(self, told: Told, folder: Path, command: Sequence[str], came: list[int]) -> None:
+        """`came`: signals; one that stops an export is put there."""
+        self.told, self.folder, self.command, self.came = told, folder, command, came
 
     def __call__(self, job: Job, state: State) -> None:
         if state["progress"].step < job.course.layout.steps:
@@ -123,7 +120,7 @@ class Exports:
     def missing(self, job: Job, state: State) -> None:
         """Make up for what a signal cut short, and for what is wanted in another way than it was written."""
         for dst, wanted, mean in self._due(job, state):
-            if not parallel.first(job.world, dst.is_dir() and wanted.model_dump(mode="json") in self.before):
+            if not parallel.first(job.world, is_written(dst, wanted)):
                 self._export(job, state, dst, wanted, mean)
             else:
                 self.told.exports.append(dst)

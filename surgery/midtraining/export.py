@@ -14,17 +14,18 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.containers.text import read_json
 from surgery.conversion.convert import execute, plan_for
 from surgery.conversion.report import Plan, Report
 from surgery.conversion.request import Write
-from surgery.errors import ConfigError, SurgeryError
+from surgery.errors import ConfigError, FileError, SurgeryError
 from surgery.formats.base import Checkpoint
 from surgery.formats.operations import DTYPES, to_dtype
 from surgery.formats.topology import Topology
@@ -34,11 +35,13 @@ from surgery.midtraining.model import checkpoint_of
 from surgery.midtraining.saving import held, write_checkpoint
 from surgery.midtraining.settings import Export, Run
 from surgery.tensors.lazy import Lazy
+from surgery.writing.replaceable import PROVENANCE
 
 if TYPE_CHECKING:
     from surgery.midtraining.loop import Job
 
 GATHERED = ".gathered"
+ENTRY = "export"  # of surgery.json: the settings of an export
 Weights = Mapping[str, torch.Tensor] | Mapping[str, Lazy]
 
 
@@ -66,7 +69,21 @@ def export(
     now = checkpoint_of(job.weights() if weights is None else weights, job.source,
                         DTYPES.get(wanted.dtype, wanted.dtype), step)  # fmt: skip
     once = {"midtraining": step, "weights": secrets.token_hex(8)}  # a killed export is not gone on with: memory is gone
-    return execute(_planned(now, wanted, command=command, force=force, job=once), dst)
+    return execute(_planned(now, wanted, command=command, force=force, job=once), dst,
+                   prove=lambda written: {ENTRY: _settings(wanted)})  # fmt: skip
+
+
+def is_written(dst: Path, wanted: Export) -> bool:
+    """Whether an export lies there that was made with the same settings."""
+    with suppress(FileError):
+        record = read_json(dst / PROVENANCE)
+        return isinstance(record, dict) and record.get(ENTRY) == _settings(wanted)
+    return False
+
+
+def _settings(wanted: Export) -> dict[str, Any]:
+    """What an export depends on besides the weights."""
+    return wanted.model_dump(mode="json", exclude={"every"})
 
 
 def check_exports(run: Run, source: Checkpoint) -> None:

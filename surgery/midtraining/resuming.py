@@ -143,15 +143,10 @@ def _may_begin_anew(run: Run, folder: Path) -> None:
     if (folder / END).is_file() and read_folder(folder).status == "finished":
         hint = "choose another output, or move it away"
         raise OutputError("holds a run already, which is finished", file=folder, hint=hint)
-    if (folder / CONFIG).is_file():
-        check_settings(run.model_dump(mode="json"), settings_before(folder), folder)
-
-
-def settings_before(folder: Path) -> dict[str, Any]:
-    """Those that the run in a folder had when its command was last given; {} if there is none."""
     config = folder / CONFIG
-    found = parse_yaml(read_small(config, YAML_LIMIT, "run"), str(config), "run") if config.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    if config.is_file():
+        before = parse_yaml(read_small(config, YAML_LIMIT, "run"), str(config), "run")
+        check_settings(run.model_dump(mode="json"), before if isinstance(before, dict) else {}, folder)
 
 
 def check_settings(run: Mapping[str, Any], earlier: Mapping[str, Any], folder: Path) -> None:

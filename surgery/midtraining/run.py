@@ -29,7 +29,7 @@ from surgery.midtraining.evaluating import Evaluations
 from surgery.midtraining.log import RunLog, View
 from surgery.midtraining.loop import Act, Job, State, fresh_state, prepare, train
 from surgery.midtraining.reference import with_reference
-from surgery.midtraining.resuming import previous, restore, said, settings_before, versions
+from surgery.midtraining.resuming import previous, restore, said, versions
 from surgery.midtraining.run_folder import EXPORT, claimed
 from surgery.midtraining.saving import Saver
 from surgery.midtraining.selftests import Result, self_test
@@ -78,7 +78,6 @@ def midtrain(
     with claimed(folder) if world.main else nullcontext(), stops(world) as came:
         saved = previous(run, world, say)
         job = with_reference(prepare(run, progress, saved))
-        before = settings_before(folder).get("export") or ()
         told = Told(None, Meter(flops_per_token(job.source.spec, job.course.layout.length), _peak(job), world.size))
         state = fresh_state(job) | kept_besides(job, told)
         if saved:
@@ -90,7 +89,7 @@ def midtrain(
         if world.main:
             told.log = begin(job, folder, results, command, views(job))
             told.tokens, told.loss = state["progress"].tokens, told.log.last.get("loss", 0.0)
-        exports = Exports(told, folder / EXPORT, command, came, before)
+        exports = Exports(told, folder / EXPORT, command, came)
         return trained(job, state, told, results, folder, exports, came)
 
 
