@@ -167,6 +167,7 @@ def test_stages_take_every_unit_once_in_order():
     assert [layout.stage(s).units for s in range(layout.steps)] == [1, 1, 2, 2, 2, 3]
     assert [layout.stage(s).length for s in range(layout.steps)] == [6, 6, 6, 12, 12, 12]
     assert [layout.steps_of(n) for n in (1, 48, 49, 96, 97)] == [1, 1, 2, 2, 3]
+    assert lay_out(11, 4, 12, {0: 144, 600: 48}, {}, None).steps == 3  # a smaller batch does not begin before its token
 
 
 def test_rows_are_the_same_for_any_number_of_ranks_and_lose_no_token():
@@ -225,6 +226,9 @@ def test_a_schedule_that_goes_on_behind_the_run():
     growing = course(batch_tokens={0: 48, 240: 96}, length=4, schedule={"name": "linear", "length": "480 tokens"})
     assert growing.layout.steps == 4 and len(growing.layout.taken) == 1
     assert growing.schedule.steps == 5 + 3  # 5 steps of 48, then of 96
+    later = course(batch_tokens={0: 48, 960: 96}, schedule={"name": "linear", "length": "1152 tokens"})
+    assert later.layout.steps == 10  # the data end before the batch grows
+    assert later.schedule.steps == 20 + 2
     for name in ("linear", "cosine", "constant"):
         for warmup in (11, "200%", "1B tokens"):
             with pytest.raises(ConfigError, match=r"warm-up of \d+ and decay of 0 steps in 10"):

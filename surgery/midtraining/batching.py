@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -102,20 +102,24 @@ def lay_out(
     batches, lengths = batches or {0: rows * length}, lengths or {0: length}
     stages: list[Stage] = []
     step = unit = tokens = 0
+    have = None  # steps until the data end; later stages begin where they would
     starts = sorted({*batches, *lengths})
     for start, end in zip(starts, [*starts[1:], None], strict=True):
         count = _latest(batches, start) // (rows * length)
         stages.append(Stage(step, unit, count, _latest(lengths, start), tokens))
-        wanted = math.inf if end is None else math.ceil((end - tokens) / (count * rows * length))
-        taken = int(max(0, min(wanted, (units - unit) // count)))
+        left = (units - unit) // count
+        taken = left + 1 if end is None else max(0, math.ceil((end - tokens) / (count * rows * length)))
+        if have is None and left < taken:
+            have = step + left
         step, unit, tokens = step + taken, unit + taken * count, tokens + taken * count * rows * length
-    wanted = step if run is None else run.steps(Layout(tuple(stages), step, rows, length).steps_of, step)
-    if wanted > step:
-        have = f"{step:,} steps, {tokens:,} tokens"
-        raise ConfigError(f"train.length: {run} are more than the data have ({have})", hint="plan more of them")
+    whole = Layout(tuple(stages), have or 0, rows, length)
+    wanted = whole.steps if run is None else run.steps(whole.steps_of, whole.steps)
+    if wanted > whole.steps:
+        data = f"{whole.steps:,} steps, {whole.tokens:,} tokens"
+        raise ConfigError(f"train.length: {run} are more than the data have ({data})", hint="plan more of them")
     if wanted < 1:
         raise ConfigError("the run has no step: the data are fewer than one batch, or train.length is less")
-    return Layout(tuple(stages), wanted, rows, length)
+    return replace(whole, steps=wanted)
 
 
 def _latest(values: Mapping[int, int], token: int) -> int:
