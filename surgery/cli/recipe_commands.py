@@ -37,11 +37,18 @@ def _parsed(words: list[str], command: click.Command) -> tuple[str, Mapping[str,
     path, context = [], click.Context(command, info_name="surgery")
     try:
         while isinstance(command, click.Group):
+            if not words:
+                raise click.UsageError("Missing command.", context)
+            if words[0].startswith("-"):  # resolve_command would do what it says
+                command.make_parser(context).parse_args(words)
+                return "", {}
             name, found, words = command.resolve_command(context, words)
             assert name and found
             command, context = found, click.Context(found, info_name=name, parent=context)
             path.append(name)
         given, left, _ = command.make_parser(context).parse_args(words)
+        if any(p.is_eager and given.get(p.name or "") is True for p in command.get_params(context)):  # --help
+            return "", {}
         for parameter in command.params:
             _check_value(parameter, given, context)
     except click.UsageError as wrong:
