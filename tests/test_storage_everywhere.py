@@ -164,26 +164,28 @@ def test_a_plan_of_tokens_at_addresses_is_that_of_the_same_files_here(
 def test_a_plan_that_is_pushed_names_no_folder_of_this_machine_and_opens_elsewhere(
     proxy: Proxy, tmp_path: Path
 ) -> None:
-    for name in ("here/near", "far/web", "far/math"):
+    for name in ("here/near", "here/web", "far/web", "far/math"):
         shutil.copytree(TEXT / "dolma", tmp_path / name)
     shutil.copy(TEXT / "tokenizer.json", tmp_path / "far")
     far = [f"{tmp_path}/far/{name}/part-0-00000.npy" for name in ("web", "math")]
-    sources = [{"name": "near", "paths": "near/*.npy", "weight": 1}, {"name": "far", "paths": far, "weight": 1}]
+    paths = {"near": "near/*.npy", "web": "web/part-0-00000.npy", "far": far}
+    sources = [{"name": name, "paths": found, "weight": 1} for name, found in paths.items()]
     mixture = {"sequence_length": 64, "tokenizer": f"{tmp_path}/far/tokenizer.json", "budget": {"tokens": 6400}}
     (tmp_path / "here/mix.yaml").write_text(json.dumps({**mixture, "sources": sources}))
     digest = write_plan(draft_plan(tmp_path / "here/mix.yaml"), tmp_path / "here/plan").digest
     push(tmp_path / "here/plan", "s3://everywhere/private-plan")
-    shutil.copytree(tmp_path / "here/near", tmp_path / "there/near")
+    for name in ("near", "web"):
+        shutil.copytree(tmp_path / "here" / name, tmp_path / "there" / name)
     pull("s3://everywhere/private-plan", tmp_path / "there/plan")
     text = (tmp_path / "there/plan/plan.json").read_text()
-    assert str(tmp_path) not in text and '"web/part-0-00000.npy"' in text and "far/" not in text
-    with pytest.raises(ConfigError, match=r"does not say where its files lie, and in \S*/there there is no web/"):
+    assert str(tmp_path) not in text and '"far/web/part-0-00000.npy"' in text
+    with pytest.raises(ConfigError, match=r"does not say where its files lie, and in \S*/there there is no far/web/"):
         open_plan(tmp_path / "there/plan")
     for root in (None, tmp_path / "here"):
         with pytest.raises(ConfigError, match=r"does not say where its files lie[\s\S]*beside the plan's folder"):
             open_plan("s3://everywhere/private-plan", root=root)
     for name in ("web", "math"):
-        shutil.copytree(tmp_path / "far" / name, tmp_path / "there" / name)
+        shutil.copytree(tmp_path / "far" / name, tmp_path / "there/far" / name)
     shutil.rmtree(tmp_path / "here")
     shutil.rmtree(tmp_path / "far")
     assert open_plan(tmp_path / "there/plan").digest == digest

@@ -20,6 +20,7 @@ from surgery.storage import contents
 from surgery.storage.address import parse
 from surgery.storage.claim import claim
 from surgery.storage.listing import UNFINISHED, listing
+from surgery.storage.published import published
 from surgery.storage.push import Pushed, push
 from surgery.storage.store import open_store
 from tests.buckets import BUCKET, FILES, Bucket, every, held, model, none
@@ -54,6 +55,13 @@ def test_a_folder_is_pushed_in_the_order_in_which_it_may_be_seen(bucket: Bucket,
     with pytest.raises(OutputError, match="holds other objects"):
         push(folder, f"s3://{BUCKET}/order")
     assert bucket.objects("order") == was
+
+
+def test_a_path_that_is_spelt_in_two_ways_is_published_as_one(folder: Path) -> None:
+    entries = [{"path": path, "mask": None} for path in ("/x/a.npy", "//x/a.npy", "/y/a.npy")]
+    (folder / "plan.json").write_text(json.dumps({"root": "/x", "sources": [{"entries": entries}]}))
+    found = json.loads(published(folder / "plan.json") or b"")
+    assert [entry["path"] for entry in found["sources"][0]["entries"]] == ["x/a.npy", "x/a.npy", "y/a.npy"]
 
 
 def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) -> None:

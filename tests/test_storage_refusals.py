@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ def test_a_refusal_is_told_in_words_and_asked_for_once(
         with pytest.raises(FileError, match=REFUSED[fault]):
             work(tiny_hf("llama"), f"s3://{BUCKET}/refused-too", **({"to": "meta"} if work is surgery.convert else {}))
     assert len(bucket.proxy.seen) == 3
+
+
+def test_a_push_waits_at_each_of_its_steps_and_counts_every_byte_once(
+    bucket: Bucket, tiny_hf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim, each file, the end of the claim: the first four times that each is asked for, the answer is no."""
+    source, told, asked = tiny_hf("llama"), list[int](), Counter[tuple[str, str]]()
+
+    def first(number: int, method: str, path: str) -> str | None:
+        asked[method, path] += 1
+        return "429" if method in ("PUT", "POST") and asked[method, path] <= 4 else None
+
+    monkeypatch.setattr("surgery.storage.store._retry", lambda: {"max_retries": 0})  # by the client itself
+    monkeypatch.setattr("surgery.storage.store.time.sleep", lambda seconds: None)
+    bucket.proxy.fault = first
+    assert surgery.push(source, f"s3://{BUCKET}/patient", progress=told.append).verified
+    assert {asked[method, path] for method, path in asked if method in ("PUT", "POST")} == {5}
+    assert sum(told) == 2 * sum(file.stat().st_size for file in source.iterdir())  # read and sent
 
 
 def test_a_store_that_is_asked_too_often_is_asked_again_later(

@@ -27,20 +27,14 @@ def claim(store: Store, plan: str, files: int, size: int, supersedes: Sequence[s
 
     Raises OutputError if the prefix is another push's.
     """
-    import obstore
-
     key, run = store.address.below(UNFINISHED), uuid.uuid4().hex
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"plan": plan, "run": run, "begun": begun, "host": platform.node(), "files": files, "bytes": size}
     text = json.dumps(record, indent=1).encode()
     for attempt in range(1, TRIES + 1):
         try:
-            with store.said(key):
-                try:
-                    obstore.put(store.raw, key, text, mode="create", use_multipart=False)
-                    return False
-                except obstore.exceptions.AlreadyExistsError:
-                    pass
+            if store.patiently(lambda: _put(store, key, text, "create")):
+                return False
         except FileError:
             if attempt == TRIES:
                 raise
@@ -50,11 +44,21 @@ def claim(store: Store, plan: str, files: int, size: int, supersedes: Sequence[s
             if there.get("plan") == plan:
                 return True
             if there.get("plan") in supersedes:
-                with store.said(key):
-                    obstore.put(store.raw, key, text, use_multipart=False)
-                return True
+                return store.patiently(lambda: _put(store, key, text, "overwrite"))
             raise taken(store, there)
     raise FileError("comes and goes: another push is at work", file=store.url(key))
+
+
+def _put(store: Store, key: str, text: bytes, mode: str) -> bool:
+    """Write the object; False if there is one that may not be overwritten.  Raises FileError."""
+    import obstore
+
+    with store.said(key):
+        try:
+            obstore.put(store.raw, key, text, mode=mode, use_multipart=False)
+        except obstore.exceptions.AlreadyExistsError:
+            return False
+    return True
 
 
 def standing(store: Store) -> Mapping[str, Any]:
@@ -85,16 +89,19 @@ def taken(store: Store, there: Mapping[str, Any]) -> OutputError:
 
 def release(store: Store) -> None:
     """Remove the object: from now on what is there is complete.  Raises FileError."""
-    import obstore
-
     key = store.address.below(UNFINISHED)
     for attempt in range(1, TRIES + 1):
         try:
-            with store.said(key):
-                obstore.delete(store.raw, key)
-                return
+            return store.patiently(lambda: _delete(store, key))
         except FileError:
             if store.head(key) is None:
                 return
             if attempt == TRIES:
                 raise
+
+
+def _delete(store: Store, key: str) -> None:
+    import obstore
+
+    with store.said(key):
+        obstore.delete(store.raw, key)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,9 @@ def _portable(plan: Any) -> Any:
         files = [entry[key] for source in plan["sources"] for entry in source["entries"] for key in ("path", "mask")]
     except (KeyError, TypeError):
         return plan  # of another kind
-    ends = _ends({file for file in files if isinstance(file, str) and os.path.isabs(file) and told(file) in file})
+    named = {file for file in files if isinstance(file, str)}
+    beyond = {file for file in named if os.path.isabs(file) and told(file) in file}
+    ends = _ends(beyond, named - beyond)
 
     def entry(one: dict[str, Any]) -> dict[str, Any]:
         return {key: ends.get(value, value) if key in ("path", "mask") else value for key, value in one.items()}
@@ -80,11 +81,12 @@ def _portable(plan: Any) -> Any:
     return {**plan, "root": "", "sources": sources}
 
 
-def _ends(paths: Collection[str]) -> dict[str, str]:
-    """The last parts of each path, as few as tell all of them apart."""
-
-    def end(path: str, parts: int) -> str:
-        return "/".join(path.strip("/").split("/")[-parts:])
-
-    parts = next(n for n in count(1) if len({end(path, n) for path in paths}) == len(paths))
-    return {path: end(path, parts) for path in paths}
+def _ends(paths: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """The last parts of each path, as few as tell all of them apart, and from others."""
+    parts = {path: tuple(part for part in path.split("/") if part) for path in paths}
+    ends: dict[str, str] = {}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        ends = {path: "/".join(found[-count:]) for path, found in parts.items()}
+        if len({*ends.values()} - {*others}) == len({*parts.values()}):
+            break
+    return ends

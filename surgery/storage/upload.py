@@ -24,17 +24,21 @@ READ_BACK = 8 << 20  # bytes of one request
 
 def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: threading.Event) -> tuple[Entry, bool]:
     """The object, and whether it had to be read back to compare it.  Raises SurgeryError."""
+    sent = 0
+
+    def advance(n: int) -> None:
+        nonlocal sent
+        sent += n
+        told(n)
+
+    def put() -> None:
+        advance(-sent)
+        _put(store, key, item, advance, stop)
+
     for attempt in range(1, TRIES + 1):
-        sent = 0
-
-        def advance(n: int) -> None:
-            nonlocal sent
-            sent += n
-            told(n)
-
         failed = None
         try:
-            store.patiently(lambda: _put(store, key, item, advance, stop))
+            store.patiently(put)
         except FileError as error:
             if error.hint == AGAIN or isinstance(error, (Refused, Busy)):
                 raise
@@ -42,7 +46,6 @@ def upload(store: Store, key: str, item: Item, etag: str, told: Told, stop: thre
         entry = store.head(key)
         if entry is not None and holds(store, key, item, entry, etag):
             return entry, entry.etag != etag
-        told(-sent)
         if failed and attempt == TRIES:
             raise failed
     raise FileError("is not what was sent", file=store.url(key), hint="look at the store and the network")
