@@ -294,6 +294,8 @@ def test_two_parameters_of_a_bucket_that_changed_places_are_found(tmp_path):
     ("megatron-buckets-experts", {"expert_model_parallel_size": 1}, "do not fill"),
     ("megatron-buckets-experts", {"pipeline_model_parallel_size": 1 << 20}, "not a positive whole number"),
     ("megatron-buckets-experts", {"expert_model_parallel_size": 1, "expert_tensor_parallel_size": 2}, "divide"),
+    ("megatron-buckets", {f"{axis}pipeline_model_parallel_size": 65535 for axis in ("", "virtual_")}, "of 4 ranks"),
+    ("megatron-buckets-experts", {"expert_model_parallel_size": 65534}, "for 2 experts"),
 ])  # fmt: skip
 def test_sizes_that_are_not_the_runs_are_refused(case, sizes, words, tmp_path):
     folder = copied(case, tmp_path / "m")

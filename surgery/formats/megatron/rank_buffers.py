@@ -16,7 +16,7 @@ Source: megatron/core `optimizer/distrib_optimizer.py` (sharded_param_state_dp_r
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,7 @@ def read_states(dcp: Dcp, args: Mapping[str, Any], spec: Spec, parts: Parts) -> 
         return None
     topology, rows = _topology(args, dcp), memory(args)
     entries.check_heads(spec, topology.tp)
+    _check_ranks(held, topology, spec, dcp)
     apart = any(which for which, _ in held)
 
     def divided(topology: Topology) -> Mapping[Rank, Mapping[str, Lazy]]:
@@ -120,6 +121,14 @@ def _topology(args: Mapping[str, Any], dcp: Dcp) -> Topology:
     tp, pp, ep, etp = entries.parallel_sizes(args, dcp.folder)
     vpp = args.get("virtual_pipeline_model_parallel_size")
     return Topology(tp, pp, ep, vpp if type(vpp) is int and 0 < vpp < 1 << 16 else 1, etp=None if etp == tp else etp)
+
+
+def _check_ranks(held: Collection[tuple[int, int]], topology: Topology, spec: Spec, dcp: Dcp) -> None:
+    """Raise LayoutError for more ranks than the folder can be of, before anything is made for each of them."""
+    there = sum(not which for which, _ in held)
+    if topology.tp * topology.pp > there or topology.ep > max(1, spec.experts):
+        raise LayoutError(f"holds optimizers of {there} ranks, and args say tp {topology.tp}, pp {topology.pp}, ep "
+                          f"{topology.ep} for {spec.experts} experts", file=dcp.path, hint=OTHER_SIZES)  # fmt: skip
 
 
 def _group(rank: Rank, topology: Topology, *, experts: bool) -> int:
