@@ -1,4 +1,4 @@
-"""`--max-memory` holds for merges, whatever the method and however large a tensor: measured, not believed.
+"""`--max-memory` holds for merges of zeros by eleven methods, however large a tensor: measured, not believed.
 
 A process of its own merges two models whose embedding is the one large tensor.  Merges of tiny ones pay before for what
 the budget does not count: imports, and what numba compiles; what they and later ones keep is counted.

@@ -50,7 +50,8 @@ def test_an_environment_is_made_once(ran, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"packages": ("one==1", "two==3")}, {"without": ()}, {"without": ("three", "four")}]
+    "change",
+    [{"packages": ("one==1", "two==3")}, {"without": ()}, {"without": ("three", "four")}, {"python": "3.12"}],
 )
 def test_an_environment_is_made_again_for_other_packages(change, ran, monkeypatch):
     install(monkeypatch, PROGRAM)
@@ -70,14 +71,16 @@ def test_a_program_that_is_no_package_is_fetched_once(home, tmp_path, monkeypatc
     origin = tmp_path / "origin"
     git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
     (origin / "megatron").mkdir(parents=True)
-    (origin / "megatron" / "x.py").write_text("x = 1\n")
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *words], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    subprocess.run([*git, "init", "-q"], check=True)
     monkeypatch.delenv("ONE_HOME", raising=False)
-    monkeypatch.setattr(run, "PROGRAMS", {"one": replace(PROGRAM, source=Source(str(origin), commit, "ONE_HOME"))})
-    assert run.fetch("one") == ""
-    assert (home / "source" / "megatron" / "x.py").read_text() == "x = 1\n"
+    for text in ("x = 1\n", "x = 2\n"):  # once for each commit
+        (origin / "megatron" / "x.py").write_text(text)
+        for words in (["add", "."], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *words], check=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        monkeypatch.setattr(run, "PROGRAMS", {"one": replace(PROGRAM, source=Source(str(origin), commit, "ONE_HOME"))})
+        assert run.fetch("one") == ""
+        assert (home / "source" / "megatron" / "x.py").read_text() == text
     (origin / ".git").rename(tmp_path / "gone")
     assert run.fetch("one") == "" and run.environment("one")["ONE_HOME"] == str(home / "source")
     monkeypatch.setenv("ONE_HOME", "elsewhere")

@@ -40,7 +40,10 @@ def python_of(name: str) -> Path:
 def fetch(name: str) -> str:
     """Get the checkout of a program that is no package, unless its variable names one; "" or why that failed."""
     source, home = PROGRAMS[name].source, HOME / name / "source"
-    if source is None or source.variable in os.environ or (home / ".git" / "index").is_file():
+    if source is None or source.variable in os.environ:
+        return ""
+    head = subprocess.run(["git", "-C", home, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    if head == source.commit and (home / ".git" / "index").is_file():
         return ""
     home.mkdir(parents=True, exist_ok=True)
     for step in (("init",), ("fetch", "--depth=1", source.address, source.commit), ("checkout", "FETCH_HEAD")):
@@ -56,7 +59,8 @@ def install(name: str) -> str:
     if why := fetch(name):
         return why
     program, home = PROGRAMS[name], HOME / name
-    done, wanted = home / ".ready", " ".join([*program.packages, *(f"without {p}" for p in program.without)])
+    without = [f"without {package}" for package in program.without]
+    done, wanted = home / ".ready", " ".join([*program.packages, *without, program.python]).strip()
     if done.is_file() and done.read_text() == wanted:
         return ""
     print(f"installing {' '.join(program.packages)} into {home.relative_to(ROOT)}", flush=True)
