@@ -96,6 +96,17 @@ def test_data_of_fine_tuning_that_changed_are_made_anew_until_a_checkpoint_was_t
         shutil.rmtree("out")
 
 
+def test_pairs_of_which_nothing_is_told_are_made_anew(reader):
+    """As where the command was killed between both files."""
+
+    def rows(batch: int) -> int:
+        return len(batches("dpo", batch=batch, sources=[{"name": "pairs", "paths": "pairs.jsonl"}]).rows(0))
+
+    pairs = 2 * rows(1)
+    Path("out/pairs.json").unlink()
+    assert rows(2) == pairs
+
+
 def test_no_turn_is_cut(reader):
     """Where rows are short, conversations end after an answer that is whole."""
     length = 30

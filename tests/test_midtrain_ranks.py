@@ -92,6 +92,23 @@ def test_processes_of_one_host_stop_together_and_say_so(tmp_path):
     assert ended.status == "finished" and [m["step"] for m in ended.metrics] == list(range(1, 21))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["before", "log"])
+def test_what_the_first_process_alone_refuses_ends_the_others_in_words(fault, tmp_path):
+    tiny.save("llama", tmp_path / "model", l=2, h=48, f=40)
+    record(tmp_path / "batches.npz", masked=False, packed=False)
+    value = settings(tmp_path / "model", tmp_path / "batches.npz", tmp_path / "out", micro_batch=1)
+    if fault == "before":
+        (tmp_path / "batches.npz").unlink()
+    else:
+        (tmp_path / "out" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(value | {"skip_self_tests": [*TESTS, MOVED], "export": []}))
+    words = [sys.executable, "-m", "surgery", "midtrain", str(tmp_path / "run.yaml"), "--nproc", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENV, timeout=300)
+    assert done.returncode == 1 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert ("batches.npz" if fault == "before" else "metrics.jsonl") in done.stderr
+
+
 def test_who_starts_processes_imports_no_torch():
     code = "import sys, surgery.cli.midtrain, surgery.midtraining.launching; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True)

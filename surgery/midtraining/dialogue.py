@@ -137,8 +137,9 @@ def pairs_of(run: Run) -> Path:
     Raises ConfigError if a run that has checkpoints is told other data.
     """
     data, path = run.data, Path(run.output) / PAIRS
-    told = data.model_dump(mode="json")
-    if path.is_file() and still_holds(run, read_json(path.with_name(NOTES))["data"], told, "data"):
+    told, notes = data.model_dump(mode="json"), path.with_name(NOTES)
+    known = read_json(notes) if notes.is_file() else None
+    if isinstance(known, dict) and still_holds(run, known["data"], told, "data"):
         return path
     if data.batch is None:
         raise ConfigError("data.batch is missing: how many pairs has a step?")
@@ -152,9 +153,10 @@ def pairs_of(run: Run) -> Path:
     if len(epochs) > 1 or not float(next(iter(epochs))).is_integer():
         raise ConfigError("data.sources: pairs are seen in whole epochs, the same of every source")
     pad = vocabulary.special.get("pad", vocabulary.special.get("eos", 0))
-    notes = write_pairs(path, files, vocabulary, data.chat_template, length=data.sequence_length, batch=data.batch,
+    notes.unlink(missing_ok=True)  # they come last: where there are none, the file may be of other data
+    found = write_pairs(path, files, vocabulary, data.chat_template, length=data.sequence_length, batch=data.batch,
                         epochs=int(next(iter(epochs))), seed=data.seed or 0, pad=pad)  # fmt: skip
-    write_json(path.with_name(NOTES), {"data": told, "notes": notes})
+    write_json(notes, {"data": told, "notes": found})
     return path
 
 

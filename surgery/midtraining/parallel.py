@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from surgery.errors import SurgeryError, UsageError
+from surgery.errors import SurgeryError, UsageError, reported
 from surgery.running.device import device as checked
 from surgery.tensors.lazy import bytes_of
 
@@ -136,7 +136,8 @@ def together(world: World, work: Callable[[], Any], *, main: bool = False, throu
     """
     found, failed = None, None
     try:
-        found = work() if world.main or not main else None
+        with reported():
+            found = work() if world.main or not main else None
     except SurgeryError as error:
         failed = error
     said = everyone(world, [found, failed and failed.what], through)
@@ -149,12 +150,18 @@ def together(world: World, work: Callable[[], Any], *, main: bool = False, throu
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """Process 0 goes ahead, the others find what it has made."""
-    if world.size > 1 and not world.main:
-        dist.barrier()
-    yield
-    if world.size > 1 and world.main:
-        dist.barrier()
+    """Process 0 goes ahead, the others find what it has made; what it raises all of them raise."""
+    if not world.main and (wrong := first(world, None)):
+        raise Elsewhere(f"{wrong} (process 0)")
+    try:
+        with reported():
+            yield
+    except SurgeryError as error:
+        if world.main:
+            first(world, error.what)
+        raise
+    if world.main:
+        first(world, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients

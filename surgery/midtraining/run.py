@@ -86,9 +86,12 @@ def midtrain(
             say(note)
         results = self_test(job, lambda r: say(f"self-test {r.name}: {r.detail}"))
         say(compile_for(job, results))
-        if world.main:
+
+        def begin_log() -> None:
             told.log = begin(job, folder, results, command, views(job))
             told.tokens, told.loss = state["progress"].tokens, told.log.last.get("loss", 0.0)
+
+        parallel.together(world, begin_log, main=True)
         exports = Exports(told, folder / EXPORT, command, came)
         return trained(job, state, told, results, folder, exports, came)
 
