@@ -172,7 +172,7 @@ def test_what_is_refused(tmp_path, text):
     assert "no task 'chosn'" in refused(MODEL, "--tasks", "chosn", "--task-data", GOLDEN / "tasks")
     assert "is no file" in refused(MODEL, "--text", tmp_path / "nothing")
     assert "goes with --tasks" in refused(MODEL, "--engine", "lm-eval", "--text", text)
-    assert "--device 'tpu' is unknown" in refused(MODEL, "--text", text, "--device", "tpu")
+    assert "the device 'tpu' is unknown" in refused(MODEL, "--text", text, "--device", "tpu")
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "is not UTF-8" in refused(MODEL, "--text", tmp_path / "latin")
     (tmp_path / "empty").write_bytes(b"")

@@ -92,7 +92,7 @@ def test_devices_that_are_not_there_are_told(tiny_hf, tmp_path, monkeypatch):
     ):
         done = CliRunner().invoke(cli.main, [words[0], source, str(tmp_path / "out"), *words[1:], "--device", "cuda:1"])
         assert done.exit_code == 2
-        assert "--device cuda:1 is not there" in done.output
+        assert "the device cuda:1 is not there" in done.output
     with pytest.raises(UsageError, match="is not there"):
         surgery.upcycle(source, tmp_path / "out", experts=4, top_k=2, device="cuda")
     assert not list(tmp_path.iterdir())

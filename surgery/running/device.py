@@ -39,12 +39,12 @@ CPU = Device()
 def device(name: str, advance: Callable[[int], None] = nobody) -> Device:
     """Raises UsageError for a device that is not there."""
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise UsageError(f"--device {show(name)} is unknown", hint="cpu, cuda or cuda:N")
+        raise UsageError(f"the device {show(name)} is unknown", hint="cpu, cuda or cuda:N")
     if name != "cpu":
         import torch
 
         there = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(name.partition(":")[2] or 0) >= there:
-            hint = f"cuda:0 to cuda:{there - 1}, or cpu" if there else "--device cpu"
-            raise UsageError(f"--device {name} is not there: torch finds {there or 'no'} CUDA devices", hint=hint)
+            hint = f"cuda:0 to cuda:{there - 1}, or cpu" if there else "cpu"
+            raise UsageError(f"the device {name} is not there: torch finds {there or 'no'} CUDA devices", hint=hint)
     return Device(name, advance)
