@@ -62,6 +62,8 @@ def test_a_path_that_is_spelt_in_two_ways_is_published_as_one(folder: Path) -> N
     (folder / "plan.json").write_text(json.dumps({"root": "/x", "sources": [{"entries": entries}]}))
     found = json.loads(published(folder / "plan.json") or b"")
     assert [entry["path"] for entry in found["sources"][0]["entries"]] == ["x/a.npy", "x/a.npy", "y/a.npy"]
+    (folder / "plan.json").write_text(json.dumps({"sources": [{"entries": [{"path": ["a"], "mask": None}]}]}))
+    assert b'"a"' in (published(folder / "plan.json") or b"")  # of another program
 
 
 def test_no_folder_of_this_machine_is_published(bucket: Bucket, folder: Path) -> None:

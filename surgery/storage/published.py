@@ -75,7 +75,7 @@ def _portable(plan: Any) -> Any:
     ends = _ends(beyond, named - beyond)
 
     def entry(one: dict[str, Any]) -> dict[str, Any]:
-        return {key: ends.get(value, value) if key in ("path", "mask") else value for key, value in one.items()}
+        return {key: ends.get(value, value) if isinstance(value, str) else value for key, value in one.items()}
 
     sources = [{**source, "entries": [entry(one) for one in source["entries"]]} for source in plan["sources"]]
     return {**plan, "root": "", "sources": sources}
