@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import surgery
 from surgery.errors import LayoutError
 from surgery.formats.topology import Topology
-from tests.test_optimizer import GOLDEN, MODEL, copied, opened, trees
+from tests.test_optimizer import GOLDEN, MODEL, copied, equal, opened, trees, values
 
 
 def test_a_state_of_no_numbers_is_counted_and_named(tmp_path):
@@ -32,6 +33,22 @@ def test_a_state_of_no_numbers_is_counted_and_named(tmp_path):
     assert [note for note in done.notes if "in all" in note] == [
         "weights NaN or infinite: 1 in all, in final_norm (1)", named.format(4) + ", master of final_norm (1)",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "distributed"])
+def test_weights_in_fp32_among_others_are_their_own_masters(optimizer, tmp_path):
+    source = copied("hf-llama", tmp_path / "hf")
+    weights = load_file(source / "model.safetensors")
+    mixed = {n: t if "norm" in n else t.bfloat16() for n, t in weights.items()}
+    save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
+    options = {"optimizer": optimizer}
+    surgery.convert(source, tmp_path / "m", to="megatron", optimizer=True, options=options)
+    assert equal(values(opened(tmp_path / "m")), values(opened(source)))
+    if optimizer == "distributed":
+        wide = {n: t.double() for n, t in weights.items()}
+        save_file(wide, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(LayoutError, match="trains no weights in float64"):
+            surgery.convert(source, tmp_path / "w", to="megatron", optimizer=True, options=options)
 
 
 def grouped(folder: Path, groups: dict[str, float]) -> Path:

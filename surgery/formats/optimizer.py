@@ -162,8 +162,11 @@ def gather_states(states: States, table: Table, weights: Shards, spec: Spec, top
         found = gather(_of_moments(table), states.roles[role], spec, topology, _UNTRAINED).parts
         roles[role] = {name: cast(tensor, "float32") for name, tensor in found.items()}
     if MASTER in states.roles:
-        proven = {rank: {name: Rounded(t, weights[rank][name], name) for name, t in shard.items()}
-                  for rank, shard in states.roles[MASTER].items()}  # fmt: skip
+        exact = {rank: {name: weights[rank][name] for name in shard if weights[rank][name].dtype == "float32"}
+                 for rank, shard in states.roles[M].items()}  # fmt: skip
+        proven = {rank: own | {name: Rounded(t, weights[rank][name], name)
+                               for name, t in states.roles[MASTER].get(rank, {}).items()}
+                  for rank, own in exact.items()}  # fmt: skip
         roles[MASTER] = gather(_of_states(table), proven, spec, topology, _UNTRAINED).parts
     else:
         roles[MASTER] = {}

@@ -164,9 +164,11 @@ def put_buffers(
 
 
 def coalesced(written: Written, chunks: Chunks, which: int | None, borders: Borders) -> dict[Any, Any]:
-    """What distrib_optim.pt holds of one of a rank's optimizers."""
+    """What distrib_optim.pt holds of one of a rank's optimizers.  Raises LayoutError for dtypes of no run."""
     out: dict[Any, Any] = {COALESCED: True}
     for i, (dtype, owned) in enumerate(wanted_buffers(trained_by(which, parameters_of(chunks)))):
+        if dtype not in GRADIENTS:
+            raise LayoutError(f"Megatron's optimizer trains no weights in {dtype}", hint="--dtype fp32")
         places, total = places_of(owned, borders)
         tensors = {key: joined([(places[p.name], _held(written, role, chunks, p)) for p in owned])
                    for key, role in BUFFERS.items()}  # fmt: skip
