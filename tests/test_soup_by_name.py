@@ -150,6 +150,7 @@ def test_values_that_the_last_cast_loses_are_counted(tmp_path: Path) -> None:
     folder = saved(MODELS["reward model"], tmp_path, 1)[0]
     held = weights(folder)
     held["score.weight"][0, :3] = torch.tensor([1e6, 1e-9, 1e-10])
+    held["score.places"] = torch.arange(4)  # no weights, and never cast
     save_file(held, folder / "model.safetensors", {"format": "pt"})
     recipe = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1}}]}
     report = surgery.soup({**recipe, "dtype": "float16"}, tmp_path / "out")

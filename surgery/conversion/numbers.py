@@ -29,7 +29,7 @@ def remarks(ledger: Ledger, parts: Mapping[str, Lazy]) -> list[str]:
     vanished: dict[str, int] = {}
     odd: dict[str, int] = {}
     states: dict[str, int] = {}
-    dtypes = set()
+    dtypes = set[str]()
     for name, (dtype, _) in ledger.parts.items():
         if name.startswith(SOURCE):
             continue
@@ -40,7 +40,7 @@ def remarks(ledger: Ledger, parts: Mapping[str, Lazy]) -> list[str]:
             continue
         _, _, bad_before, zeros_before = ledger.counts.get(SOURCE + name, (0, 0, bad, zeros))
         overflowed[name], vanished[name], odd[name] = bad - bad_before, zeros - zeros_before, bad_before
-        dtypes.add(dtype)
+        dtypes |= {dtype} if SOURCE + name in ledger.parts else set()
     into = "/".join(sorted(dtypes))
     return [
         *_note(overflowed, f"weights too large for {into} became infinite"),
