@@ -81,6 +81,8 @@ def test_a_mixture_that_changed_is_planned_anew_until_a_checkpoint_was_trained_o
     mix.write_text(mix.read_text().replace("tokens: 3200", "tokens: 1600"))
     with pytest.raises(ConfigError, match=r"the mixture changed since the plan was made:\n.*budget.*3200.*1600"):
         steps()
+    mix.unlink()
+    assert steps() == after, "a run that goes on has its plan"
 
 
 @pytest.mark.slow

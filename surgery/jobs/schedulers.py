@@ -183,7 +183,7 @@ def _pbs_states(said: str) -> Iterator[tuple[str, str]]:
 PBS_STATES = {"Q": "queued", "R": "running", "H": "held", "W": "waiting", "E": "ending", "F": "finished",
               "B": "running", "S": "suspended", "C": "finished", "X": "finished"}  # fmt: skip
 
-RUNS = 'squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T'  # what was cancelled is ending, and stays away
+RUNS = 'squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo RUNNING'  # what was cancelled ends
 
 SCHEDULERS: Mapping[str, Scheduler] = {
     "slurm": Scheduler(

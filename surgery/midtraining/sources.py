@@ -52,7 +52,10 @@ def _planned(run: Run) -> Plan:
 
     Raises ConfigError if the mixture is another one now, and the run has checkpoints.
     """
-    place, mixture, root = Path(run.output) / PLAN, *_mixture(run)
+    place = Path(run.output) / PLAN
+    if place.is_dir() and run.data.mixture and not os.path.exists(run.data.mixture):
+        return open_plan(place)  # nothing is left that could say otherwise
+    mixture, root = _mixture(run)
     if place.is_dir():
         plan = open_plan(place)
         if still_holds(run, plan.mixture.model_dump(mode="json"), mixture.model_dump(mode="json"), "the mixture"):

@@ -30,5 +30,5 @@ child=$!
 trap 'kill -TERM "$child"' TERM
 wait "$child"; code=$?
 while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-if [[ $code -eq 75 ]]; then [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"; fi
+if [[ $code -eq 75 ]]; then [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo RUNNING) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
