@@ -152,7 +152,7 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
 
-    def go(family: str, attention: Any, steps: int = 2, **changes: Any) -> tuple[Any, Any, list[float]]:
+    def go(family: str, attention: Any, steps: int = 5, **changes: Any) -> tuple[Any, Any, list[float]]:
         model = tiny.save(family, tmp_path / family, l=2, h=48, f=40, m=16, **changes)
         said = settings(model, record(tmp_path / "batches.npz", False, True, steps), tmp_path / "run", length=steps)
         job = prepare(make_run({**said, "attention": attention}))

@@ -84,7 +84,7 @@ def schedule_of(wanted: Wanted, layout: Layout, peak: float) -> Schedule:
     shapes = {"wsd": wanted.decay_shape, INVERSE_SQRT: INVERSE_SQRT, "cosine": "cosine"}
     decay = decays.get(wanted.name, max(0, total - warmup))
     if warmup + decay > total:
-        hint = "warm-up and decay lie within the run"
+        hint = "both lie within the run; if it is but the begin of one, train.schedule.length says where that ends"
         raise ConfigError(f"train.schedule: warm-up of {warmup} and decay of {decay} steps in {total}", hint=hint)
     return Schedule(
         peak=peak,
