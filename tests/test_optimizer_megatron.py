@@ -213,6 +213,10 @@ def test_a_damaged_state_is_told_from_one_that_is_not_read(tmp_path):
     for which, words in (([None, None], "holds nothing of optimizer 0"), ([], "holds nothing of optimizer 0")):
         with pytest.raises(FileError, match=words):
             opened(spoilt("megatron-flat-experts", tmp_path / f"{len(which)}", lambda tree, which=which: which))
+    for number, nothing in enumerate(({}, 7)):
+        with pytest.raises(LayoutError, match="holds no buffers") as caught:
+            opened(spoilt("megatron-flat", tmp_path / f"nothing-{number}", lambda tree, nothing=nothing: nothing))
+        assert type(caught.value) is LayoutError
     folder = copied("megatron-buckets", tmp_path / "buckets")
     path = folder / ITERATION / "common.pt"
     tree = torch.load(path, weights_only=False)

@@ -124,7 +124,9 @@ def buffer_of(dtype: str, pieces: Sequence[Mapping[str, Lazy]], path: Path, *, c
 
 def buffers_of(root: object, path: Path) -> list[Buffer]:
     """What distrib_optim.pt holds of one optimizer."""
-    if not isinstance(root, dict) or not root.get(COALESCED):
+    if not isinstance(root, dict) or not root:
+        raise LayoutError("holds no buffers of an optimizer", file=path, hint=ALONE)
+    if not root.get(COALESCED):
         raise NoStateError("is of a release before 2024-05, which laid its buffers out in other ways: it is not read",
                            file=path, hint=ALONE)  # fmt: skip
     return [buffer_of(dtype, [{key: tensor_of(fields, key, path) for key in fields if key != COUNT}], path,
