@@ -306,10 +306,8 @@ def tokens(found: Tokenizer, checkpoint: Checkpoint) -> Carried:
     carried, named = tokenizer.carry(found), _named(found)
     note = "GPT-NeoX reads no rank file of tiktoken; set tokenizer_type and vocab_file yourself"
     if named:
-        note = (
-            f"GPT-NeoX looks for {named['vocab_file']} where it is started: start it in the output's folder, or give "
-        )
-        note += "vocab_file the whole path"
+        note = (f"GPT-NeoX looks for {named['vocab_file']} where it is started: start it in the output's folder, or "
+                "give vocab_file the whole path")  # fmt: skip
     return Carried(carried.files, (*carried.notes, note))
 
 
