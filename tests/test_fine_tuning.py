@@ -93,6 +93,11 @@ def test_data_of_fine_tuning_that_changed_are_made_anew_until_a_checkpoint_was_t
         rows(2)
         with pytest.raises(ConfigError, match="rows_per_step: 2 -> 1" if kind == "sft" else "batch: 2 -> 1"):
             rows(1)
+        if kind == "dpo":
+            Path("out/pairs.npz").unlink()
+            assert rows(2) == 4, "they are made again as they were"
+        Path(f"{name}.jsonl").unlink()
+        assert rows(2) == 2 * (1 + (kind == "dpo")), "a run that goes on has its data"
         shutil.rmtree("out")
 
 

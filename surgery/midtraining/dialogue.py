@@ -138,7 +138,7 @@ def pairs_of(run: Run) -> Path:
     """
     data, path = run.data, Path(run.output) / PAIRS
     told, notes = data.model_dump(mode="json"), path.with_name(NOTES)
-    known = read_json(notes) if notes.is_file() else None
+    known = read_json(notes) if path.is_file() and notes.is_file() else None
     if isinstance(known, dict) and still_holds(run, known["data"], told, "data"):
         return path
     if data.batch is None:

@@ -5,6 +5,7 @@ batches = open_batches(run)          # offers what data/rows.py calls a RowSourc
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -14,11 +15,13 @@ from surgery.data.plans.draft import draft_of
 from surgery.data.plans.mixture import Mixture, read_mixture
 from surgery.data.plans.plan import Plan, open_plan, write_plan
 from surgery.data.rows import RowSource
+from surgery.data.tokenizing.sources import is_url
 from surgery.data.trainers.recorded import RecordedBatches
 from surgery.errors import ConfigError
 from surgery.midtraining.course import rows_per_unit
 from surgery.midtraining.dialogue import NOTES, mixture_of, pairs_of, still_holds
 from surgery.midtraining.settings import Run
+from surgery.storage.address import is_address
 from surgery.storage.copies import here
 
 PLAN = "plan"  # in the run's folder
@@ -53,14 +56,20 @@ def _planned(run: Run) -> Plan:
     Raises ConfigError if the mixture is another one now, and the run has checkpoints.
     """
     place = Path(run.output) / PLAN
-    if place.is_dir() and run.data.mixture and not os.path.exists(run.data.mixture):
-        return open_plan(place)  # nothing is left that could say otherwise
+    if place.is_dir() and _gone(run):
+        return open_plan(place)
     mixture, root = _mixture(run)
     if place.is_dir():
         plan = open_plan(place)
         if still_holds(run, plan.mixture.model_dump(mode="json"), mixture.model_dump(mode="json"), "the mixture"):
             return plan
     return write_plan(draft_of(mixture, root), place, force=True)
+
+
+def _gone(run: Run) -> bool:
+    """Whether a file is missing by which a plan was made: one that is there then goes unquestioned."""
+    named = [run.data.mixture] if run.data.mixture else [path for source in run.data.sources for path in source.paths]
+    return not all(is_address(path) or is_url(path) or os.path.exists(path) or glob.glob(path) for path in named)
 
 
 def _mixture(run: Run) -> tuple[Mixture, Path]:
